@@ -1,0 +1,81 @@
+# `make` explains itself. Everything is installed into .venv, nothing outside this folder.
+#
+#   PYTHON=python3.12    the interpreter that .venv is made from
+#   TORCH_INDEX=URL      take torch, and only torch, from this index (see `make help`)
+#   PYTEST_ARGS="-k x"   passed on to pytest
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+PYTEST_ARGS ?=
+VENV := .venv
+STAMP := $(VENV)/.installed
+# The commands below find python, the deepspeed launcher and ninja there.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+PIP := python -m pip --disable-pip-version-check --no-input
+TORCH_PIN := $(shell sed -n 's/^torch==/&/p' constraints.txt)
+
+# One rank per GPU that torch sees; without one, two CPU ranks. Asked once, when first needed.
+GPUS = $(eval GPUS := $$(shell $(VENV)/bin/python -c 'import torch; print(torch.cuda.device_count())'))$(GPUS)
+PORT = $(shell $(VENV)/bin/python -c 'import socket; print(socket.create_server(("", 0)).getsockname()[1])')
+ON_GPU = deepspeed --num_accelerators $(GPUS)
+ON_CPU = DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --num_accelerators 2
+DEEPSPEED = $(if $(filter-out 0,$(GPUS)),$(ON_GPU),$(ON_CPU)) --master_port $(PORT)
+
+.PHONY: help
+help:
+	@echo 'make demo    tokenize a small corpus, find a ticket, pretrain, export and report (CPU or GPU)'
+	@echo 'make test    ruff, mypy and all tests: what CI runs'
+	@echo 'make lint    ruff and mypy alone'
+	@echo 'make setup   only the installation into .venv; the others do it when it is missing or old'
+	@echo 'make clean   remove caches and build leftovers; runs/, tokenized_data/ and .venv stay'
+	@echo
+	@echo 'The first call installs about 2 GB, several more with CUDA. Without a GPU, this spares the latter:'
+	@echo '  make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu'
+
+.PHONY: setup
+setup: $(STAMP)
+
+# The stamp carries the date of the last successful installation.
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo 'error: no $(PYTHON) here. On Debian or Ubuntu: sudo apt install python3 python3-venv' >&2; \
+	  echo '       Or name one: make PYTHON=/path/to/python3.12' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1 | cut -d" " -f2)." >&2; \
+	  echo '       Name another: make PYTHON=python3.12' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo 'error: $(PYTHON) cannot make virtual environments.' >&2; \
+	  echo '       On Debian or Ubuntu: sudo apt install python3-venv' >&2; exit 1; }
+	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+ifneq ($(TORCH_INDEX),)
+	$(PIP) install --no-deps --index-url '$(TORCH_INDEX)' '$(TORCH_PIN)'
+endif
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.PHONY: demo
+demo: $(STAMP)
+	python launcher/prepare_data.py --train_vocab_size 2048 --val_fraction 0.05 --out tokenized_data/demo
+	$(DEEPSPEED) launcher/pretrain.py --config launcher/recipes/demo.yaml --deepspeed-config ds_configs/zero1.json
+	@[ -d runs/demo/release ] || python launcher/export.py --run runs/demo
+	python launcher/report.py --run runs/demo
+
+.PHONY: lint
+lint: $(STAMP)
+	ruff check .
+	mypy
+
+.PHONY: test
+test: lint
+	pytest --durations=10 $(PYTEST_ARGS)
+
+.PHONY: clean
+clean:
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

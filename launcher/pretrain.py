@@ -1,0 +1,87 @@
+"""Find the ticket, rewind, pretrain it under DeepSpeed ZeRO. Resumes by itself.
+
+Run `deepspeed launcher/pretrain.py --help`.
+"""
+
+import sys
+from pathlib import Path
+
+from pmp_ds import dist
+from pmp_ds.cli import HIDDEN, parse
+from pmp_ds.config import Config
+from pmp_ds.data.arrow_store import Store
+from pmp_ds.errors import exit_code
+from pmp_ds.run_dir import RunDir
+
+DESCRIPTION = """\
+Private Mask Pre-Training: find a sparse ticket early in training, go back to the initial weights,
+and train only the ticket. What is learned is in --config, how it fits on the machine in
+--deepspeed-config. The same command continues a run where it was."""
+
+EPILOG = """\
+examples:
+  two CPU ranks
+    DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --num_accelerators 2 launcher/pretrain.py \\
+        --config launcher/recipes/demo.yaml
+  the paper's model on the GPUs of this machine, states sharded over them
+    deepspeed launcher/pretrain.py --config launcher/recipes/tinyllama-1.1b.yaml \\
+        --deepspeed-config ds_configs/zero2.json --data.store tokenized_data/slimpajama
+  its control without a mask: an overlay, then a name of its own
+    deepspeed launcher/pretrain.py --config launcher/recipes/demo.yaml \\
+        --config launcher/recipes/base.yaml --run.name demo-base"""
+
+DEFAULT_DS_CONFIG = Path(__file__).resolve().parents[1] / "ds_configs" / "zero1.json"
+
+
+def main() -> None:
+    config, options = parse(
+        Config,
+        sys.argv[1:],
+        prog="pretrain.py",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        options={
+            "--deepspeed-config": {
+                "type": str,
+                "default": str(DEFAULT_DS_CONFIG),
+                "metavar": "JSON",
+                "help": "DeepSpeed settings for this machine (default: ds_configs/zero1.json)",
+            },
+            "--local_rank": {"type": int, "default": 0, "help": HIDDEN},
+        },
+    )
+    dist.init()
+    try:
+        _run(config, Path(options["deepspeed_config"]))
+    finally:
+        dist.shutdown()
+
+
+def _run(config: Config, ds_path: Path) -> None:
+    from pmp_ds.plots import plot_run  # these import transformers and matplotlib: seconds
+    from pmp_ds.train import deepspeed_config, pipeline, plan, run_facts, theta0
+
+    ds_config = deepspeed_config.read_json(ds_path)
+    deepspeed_config.merge(ds_config, config.train, dist.world_size())
+    run = RunDir(Path(config.run.root) / config.run.name)
+    # Rank 0 alone reads every byte; a damaged store stops all ranks before anything is written.
+    dist.on_rank0(lambda: Store.open(config.data.store, verify=True) and None)
+    store = Store.open(config.data.store)
+    theta0.architecture(config, run_facts.DataFacts.of(store))  # UserError when they do not fit
+    dist.on_rank0(lambda: run_facts.claim(run, config, store))
+    job = pipeline.open_job(config, ds_config, store, run)
+    if dist.rank() == 0:
+        print(f"{config.run.name}:\n{plan.describe(job)}", flush=True)
+    outcome = pipeline.pretrain(job)
+    if dist.rank() == 0:
+        plot_run(run)
+        print(
+            f"done: ticket of {outcome.num_kept:,} elements of {outcome.num_params:,}, "
+            f"{outcome.complement_changed} elements of the complement changed\n"
+            f"  next: python launcher/export.py --run {run.root}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main))

@@ -1,0 +1,325 @@
+"""The configuration tree: what is learned. How it fits on the machine is in ds_configs/*.json.
+
+Every field's docstring becomes its line in ``--help``. Checks here need no file, network or
+process group; what needs them is checked where it is opened.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pmp_ds.errors import UserError
+
+Precision = Literal["fp32", "bf16"]
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise UserError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where the run lives and how often it reports. May change between restarts of a run."""
+
+    name: str = "pmp"
+    """Name of the run: its folder under `run.root`."""
+
+    root: str = "runs"
+    """Folder that holds the runs."""
+
+    log_every: int = 1
+    """Updates between two lines of metrics.jsonl."""
+
+    val_every: int = 100
+    """Updates between two validations; the first and the last update always validate."""
+
+    val_blocks: int = 256
+    """Validation blocks read at each validation, the same ones every time."""
+
+    checkpoint_every: int = 500
+    """Updates between two checkpoints; the last update always writes one."""
+
+    keep_last: int = 2
+    """Checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.name not in ("", ".", "..") and "/" not in self.name,
+            f"run.name={self.name!r} is not a folder name; set run.root for the folder above it",
+        )
+        for name in ("log_every", "val_every", "val_blocks", "checkpoint_every", "keep_last"):
+            value = getattr(self, name)
+            _require(value >= 1, f"run.{name}={value} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """The initial weights theta(0)."""
+
+    seed: int | None = None
+    """Paper mode: draw theta(0) from this public torch seed, so that anyone who knows it can find
+    the mask. Leave it unset for secret weights from a random key in `private/init/`."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.seed is None or 0 <= self.seed < 2**63,
+            f"init.seed={self.seed} must be between 0 and 2^63 - 1",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The architecture, built with the classes of `transformers`."""
+
+    family: Literal["llama", "gpt2", "auto"] = "llama"
+    """`llama`, `gpt2`, or `auto`: any causal model from the config.json at `model.path`."""
+
+    path: str | None = None
+    """For `auto`: a folder with a config.json, or the file itself. No weights are read."""
+
+    vocab_size: int | None = None
+    """Rows of the embedding; unset means the tokenizer's own size."""
+
+    hidden_size: int = 2048
+    """Width of the residual stream."""
+
+    num_layers: int = 22
+    """Transformer blocks."""
+
+    num_heads: int = 32
+    """Attention heads."""
+
+    num_kv_heads: int | None = None
+    """Key and value heads (`llama`); unset means `num_heads`."""
+
+    intermediate_size: int | None = None
+    """Width of the feed-forward layer; unset means 4 x `hidden_size`."""
+
+    max_positions: int = 2048
+    """Longest context the released model accepts, in tokens."""
+
+    rope_theta: float = 10000.0
+    """Base of the rotary embedding (`llama`)."""
+
+    tie_embeddings: bool = False
+    """Use one matrix for the input embedding and the output head."""
+
+    def __post_init__(self) -> None:
+        _require(
+            (self.path is not None) == (self.family == "auto"),
+            f"model.path={self.path!r} does not go with model.family={self.family!r}: a path is "
+            "needed for `auto` and used for nothing else",
+        )
+        for name in ("hidden_size", "num_layers", "num_heads", "max_positions"):
+            value = getattr(self, name)
+            _require(value >= 1, f"model.{name}={value} must be at least 1")
+        _require(
+            self.hidden_size % self.num_heads == 0,
+            f"model.hidden_size={self.hidden_size} is not a multiple of "
+            f"model.num_heads={self.num_heads}",
+        )
+        _require(
+            self.num_heads % (self.num_kv_heads or self.num_heads) == 0,
+            f"model.num_heads={self.num_heads} is not a multiple of "
+            f"model.num_kv_heads={self.num_kv_heads}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The packed tokens and their order."""
+
+    store: str = "tokenized_data/demo"
+    """Folder written by launcher/prepare_data.py."""
+
+    seed: int = 0
+    """Seed of the sample order of masked pretraining (discovery draws its own, secret order)."""
+
+    def __post_init__(self) -> None:
+        _require(
+            0 <= self.seed < 2**63, f"data.seed={self.seed} must be between 0 and 2^63 - 1"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """The ticket and how it is found (paper, section 2.1)."""
+
+    source: Literal["earlybird", "random", "none", "file"] = "earlybird"
+    """`earlybird`: the paper's discovery. `random`: a uniform mask of equal density from a secret
+    key. `none`: train everything (the BASE control). `file`: the ticket at `mask.file`."""
+
+    density: float = 0.7
+    """Fraction of the parameters kept and trained, in (0, 1]."""
+
+    score: Literal["mean", "ema", "gradient"] = "mean"
+    """What top-k ranks: the running mean of |g|, its exponential mean, or |g| of the one update
+    (the paper's Eq. 2; its masks seldom become stable)."""
+
+    score_decay: float = 0.95
+    """Decay of the exponential mean (`score: ema`)."""
+
+    iou_threshold: float = 0.99
+    """Two consecutive masks are alike from this intersection over union on."""
+
+    patience: int = 5
+    """Consecutive alike masks that make the ticket."""
+
+    max_steps: int = 500
+    """Longest discovery, in updates (the paper's t_EB)."""
+
+    on_unstable: Literal["error", "last", "best"] = "error"
+    """When `max_steps` pass without a stable mask: stop, take the last candidate, or the one with
+    the highest IoU."""
+
+    always_train: bool = True
+    """Keep every tensor that starts as a constant (norms, biases) in the ticket: a constant that
+    never moved would show that it was frozen."""
+
+    file: str | None = None
+    """For `source: file`: a ticket folder."""
+
+    def __post_init__(self) -> None:
+        _require(
+            0.0 < self.density <= 1.0,
+            f"mask.density={self.density} must be in (0, 1]: it is the fraction that is trained",
+        )
+        _require(
+            0.0 < self.score_decay < 1.0, f"mask.score_decay={self.score_decay} must be in (0, 1)"
+        )
+        _require(
+            0.0 < self.iou_threshold <= 1.0,
+            f"mask.iou_threshold={self.iou_threshold} must be in (0, 1]",
+        )
+        for name in ("patience", "max_steps"):
+            value = getattr(self, name)
+            _require(value >= 1, f"mask.{name}={value} must be at least 1")
+        _require(
+            (self.file is not None) == (self.source == "file"),
+            f"mask.file={self.file!r} does not go with mask.source={self.source!r}: a file is "
+            "needed for `file` and used for nothing else",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The optimization: the paper's (appendix A), and torch's AdamW where the paper is silent."""
+
+    steps: int = 20000
+    """Optimizer updates of masked pretraining."""
+
+    global_batch_size: int = 32
+    """Sequences per update, over all ranks and accumulation steps."""
+
+    micro_batch_size: int = 32
+    """Sequences per forward pass on one rank; accumulation fills the rest."""
+
+    precision: Precision = "bf16"
+    """Precision of the weights in forward and backward; the master weights stay fp32."""
+
+    lr: float = 2e-5
+    """Peak learning rate."""
+
+    warmup_steps: int = 2000
+    """Updates of linear warm-up before the cosine."""
+
+    min_lr_ratio: float = 0.0
+    """Learning rate at the last update, as a fraction of the peak."""
+
+    weight_decay: float = 0.01
+    """Decoupled weight decay, on the ticket's elements of matrices only."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of AdamW's first and second moment."""
+
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+
+    clip_norm: float = 1.0
+    """Largest norm of the masked gradient; 0 switches clipping off."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch_size", "micro_batch_size"):
+            value = getattr(self, name)
+            _require(value >= 1, f"train.{name}={value} must be at least 1")
+        _require(self.lr > 0.0, f"train.lr={self.lr} must be positive")
+        _require(
+            0 <= self.warmup_steps <= self.steps,
+            f"train.warmup_steps={self.warmup_steps} must be between 0 and "
+            f"train.steps={self.steps}",
+        )
+        _require(
+            0.0 <= self.min_lr_ratio <= 1.0,
+            f"train.min_lr_ratio={self.min_lr_ratio} must be in [0, 1]",
+        )
+        _require(
+            self.weight_decay >= 0.0, f"train.weight_decay={self.weight_decay} must not be negative"
+        )
+        _require(
+            all(0.0 <= beta < 1.0 for beta in self.betas),
+            f"train.betas={self.betas} must both be in [0, 1)",
+        )
+        _require(self.eps > 0.0, f"train.eps={self.eps} must be positive")
+        _require(self.clip_norm >= 0.0, f"train.clip_norm={self.clip_norm} must not be negative")
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches per update and rank; raises UserError when they do not divide."""
+        per_pass = self.micro_batch_size * world_size
+        _require(
+            self.global_batch_size % per_pass == 0,
+            f"train.global_batch_size={self.global_batch_size} is not a multiple of "
+            f"micro_batch_size x world_size = {self.micro_batch_size} x {world_size} = {per_pass}",
+        )
+        return self.global_batch_size // per_pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One pretraining run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Text to packed Arrow shards."""
+
+    input: tuple[str, ...] = ("python",)
+    """Files and folders of .txt, .jsonl or .jsonl.gz; `python` is the interpreter's own
+    documentation and standard-library sources."""
+
+    out: str = "tokenized_data/demo"
+    """Folder of the packed store; it must not hold another one."""
+
+    text_field: str = "text"
+    """Field of a JSON line that holds the document."""
+
+    tokenizer: str | None = None
+    """A Hugging Face tokenizer folder or tokenizer.json, or a sentencepiece .model; unset trains
+    one on the input."""
+
+    train_vocab_size: int = 4096
+    """Size of the tokenizer trained when none is given."""
+
+    block_size: int = 256
+    """Tokens per block."""
+
+    val_fraction: float = 0.01
+    """Share of the documents held out for validation, chosen by a hash of their text."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.input) > 0, "input is empty: name a file, a folder or `python`")
+        _require(self.block_size >= 2, f"block_size={self.block_size} must be at least 2 tokens")
+        _require(
+            0.0 < self.val_fraction < 1.0, f"val_fraction={self.val_fraction} must be in (0, 1)"
+        )
+        _require(
+            300 <= self.train_vocab_size <= 1 << 20,
+            f"train_vocab_size={self.train_vocab_size} must be between 300 (256 bytes and the "
+            "special tokens need room) and 1048576",
+        )

@@ -1,0 +1,178 @@
+"""The order of the samples and the batches of one rank.
+
+The global sample stream is fixed by (key, number of blocks): sample ``s`` is block
+``permute(s % n)`` of epoch ``s // n``. A rank reads its contiguous share of every global batch, so
+the stream is the same for any number of ranks and ``consumed_samples`` is the only state.
+"""
+
+import contextlib
+import hashlib
+import queue
+import threading
+import time
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+_ROUNDS = 4
+_READ_AHEAD = 2  # batches waiting, besides the one being gathered
+
+
+class BlockSource(Protocol):
+    """What the loader reads: ``arrow_store.Blocks`` or anything like it."""
+
+    def __len__(self) -> int: ...
+
+    def gather(self, indices: npt.NDArray[np.integer]) -> npt.NDArray[Any]: ...
+
+
+def order_key(purpose: str, seed_or_secret: int | bytes) -> bytes:
+    """32 bytes that order one stream; another ``purpose`` or seed gives an unrelated order."""
+    if isinstance(seed_or_secret, int):
+        material = b"seed:%d" % seed_or_secret
+    else:
+        material = b"secret:" + seed_or_secret
+    domain = b"pmp-ds order:%d:" % len(purpose.encode()) + purpose.encode() + b":"
+    return hashlib.sha256(domain + material).digest()
+
+
+def permute(
+    index: npt.NDArray[np.integer],  # (m,) positions in [0, n)
+    n: int,
+    key: bytes,
+    epoch: int,
+) -> npt.NDArray[np.int64]:
+    """A pseudo-random permutation of ``[0, n)`` at the given positions, ``(m,)`` int64.
+
+    Four Feistel rounds over the smallest power of two that holds ``n``; results outside
+    ``[0, n)`` are permuted again until they fall inside (fewer than twice on average). Needs
+    memory for ``index`` alone, whatever ``n`` is.
+    """
+    bits = max(2, (n - 1).bit_length())
+    right_bits = bits // 2
+    half_bits = (bits - right_bits, right_bits)
+    round_keys = np.frombuffer(
+        hashlib.blake2b(
+            epoch.to_bytes(8, "little"), key=key, digest_size=8 * _ROUNDS, person=b"feistel"
+        ).digest(),
+        "<u8",
+    )
+    out = index.astype(np.uint64)
+    todo = np.arange(len(out))
+    while len(todo):
+        moved = _feistel(out[todo], half_bits, round_keys)
+        out[todo] = moved
+        todo = todo[moved >= np.uint64(n)]
+    return out.astype(np.int64)
+
+
+def _feistel(
+    value: npt.NDArray[np.uint64],
+    half_bits: tuple[int, int],
+    round_keys: npt.NDArray[np.uint64],
+) -> npt.NDArray[np.uint64]:
+    """One pass over ``[0, 2^sum(half_bits))``: each round moves one half by a hash of the other."""
+    shift = np.uint64(half_bits[1])
+    masks = tuple(np.uint64((1 << b) - 1) for b in half_bits)
+    halves = [value >> shift, value & masks[1]]
+    for number, key in enumerate(round_keys):
+        target = number % 2
+        halves[target] = (halves[target] + _mix(halves[1 - target] ^ key)) & masks[target]
+    return (halves[0] << shift) | halves[1]
+
+
+def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Spread every input bit over all 64 (xor-shift and multiply; wraps modulo 2^64)."""
+    x = (x ^ (x >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
+    x = (x ^ (x >> np.uint64(32))) * np.uint64(0xA0761D6478BD642F)
+    return x ^ (x >> np.uint64(29))
+
+
+class BlockLoader:
+    """Batches of one rank, gathered ahead by a background thread.
+
+    Use as a context manager or call ``close``. ``consumed_samples`` counts over all ranks and
+    covers exactly the batches that ``next`` returned.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockSource,
+        key: bytes,
+        global_batch_size: int,
+        rank: int,
+        world_size: int,
+        consumed_samples: int = 0,
+    ) -> None:
+        """``global_batch_size`` sequences per ``next`` over all ranks; ``key`` of ``order_key``."""
+        assert len(blocks) > 0
+        assert global_batch_size % world_size == 0
+        assert 0 <= rank < world_size
+        self.consumed_samples = consumed_samples
+        self.wait_seconds = 0.0
+        """Seconds that ``next`` spent waiting for a batch, since the start."""
+        self._blocks, self._key = blocks, key
+        self._global_batch_size, self._share = global_batch_size, global_batch_size // world_size
+        self._rank = rank
+        self._ready: queue.Queue[torch.Tensor | BaseException] = queue.Queue(_READ_AHEAD)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(
+            target=self._read_ahead, args=(consumed_samples,), name="block-loader", daemon=True
+        )
+        self._thread.start()
+
+    def next(self) -> torch.Tensor:
+        """The next batch, ``(global_batch_size // world_size, block_size)`` int64.
+
+        Raises what went wrong in the background thread, if anything did.
+        """
+        if self._stop.is_set():
+            raise RuntimeError("the loader is closed")
+        start = time.perf_counter()
+        batch = self._ready.get()
+        self.wait_seconds += time.perf_counter() - start
+        if isinstance(batch, BaseException):
+            self.close()
+            raise batch
+        self.consumed_samples += self._global_batch_size
+        return batch
+
+    def close(self) -> None:
+        """Stop the thread; may be called twice."""
+        self._stop.set()
+        while self._thread.is_alive():
+            with contextlib.suppress(queue.Empty):  # in case the thread waits for a free place
+                self._ready.get_nowait()
+            self._thread.join(timeout=0.05)
+
+    def __enter__(self) -> "BlockLoader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _indices(self, first_sample: int) -> npt.NDArray[np.int64]:
+        """Blocks of this rank's share of the global batch that starts at ``first_sample``."""
+        n = len(self._blocks)
+        samples = first_sample + self._rank * self._share + np.arange(self._share, dtype=np.int64)
+        epochs, positions = samples // n, samples % n
+        out = np.empty_like(samples)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            out[here] = permute(positions[here], n, self._key, int(epoch))
+        return out
+
+    def _read_ahead(self, first_sample: int) -> None:
+        item: torch.Tensor | BaseException
+        while not self._stop.is_set():
+            try:
+                blocks = self._blocks.gather(self._indices(first_sample))
+                item = torch.from_numpy(blocks.astype(np.int64))
+            except BaseException as error:  # noqa: BLE001 - raised by next()
+                item = error
+            self._ready.put(item)
+            if isinstance(item, BaseException):
+                return
+            first_sample += self._global_batch_size

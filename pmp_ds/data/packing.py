@@ -1,0 +1,70 @@
+"""Token arrays to fixed blocks: one EOS behind every document, cut every ``block_size``."""
+
+import hashlib
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+Tokens = npt.NDArray[np.unsignedinteger]
+
+_FLUSH_TOKENS = 1 << 20
+
+
+def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
+    """The smallest of uint16 and uint32 that holds every id below ``vocab_size``."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def is_validation(text: str, val_fraction: float) -> bool:
+    """Whether a document is held out: its sha256, read as a number in [0, 1), is below the share.
+
+    The choice depends on the text alone, so copies of a document land in the same split.
+    """
+    digest = hashlib.sha256(text.encode("utf-8")).digest()
+    return int.from_bytes(digest[:8], "big") < val_fraction * 2.0**64
+
+
+class Packer:
+    """Cuts one stream of documents into blocks; every document is followed by ``eos_id``."""
+
+    def __init__(self, block_size: int, eos_id: int, dtype: np.dtype[np.unsignedinteger]) -> None:
+        self.block_size = block_size
+        self._eos = np.array([eos_id], dtype)
+        self._pending: list[Tokens] = []
+        self._num_pending = 0
+
+    def add(self, documents: Iterable[npt.NDArray[np.integer]]) -> Tokens:
+        """Append documents (each ``(tokens,)``); return the blocks that are full.
+
+        Returns ``(n, block_size)``; n is 0 while little has come in, to keep copies large.
+        """
+        for ids in documents:
+            self._pending += (ids.astype(self._eos.dtype, copy=False), self._eos)
+            self._num_pending += len(ids) + 1
+        if self._num_pending < max(_FLUSH_TOKENS, self.block_size):
+            return self._eos[:0].reshape(0, self.block_size)
+        return self._cut()
+
+    def finish(self) -> tuple[Tokens, int]:
+        """The last full blocks ``(n, block_size)`` and the number of tokens dropped behind them."""
+        blocks = self._cut()
+        dropped, self._pending, self._num_pending = self._num_pending, [], 0
+        return blocks, dropped
+
+    def _cut(self) -> Tokens:
+        stream: Tokens = np.concatenate([*self._pending, self._eos[:0]])
+        full = len(stream) // self.block_size * self.block_size
+        self._pending, self._num_pending = [stream[full:].copy()], len(stream) - full
+        return stream[:full].reshape(-1, self.block_size)
+
+
+def pack_ref(
+    documents: Iterable[Iterable[int]], block_size: int, eos_id: int
+) -> tuple[list[list[int]], int]:
+    """What ``Packer`` does, token by token: (blocks, dropped tokens)."""
+    stream: list[int] = []
+    for ids in documents:
+        stream += [*ids, eos_id]
+    full = len(stream) // block_size * block_size
+    return [stream[i : i + block_size] for i in range(0, full, block_size)], len(stream) - full

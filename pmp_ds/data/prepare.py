@@ -1,0 +1,171 @@
+"""The whole way from text to a packed store: what launcher/prepare_data.py runs.
+
+Everything is written to `<out>.incomplete` and renamed at the end, so a killed run leaves no half
+store and the same command starts over.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pmp_ds.config import PrepareConfig
+from pmp_ds.data.arrow_store import SPLITS, Store, read_manifest
+from pmp_ds.data.build import build_store, no_document
+from pmp_ds.data.corpus import Rejects, Source, find_sources, read_documents
+from pmp_ds.data.packing import is_validation
+from pmp_ds.data.summary import PrepareSummary
+from pmp_ds.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from pmp_ds.errors import UserError
+from pmp_ds.progress import Progress
+from pmp_ds.run_dir import fsync_dir
+
+TRAINING_BYTES = 64 << 20
+"""Most text that a tokenizer is trained on, spread over all sources."""
+
+_ENTRIES = {*SPLITS, "tokenizer", "dataset_dict.json", "manifest.json"}
+
+
+def prepare(config: PrepareConfig) -> PrepareSummary:
+    """Make the store ``config.out``, or return at once when it is complete with these settings.
+
+    Raises UserError for an input, tokenizer or folder that cannot be used; nothing is left behind.
+    """
+    start = time.monotonic()
+    out = Path(config.out)
+    sources = find_sources(config.input)
+    tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
+    settings = _settings(config, sources, tokenizer)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        manifest = _matching_manifest(out, settings)
+        return _summary(out, manifest, start, reused=True)
+    try:
+        with _staging(out) as folder:
+            if tokenizer is None:
+                tokenizer = _train(sources, config)
+            manifest = build_store(folder, config, sources, tokenizer, settings)
+            os.replace(folder, out)
+            fsync_dir(out.parent)
+    except OSError as error:
+        raise UserError(f"out={out} cannot be written: {error}") from error
+    return _summary(out, manifest, start, reused=False)
+
+
+def _settings(
+    config: PrepareConfig, sources: Sequence[Source], tokenizer: Tokenizer | None
+) -> dict[str, Any]:
+    """What the content of the store depends on, as far as it is known before reading."""
+    inputs = []
+    for given in config.input:
+        files = [(s.name, s.num_bytes) for s in sources if s.given == given]
+        digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+        inputs.append({"input": given, "files": len(files), "names_and_sizes": digest})
+    trained = f"trained here with train_vocab_size={config.train_vocab_size}"
+    return {
+        "input": inputs,
+        "text_field": config.text_field,
+        "tokenizer": trained if tokenizer is None else tokenizer.fingerprint,
+        "block_size": config.block_size,
+        "val_fraction": config.val_fraction,
+    }
+
+
+def _matching_manifest(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of the store that is already there; UserError when it is not this one."""
+    way_out = "choose another out or delete the folder"
+    if not (out / "manifest.json").is_file():
+        raise UserError(f"out={out} exists and is not a packed store; {way_out}")
+    manifest = read_manifest(out)
+    there = manifest.get("settings", {})
+    if there != settings:
+        differences = [
+            f"{name} is {there.get(name)!r} there and {value!r} now"
+            for name, value in settings.items()
+            if there.get(name) != value
+        ]
+        raise UserError(f"out={out} holds another store ({'; '.join(differences)}); {way_out}")
+    Store.open(out)  # complete, or an error that names what is missing
+    return manifest
+
+
+@contextlib.contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """An empty, locked `<out>.incomplete`, to be renamed; an error removes it."""
+    folder = out.with_name(out.name + ".incomplete")
+    new_parent = not out.parent.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{folder} is being written by another run; wait for it") from error
+        foreign = {path.name for path in folder.iterdir()} - _ENTRIES
+        if foreign:
+            raise UserError(
+                f"{folder} holds {sorted(foreign)[0]!r}, which no killed run left; move it away"
+            )
+        try:
+            _clear(folder)
+            for name in (*SPLITS, "tokenizer"):
+                (folder / name).mkdir()
+            yield folder
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            if new_parent:
+                with contextlib.suppress(OSError):  # somebody else uses it by now
+                    out.parent.rmdir()
+            raise
+    finally:
+        os.close(lock)
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _train(sources: Sequence[Source], config: PrepareConfig) -> Tokenizer:
+    rejects = Rejects()
+    texts = _training_texts(sources, config, rejects)
+    first = next(texts, None)
+    if first is None:
+        rejects.check()
+        raise UserError(no_document(config))
+    return train_tokenizer(itertools.chain([first], texts), config.train_vocab_size)
+
+
+def _training_texts(
+    sources: Sequence[Source], config: PrepareConfig, rejects: Rejects
+) -> Iterator[str]:
+    """Documents of the train split, from the start of every source in proportion to its size."""
+    total = sum(source.num_bytes for source in sources)
+    share = min(1.0, TRAINING_BYTES / max(1, total))
+    credit = 0.0
+    with Progress("train tokenizer", "B", total, scale=True) as bar:
+        for source in sources:
+            credit += share * source.num_bytes
+            for text in read_documents(source, config.text_field, rejects):
+                if share < 1.0 and credit <= 0.0:
+                    break
+                if not is_validation(text, config.val_fraction):
+                    credit -= len(text.encode("utf-8"))
+                    yield text
+            bar.update(source.num_bytes)
+
+
+def _summary(out: Path, manifest: dict[str, Any], start: float, *, reused: bool) -> PrepareSummary:
+    return PrepareSummary(
+        folder=out,
+        reused=reused,
+        manifest=manifest,
+        warnings=tuple(manifest["warnings"]),
+        seconds=time.monotonic() - start,
+    )

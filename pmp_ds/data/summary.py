@@ -1,0 +1,60 @@
+"""The closing report of a preparation."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pmp_ds.data.arrow_store import SPLITS
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareSummary:
+    """What a store holds and what making it took; ``str()`` is the closing report."""
+
+    folder: Path
+    reused: bool
+    """The complete store was there already, made with the same settings."""
+
+    manifest: dict[str, Any]
+    warnings: tuple[str, ...]
+    seconds: float
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the blocks of all splits."""
+        return sum(self.blocks.values()) * int(self.manifest["block_size"])
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        """Blocks per split."""
+        return {split: int(self.manifest["splits"][split]["blocks"]) for split in SPLITS}
+
+    def __str__(self) -> str:
+        manifest, splits, rows = self.manifest, self.manifest["splits"], self.manifest["rows"]
+        documents = sum(split["documents"] for split in splits.values())
+        lines = [f"{'already complete' if self.reused else 'prepared'}: {self.folder}"]
+        lines.append(
+            f"  documents      {documents:,} ({rows['malformed']:,} malformed and "
+            f"{rows['empty']:,} empty rows left out of {rows['read']:,})"
+        )
+        lines += [f"                 {reason}" for reason in rows["rejected"]]
+        for name, split in splits.items():
+            lines.append(
+                f"  {name:<14} {split['blocks']:,} blocks of {manifest['block_size']} = "
+                f"{split['blocks'] * manifest['block_size']:,} tokens from "
+                f"{split['documents']:,} documents (tail of {split['dropped_tokens']:,} dropped)"
+            )
+        lines.append(
+            f"  tokenizer      {manifest['tokenizer']['kind']}, {manifest['vocab_size']:,} ids "
+            f"({manifest['dtype']}), end of text {manifest['eos_id']}"
+        )
+        lines.append(
+            f"  unigram        {self.manifest['unigram_cross_entropy']:.4f} nats per token "
+            "(a model that learned only frequencies)"
+        )
+        lines.append(f"  dataset id     {manifest['dataset_id'][:16]}")
+        if not self.reused:
+            lines.append(
+                f"  time           {self.seconds:.1f} s, {self.tokens / self.seconds:,.0f} tokens/s"
+            )
+        return "\n".join([*lines, *(f"  warning: {warning}" for warning in self.warnings)])

@@ -1,0 +1,286 @@
+"""Text to ids: a Hugging Face tokenizer, a sentencepiece model, or one trained on the corpus.
+
+Whatever the kind, text that spells a special token (`</s>`) is encoded as text, so a document
+cannot forge the boundary between two documents; and ``save_pretrained`` writes a folder that a
+plain ``AutoTokenizer`` reads.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer as FastTokenizer
+
+from pmp_ds.data.spm import fast_from_sentencepiece, parse_model, train_model
+from pmp_ds.errors import UserError
+from pmp_ds.run_dir import write_json
+
+Ids = npt.NDArray[np.integer]
+
+MODEL_FILE = "tokenizer.model"
+_EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[EOS]")
+
+
+class Tokenizer(Protocol):
+    """One interface for all kinds."""
+
+    kind: str
+    """`huggingface`, `sentencepiece` or `trained`."""
+
+    vocab_size: int
+    """One more than the largest id."""
+
+    eos_id: int
+    special_tokens: dict[str, int]
+    """Every special token, spelled as in text, and its id."""
+
+    fingerprint: str
+    """sha256 over what determines the ids."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        """The ids ``(tokens,)`` of every text: no special tokens added, none recognised."""
+        ...
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write a folder for ``AutoTokenizer``, and the sentencepiece model if there is one."""
+        ...
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    """A Hugging Face folder, a tokenizer.json, or a sentencepiece ``.model`` file.
+
+    Raises UserError when it cannot be read, is no fast tokenizer, or has no end-of-text token.
+    """
+    where = Path(path)
+    if not where.exists():
+        raise UserError(
+            f"tokenizer {path} does not exist; name a Hugging Face tokenizer folder or a "
+            "sentencepiece .model file, or leave it unset to train one on the input"
+        )
+    if where.suffix == ".model":
+        return SentencePieceTokenizer(where.read_bytes(), path)
+    return HuggingFaceTokenizer(_load_huggingface(where), path)
+
+
+class HuggingFaceTokenizer:
+    """A fast tokenizer of `transformers`; also what a trained one becomes."""
+
+    kind = "huggingface"
+
+    def __init__(self, tokenizer: Any, name: str, model: bytes | None = None) -> None:
+        """``model``: the sentencepiece model it was converted from, kept beside it."""
+        self._tokenizer, self._model = tokenizer, model
+        if tokenizer.eos_token_id is None:
+            raise UserError(_no_eos(name))
+        self.eos_id: int = tokenizer.eos_token_id
+        description = json.loads(tokenizer.backend_tokenizer.to_str())
+        ids: dict[str, int] = tokenizer.get_vocab()
+        self.vocab_size = max(ids.values()) + 1
+        added = description["added_tokens"]
+        names = {token["content"] for token in added if token["special"]}
+        names.update(tokenizer.all_special_tokens)
+        self.special_tokens = {token: ids[token] for token in sorted(names) if token in ids}
+        decisive = ("normalizer", "pre_tokenizer", "model")
+        self.fingerprint = _fingerprint(
+            {
+                **{key: description[key] for key in decisive},
+                "added": sorted((token["id"], token["content"]) for token in added),
+                "special": self.special_tokens,
+                "eos": self.eos_id,
+            }
+        )
+        self._plain = _without_special(description, self.special_tokens)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def save_pretrained(self, folder: Path) -> None:
+        _save(self._tokenizer, folder)
+        if self._model is not None:
+            (folder / MODEL_FILE).write_bytes(self._model)
+
+
+class TrainedTokenizer(HuggingFaceTokenizer):
+    """Trained with sentencepiece, used through its exact Hugging Face equivalent."""
+
+    kind = "trained"
+
+
+class SentencePieceTokenizer:
+    """Somebody's sentencepiece model, encoded by sentencepiece itself."""
+
+    kind = "sentencepiece"
+
+    def __init__(self, model: bytes, name: str) -> None:
+        import sentencepiece
+
+        try:
+            proto = parse_model(model)
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except Exception as error:  # protobuf and sentencepiece have no common exception
+            raise UserError(f"tokenizer {name} is not a sentencepiece model: {error}") from error
+        control, spec = type(proto.pieces[0]).CONTROL, proto.trainer_spec
+        for index, piece in ((spec.bos_id, spec.bos_piece), (spec.eos_id, spec.eos_piece)):
+            # `user_defined_symbols=</s>` makes sentencepiece find it in text: undo that.
+            if 0 <= index < len(proto.pieces) and proto.pieces[index].piece == piece:
+                proto.pieces[index].type = control
+        self._processor.LoadFromSerializedProto(proto.SerializeToString())
+        self.eos_id = self._processor.eos_id()
+        if self.eos_id < 0:
+            raise UserError(_no_eos(name))
+        self._model = model
+        self.vocab_size = self._processor.vocab_size()
+        self.fingerprint = _fingerprint({"sha256": hashlib.sha256(model).hexdigest()})
+        self._proto = proto
+        self.special_tokens = {
+            piece.piece: index
+            for index, piece in enumerate(proto.pieces)
+            if piece.type in (control, type(piece).UNKNOWN)
+        }
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        return list(self._processor.encode(list(texts), return_type="numpy"))
+
+    def save_pretrained(self, folder: Path) -> None:
+        _save(_wrap(fast_from_sentencepiece(self._proto), self._proto), folder)
+        (folder / MODEL_FILE).write_bytes(self._model)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TrainedTokenizer:
+    """Train a BPE tokenizer with byte fallback; equal texts give equal tokenizers.
+
+    It loses nothing but U+2581, which sentencepiece cannot tell from a space. Raises UserError
+    when the texts are too few or too many kinds of characters for ``vocab_size``.
+    """
+    model = train_model(texts, vocab_size)
+    proto = parse_model(model)
+    wrapped = _wrap(fast_from_sentencepiece(proto), proto)
+    return TrainedTokenizer(wrapped, "trained on the input", model)
+
+
+def count_mismatches(
+    tokenizer: Tokenizer, folder: Path, texts: Sequence[str]
+) -> tuple[int, int, int]:
+    """Compare ``tokenizer`` with a plain ``AutoTokenizer`` of the ``folder`` it was saved in.
+
+    Returns (texts compared, texts with other ids, texts that ``decode`` does not give back).
+    Texts that spell a special token are left out: there the two differ on purpose.
+    """
+    from transformers import AutoTokenizer
+
+    reader = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    reader.model_max_length = 1 << 62  # long documents are fine here; it would warn
+    texts = [text for text in texts if not any(name in text for name in tokenizer.special_tokens)]
+    other_ids = other_text = 0
+    for text, expected in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        found = reader.encode(text, add_special_tokens=False)
+        other_ids += found != expected.tolist()
+        other_text += reader.decode(expected.tolist()) != text
+    return len(texts), other_ids, other_text
+
+
+def _load_huggingface(where: Path) -> Any:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    folder = where if where.is_dir() else where.parent
+    try:
+        if where.is_dir() or (folder / "tokenizer_config.json").exists():
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        else:
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(where))
+            known = set(tokenizer.get_vocab())
+            names = [name for name in _EOS_NAMES if name in known]
+            if len(names) == 1:
+                tokenizer.eos_token = names[0]
+    except Exception as error:  # whatever transformers raises for a folder it cannot read
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise UserError(
+            f"tokenizer {where} cannot be read: {reason}; name a folder that "
+            "AutoTokenizer.from_pretrained reads, or a sentencepiece .model file"
+        ) from error
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise UserError(
+            f"tokenizer {where} is not a fast tokenizer (it has no tokenizer.json); convert it "
+            "with transformers first"
+        )
+    return tokenizer
+
+
+def _without_special(description: dict[str, Any], special: dict[str, int]) -> FastTokenizer:
+    """The same tokenizer with every special token renamed to something no text can contain.
+
+    The ids stay. `encode_special_tokens` is not enough: a Unigram, WordLevel or WordPiece
+    vocabulary holds `</s>` as an ordinary entry and finds it in text.
+    """
+    description = json.loads(json.dumps(description))
+    secret = os.urandom(16).hex()  # a document cannot guess it
+    renamed = {token: f"\U0010ffff{secret}:{index}" for token, index in special.items()}
+    model = description["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {renamed.get(t, t): index for t, index in model["vocab"].items()}
+    else:  # Unigram
+        model["vocab"] = [[renamed.get(t, t), score] for t, score in model["vocab"]]
+    if model.get("merges"):
+        model["merges"] = [
+            merge
+            for merge in model["merges"]
+            if not {*_pair(merge), "".join(_pair(merge))} & renamed.keys()
+        ]
+    if model.get("unk_token") in renamed:
+        model["unk_token"] = renamed[model["unk_token"]]
+    for token in description["added_tokens"]:
+        token["content"] = renamed.get(token["content"], token["content"])
+    description.update(truncation=None, padding=None, post_processor=None)
+    return FastTokenizer.from_str(json.dumps(description))
+
+
+def _pair(merge: str | list[str]) -> list[str]:
+    return merge.split(" ") if isinstance(merge, str) else merge
+
+
+def _wrap(fast: FastTokenizer, proto: Any) -> Any:
+    """The `transformers` tokenizer around a converted sentencepiece model."""
+    from transformers import PreTrainedTokenizerFast
+
+    spec = proto.trainer_spec
+    names = {
+        f"{role}_token": proto.pieces[index].piece
+        for role, index in (
+            ("unk", spec.unk_id),
+            ("bos", spec.bos_id),
+            ("eos", spec.eos_id),
+            ("pad", spec.pad_id),
+        )
+        if 0 <= index < len(proto.pieces)
+    }
+    return PreTrainedTokenizerFast(
+        tokenizer_object=fast, clean_up_tokenization_spaces=False, **names
+    )
+
+
+def _save(tokenizer: Any, folder: Path) -> None:
+    """`save_pretrained` under the class name that older versions of `transformers` know too."""
+    tokenizer.save_pretrained(str(folder))
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    write_json(path, settings)
+
+
+def _fingerprint(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _no_eos(name: str) -> str:
+    return (
+        f"tokenizer {name} has no end-of-text token, which separates the documents; set eos_token "
+        "in its tokenizer_config.json, or choose another tokenizer"
+    )

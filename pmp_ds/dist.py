@@ -1,0 +1,123 @@
+"""The process group: how the ranks of one run find each other and agree.
+
+Works under ``deepspeed``, ``torchrun`` and plain ``python`` (one rank). Everything here is also
+right before ``init`` and without any process group, where this process is rank 0 of 1.
+"""
+
+import datetime
+import logging
+import os
+import socket
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as torch_dist
+
+from pmp_ds.errors import UserError
+
+T = TypeVar("T")
+
+
+def init(timeout_seconds: float = 1800.0) -> None:
+    """Join the process group of the launcher, or make one of a single rank.
+
+    Raises ``torch.distributed.DistError`` when the other ranks do not appear in time.
+    """
+    if torch_dist.is_initialized():
+        return
+    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Reproducible matrix products on CUDA; has no meaning elsewhere.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # A shared-memory collective for inference; on CPU DeepSpeed would compile it for a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    deepspeed.init_distributed(
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=datetime.timedelta(seconds=timeout_seconds),
+    )
+    if device().type == "cuda":
+        torch.cuda.set_device(device())
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def rank() -> int:
+    return torch_dist.get_rank() if torch_dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum ``tensor`` over the ranks in place and return it."""
+    if world_size() > 1:
+        torch_dist.all_reduce(tensor)
+    return tensor
+
+
+def all_gather_object(value: T) -> list[T]:
+    """``value`` of every rank, in rank order; for small objects."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    torch_dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: T) -> T:
+    """Rank 0's ``value`` on every rank; for small objects."""
+    if world_size() == 1:
+        return value
+    holder: list[Any] = [value]
+    torch_dist.broadcast_object_list(holder, src=0)
+    return holder[0]
+
+
+def on_rank0(action: Callable[[], T]) -> T:
+    """Run ``action`` on rank 0 and return its (small) result on every rank. A UserError is raised
+    on every rank, so that none waits for another."""
+    outcome: tuple[str | None, Any] = (None, None)
+    if rank() == 0:
+        try:
+            outcome = (None, action())
+        except UserError as error:
+            outcome = (str(error), None)
+    message, result = broadcast_object(outcome)
+    if message is not None:
+        raise UserError(message)
+    return result
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    all_gather_object(None)
+
+
+def shutdown() -> None:
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()

@@ -1,0 +1,59 @@
+"""Numbers of a run: one JSON line per record in metrics.jsonl, and TensorBoard scalars.
+
+Only rank 0 writes. Nothing here may depend on which elements are in the ticket.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from pmp_ds.run_dir import RunDir, write_text
+
+
+class MetricsLog:
+    """Appends records; with ``enabled`` false it does nothing."""
+
+    def __init__(self, run: RunDir, *, enabled: bool) -> None:
+        self._enabled = enabled
+        if enabled:
+            self._file = open(run.metrics, "a", encoding="utf-8")  # noqa: SIM115
+            self._board = SummaryWriter(str(run.tensorboard))
+
+    def write(self, phase: str, step: int, **values: float) -> None:
+        """Record ``values`` of update ``step`` (from 1; 0 is before the first) of a phase:
+        `discover` or `train`."""
+        if not self._enabled:
+            return
+        record: dict[str, Any] = {"phase": phase, "step": step}
+        record |= {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(f"{phase}/{name}", value, step)
+
+    def close(self) -> None:
+        if self._enabled:
+            self._file.close()
+            self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All records, oldest first; a last line cut off by a kill is dropped."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def rewind_metrics(path: Path, last: Mapping[str, int]) -> None:
+    """Drop the records after the checkpoint: those of a phase with a step beyond ``last[phase]``;
+    a phase that is not named is dropped whole."""
+    kept = [r for r in read_metrics(path) if r["step"] <= last.get(r["phase"], -1)]
+    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))

@@ -1,0 +1,1 @@
+"""The model: architecture, secret or public initial weights, and the global element order."""

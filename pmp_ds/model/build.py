@@ -1,0 +1,163 @@
+"""From the configuration to an untrained Hugging Face model on the CPU.
+
+hf = model_config(config.model, vocab_size=..., eos_id=..., bos_id=..., block_size=...)
+model = build_model(hf)
+"""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from pmp_ds.config import ModelConfig
+from pmp_ds.errors import UserError
+
+_NORM_EPS = 1e-5
+
+
+def model_config(
+    config: ModelConfig, *, vocab_size: int, eos_id: int, bos_id: int | None, block_size: int
+) -> PreTrainedConfig:
+    """The Hugging Face config of ``config.family``.
+
+    ``vocab_size``, ``eos_id`` and ``bos_id`` are the tokenizer's; ``block_size`` is the data's, in
+    tokens. Raises UserError when they do not fit the model, or the file of `auto` is not usable.
+    """
+    rows = config.vocab_size if config.vocab_size is not None else vocab_size
+    if rows < vocab_size:
+        raise UserError(
+            f"model.vocab_size={rows} is smaller than the tokenizer's {vocab_size} tokens: raise "
+            "it, or leave it unset"
+        )
+    tokens = {"vocab_size": rows, "bos_token_id": bos_id, "eos_token_id": eos_id}
+    if config.family == "llama":
+        hf_config = _llama(config, tokens)
+    elif config.family == "gpt2":
+        hf_config = _gpt2(config, tokens)
+    else:
+        hf_config = _auto(config, tokens)
+    longest = getattr(hf_config, "max_position_embeddings", None)
+    if longest is not None and block_size > longest:
+        where = "model.max_positions" if config.family != "auto" else f"that of {config.path}"
+        raise UserError(
+            f"the data's block_size={block_size} is longer than the model's longest context "
+            f"({where}={longest}): raise the context, or prepare the data with shorter blocks"
+        )
+    hf_config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)].__name__]
+    return hf_config
+
+
+def build_model(hf_config: PreTrainedConfig) -> PreTrainedModel:
+    """A model with `transformers`' own initial weights from torch's generator: CPU, fp32, whole."""
+    assert not is_deepspeed_zero3_enabled(), "build the model before HfDeepSpeedConfig exists"
+    with torch.device("cpu"):
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _llama(config: ModelConfig, tokens: dict[str, Any]) -> PreTrainedConfig:
+    head_dim = config.hidden_size // config.num_heads
+    if head_dim % 2:
+        raise UserError(
+            f"model.hidden_size={config.hidden_size} / model.num_heads={config.num_heads} = "
+            f"{head_dim} is odd, and the rotary embedding needs an even head: change either"
+        )
+    return LlamaConfig(
+        **tokens,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size or 4 * config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads or config.num_heads,
+        max_position_embeddings=config.max_positions,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        rms_norm_eps=_NORM_EPS,
+        tie_word_embeddings=config.tie_embeddings,
+    )
+
+
+def _gpt2(config: ModelConfig, tokens: dict[str, Any]) -> PreTrainedConfig:
+    if config.num_kv_heads not in (None, config.num_heads):
+        raise UserError(
+            f"model.num_kv_heads={config.num_kv_heads} does not go with model.family='gpt2', whose "
+            "heads each have their own keys and values: leave it unset, or choose 'llama'"
+        )
+    return GPT2Config(
+        **tokens,
+        n_embd=config.hidden_size,
+        n_inner=config.intermediate_size or 4 * config.hidden_size,
+        n_layer=config.num_layers,
+        n_head=config.num_heads,
+        n_positions=config.max_positions,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        summary_first_dropout=0.0,
+        layer_norm_epsilon=_NORM_EPS,
+        tie_word_embeddings=config.tie_embeddings,
+    )
+
+
+def _auto(config: ModelConfig, tokens: dict[str, Any]) -> PreTrainedConfig:
+    """Read one JSON file ourselves: nothing is looked up by name, so nothing is downloaded."""
+    assert config.path is not None
+    default = ModelConfig()
+    for field in fields(ModelConfig):
+        if field.name in ("family", "path", "vocab_size"):
+            continue
+        value = getattr(config, field.name)
+        if value != getattr(default, field.name):
+            raise UserError(
+                f"model.{field.name}={value} has no effect with model.family='auto': set it in "
+                f"{config.path}, or leave it unset"
+            )
+    path = Path(config.path)
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"model.path={config.path!r}: there is no file {path}. Name a local folder with a "
+            "config.json, or the file; nothing is downloaded"
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        model_type = values.pop("model_type")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is not a Hugging Face config.json (a JSON object with a model_type): {error!r}"
+        ) from error
+    if "auto_map" in values or model_type not in CONFIG_MAPPING:
+        raise UserError(
+            f"{path} describes a model with code of its own (model_type={model_type!r}); only "
+            "architectures that are part of transformers can be trained here"
+        )
+    config_class = CONFIG_MAPPING[model_type]
+    if config_class not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{path}: model_type={model_type!r} is not a causal language model")
+    values.pop("dtype", None)
+    values.pop("torch_dtype", None)
+    try:
+        hf_config = config_class(**{**values, **tokens})
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise UserError(f"{path} is not accepted by {config_class.__name__}: {error}") from error
+    assert isinstance(hf_config, PreTrainedConfig)
+    if getattr(hf_config, "is_decoder", True) is False:
+        raise UserError(
+            f"{path}: model_type={model_type!r} reads both ways unless it says "
+            '"is_decoder": true, and pretraining needs a causal model: add that line'
+        )
+    return hf_config

@@ -1,0 +1,269 @@
+"""The initial weights theta(0), drawn from a secret key or, in paper mode, from a public seed.
+
+Secret mode runs the model's own initialisation again and swaps the values of every random fill
+for a stream that is keyed by the parameter's name. So the distribution is the model's own for any
+causal model of `transformers`, and the bits depend on the key alone: not on device, rank, threads,
+torch version or processor.
+"""
+
+import contextlib
+import copy
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers.initialization as hf_init
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+from pmp_ds.errors import UserError
+from pmp_ds.model.build import build_model
+from pmp_ds.model.stream import Floats, normals, uniforms
+from pmp_ds.progress import Progress
+from pmp_ds.run_dir import atomic_path, make_private
+
+KEY_BYTES = 32
+_CHUNK = 1 << 20  # elements drawn at once: 8 MiB of float64
+_MAX_REDRAWS = 1000
+_WAY_OUT = "set init.seed for public initial weights, or choose another architecture"
+_SHOW_PROGRESS = 1 << 27  # from this many elements on, a few seconds
+
+
+class Secret(bytes):
+    """Key bytes that do not show themselves in a log, a traceback or an f-string."""
+
+    def __repr__(self) -> str:
+        return f"Secret(<{len(self)} bytes>)"
+
+    __str__ = __repr__
+
+
+def load_or_create_key(folder: Path) -> Secret:
+    """The 32-byte key in ``folder``/key (a run's ``private/init``), made on the first call.
+
+    The folder becomes 0700 and the file is 0600 before its first byte. One process creates the
+    key; the others call this after it is there. Raises UserError on a damaged file.
+    """
+    make_private(folder)
+    path = folder / "key"
+    if not path.exists():
+        with atomic_path(path, private=True) as temporary:
+            temporary.write_bytes(os.urandom(KEY_BYTES))
+    key = path.read_bytes()
+    if len(key) != KEY_BYTES:
+        raise UserError(
+            f"{path} has {len(key)} bytes and a key has {KEY_BYTES}: put the run's own key back "
+            "from a backup; without it these initial weights cannot be drawn again"
+        )
+    return Secret(key)
+
+
+def derive(key: bytes, purpose: str) -> Secret:
+    """A 32-byte key for ``purpose`` (HKDF-SHA256, RFC 5869); no purpose tells about another.
+
+    Purposes that start with ``init/`` belong to the initial weights.
+    """
+    hkdf = HKDF(
+        algorithm=hashes.SHA256(), length=KEY_BYTES, salt=b"pmp-ds v1", info=purpose.encode()
+    )
+    return Secret(hkdf.derive(bytes(key)))
+
+
+def initialize(model: PreTrainedModel, init: Secret | int) -> None:
+    """Draw theta(0) into ``model`` in place.
+
+    ``init`` is a secret key, or the public seed of paper mode, which gives exactly what
+    ``from_config`` gives after ``torch.manual_seed(seed)``. Every parameter is overwritten; the
+    caller's random state is not touched. Raises UserError where secret mode cannot reproduce the
+    model's own initialisation.
+    """
+    if isinstance(init, bytes):
+        _initialize_secret(model, init)
+    else:
+        _initialize_public(model, init)
+
+
+def _initialize_public(model: PreTrainedModel, seed: int) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        drawn = build_model(copy.deepcopy(model.config))
+    pairs = zip(model.named_parameters(), drawn.named_parameters(), strict=True)
+    with torch.no_grad():
+        for (name, param), (drawn_name, value) in pairs:
+            assert name == drawn_name
+            param.copy_(value)
+
+
+def _initialize_secret(model: PreTrainedModel, key: bytes) -> None:
+    params = dict(model.named_parameters())
+    constants = _poison(params)
+    for owner in (*model.modules(), *params.values()):  # marks of the first initialisation
+        owner.__dict__.pop("_is_hf_initialized", None)
+    total = sum(param.numel() for name, param in params.items() if name not in constants)
+    quiet = total < _SHOW_PROGRESS
+    with Progress("initial weights", "element", total, scale=True, disable=quiet) as bar:
+        mode = _Keystream(params, key, bar)
+        with _aliases_on_meta(model), _truncated_normal(mode), mode:
+            model.initialize_weights()
+    with torch.no_grad():
+        for name, param in params.items():
+            left = param.isnan()
+            if name in constants and bool(left.all()):
+                param.fill_(constants[name])  # a constant that only the constructor sets
+            elif bool(left.any()):
+                raise UserError(
+                    f"{type(model).__name__} does not initialise all of {name} in its "
+                    "_init_weights, so secret initial weights would leave public values there; "
+                    f"{_WAY_OUT}"
+                )
+
+
+def _poison(params: dict[str, nn.Parameter]) -> dict[str, float]:
+    """Fill with NaN, so that whatever is not drawn again shows; return the constant tensors."""
+    constants: dict[str, float] = {}
+    with torch.no_grad():
+        for name, param in params.items():
+            if param.numel() == 0:
+                continue
+            low, high = torch.aminmax(param)
+            if low == high:
+                constants[name] = float(low)
+            param.fill_(float("nan"))
+    return constants
+
+
+@contextlib.contextmanager
+def _aliases_on_meta(model: nn.Module) -> Iterator[None]:
+    """Hide every second home of a tied weight, so that it is drawn once, for its first name."""
+    seen: set[int] = set()
+    hidden: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for module in model.modules():
+        for leaf, param in module._parameters.items():
+            if param is None:
+                continue
+            if id(param) in seen:
+                hidden.append((module, leaf, param))
+            seen.add(id(param))
+    try:
+        for module, leaf, param in hidden:
+            stand_in = torch.empty_like(param, device="meta")
+            module._parameters[leaf] = nn.Parameter(stand_in, requires_grad=param.requires_grad)
+        yield
+    finally:
+        for module, leaf, param in hidden:
+            module._parameters[leaf] = param
+
+
+@contextlib.contextmanager
+def _truncated_normal(mode: "_Keystream") -> Iterator[None]:
+    """Swap `trunc_normal_`, whose algorithm differs between torch versions, for our own."""
+    functions = hf_init.TORCH_INIT_FUNCTIONS
+    original = functions["trunc_normal_"]
+    functions["trunc_normal_"] = mode.truncated_normal_
+    try:
+        yield
+    finally:
+        functions["trunc_normal_"] = original
+
+
+class _Keystream(TorchDispatchMode):
+    """Answers random in-place fills of ``params`` from streams of ``key``.
+
+    The n-th fill of a parameter has a stream of its own; an element's place in it is its row-major
+    place in the filled tensor. Any other random operation is an error.
+    """
+
+    def __init__(self, params: dict[str, nn.Parameter], key: bytes, bar: Progress) -> None:
+        super().__init__()
+        self._key = Secret(key)
+        self._bar = bar
+        self._spans = [
+            (p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), name)
+            for name, p in params.items()
+            if p.numel() > 0
+        ]
+        self._fills: dict[str, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        given = {
+            spec.name: args[i] if i < len(args) else kwargs.get(spec.name, spec.default_value)
+            for i, spec in enumerate(func._schema.arguments)
+        }
+        if func is torch.ops.aten.normal_.default:
+            mean, std = given["mean"], given["std"]
+            return self._fill(args[0], func, normals, lambda z: z * std + mean)
+        if func is torch.ops.aten.uniform_.default:
+            low, high = given["from"], given["to"]
+            return self._fill(args[0], func, uniforms, lambda u: u * (high - low) + low)
+        raise UserError(
+            f"the model's initialisation draws with {func}, which secret initial weights do not "
+            f"reproduce; {_WAY_OUT}"
+        )
+
+    def truncated_normal_(
+        self,
+        tensor: torch.Tensor,
+        mean: float = 0.0,
+        std: float = 1.0,
+        a: float = -2.0,
+        b: float = 2.0,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:
+        """Normals outside [a, b] are drawn again, from a further stream, until all are inside."""
+
+        def draw(key: bytes, start: int, count: int) -> Floats:
+            value = normals(key, start, count) * std + mean
+            for attempt in range(1, _MAX_REDRAWS):
+                outside = (value < a) | (value > b)
+                if not outside.any():
+                    return value
+                again = normals(derive(key, f"redraw/{attempt}"), start, count) * std + mean
+                value[outside] = again[outside]
+            raise UserError(
+                f"trunc_normal_ with mean {mean}, std {std} on [{a}, {b}] hardly ever falls "
+                f"inside; {_WAY_OUT}"
+            )
+
+        return self._fill(tensor, "trunc_normal_", draw, lambda value: value)
+
+    def _fill(
+        self,
+        tensor: torch.Tensor,
+        operation: Any,
+        draw: Callable[[bytes, int, int], Floats],
+        scale: Callable[[Floats], Floats],
+    ) -> torch.Tensor:
+        if tensor.is_meta or tensor.numel() == 0:
+            return tensor
+        address = tensor.data_ptr()
+        name = next((name for low, high, name in self._spans if low <= address < high), None)
+        if name is None:
+            raise UserError(
+                f"the model's initialisation fills a tensor that is no parameter with {operation}, "
+                f"which secret initial weights do not reproduce; {_WAY_OUT}"
+            )
+        count = self._fills.get(name, 0)
+        self._fills[name] = count + 1
+        key = derive(self._key, f"init/{count}/{name}")
+        target = tensor.detach()
+        flat = target.view(-1) if target.is_contiguous() else torch.empty(target.numel())
+
+        for start in range(0, flat.numel(), _CHUNK):
+            size = min(_CHUNK, flat.numel() - start)
+            values = scale(draw(key, start, size))
+            flat[start : start + size].copy_(torch.from_numpy(values))
+            if count == 0:
+                self._bar.update(size)
+        if not target.is_contiguous():
+            target.copy_(flat.view(target.shape))
+        return tensor

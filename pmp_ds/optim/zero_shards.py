@@ -1,0 +1,194 @@
+"""Which elements of which parameters a rank owns under each ZeRO stage, and where they are.
+
+The one place that touches DeepSpeed's private attributes (tests/unit/optim/test_contract.py names
+them). A *flat* is a tensor that the client optimizer steps: a whole parameter or its fp32 clone
+at stage 0, the rank's partition of a parameter group at stages 1 and 2, of a sub-group at stage
+3. A *fragment* is a run of elements of one parameter inside one flat; a flat may also hold
+padding, which belongs to no fragment.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+from pmp_ds import dist
+from pmp_ds.ticket.mask import ParamMask, pack
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [start, start + numel) of a parameter, at [flat_start, flat_start + numel) of a
+    flat; indices are row-major."""
+
+    name: str
+    start: int
+    numel: int
+    flat: int  # index into ZeroShards.flats
+    flat_start: int
+
+
+class ZeroShards(Protocol):
+    """This rank's share of the model."""
+
+    @property
+    def flats(self) -> Sequence[torch.Tensor]:
+        """What the client optimizer steps, fp32."""
+        ...
+
+    @property
+    def fragments(self) -> Sequence[Fragment]:
+        """In flat order."""
+        ...
+
+    @property
+    def replicated(self) -> bool:
+        """Every rank holds everything (stage 0)."""
+        ...
+
+    def gradients(self) -> list[torch.Tensor]:
+        """The reduced gradient of each fragment, (numel,) each: views of what DeepSpeed will
+        measure, clip and apply. Valid between ``engine.backward`` at an accumulation boundary and
+        ``engine.step``."""
+        ...
+
+    def zero_padding(self) -> None:
+        """Clear gradients of padding, which may be uninitialised."""
+        ...
+
+
+def shards_of(engine: Any) -> ZeroShards:
+    """The shard map of a DeepSpeed engine."""
+    zero = engine.optimizer
+    names = engine.param_names
+    if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
+        return _Stage3(zero, names)
+    if isinstance(zero, DeepSpeedZeroOptimizer):
+        return _Stage12(zero, names)
+    return _Stage0(zero, names)
+
+
+class _Stage0:
+    """No ZeRO: module parameters (fp32), or fp32 clones of them (bf16)."""
+
+    replicated = True
+
+    def __init__(self, optimizer: Any, names: Mapping[torch.Tensor, str]) -> None:
+        groups = getattr(optimizer, "fp16_groups", None)
+        if groups is None:  # fp32: the client optimizer itself
+            self._params = [p for group in optimizer.param_groups for p in group["params"]]
+            self.flats = list(self._params)
+        else:
+            self._params = [p for group in groups for p in group]
+            self.flats = [p for group in optimizer.fp32_groups for p in group]
+        self.fragments = [
+            Fragment(names[param], 0, param.numel(), i, 0) for i, param in enumerate(self._params)
+        ]
+
+    def gradients(self) -> list[torch.Tensor]:
+        return [_gradient(param).view(-1) for param in self._params]
+
+    def zero_padding(self) -> None:
+        pass
+
+
+def _gradient(param: torch.Tensor) -> torch.Tensor:
+    if param.grad is None:  # a parameter that the loss does not use
+        param.grad = torch.zeros_like(param)
+    return param.grad
+
+
+class _Stage12:
+    """Stages 1 and 2: one flat per parameter group, padded at its end on the last ranks."""
+
+    replicated = False
+
+    def __init__(self, zero: Any, names: Mapping[torch.Tensor, str]) -> None:
+        self._zero = zero
+        self.flats = list(zero.single_partition_of_fp32_groups)
+        fragments = []
+        for flat, group in enumerate(zero.bit16_groups):
+            for param in group:
+                mapping = param._hp_mapping
+                if mapping is not None:
+                    here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+                    fragments.append(
+                        Fragment(names[param], here.start, here.numel, flat, there.start)
+                    )
+        self.fragments = sorted(fragments, key=lambda f: (f.flat, f.flat_start))
+
+    def gradients(self) -> list[torch.Tensor]:
+        flats = [_pieces(self._zero.averaged_gradients[i]) for i in range(len(self.flats))]
+        return [_slice(flats[f.flat], f.flat_start, f.numel) for f in self.fragments]
+
+    def zero_padding(self) -> None:
+        pass  # DeepSpeed pads with zeros
+
+
+class _Stage3:
+    """Stage 3: every parameter is split over the ranks; one flat per sub-group, padded after each
+    parameter."""
+
+    replicated = False
+
+    def __init__(self, zero: Any, names: Mapping[torch.Tensor, str]) -> None:
+        self._zero = zero
+        self.flats = list(zero.fp32_partitioned_groups_flat)
+        fragments, self._padding = [], []
+        for group in zero.fp16_groups:
+            for param in group:
+                flat, flat_start, partition = zero.grad_position[zero.get_param_id(param)]
+                start = min(dist.rank() * partition, param.ds_numel)
+                numel = min(partition, param.ds_numel - start)
+                if numel:
+                    fragments.append(Fragment(names[param], start, numel, flat, flat_start))
+                if numel < partition:
+                    self._padding.append((flat, flat_start + numel, partition - numel))
+        self.fragments = sorted(fragments, key=lambda f: (f.flat, f.flat_start))
+
+    def _flat_gradients(self) -> list[list[torch.Tensor]]:
+        return [_pieces(self._zero.averaged_gradients[i]) for i in range(len(self.flats))]
+
+    def gradients(self) -> list[torch.Tensor]:
+        flats = self._flat_gradients()
+        return [_slice(flats[f.flat], f.flat_start, f.numel) for f in self.fragments]
+
+    def zero_padding(self) -> None:
+        flats = self._flat_gradients()
+        for flat, start, numel in self._padding:
+            _slice(flats[flat], start, numel).zero_()
+
+
+def _pieces(gradients: Any) -> list[torch.Tensor]:
+    """A flat's gradient as 1-D tensors in flat order."""
+    flat = getattr(gradients, "flat_partition", None)
+    return [flat.view(-1)] if flat is not None else [g.view(-1) for g in gradients]
+
+
+def _slice(pieces: list[torch.Tensor], start: int, numel: int) -> torch.Tensor:
+    """Elements [start, start + numel) of the concatenation, which lie in one piece: a view."""
+    for piece in pieces:
+        if start < piece.numel():
+            assert start + numel <= piece.numel(), "a fragment spans two gradient tensors"
+            return piece[start : start + numel]
+        start -= piece.numel()
+    raise AssertionError("a fragment lies outside the gradient partition")
+
+
+def flat_masks(
+    shards: ZeroShards, mask: ParamMask | None
+) -> dict[torch.Tensor, torch.Tensor | None]:
+    """The packed mask of each flat for ``MaskedAdamW.arm``; padding is 0. None keeps everything."""
+    if mask is None:
+        return dict.fromkeys(shards.flats)
+    dense = [torch.zeros(flat.numel(), dtype=torch.bool) for flat in shards.flats]
+    for f in shards.fragments:
+        dense[f.flat][f.flat_start : f.flat_start + f.numel] = mask.fragment(
+            f.name, f.start, f.numel
+        )
+    return {
+        flat: pack(kept).to(flat.device) for flat, kept in zip(shards.flats, dense, strict=True)
+    }

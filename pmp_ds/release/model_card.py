@@ -1,0 +1,145 @@
+"""README.md of a release: what was trained on what, and what PMP does and does not promise."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What the card says about a run. Nothing here depends on the mask, nor says its density."""
+
+    name: str
+    """Name of the model."""
+
+    secrecy: Literal["secret", "public", "none"]
+    """`secret`: PMP from secret initial weights. `public`: PMP from a public seed (paper mode).
+    `none`: ordinary pretraining, every parameter trained."""
+
+    tokens: int
+    """Tokens seen in training, repetitions counted."""
+
+    updates: int
+    global_batch_size: int
+    """Sequences per update."""
+
+    block_size: int
+    """Tokens per sequence."""
+
+    schedule: str
+    """Optimizer and learning rate in words."""
+
+    val_loss: float | None
+    """Nats per token on held-out documents."""
+
+    dataset_sources: tuple[str, ...]
+    data_description: str
+    date: str
+    """Day of the export, YYYY-MM-DD."""
+
+    license: str | None = None
+    """Identifier for the front matter, such as `apache-2.0`."""
+
+
+def render(facts: CardFacts, config: dict[str, Any], num_params: int, dtype: str) -> str:
+    """The card's Markdown with YAML front matter; ``config`` is the released config.json."""
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if facts.license is not None:
+        front["license"] = facts.license
+    tags = ["causal-lm"] + (["pmp"] if facts.secrecy != "none" else [])
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in sorted(front.items()))]
+    lines += [f"tags: {json.dumps(tags)}", "---", "", f"# {facts.name}", ""]
+    lines += [_LEAD[facts.secrecy], "", "## Model", ""]
+    lines += _table(_architecture(config, num_params, dtype))
+    lines += ["", "## Training", ""]
+    lines += _table(_training(facts))
+    lines += ["", "## Data", "", facts.data_description, ""]
+    lines += [f"- {_public_source(source)}" for source in facts.dataset_sources]
+    lines += ["", "## Use", "", _USE, ""]
+    if facts.secrecy != "none":
+        lines += ["## What Private Mask Pre-Training promises, and what it does not", ""]
+        lines += [_PROMISE, ""]
+        if facts.secrecy == "public":
+            lines += [_PUBLIC_SEED, ""]
+    return "\n".join(lines)
+
+
+def _architecture(config: dict[str, Any], num_params: int, dtype: str) -> list[tuple[str, str]]:
+    def first(*keys: str) -> str:
+        return next((str(config[key]) for key in keys if config.get(key) is not None), "-")
+
+    return [
+        ("Architecture", config["architectures"][0]),
+        ("Parameters", f"{num_params:,} (tied weights counted once)"),
+        ("Layers", first("num_hidden_layers", "n_layer")),
+        ("Hidden size", first("hidden_size", "n_embd")),
+        ("Attention heads", first("num_attention_heads", "n_head")),
+        ("Vocabulary", first("vocab_size")),
+        ("Longest context", f"{first('max_position_embeddings', 'n_positions')} tokens"),
+        ("Weights", dtype),
+    ]
+
+
+def _training(facts: CardFacts) -> list[tuple[str, str]]:
+    batch = f"{facts.global_batch_size} sequences of {facts.block_size} tokens"
+    loss = "not measured" if facts.val_loss is None else f"{facts.val_loss:.4f} nats per token"
+    return [
+        ("Tokens", f"{facts.tokens:,}"),
+        ("Updates", f"{facts.updates:,}"),
+        ("Batch", batch),
+        ("Schedule", facts.schedule),
+        ("Validation loss", loss),
+        ("Exported", facts.date),
+    ]
+
+
+def _table(rows: list[tuple[str, str]]) -> list[str]:
+    return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)]
+
+
+def _public_source(source: str) -> str:
+    """A data set's name; of a local file or folder only its last part."""
+    path = Path(source)
+    hub_or_word = not source.startswith((".", "~", "/")) and source.count("/") <= 1
+    return f"`{source if hub_or_word and not path.exists() else path.name}`"
+
+
+_PMP = (
+    "A causal language model trained with Private Mask Pre-Training "
+    "([PMP](https://arxiv.org/abs/2602.00446)): training changed a private subset of the "
+    "parameters, and the others keep their random initial values. These are ordinary dense "
+    "weights; which parameters belong to the subset is not part of this release."
+)
+_LEAD = {
+    "secret": _PMP,
+    "public": _PMP,
+    "none": "A causal language model with ordinary pretraining: every parameter was trained.",
+}
+_USE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(path)
+tokenizer = AutoTokenizer.from_pretrained(path)
+```
+
+Meant for text completion and for research on pretraining. It has had no instruction tuning and no
+safety training: it repeats what its data say, errors and prejudice included. Check `SHA256SUMS`
+with `sha256sum -c SHA256SUMS`."""
+_PROMISE = """PMP aims to make fine-tuning without the private mask gain less than it would on an
+ordinary model of equal quality. It changes nothing about inference.
+
+It is a deterrent, not a lock:
+
+- Nothing stops anyone from fine-tuning these weights, or from training further for longer. How
+  much less that gains depends on the model, the task and the budget; measure it before you rely
+  on it.
+- The mask is hidden, not encrypted. Weight magnitudes, gradients and a model that an attacker
+  trains in the same way all tell something about it. A second revision of this model, its
+  initial weights, or a model that was fine-tuned with the mask tells far more.
+- A mask that has been handed to a partner cannot be revoked.
+- It is no licence, no watermark and no measure against misuse by prompting."""
+_PUBLIC_SEED = (
+    "**The initial weights of this model come from a public seed**, to reproduce the paper. "
+    "Whoever knows that seed and the configuration can compute the mask: it is not secret."
+)

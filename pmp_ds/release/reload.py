@@ -1,0 +1,70 @@
+"""A script, run alone in a fresh interpreter: loads a release as a stranger would.
+
+Reads one JSON request on standard input and writes its answer to ``request["result"]``:
+
+    {"action": "check", "folder", "result", "input_ids": [[...]], "text", "threads"}
+        -> safetensors: "logits" (B, T, V) fp32, "text_ids" (N,) int64; metadata: problems
+    {"action": "generate", "folder", "result", "prompt", "max_new_tokens", "seed": int or null}
+        -> the prompt and its continuation, UTF-8
+
+It must not import pmp_ds, and makes sure that nothing else does.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    sys.modules["pmp_ds"] = None  # type: ignore[assignment]  # an import of it now fails
+    request = json.load(sys.stdin)
+    {"check": _check, "generate": _generate}[request["action"]](request)
+
+
+def _check(request: dict[str, Any]) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.set_num_threads(request["threads"])
+    model, info = AutoModelForCausalLM.from_pretrained(
+        request["folder"], local_files_only=True, output_loading_info=True
+    )
+    problems = {key: sorted(map(str, value)) for key, value in info.items() if value}
+    with torch.inference_mode():
+        logits = model.eval()(input_ids=torch.tensor(request["input_ids"])).logits
+    tokenizer = AutoTokenizer.from_pretrained(request["folder"], local_files_only=True)
+    ids = tokenizer.encode(request["text"], add_special_tokens=False)
+    save_file(
+        {"logits": logits.float().contiguous(), "text_ids": torch.tensor(ids, dtype=torch.int64)},
+        request["result"],
+        metadata={"problems": json.dumps(problems), "dtype": str(model.dtype)},
+    )
+
+
+def _generate(request: dict[str, Any]) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(request["folder"], local_files_only=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(request["folder"], local_files_only=True)
+    ids = tokenizer.encode(request["prompt"], add_special_tokens=False)
+    if not ids:
+        ids = [model.config.eos_token_id]
+    input_ids = torch.tensor([ids])
+    sampled = request["seed"] is not None
+    if sampled:
+        torch.manual_seed(request["seed"])
+    output = model.generate(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        max_new_tokens=request["max_new_tokens"],
+        do_sample=sampled,
+    )
+    text = tokenizer.decode(output[0], skip_special_tokens=True)
+    Path(request["result"]).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

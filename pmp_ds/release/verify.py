@@ -1,0 +1,116 @@
+"""Is a staged release what it should be? Bytes against the source, then a stranger's view of it."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
+from transformers.initialization import no_init_weights
+
+from pmp_ds.errors import UserError
+from pmp_ds.release.source import Source
+
+# Largest difference of logits between processes, relative to the largest logit. Usually it is 0;
+# matrix kernels may round otherwise when a tensor lies elsewhere in memory.
+LOGITS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-6}
+_TEXT = "The quick brown fox's 1,234 jumps:\n\tnaïve café — déjà vu! def f(x): return x ** 2\n"
+_RELOAD = Path(__file__).with_name("reload.py")
+_TIMEOUT = 3600.0  # seconds
+
+
+def verify_bytes(
+    source: Source, folder: Path, files: Mapping[str, str], dtype: torch.dtype
+) -> None:
+    """Read every tensor of ``files`` (name -> file) back and compare it bit by bit."""
+    for file in sorted(set(files.values())):
+        with safe_open(folder / file, "pt") as handle:
+            if handle.metadata() != {"format": "pt"}:
+                raise RuntimeError(f"{file} carries metadata that was not written here")
+            for name in handle.keys():  # noqa: SIM118 - not a dict
+                written, wanted = handle.get_tensor(name), source.tensor(name, dtype)
+                same = written.dtype == wanted.dtype and torch.equal(written, wanted)
+                if files[name] != file or not same:
+                    raise RuntimeError(f"{file}: {name} was read back otherwise than written")
+
+
+def verify_reload(source: Source, folder: Path, dtype: torch.dtype) -> float:
+    """Load ``folder`` in a fresh process without pmp_ds and compare logits and token ids.
+
+    Returns the largest absolute difference of logits. Raises RuntimeError when the release does
+    not load or computes something else, UserError when its tokenizer encodes otherwise.
+    """
+    length = min(16, getattr(source.config, "max_position_embeddings", None) or 16)
+    vocab = source.config.vocab_size
+    input_ids = (torch.arange(2 * length) * 7919 % vocab).view(2, length)
+    wanted = _reference_logits(source, input_ids, dtype)
+    with tempfile.TemporaryDirectory() as scratch:
+        result = Path(scratch) / "answer.safetensors"
+        run_alone(
+            action="check",
+            folder=str(folder.resolve()),
+            result=str(result),
+            input_ids=input_ids.tolist(),
+            text=_TEXT,
+            threads=torch.get_num_threads(),
+        )
+        with safe_open(result, "pt") as answer:
+            logits, text_ids = answer.get_tensor("logits"), answer.get_tensor("text_ids")
+            facts = answer.metadata()
+    if json.loads(facts["problems"]) or facts["dtype"] != str(dtype):
+        raise RuntimeError(f"the release does not load cleanly: {facts}")
+    difference = float((logits - wanted).abs().max())
+    if not difference <= LOGITS_TOLERANCE[dtype] * float(wanted.abs().max()):
+        raise RuntimeError(f"the release's logits differ by {difference} from the run's")
+    _compare_ids(folder, text_ids.tolist(), vocab)
+    return difference
+
+
+def run_alone(**request: Any) -> None:
+    """Run reload.py with ``request`` in a fresh, isolated, offline interpreter on the CPU."""
+    blank = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(
+        [sys.executable, "-I", str(_RELOAD)],
+        input=json.dumps(request),
+        env=os.environ | blank,
+        cwd=tempfile.gettempdir(),
+        capture_output=True,
+        text=True,
+        timeout=_TIMEOUT,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"the release does not load in a fresh process:\n{done.stderr[-2000:]}")
+
+
+def _reference_logits(
+    source: Source, input_ids: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:  # (B, T, V) fp32
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(source.config, dtype=dtype)
+    model.tie_weights()
+    with torch.inference_mode():
+        for name, param in model.named_parameters():
+            param.copy_(source.tensor(name, dtype))
+        logits: torch.Tensor = model.eval()(input_ids=input_ids).logits
+    return logits.float()
+
+
+def _compare_ids(folder: Path, ids: list[int], vocab: int) -> None:
+    if max(ids, default=0) >= vocab:
+        raise UserError(f"the tokenizer gives the id {max(ids)}, and the model has {vocab} rows")
+    plain = folder / "tokenizer.json"
+    if not plain.is_file():
+        return
+    if Tokenizer.from_file(str(plain)).encode(_TEXT, add_special_tokens=False).ids != ids:
+        raise UserError(
+            "AutoTokenizer encodes otherwise than the run's tokenizer.json: set "
+            '"tokenizer_class": "PreTrainedTokenizerFast" in its tokenizer_config.json'
+        )

@@ -1,0 +1,118 @@
+"""Where a run's files are. Every file name of a run is spelled here and nowhere else.
+
+    runs/NAME/config.yaml  data.json  tokenizer/  metrics.jsonl  tensorboard/  plots/  release/
+    runs/NAME/private/     ticket/  init/  checkpoints/           0700, files 0600
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The folder of one run; ``root`` need not exist yet."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def data(self) -> Path:
+        """What the run knows of its tokens, so that export needs no store."""
+        return self.root / "data.json"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.root / "tokenizer"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def plots(self) -> Path:
+        return self.root / "plots"
+
+    @property
+    def release(self) -> Path:
+        """The only folder that leaves."""
+        return self.root / "release"
+
+    @property
+    def private(self) -> Path:
+        return self.root / "private"
+
+    @property
+    def ticket(self) -> Path:
+        return self.private / "ticket"
+
+    @property
+    def init(self) -> Path:
+        return self.private / "init"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.private / "checkpoints"
+
+    def create(self) -> None:
+        """Make the folders; the private ones are readable by their owner alone from the start."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        for folder in (self.private, self.ticket, self.init, self.checkpoints):
+            make_private(folder)
+
+
+def make_private(folder: Path) -> None:
+    """Create ``folder`` as 0700; an existing one is closed to others."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_mode & 0o077:
+        folder.chmod(0o700)
+
+
+def fsync_dir(folder: Path) -> None:
+    """Make renames inside ``folder`` survive a power cut."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path, *, private: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success fsync it and rename it to ``path``.
+
+    With ``private`` the file exists as 0600 before its first byte. On an error nothing is left.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o644))
+    try:
+        yield temporary
+        if private:  # writers such as safetensors replace the file and its mode
+            temporary.chmod(0o600)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_dir(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str, *, private: bool = False) -> None:
+    with atomic_path(path, private=private) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any, *, private: bool = False) -> None:
+    """Write ``value`` with sorted keys, so that equal values are equal files."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n", private=private)

@@ -1,0 +1,116 @@
+"""The ticket on disk: the mask and where it came from. As secret as the mask.
+
+    FOLDER/mask.safetensors   packed bits per parameter (ticket/mask.py), uint8
+    FOLDER/ticket.json        format version, parameters, k, density, score, step, digests
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from pmp_ds.errors import UserError
+from pmp_ds.run_dir import atomic_path, make_private
+from pmp_ds.ticket.mask import ParamMask, popcount
+
+FORMAT_VERSION = 1
+MASK_FILE = "mask.safetensors"
+MANIFEST_FILE = "ticket.json"
+_ORIGIN = ("density", "source", "score", "step", "stable", "model_digest")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ticket:
+    """A mask and its origin. ``model_digest`` names the parameters it fits, not their values."""
+
+    mask: ParamMask
+    density: float
+    source: str  # earlybird, random
+    score: str | None
+    step: int | None  # update of discovery that drew it, from 1
+    stable: bool
+    model_digest: str
+
+    @property
+    def id(self) -> str:
+        """sha256 over the parameters' names, shapes and bits."""
+        digest = hashlib.sha256(b"pmp-ds ticket\n")
+        for name, shape in self.mask.shapes.items():
+            digest.update(f"{name}{list(shape)}\n".encode())
+            digest.update(self.mask.bits[name].numpy().tobytes())
+        return digest.hexdigest()
+
+
+def save_ticket(ticket: Ticket, folder: Path) -> None:
+    """Write ``folder`` (0700, files 0600); the manifest comes last and makes it complete."""
+    make_private(folder)
+    with atomic_path(folder / MASK_FILE, private=True) as path:
+        save_file(dict(ticket.mask.bits), path)
+    manifest = {name: getattr(ticket, name) for name in _ORIGIN} | {
+        "format_version": FORMAT_VERSION,
+        "id": ticket.id,
+        "num_kept": ticket.mask.num_kept,
+        "num_params": ticket.mask.num_params,
+        "parameters": {name: list(shape) for name, shape in ticket.mask.shapes.items()},
+    }
+    # Not write_json: the order of the parameters is the global element order.
+    with atomic_path(folder / MANIFEST_FILE, private=True) as path:
+        path.write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def has_ticket(folder: Path) -> bool:
+    return (folder / MANIFEST_FILE).exists()
+
+
+def load_ticket(folder: Path, *, model_digest: str | None = None) -> Ticket:
+    """Read and check a ticket. Raises UserError when it is missing, damaged, of an unknown format,
+    or, where ``model_digest`` is given, of another model."""
+    try:
+        manifest = json.loads((folder / MANIFEST_FILE).read_text())
+        bits = load_file(folder / MASK_FILE)
+        if manifest["format_version"] != FORMAT_VERSION:
+            raise UserError(
+                f"ticket {folder} has format version {manifest['format_version']}; this version "
+                f"reads {FORMAT_VERSION}"
+            )
+        shapes = {name: tuple(shape) for name, shape in manifest["parameters"].items()}
+        ticket = Ticket(
+            mask=ParamMask(bits={name: bits[name] for name in shapes}, shapes=shapes),
+            **{name: manifest[name] for name in _ORIGIN},
+        )
+        intact = ticket.id == manifest["id"] and ticket.mask.num_kept == manifest["num_kept"]
+    except FileNotFoundError as error:
+        raise UserError(f"no ticket at {folder}: {Path(error.filename).name} is missing") from None
+    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"the ticket at {folder} is damaged ({type(error).__name__})") from None
+    if not intact:
+        raise UserError(f"the ticket at {folder} is damaged: its bits do not match its id")
+    if model_digest is not None and ticket.model_digest != model_digest:
+        raise UserError(
+            f"the ticket at {folder} belongs to a model with other parameters: their names or "
+            "shapes differ from those of the configured model"
+        )
+    return ticket
+
+
+def exact_k(density: float, num_params: int) -> int:
+    """k = floor(density * d), at least 1 (paper, Eq. 1); of the decimal that the user wrote."""
+    return max(1, int(Fraction(repr(density)) * num_params))
+
+
+def full_mask(shapes: dict[str, tuple[int, ...]]) -> ParamMask:
+    """Every element kept: density 1."""
+    bits = {}
+    for name, shape in shapes.items():
+        numel = torch.Size(shape).numel()
+        ones = torch.full(((numel + 7) // 8,), 255, dtype=torch.uint8)
+        if numel % 8:
+            ones[-1] = (1 << numel % 8) - 1
+        bits[name] = ones
+    assert all(popcount(b) == torch.Size(shapes[n]).numel() for n, b in bits.items())
+    return ParamMask(bits=bits, shapes=shapes)

@@ -1,0 +1,102 @@
+"""The DeepSpeed JSON: how a run fits on the machine. The recipe says what is learned.
+
+A JSON must not repeat, contradict or extend what the recipe owns; every disagreement is listed in
+one error. The rest of it reaches DeepSpeed untouched.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pmp_ds.config import TrainConfig
+from pmp_ds.errors import UserError
+
+_REFUSED = {
+    "optimizer": "the optimizer is train.* in the recipe",
+    "scheduler": "the schedule is train.lr, train.warmup_steps and train.min_lr_ratio",
+    "zero_optimization.round_robin_gradients": "it breaks DeepSpeed's parameter mapping; remove it",
+    "zero_optimization.elastic_checkpoint": "checkpoints here resume at any world size; remove it",
+    "zero_optimization.zenflow": "masked updates are not defined for it; remove it",
+    "zero_optimization.mics_shard_size": "MiCS is not supported; use stage 3",
+    "zero_optimization.offload_optimizer": "offload is not supported yet; remove it",
+    "zero_optimization.offload_param": "offload is not supported yet; remove it",
+    "zero_optimization.zero_quantized_gradients": "it changes the gradients; remove it",
+    "data_types": "the recipe's train.precision decides",
+    "amp": "the recipe's train.precision decides",
+    "torch_autocast": "the recipe's train.precision decides",
+}  # fmt: skip
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON as a dict; raises UserError when it is missing or not a JSON object."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"--deepspeed-config {path}: no such file; ds_configs/ has one per ZeRO stage"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--deepspeed-config {path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"--deepspeed-config {path} must hold a JSON object")
+    return value
+
+
+def zero_stage(ds_config: dict[str, Any]) -> int:
+    return int(ds_config.get("zero_optimization", {}).get("stage", 0))
+
+
+def merge(ds_config: dict[str, Any], config: TrainConfig, world_size: int) -> dict[str, Any]:
+    """``ds_config`` completed from the recipe, for ``deepspeed.initialize``.
+
+    Raises UserError that lists every disagreement and every refused section at once.
+    """
+    owned = {
+        "train_batch_size": config.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": config.accumulation_steps(world_size),
+        "gradient_clipping": config.clip_norm,
+        "bf16": {"enabled": config.precision == "bf16"},
+        "fp16": {"enabled": False},
+    }
+    problems = [
+        f"{name}: {reason}" for name, reason in _REFUSED.items() if _lookup(ds_config, name)
+    ]
+    for name, value in owned.items():
+        given = ds_config.get(name, "auto")
+        if given != "auto" and not _agrees(given, value):
+            problems.append(f"{name} is {json.dumps(given)}, the recipe says {json.dumps(value)}")
+    zero = ds_config.get("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+        problems.append("zero_optimization.stage must be 0, 1, 2 or 3")
+    elif zero.get("stage", 0) in (1, 2) and zero.get("overlap_comm"):
+        problems.append("zero_optimization.overlap_comm is not safe at stages 1 and 2; remove it")
+    elif zero.get("zero_hpz_partition_size", 1) != 1:
+        problems.append("zero_optimization.zero_hpz_partition_size is not supported; remove it")
+    if problems:
+        raise UserError(
+            "the DeepSpeed JSON says how the run fits on the machine, the recipe what is learned; "
+            "leave these out or set them to \"auto\":\n  " + "\n  ".join(problems)
+        )  # fmt: skip
+    merged = ds_config | owned
+    if config.precision == "fp32":
+        del merged["bf16"], merged["fp16"]
+    if zero.get("stage", 0) in (1, 2):
+        merged["zero_optimization"] = {"overlap_comm": False} | zero
+    return merged | {"zero_allow_untested_optimizer": True, "steps_per_print": 10**9}
+
+
+def _lookup(ds_config: dict[str, Any], dotted: str) -> Any:
+    value: Any = ds_config
+    for key in dotted.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _agrees(given: Any, value: Any) -> bool:
+    """Whether a JSON value repeats the recipe's; sections are compared by the recipe's keys."""
+    if isinstance(value, dict):
+        return isinstance(given, dict) and all(
+            given.get(key, "auto") in ("auto", wanted) for key, wanted in value.items()
+        )
+    return bool(given == value)

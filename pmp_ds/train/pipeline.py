@@ -1,0 +1,168 @@
+"""The main job: theta(0), the ticket, rewind, masked pretraining. Resumes where it was.
+
+Rewind is by construction: discovery and masked pretraining each build their engine from theta(0),
+so weights, optimizer state, schedule and data position of the warm-up cannot reach the result.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from pmp_ds import dist
+from pmp_ds.config import Config
+from pmp_ds.data.arrow_store import Store
+from pmp_ds.data.loader import BlockLoader, order_key
+from pmp_ds.errors import UserError
+from pmp_ds.log import MetricsLog, rewind_metrics
+from pmp_ds.model.parameters import ParamInfo, digest, num_params, parameter_table
+from pmp_ds.model.secret_init import derive
+from pmp_ds.progress import Progress
+from pmp_ds.run_dir import RunDir
+from pmp_ds.ticket.ticket import Ticket, has_ticket, load_ticket, save_ticket
+from pmp_ds.train import checkpoint, plain_weights, theta0
+from pmp_ds.train.discover import discover, random_ticket
+from pmp_ds.train.engine import Engine
+from pmp_ds.train.loop import train
+from pmp_ds.train.run_facts import DataFacts
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every part of a run needs."""
+
+    config: Config
+    ds_config: dict[str, Any]
+    run: RunDir
+    store: Store
+    init: theta0.Init
+    table: tuple[ParamInfo, ...]
+
+    def fresh_model(self) -> PreTrainedModel:
+        """A fresh model at theta(0), fp32 on CPU; the same bits at every call and on every rank."""
+        return theta0.draw(self.config, DataFacts.of(self.store), self.init)
+
+    def loader(self, purpose: str, secret: int | bytes, consumed_samples: int = 0) -> BlockLoader:
+        return BlockLoader(
+            self.store.split("train"),
+            order_key(purpose, secret),
+            self.config.train.global_batch_size,
+            dist.rank(),
+            dist.world_size(),
+            consumed_samples,
+        )
+
+
+def open_job(config: Config, ds_config: dict[str, Any], store: Store, run: RunDir) -> Job:
+    """Draw theta(0), or draw it again and check that it is the same. Collective."""
+    init = theta0.init_of(run, config)
+    model = theta0.draw(config, DataFacts.of(store), init)
+    dist.on_rank0(lambda: theta0.check(run, model))
+    return Job(config, ds_config, run, store, init, parameter_table(model))
+
+
+def obtain_ticket(job: Job, log: MetricsLog) -> Ticket | None:
+    """The run's ticket: read when it is there, else found, drawn or copied, and saved.
+    None for ``mask.source: none``."""
+    mask, folder = job.config.mask, job.run.ticket
+    if mask.source == "none":
+        return None
+    if dist.on_rank0(lambda: has_ticket(folder)):
+        return load_ticket(folder, model_digest=digest(job.table))
+    if mask.source == "file":
+        assert mask.file is not None
+        ticket = load_ticket(Path(mask.file), model_digest=digest(job.table))
+    elif mask.source == "random":
+        key = derive(job.init, "random mask") if isinstance(job.init, bytes) else None
+        ticket = random_ticket(key or order_key("random mask", job.init), mask, job.table)
+    else:
+        ticket = _discover(job, log)
+    dist.on_rank0(lambda: save_ticket(ticket, folder))
+    return ticket
+
+
+def _discover(job: Job, log: MetricsLog) -> Ticket:
+    secret = derive(job.init, "warm-up order") if isinstance(job.init, bytes) else job.init
+    engine = Engine(job.fresh_model(), job.config.train, job.ds_config)
+    with (
+        job.loader("discover", secret) as loader,
+        Progress("discover", "update", job.config.mask.max_steps) as bar,
+    ):
+
+        def report(step: int, loss: float, iou: float | None) -> None:
+            log.write("discover", step, loss=loss, **({} if iou is None else {"iou": iou}))
+            bar.set(loss=f"{loss:.3f}", iou="-" if iou is None else f"{iou:.4f}")
+            bar.update(1)
+
+        ticket = discover(engine, loader, job.config, job.table, report)
+    engine.close()
+    return ticket
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of a run."""
+
+    num_params: int
+    num_kept: int  # counted in the ticket
+    complement_changed: int
+
+
+def pretrain(job: Job) -> Outcome:
+    """Run or resume a job to its last update."""
+    config, run = job.config, job.run
+    found = dist.on_rank0(lambda: checkpoint.find(run))
+    if found is not None and found[1].dataset_id != job.store.dataset_id:
+        raise UserError(
+            f"the data at {job.store.folder} is not what this run was trained on: its dataset id "
+            "differs from the checkpoint's; bring the store back or start a new run.name"
+        )
+    step = found[1].step if found else 0
+    if dist.rank() == 0:
+        discovered = {"discover": config.mask.max_steps} if has_ticket(run.ticket) else {}
+        rewind_metrics(run.metrics, discovered | ({"train": step} if found else {}))
+    log = MetricsLog(run, enabled=dist.rank() == 0)
+    ticket = obtain_ticket(job, log)
+    mask = ticket.mask if ticket else None
+
+    model = job.fresh_model()
+    if found:
+        checkpoint.load_weights(found[0] / "weights", model)
+    engine = Engine(model, config.train, job.ds_config)
+    engine.arm(mask)
+    if found:
+        checkpoint.load_state(found[0], engine, mask, found[1])
+        if dist.rank() == 0:
+            print(f"resuming after update {step}", flush=True)
+
+    def save(step: int, val_loss: float | None) -> None:
+        position = checkpoint.Position(
+            step=step,
+            consumed_samples=step * config.train.global_batch_size,
+            ticket_id=ticket.id if ticket else None,
+            dataset_id=job.store.dataset_id,
+            val_loss=val_loss,
+        )
+        checkpoint.save(run, engine, mask, position)
+        dist.on_rank0(lambda: checkpoint.prune(run, config.run.keep_last))
+
+    consumed = step * config.train.global_batch_size
+    with (
+        job.loader("train", config.data.seed, consumed) as loader,
+        Progress("train", "update", config.train.steps, initial=step) as bar,
+    ):
+        train(engine, loader, job.store.split("validation"), config, log, bar, save, step + 1)
+    engine.close()
+    log.close()
+    return dist.on_rank0(lambda: _outcome(job, ticket))
+
+
+def _outcome(job: Job, ticket: Ticket | None) -> Outcome:
+    """Counted in the last checkpoint itself; rank 0 alone."""
+    d = num_params(job.table)
+    if ticket is None:
+        return Outcome(d, d, 0)
+    weights = plain_weights.of_checkpoint(job.run, job.config.train.steps)
+    changed = plain_weights.complement_changes(weights, job.fresh_model(), ticket.mask)
+    return Outcome(d, ticket.mask.num_kept, changed)

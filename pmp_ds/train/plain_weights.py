@@ -1,0 +1,54 @@
+"""Plain private weights of a run, and the facts a model card states: all that export may read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from pmp_ds.errors import UserError
+from pmp_ds.run_dir import RunDir, make_private
+from pmp_ds.ticket.mask import ParamMask
+from pmp_ds.train import checkpoint, theta0
+from pmp_ds.train.run_facts import load_config, read_data
+
+
+@dataclass(frozen=True)
+class PlainWeights:
+    """A folder of safetensors and config.json, and where in the run they come from."""
+
+    folder: Path
+    updates: int
+    val_loss: float | None  # nats per token, newest at that update
+
+
+def of_checkpoint(run: RunDir, step: int | None) -> PlainWeights:
+    """The newest intact checkpoint, or that of update ``step``. UserError when there is none."""
+    found = checkpoint.find(run, step)
+    if found is None:
+        raise UserError(f"{run.root} has no checkpoint yet: let launcher/pretrain.py write one")
+    folder, position = found
+    return PlainWeights(folder / "weights", position.step, position.val_loss)
+
+
+def of_init(run: RunDir, folder: Path) -> PlainWeights:
+    """theta(0) drawn again into ``folder``, in the dtype that training starts from."""
+    config = load_config(run)
+    model = theta0.draw(config, read_data(run), theta0.init_of(run, config))
+    theta0.check(run, model)
+    if config.train.precision == "bf16":
+        model = model.bfloat16()
+    make_private(folder)
+    parameters = ((name, param.detach()) for name, param in model.named_parameters())
+    checkpoint.save_weights(parameters, model.config, folder)
+    return PlainWeights(folder, 0, None)
+
+
+def complement_changes(weights: PlainWeights, initial: PreTrainedModel, mask: ParamMask) -> int:
+    """How many elements outside the ticket differ from theta(0): 0, or masking is broken."""
+    stored = checkpoint.read_weights(weights.folder)
+    changed = 0
+    for name, param in initial.named_parameters():
+        now = stored(name)
+        differs = now != param.detach().to(now.dtype)
+        changed += int((differs & ~mask.full(name)).sum())
+    return changed

@@ -1,0 +1,66 @@
+"""What a run is about to do, for a person to read before it costs anything."""
+
+from typing import Any
+
+from pmp_ds import dist
+from pmp_ds.config import Config
+from pmp_ds.model.parameters import num_params
+from pmp_ds.ticket.ticket import exact_k
+from pmp_ds.train.deepspeed_config import zero_stage
+from pmp_ds.train.pipeline import Job
+
+_MASKS = {
+    "earlybird": "early-bird ticket, discovery of at most {mask.max_steps:,} updates",
+    "random": "random mask from a secret key",
+    "none": "none: every parameter is trained (BASE)",
+    "file": "ticket of {mask.file}",
+}
+
+
+def describe(job: Job) -> str:
+    """Batch arithmetic, parameters, memory per rank, and where things go; no mask content."""
+    config, world = job.config, dist.world_size()
+    train, mask = config.train, config.mask
+    d = num_params(job.table)
+    k = d if mask.source == "none" else exact_k(mask.density, d)
+    accumulation = train.accumulation_steps(world)
+    tokens = train.global_batch_size * job.store.block_size
+    blocks = len(job.store.split("train"))
+    epochs = train.steps * train.global_batch_size / blocks
+    rows = {
+        "batch": f"{train.micro_batch_size} sequences x {accumulation} accumulation steps x "
+        f"{world} ranks = {train.global_batch_size} sequences x {job.store.block_size} tokens = "
+        f"{tokens:,} tokens per update",
+        "updates": f"{train.steps:,}, {train.steps * tokens:,} tokens, {epochs:.2f} epochs of "
+        f"{blocks:,} blocks",
+        "parameters": f"d = {d:,}",
+        "mask": _MASKS[mask.source].format(mask=mask),
+        "ticket": f"k = {k:,} of {d:,}, density {k / d:.4f}",
+        "engine": f"DeepSpeed ZeRO {zero_stage(job.ds_config)}, {world} ranks, {train.precision}, "
+        f"{dist.device().type}",
+        "memory": _memory(config, job.ds_config, d, k, world),
+        "secrecy": "theta(0) from a secret key"
+        if config.init.seed is None
+        else "NONE: theta(0) from the public seed init.seed, anyone can compute the mask",
+        "writes": f"{job.run.root}/ (metrics, plots), {job.run.private}/ (ticket, checkpoints: "
+        "secret)",
+    }
+    return "\n".join(f"  {name:<11}{text}" for name, text in rows.items())
+
+
+def _memory(config: Config, ds_config: dict[str, Any], d: int, k: int, world: int) -> str:
+    """Model states per rank, without activations; padding left out."""
+    stage = zero_stage(ds_config)
+    element = 4 if config.train.precision == "fp32" else 2
+    weights = element * d / (world if stage >= 3 else 1)
+    gradients = element * d / (world if stage >= 2 else 1)
+    share = world if stage >= 1 else 1
+    master = 0 if config.train.precision == "fp32" and stage == 0 else 4 * d / share
+    moments, dense = (8 * k + d / 8) / share, 8 * d / share
+    mb = 1e6
+    return (
+        f"per rank {(weights + gradients + master + moments) / mb:,.1f} MB of model states: "
+        f"weights {weights / mb:,.1f}, gradients {gradients / mb:,.1f}, master "
+        f"{master / mb:,.1f}, moments and mask {moments / mb:,.1f} (dense moments "
+        f"{dense / mb:,.1f})"
+    )

@@ -1,0 +1,119 @@
+"""What a run folder remembers of its configuration and data, and what export may know of a run."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pmp_ds.cli import dump, parse
+from pmp_ds.config import Config
+from pmp_ds.data.arrow_store import Store
+from pmp_ds.errors import UserError
+from pmp_ds.run_dir import RunDir, write_json, write_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFacts:
+    """The run's view of its token store; saved as data.json."""
+
+    dataset_id: str
+    vocab_size: int
+    eos_id: int
+    block_size: int
+    unigram_cross_entropy: float
+    documents: int
+    tokens: int
+    sources: tuple[str, ...]
+
+    @classmethod
+    def of(cls, store: Store) -> "DataFacts":
+        splits = store.manifest["splits"].values()
+        return cls(
+            dataset_id=store.dataset_id,
+            vocab_size=store.vocab_size,
+            eos_id=store.eos_id,
+            block_size=store.block_size,
+            unigram_cross_entropy=store.unigram_cross_entropy,
+            documents=sum(split["documents"] for split in splits),
+            tokens=sum(split["blocks"] for split in splits) * store.block_size,
+            sources=tuple(given["input"] for given in store.manifest["settings"]["input"]),
+        )
+
+
+def claim(run: RunDir, config: Config, store: Store) -> None:
+    """Make ``run`` this configuration's folder, or check that it is. Rank 0 alone calls it.
+
+    Raises UserError that lists what differs; run.* and the path of the store may.
+    """
+    data = DataFacts.of(store)
+    if run.config.exists():
+        saved = load_config(run)
+        differences = list(_differences(asdict(saved), asdict(config)))
+        if read_data(run).dataset_id != data.dataset_id:
+            differences.append(f"data.store: {config.data.store} holds other data than the run's")
+        if differences:
+            raise UserError(
+                f"{run.root} holds a run with another configuration; repeat it with --config "
+                f"{run.config}, or choose another run.name. What differs (run's, yours):\n  "
+                + "\n  ".join(differences)
+            )
+        run.create()
+    else:
+        run.create()
+        if not run.tokenizer.exists():
+            aside = run.tokenizer.with_suffix(".incomplete")
+            shutil.copytree(store.tokenizer_dir, aside, dirs_exist_ok=True)
+            aside.rename(run.tokenizer)
+        write_json(run.data, asdict(data))
+    write_text(run.config, dump(config))  # last: with it the folder is claimed
+
+
+def _differences(saved: dict[str, Any], given: dict[str, Any]) -> Iterator[str]:
+    for section, fields in given.items():
+        if section == "run":
+            continue
+        for name, value in fields.items():
+            if (section, name) != ("data", "store") and saved[section][name] != value:
+                yield f"{section}.{name}: {saved[section][name]!r}, {value!r}"
+
+
+def load_config(run: RunDir) -> Config:
+    """The resolved configuration of a run."""
+    if not run.config.exists():
+        raise UserError(f"{run.root} is not a run: it has no {run.config.name}")
+    config, _ = parse(Config, ["--config", str(run.config)])
+    return config
+
+
+def read_data(run: RunDir) -> DataFacts:
+    values = json.loads(run.data.read_text(encoding="utf-8"))
+    return DataFacts(**values | {"sources": tuple(values["sources"])})
+
+
+def export_facts(run: RunDir, step: int, val_loss: float | None) -> dict[str, Any]:
+    """What a model card states of the weights after ``step`` updates; nothing of the mask."""
+    config, data = load_config(run), read_data(run)
+    train = config.train
+    secrecy = "secret" if config.init.seed is None else "public"
+    if config.mask.source == "none":
+        secrecy = "none"
+    return {
+        "name": config.run.name,
+        "secrecy": secrecy,
+        "updates": step,
+        "tokens": step * train.global_batch_size * data.block_size,
+        "global_batch_size": train.global_batch_size,
+        "block_size": data.block_size,
+        "schedule": (
+            f"AdamW, peak learning rate {train.lr:g}, {train.warmup_steps:,} updates of linear "
+            f"warm-up, cosine over {train.steps:,} updates, gradient norm clipped at "
+            f"{train.clip_norm:g}"
+        ),
+        "val_loss": val_loss,
+        "dataset_sources": data.sources,
+        "data_description": (
+            f"{data.documents:,} documents, {data.tokens:,} tokens, packed into blocks of "
+            f"{data.block_size} tokens separated by the end-of-text token"
+        ),
+    }

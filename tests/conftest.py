@@ -1,0 +1,25 @@
+"""Ranks that the whole session shares; each pool starts when a test first runs something on it."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.helpers.distributed import RankPool
+
+
+@pytest.fixture(scope="session")
+def ranks2() -> Iterator[RankPool]:
+    with RankPool(2) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def ranks4() -> Iterator[RankPool]:
+    with RankPool(4) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def ranks1() -> Iterator[RankPool]:
+    with RankPool(1) as pool:
+        yield pool

@@ -1,0 +1,54 @@
+"""One rank of tests/helpers/distributed.py: calls what the pipe names, answers with the result."""
+
+import faulthandler
+import functools
+import importlib
+import os
+import pickle
+import queue
+import signal
+import sys
+import threading
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+def resolve(name: str) -> Any:
+    """The object at ``package.module:qualified.name``."""
+    module, _, path = name.partition(":")
+    return functools.reduce(getattr, path.split("."), importlib.import_module(module))
+
+
+def call(request: bytes) -> bytes:
+    """(True, result) or (False, traceback), pickled."""
+    try:
+        name, args = pickle.loads(request)
+        result = resolve(name)(*args) if name is not None else None
+        return pickle.dumps((True, result))
+    except BaseException:  # noqa: BLE001  SystemExit as well: the test hears of everything
+        return pickle.dumps((False, traceback.format_exc()))
+
+
+def main() -> None:
+    # The stacks of a rank that hangs; also while a collective holds it outside Python.
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    faulthandler.enable()
+    pipe = Connection(int(sys.argv[1]))
+    requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    def read() -> None:
+        """End this process when its parent is gone, whatever the main thread is doing."""
+        try:
+            while True:
+                requests.put(pipe.recv_bytes())
+        except (EOFError, OSError):
+            os._exit(1)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        pipe.send_bytes(call(requests.get()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,410 @@
+"""Releases of tiny models: what is in the folder, what is not, and whom it opens for."""
+
+import hashlib
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
+
+from pmp_ds.errors import UserError
+from pmp_ds.model.build import build_model
+from pmp_ds.release import export as export_module
+from pmp_ds.release.export import export, generate_sample, shard_bytes
+from pmp_ds.release.metadata import generation_config, release_config
+from pmp_ds.release.model_card import CardFacts, render
+
+CARD = CardFacts(
+    name="tiny",
+    secrecy="secret",
+    tokens=1_638_400,
+    updates=200,
+    global_batch_size=32,
+    block_size=256,
+    schedule="AdamW, peak 2e-5, cosine",
+    val_loss=2.5,
+    dataset_sources=("DKYoon/SlimPajama-6B", "/home/alice/secret-client/corpus.jsonl"),
+    data_description="English web text.",
+    date="2026-01-31",
+)
+ALWAYS = {
+    "README.md",
+    "SHA256SUMS",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+SHARD_BYTES = 10_000
+
+
+def llama(tied: bool) -> PreTrainedConfig:
+    return LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        rope_parameters={"rope_type": "default", "rope_theta": 12345.0},
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+
+
+def gpt2() -> PreTrainedConfig:
+    return GPT2Config(
+        vocab_size=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=12,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+
+
+def write_weights(
+    folder: Path, config: PreTrainedConfig, dtype: torch.dtype = torch.float32, shards: int = 1
+) -> Path:
+    """What a checkpoint holds: named_parameters() in one or more files, 0600, and config.json."""
+    folder.mkdir()
+    torch.manual_seed(1)
+    model = build_model(config)
+    tensors = {
+        name: torch.randn_like(param).mul_(0.05).add_(param.detach()).to(dtype)
+        for name, param in model.named_parameters()
+    }
+    names = list(tensors)
+    weight_map: dict[str, str] = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        file = file if shards > 1 else "model.safetensors"
+        part = names[i::shards]
+        save_file({name: tensors[name] for name in part}, folder / file, {"private": "yes"})
+        (folder / file).chmod(0o600)
+        weight_map |= dict.fromkeys(part, file)
+    if shards > 1:
+        index = {"metadata": {}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    private = {"_name_or_path": "/home/alice/run", "pmp_density": 0.7, "dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(model.config.to_dict() | private))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    characters = "abcdefghijklmnopqrstuvwxyz 0123456789'.,:!"
+    vocab = {"</s>": 0, "?": 1} | {c: i for i, c in enumerate(characters, start=2)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="?")
+    fast.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) | {"name_or_path": "/home/alice/tokenizer"}
+    path.write_text(json.dumps(settings | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+    (folder / "notes.txt").write_text("private")
+    return folder
+
+
+@pytest.fixture
+def no_reload(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the fresh process, which costs seconds, where it is not the point."""
+    monkeypatch.setattr(export_module, "verify_reload", lambda *_: 0.0)
+
+
+@pytest.fixture(scope="module", params=["llama", "llama-tied-sharded", "gpt2"])
+def released(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path
+) -> tuple[Path, Path, Any]:
+    """(weights, release, summary) of one export with everything it does."""
+    config = gpt2() if request.param == "gpt2" else llama("tied" in request.param)
+    root = tmp_path_factory.mktemp("run")
+    shards = 3 if request.param == "llama" else 1
+    dtype = torch.float32 if request.param == "gpt2" else torch.bfloat16
+    weights = write_weights(root / "weights", config, dtype, shards)
+    size = SHARD_BYTES if "sharded" in request.param else "5GB"
+    out = root / "release"
+    summary = export(weights, out, tokenizer_dir=tokenizer_dir, card=CARD, max_shard_size=size)
+    return weights, out, summary
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
+
+
+def test_release_holds_only_what_it_should(released: tuple[Path, Path, Any]) -> None:
+    weights, release, summary = released
+    files = set(os.listdir(release))
+    assert files == set(summary.files)
+    weight_files = {name for name in files if name.endswith(".safetensors")}
+    index = {"model.safetensors.index.json"} if len(weight_files) > 1 else set()
+    assert files == ALWAYS | weight_files | index
+    assert set(os.listdir(release.parent)) == {"weights", "release"}
+    for path in release.iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o644
+        content = path.read_bytes()
+        for private in (b"alice", b"pmp_density", b'private"', str(weights).encode()):
+            assert private not in content, path.name
+    for name in weight_files:
+        with safe_open(release / name, "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+    for line in (release / "SHA256SUMS").read_text().splitlines():
+        digest, name = line.split("  ")
+        assert hashlib.sha256((release / name).read_bytes()).hexdigest() == digest
+    assert summary.logits_difference == 0.0
+
+
+def test_release_is_the_weights(released: tuple[Path, Path, Any]) -> None:
+    weights, release, summary = released
+    expected, tensors = tensors_of(weights), tensors_of(release)
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, expected[name].to(torch.bfloat16)), name
+    assert summary.num_params == sum(tensor.numel() for tensor in expected.values())
+    model = AutoModelForCausalLM.from_pretrained(release)
+    assert model.dtype == torch.bfloat16
+    for name, param in model.named_parameters():
+        assert torch.equal(param, tensors[name]), name
+
+
+def test_tokenizer_gives_the_same_ids(
+    released: tuple[Path, Path, Any], tokenizer_dir: Path
+) -> None:
+    text = "a quick brown fox; 42!"
+    expected = AutoTokenizer.from_pretrained(tokenizer_dir)
+    tokenizer = AutoTokenizer.from_pretrained(released[1])
+    assert tokenizer(text)["input_ids"] == expected(text)["input_ids"]
+    assert tokenizer.eos_token == "</s>"
+
+
+def test_config_and_card(released: tuple[Path, Path, Any]) -> None:
+    release = released[1]
+    config = json.loads((release / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    assert config["architectures"][0] in ("GPT2LMHeadModel", "LlamaForCausalLM")
+    assert not any(key.startswith("_") for key in config)
+    assert json.loads((release / "generation_config.json").read_text())["eos_token_id"] == 0
+    card = (release / "README.md").read_text()
+    assert card.startswith('---\nlibrary_name: "transformers"\n')
+    for shown in ("DKYoon/SlimPajama-6B", "`corpus.jsonl`", "1,638,400", "2.5000 nats"):
+        assert shown in card
+    for hidden in ("density", "secret-client", "0.7"):
+        assert hidden not in card
+
+
+@pytest.mark.parametrize("released", ["gpt2"], indirect=True)
+def test_sample_of_a_fresh_process(released: tuple[Path, Path, Any]) -> None:
+    text = generate_sample(released[1], "abc", 5)
+    assert text.replace(" ", "").startswith("abc")
+
+
+@pytest.mark.parametrize("released", ["llama-tied-sharded"], indirect=True)
+def test_shards(released: tuple[Path, Path, Any]) -> None:
+    _, release, summary = released
+    files = sorted(path.name for path in release.glob("*.safetensors"))
+    assert len(files) > 2
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    for file in files:
+        assert sum(t.nbytes for t in load_file(release / file).values()) <= SHARD_BYTES
+    index = json.loads((release / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == summary.total_bytes == 2 * summary.num_params
+    for name, file in index["weight_map"].items():
+        assert name in load_file(release / file)
+    assert index["weight_map"].keys() == tensors_of(release).keys()
+
+
+@pytest.mark.usefixtures("no_reload")
+def test_private_export(tmp_path: Path, tokenizer_dir: Path) -> None:
+    weights, out = write_weights(tmp_path / "weights", gpt2()), tmp_path / "init"
+    export(weights, out, tokenizer_dir=tokenizer_dir, card=CARD, private=True)
+    assert stat.S_IMODE(out.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(path.stat().st_mode) for path in out.iterdir()} == {0o600}
+
+
+@pytest.mark.usefixtures("no_reload")
+def test_same_weights_same_bytes(tmp_path: Path, tokenizer_dir: Path) -> None:
+    one = write_weights(tmp_path / "one", llama(True), torch.bfloat16)
+    two = write_weights(tmp_path / "two", llama(True), torch.bfloat16, shards=4)
+    for weights in (one, two):
+        export(weights, tmp_path / f"{weights.name}-out", tokenizer_dir=tokenizer_dir, card=CARD)
+    sums = [(tmp_path / f"{name}-out" / "SHA256SUMS").read_text() for name in ("one", "two")]
+    assert sums[0] == sums[1]
+
+
+@pytest.mark.usefixtures("no_reload")
+def test_dtype_rules(tmp_path: Path, tokenizer_dir: Path) -> None:
+    def run(weights: Path) -> Any:
+        out = tmp_path / f"{weights.name}-out"
+        return export(weights, out, tokenizer_dir=tokenizer_dir, card=CARD, dtype="fp32")
+
+    fp32 = write_weights(tmp_path / "fp32", gpt2())
+    assert run(fp32).dtype == "fp32"
+    exact = load_file(tmp_path / "fp32-out" / "model.safetensors")
+    assert all(torch.equal(exact[k], v) for k, v in load_file(fp32 / "model.safetensors").items())
+    with pytest.raises(UserError, match="holds bf16 weights"):
+        run(write_weights(tmp_path / "bf16", gpt2(), torch.bfloat16))
+    # The complement of a bf16 run kept its rounded values: fp32 would give it away.
+    mixed = load_file(fp32 / "model.safetensors")
+    frozen = mixed["transformer.wte.weight"][:10]
+    frozen.copy_(frozen.bfloat16())
+    (tmp_path / "mixed").mkdir()
+    save_file(mixed, tmp_path / "mixed" / "model.safetensors")
+    (tmp_path / "mixed" / "config.json").write_text((fp32 / "config.json").read_text())
+    with pytest.raises(UserError, match=r"a part of .* was rounded to bf16") as caught:
+        run(tmp_path / "mixed")
+    assert "wte" not in str(caught.value)
+    assert not (tmp_path / "mixed-out").exists()
+
+
+def spoil_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def spoil_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def spoil_names(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["transformer.ln_f.bias"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+def spoil_values(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.ln_f.bias"][3] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+
+
+def spoil_shape(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.ln_f.bias"] = torch.zeros(5)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def spoil_dtype(folder: Path) -> None:
+    tensors = {k: v.half() for k, v in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors")
+
+
+def spoil_json(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text("{")
+
+
+@pytest.mark.usefixtures("no_reload")
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_config, "config.json does not exist"),
+        (spoil_weights, "model.safetensors is damaged"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "is damaged or missing"),
+        (spoil_names, "lacks transformer.ln_f.bias"),
+        (spoil_values, "ln_f.bias holds NaN or infinity"),
+        (spoil_shape, r"has shape \[5\] and config.json needs \[32\]"),
+        (spoil_dtype, "holds tensors of F16"),
+        (spoil_json, "index.json is damaged"),
+    ],
+)
+def test_unusable_weights(spoil: Any, message: str, tmp_path: Path, tokenizer_dir: Path) -> None:
+    weights = write_weights(tmp_path / "weights", gpt2())
+    spoil(weights)
+    with pytest.raises(UserError, match=message):
+        export(weights, tmp_path / "release", tokenizer_dir=tokenizer_dir, card=CARD)
+    assert os.listdir(tmp_path) == ["weights"]
+
+
+def test_mistakes_leave_nothing(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = write_weights(tmp_path / "weights", gpt2())
+    out = tmp_path / "release"
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        export(weights, out, tokenizer_dir=tmp_path, card=CARD)
+
+    def fail(*_: Any) -> float:
+        raise RuntimeError("logits differ")
+
+    monkeypatch.setattr(export_module, "verify_reload", fail)
+    with pytest.raises(RuntimeError, match="logits differ"):
+        export(weights, out, tokenizer_dir=tokenizer_dir, card=CARD)
+    assert os.listdir(tmp_path) == ["weights"]
+    out.mkdir()
+    with pytest.raises(UserError, match="release exists already: move it away"):
+        export(weights, out, tokenizer_dir=tokenizer_dir, card=CARD)
+    assert os.listdir(out) == []
+
+
+def test_a_release_that_computes_something_else_is_refused(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An allow-list that forgot rope_parameters would change every output, and load cleanly."""
+
+    def forgetful(config: PreTrainedConfig, dtype: str) -> dict[str, Any]:
+        kept = release_config(config, dtype)
+        del kept["rope_parameters"]
+        return kept
+
+    monkeypatch.setattr(export_module, "release_config", forgetful)
+    weights = write_weights(tmp_path / "weights", llama(False))
+    with pytest.raises(RuntimeError, match="logits differ by"):
+        export(weights, tmp_path / "release", tokenizer_dir=tokenizer_dir, card=CARD, dtype="fp32")
+    assert os.listdir(tmp_path) == ["weights"]
+
+
+def test_paths_in_a_config_are_refused() -> None:
+    config = llama(False)
+    config.rope_parameters["rope_type"] = "/home/alice/rope"
+    with pytest.raises(UserError, match="rope_type is '/home/alice/rope'"):
+        release_config(config, "bfloat16")
+
+
+def test_padding_falls_back_to_the_end_of_text() -> None:
+    config = llama(False)
+    assert generation_config(config)["pad_token_id"] == 0
+    config.eos_token_id = [5, 6]
+    assert generation_config(config)["pad_token_id"] == 5
+    config.pad_token_id = 7
+    assert generation_config(config)["pad_token_id"] == 7
+
+
+def test_shard_sizes() -> None:
+    assert shard_bytes("5GB") == 5_000_000_000
+    assert shard_bytes("20 kb") == 20_000
+    assert shard_bytes(123) == 123
+    for wrong in ("5", "GB", "0GB", "-1GB", "1.5GB", "5TB"):
+        with pytest.raises(UserError, match="is not a size such as"):
+            shard_bytes(wrong)
+
+
+@pytest.mark.parametrize("secrecy", ["secret", "public", "none"])
+def test_card_says_what_the_secret_is_worth(secrecy: Any) -> None:
+    facts = CardFacts(**{**vars(CARD), "secrecy": secrecy, "val_loss": None, "license": "mit"})
+    card = render(facts, {"architectures": ["LlamaForCausalLM"]}, 10, "bf16")
+    assert ("Private Mask Pre-Training" in card) == (secrecy != "none")
+    assert ("public seed" in card) == (secrecy == "public")
+    assert "not measured" in card
+    assert 'license: "mit"' in card

@@ -1,0 +1,185 @@
+"""Flags and files to a config; every mistake is one line that names it."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pmp_ds.cli import HIDDEN, dump, parse
+from pmp_ds.config import Config, PrepareConfig, TrainConfig
+from pmp_ds.errors import UserError
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write(name: str, text: str) -> str:
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    return write
+
+
+def test_defaults():
+    assert parse(Config, []) == (Config(), {})
+
+
+def test_overlays_and_flags_in_order(write):
+    base = write("a.yaml", "train:\n  lr: 1e-4\n  steps: 3000\nmask: {density: 0.5}\n")
+    overlay = write("b.yaml", "train:\n  steps: 5000\n")
+    config, _ = parse(Config, ["--config", base, f"--config={overlay}", "--train.clip_norm", "2"])
+    assert config.train == TrainConfig(lr=1e-4, steps=5000, clip_norm=2.0)
+    assert isinstance(config.train.lr, float)
+    assert config.mask.density == 0.5
+    config, _ = parse(Config, ["--config", overlay, "--config", base, "--train.steps=7000"])
+    assert (config.train.steps, config.train.lr) == (7000, 1e-4)
+
+
+def test_types_are_real():
+    argv = ["--train.betas", "[0.8,0.9]", "--init.seed", "42", "--mask.always_train", "false"]
+    config, _ = parse(Config, argv)
+    assert config.train.betas == (0.8, 0.9)
+    assert config.init.seed == 42
+    assert config.mask.always_train is False
+
+
+def test_extra_options(write):
+    options: dict[str, dict[str, Any]] = {
+        "--deepspeed-config": {"type": str, "help": "JSON of DeepSpeed"},
+        "--resume": {"action": "store_true"},
+        "--local_rank": {"type": int, "default": -1, "help": HIDDEN},
+    }
+    argv = ["--local_rank=1", "--deepspeed-config", "z.json", "--train.steps", "2500"]
+    config, extras = parse(Config, argv, options=options)
+    assert extras == {"deepspeed_config": "z.json", "resume": False, "local_rank": 1}
+    assert config.train.steps == 2500
+    assert parse(Config, [], options=options)[1]["deepspeed_config"] is None
+
+
+def test_dump_reads_back(write, capsys):
+    argv = ["--train.lr", "3e-5", "--train.betas", "[0.1,0.2]", "--run.name", "é x"]
+    config, _ = parse(Config, argv)
+    assert parse(Config, ["--config", write("c.yaml", dump(config))])[0] == config
+    prepare = PrepareConfig(input=("a", "b"), val_fraction=1e-5)
+    assert parse(PrepareConfig, ["--config", write("p.yaml", dump(prepare))])[0] == prepare
+    with pytest.raises(SystemExit) as stop:
+        parse(Config, [*argv, "--print_config"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == dump(config)
+    assert list(yaml.safe_load(dump(config))) == ["run", "init", "model", "data", "mask", "train"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "inputs"),
+    [
+        (["--input", "a"], ("a",)),
+        (["--input", "a", "b c", "--block_size", "8"], ("a", "b c")),
+        (["--input=a", "--block_size", "8", "--input", "b"], ("a", "b")),
+        (["--input", '["a", "b"]'], ("a", "b")),
+        (["--input", "a", "--text_field", "b"], ("a",)),
+        ([], ("python",)),
+    ],
+)
+def test_lists_of_text(argv: list[str], inputs: tuple[str, ...]):
+    config, _ = parse(PrepareConfig, argv)
+    assert config == replace(
+        PrepareConfig(input=inputs), block_size=config.block_size, text_field=config.text_field
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--train.lr", "-1"], "train.lr=-1.0 must be positive"),
+        (["--train.lr", "abc"], "train.lr: expected float, got abc"),
+        (["--train.steps", "1.5"], "train.steps: expected int, got 1.5"),
+        (["--init.seed", "abc"], "init.seed: expected int or null, got abc"),
+        (["--mask.source", "foo"],
+         "mask.source: expected one of 'earlybird', 'random', 'none', 'file', got foo"),
+        (["--train.lr"], "argument --train.lr: expected one argument"),
+        (["--train.stepz", "1"],
+         "unknown flag --train.stepz (did you mean --train.steps?); see --help for all of them"),
+        (["--train.step", "5"],  # no guessing from beginnings
+         "unknown flag --train.step (did you mean --train.steps?); see --help for all of them"),
+        (["foo"], "unexpected argument 'foo'; every setting is a flag, see --help"),
+        (["--config", "none.yaml"],
+         "--config none.yaml cannot be read: No such file or directory"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_flags(argv: list[str], message: str):
+    with pytest.raises(UserError) as caught:
+        parse(Config, argv)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {stepz: 3}",
+         "unknown setting train.stepz (did you mean train.steps?); see --help for all of them"),
+        ("trian: {lr: 3}",
+         "unknown setting trian.lr (did you mean train.lr?); see --help for all of them"),
+        ("train: {lr: abc}", "train.lr: expected float, got abc"),
+        ("train: 3", "train is a section of settings, not a value: 3"),
+        ("- 1", "--config FILE holds no settings: write `name: value` lines"),
+        ("", "--config FILE holds no settings: write `name: value` lines"),
+        ("train: {steps: 10}", "train.warmup_steps=2000 must be between 0 and train.steps=10"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_files(write, text: str, message: str):
+    path = write("x.yaml", text)
+    with pytest.raises(UserError) as caught:
+        parse(Config, ["--config", path])
+    assert str(caught.value) == message.replace("FILE", path)
+
+
+def test_broken_yaml_names_the_file_and_stays_one_line(write):
+    path = write("x.yaml", "train:\n  lr: [1\n")
+    good = write("good.yaml", "train: {lr: 1}")
+    with pytest.raises(UserError, match=r"x\.yaml is not YAML.*line 2") as caught:
+        parse(Config, ["--config", good, "--config", path])
+    assert "\n" not in str(caught.value)
+
+
+def test_error_of_a_value_that_only_the_sum_of_files_has(write):
+    """Settings are checked together, after the last overlay."""
+    small = write("a.yaml", "train: {steps: 10}")
+    config, _ = parse(Config, ["--config", small, "--train.warmup_steps", "5"])
+    assert config.train.steps == 10
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]):
+    hidden: dict[str, dict[str, Any]] = {"--local_rank": {"type": int, "help": HIDDEN}}
+    with pytest.raises(SystemExit) as stop:
+        parse(Config, ["--help"], prog="x.py", description="What.\n  indented", epilog="examples:",
+              options=hidden)  # fmt: skip
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: x.py [options]\n\nWhat.\n  indented\n")
+    assert text.rstrip().endswith("examples:")
+    assert "Fraction of the parameters kept and trained" in text  # the field's docstring
+    assert "default: 0.7" in text
+    assert "local_rank" not in text
+
+
+def test_exit_code_and_one_line_on_standard_error():
+    script = (
+        "import sys\n"
+        "from pmp_ds.cli import parse\n"
+        "from pmp_ds.config import Config\n"
+        "from pmp_ds.errors import exit_code\n"
+        "raise SystemExit(exit_code(lambda: parse(Config, sys.argv[1:])))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "--train.lr", "x"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == "error: train.lr: expected float, got x\n"

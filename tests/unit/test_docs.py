@@ -1,0 +1,106 @@
+"""What the documentation tells people to type, read or open exists."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+
+CODE = re.compile(r"^```.*?^```|`[^`\n]+`", re.MULTILINE | re.DOTALL)
+MAKE = re.compile(r"(?<![\w./-])make +([^;&|`\n]+)")
+FILE = re.compile(
+    r"(?<![\w./-])(?:launcher|ds_configs|docs|benchmarks|tests|pmp_ds|\.ci)/[^\s`'\"();|,]+"
+)
+LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)")
+
+
+def documents() -> list[Path]:
+    readme = REPO / "README.md"
+    assert readme.exists(), "README.md is missing"
+    return [readme, *sorted((REPO / "docs").glob("**/*.md")), REPO / "ds_configs" / "README.md"]
+
+
+def code(text: str) -> str:
+    """The fenced blocks and `spans` of a markdown text, one after the other."""
+    return "\n".join(CODE.findall(text))
+
+
+def make_targets(makefile: str) -> set[str]:
+    return set(re.findall(r"^([a-z][\w-]*) *:(?!=)", makefile, re.MULTILINE))
+
+
+def named_targets(text: str) -> set[str]:
+    words = [word for line in MAKE.findall(code(text)) for word in shlex.split(line, comments=True)]
+    return {word for word in words if "=" not in word and not word.startswith("-")}
+
+
+def named_files(text: str) -> set[str]:
+    """Paths spelled out in full: `recipes/*.yaml`, `zero{0,1}.json`, `NAME` are none."""
+    paths = {path.rstrip(".:") for path in FILE.findall(text)}
+    return {path for path in paths if not re.search(r"[*{}<>$]", path)}
+
+
+def test_readme_teaches_the_main_commands() -> None:
+    assert {"demo", "test"} <= named_targets(documents()[0].read_text(encoding="utf-8"))
+
+
+def test_make_targets_exist() -> None:
+    known = make_targets((REPO / "Makefile").read_text(encoding="utf-8"))
+    unknown = {
+        f"{file.relative_to(REPO)}: make {target}"
+        for file in documents()
+        for target in named_targets(file.read_text(encoding="utf-8")) - known
+    }
+    assert unknown == set()
+
+
+def test_files_exist() -> None:
+    missing = {
+        f"{file.relative_to(REPO)}: {name}"
+        for file in documents()
+        for name in named_files(code(file.read_text(encoding="utf-8")))
+        if not (REPO / name).exists()
+    }
+    assert missing == set()
+
+
+def test_links_lead_somewhere() -> None:
+    broken = {
+        f"{file.relative_to(REPO)}: {link}"
+        for file in documents()
+        for link in LINK.findall(file.read_text(encoding="utf-8"))
+        if not (file.parent / link).exists()
+    }
+    assert broken == set()
+
+
+def test_files_named_by_the_makefile_exist() -> None:
+    named = named_files((REPO / "Makefile").read_text(encoding="utf-8"))
+    assert {name for name in named if not (REPO / name).exists()} == set()
+
+
+@pytest.mark.parametrize(
+    ("text", "targets", "files"),
+    [
+        ("make sure that launcher/none.py", set(), set()),
+        ("`make demo`, then `launcher/a.py --out x`", {"demo"}, {"launcher/a.py"}),
+        ("```\n$ make lint test && x  # no\n```", {"lint", "test"}, set()),
+        ("```\nmake demo TORCH_INDEX=https://x/whl  # no\n```", {"demo"}, set()),
+        ("`make -k P=python3.12 PYTEST_ARGS='-k x y' test`", {"test"}, set()),
+        (
+            "```\ndeepspeed launcher/p.py --config launcher/recipes/x-1.yaml\n```",
+            set(),
+            {"launcher/p.py", "launcher/recipes/x-1.yaml"},
+        ),
+        ("`launcher/recipes/*.yaml` `ds_configs/zero{0,1}.json` `x/docs/a.md`", set(), set()),
+    ],
+)
+def test_finders(text: str, targets: set[str], files: set[str]) -> None:
+    assert named_targets(text) == targets
+    assert named_files(code(text)) == files
+
+
+def test_make_targets_are_found() -> None:
+    assert make_targets("VAR := x\nhelp:\nall: help\n\techo a:\n.PHONY: no\n") == {"help", "all"}
