@@ -14,14 +14,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+from pmp_ds.cli import PlainParser
 from pmp_ds.errors import UserError, exit_code
 from pmp_ds.run_dir import RunDir, make_private
+from pmp_ds.train.run_facts import export_facts, load_config
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = PlainParser("export.py", __doc__)
     add = parser.add_argument
     add("--run", type=Path, required=True, metavar="FOLDER", help="a run's folder, runs/NAME")
     add(
@@ -49,19 +49,19 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     run = RunDir(args.run)
     _check(args, run)
-    # Slow imports come after the quick checks.
-    from pmp_ds.release.export import export, generate_sample, require_absent
-    from pmp_ds.release.model_card import CardFacts
-    from pmp_ds.train import plain_weights
-    from pmp_ds.train.run_facts import export_facts, load_config
-
     initial = args.checkpoint == "init"
-    public = load_config(run).init.seed is not None and load_config(run).mask.source != "none"
+    config = load_config(run)
+    public = config.init.seed is not None and config.mask.source != "none"
     if public and not (args.allow_public_mask or initial):
         raise UserError(
             f"{args.run} started from the public seed init.seed, so anyone can compute its mask: "
             "train with init.seed unset, or pass --allow-public-mask to release it as it is"
         )
+    # Slow imports come after the quick checks.
+    from pmp_ds.release.export import export, generate_sample, require_absent
+    from pmp_ds.release.model_card import CardFacts
+    from pmp_ds.train import plain_weights
+
     out = args.out or run.release
     require_absent(out)
     with tempfile.TemporaryDirectory(dir=run.private, prefix="export-") as scratch:

@@ -3,8 +3,12 @@
 Run `deepspeed launcher/pretrain.py --help`.
 """
 
+import os
 import sys
+import time
+import warnings
 from pathlib import Path
+from typing import Any
 
 from pmp_ds import dist
 from pmp_ds.cli import HIDDEN, parse
@@ -12,6 +16,7 @@ from pmp_ds.config import Config
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.errors import exit_code
 from pmp_ds.run_dir import RunDir
+from pmp_ds.train import deepspeed_config
 
 DESCRIPTION = """\
 Private Mask Pre-Training: find a sparse ticket early in training, go back to the initial weights,
@@ -30,6 +35,9 @@ examples:
     deepspeed launcher/pretrain.py --config launcher/recipes/demo.yaml \\
         --config launcher/recipes/base.yaml --run.name demo-base"""
 
+OTHER_RANKS_WAIT = 20.0
+"""Seconds. The launcher kills all ranks when one has failed: rank 0, which says why, goes first."""
+
 DEFAULT_DS_CONFIG = Path(__file__).resolve().parents[1] / "ds_configs" / "zero1.json"
 
 
@@ -45,29 +53,34 @@ def main() -> None:
                 "type": str,
                 "default": str(DEFAULT_DS_CONFIG),
                 "metavar": "JSON",
-                "help": "DeepSpeed settings for this machine (default: ds_configs/zero1.json)",
+                "help": "DeepSpeed settings for this machine: one of ds_configs/, or your own",
             },
             "--local_rank": {"type": int, "default": 0, "help": HIDDEN},
         },
     )
+    # What every rank can find by itself is checked before they meet, the quick checks first.
+    ds_config = deepspeed_config.read_json(Path(options["deepspeed_config"]))
+    deepspeed_config.merge(ds_config, config.train, int(os.environ.get("WORLD_SIZE", "1")))
+    store = Store.open(config.data.store)
+    run = RunDir(Path(config.run.root) / config.run.name)
+    from pmp_ds.train import pipeline  # imports transformers: seconds
+
+    pipeline.check(config, store, run)
+    # DeepSpeed calls functions of torch by their old names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     dist.init()
     try:
-        _run(config, Path(options["deepspeed_config"]))
+        _run(config, ds_config, store, run)
     finally:
         dist.shutdown()
 
 
-def _run(config: Config, ds_path: Path) -> None:
-    from pmp_ds.plots import plot_run  # these import transformers and matplotlib: seconds
-    from pmp_ds.train import deepspeed_config, pipeline, plan, run_facts, theta0
+def _run(config: Config, ds_config: dict[str, Any], store: Store, run: RunDir) -> None:
+    from pmp_ds.plots import plot_run  # imports matplotlib: a second
+    from pmp_ds.train import pipeline, plan, run_facts
 
-    ds_config = deepspeed_config.read_json(ds_path)
-    deepspeed_config.merge(ds_config, config.train, dist.world_size())
-    run = RunDir(Path(config.run.root) / config.run.name)
     # Rank 0 alone reads every byte; a damaged store stops all ranks before anything is written.
-    dist.on_rank0(lambda: Store.open(config.data.store, verify=True) and None)
-    store = Store.open(config.data.store)
-    theta0.architecture(config, run_facts.DataFacts.of(store))  # UserError when they do not fit
+    dist.on_rank0(lambda: store.verify() and None)
     dist.on_rank0(lambda: run_facts.claim(run, config, store))
     job = pipeline.open_job(config, ds_config, store, run)
     if dist.rank() == 0:
@@ -84,4 +97,7 @@ def _run(config: Config, ds_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(exit_code(main))
+    code = exit_code(main)
+    if code and os.environ.get("RANK", "0") != "0":
+        time.sleep(OTHER_RANKS_WAIT)
+    raise SystemExit(code)

@@ -11,7 +11,7 @@ import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
@@ -64,6 +64,9 @@ def parse(
     for flag, keywords in (options or {}).items():
         parser.add_argument(flag, **keywords)
     parser.add_class_arguments(cls)
+    for action in parser._actions:  # `--section FILE` works, and would only clutter --help
+        if action.metavar == "CONFIG" and action.dest != "config":
+            action.help = HIDDEN
     _check_files(argv)
     try:
         namespace = parser.parse_args(_join_lists(cls, argv))
@@ -87,6 +90,21 @@ def dump(config: Any) -> str:
     plain = json.loads(json.dumps(dataclasses.asdict(config)))
     text: str = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
     return text
+
+
+class PlainParser(argparse.ArgumentParser):
+    """For launchers without a settings tree; keeps line breaks, and a mistake is a UserError."""
+
+    def __init__(self, prog: str, description: str | None) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
 
 
 class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):

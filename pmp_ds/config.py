@@ -9,7 +9,7 @@ from typing import Literal
 
 from pmp_ds.errors import UserError
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 def _require(ok: bool, message: str) -> None:
@@ -215,7 +215,12 @@ class TrainConfig:
     """Sequences per forward pass on one rank; accumulation fills the rest."""
 
     precision: Precision = "bf16"
-    """Precision of the weights in forward and backward; the master weights stay fp32."""
+    """Precision of the weights in forward and backward; the master weights stay fp32. `fp16` scales
+    the loss dynamically and needs ZeRO 1, 2 or 3."""
+
+    accumulate_fp32: bool = False
+    """Add up the gradients of micro-batches in fp32 instead of `train.precision`; with `bf16` it
+    needs ZeRO 2 or 3."""
 
     lr: float = 2e-5
     """Peak learning rate."""

@@ -39,10 +39,12 @@ def init(timeout_seconds: float = 1800.0) -> None:
     import deepspeed
     import deepspeed.ops
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # A shared-memory collective for inference; on CPU DeepSpeed would compile it for a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # Or every torch.empty is filled, and DeepSpeed's buckets are large: most of a CPU step.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     deepspeed.init_distributed(
         auto_mpi_discovery=False,
         verbose=False,

@@ -162,7 +162,7 @@ class Store:
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> "Store":
-        """Map every shard and check its size and shape; with ``verify`` its sha256 as well.
+        """Map every shard and check its size and shape; with ``verify`` as ``verify`` does.
 
         Raises UserError that names the file for anything missing, truncated, altered or of
         another version.
@@ -188,9 +188,9 @@ class Store:
         return self._splits[name]
 
     def verify(self) -> int:
-        """Hash every shard and check every token; return the bytes read.
+        """Hash every shard and the tokenizer, and check every token; return the shards' bytes.
 
-        Raises UserError that names the first altered shard.
+        Raises UserError that names the first altered file.
         """
         shards = [s for split in SPLITS for s in self.manifest["splits"][split]["shards"]]
         for shard in shards:
@@ -246,6 +246,13 @@ class Store:
                 f"{self.folder / 'manifest.json'} was altered (its dataset_id does not match): "
                 f"{_AGAIN}"
             )
+        for name, digest in self.manifest["tokenizer"].get("files", {}).items():
+            path = self.tokenizer_dir / name
+            if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+                raise UserError(
+                    f"tokenizer file {path} is missing or was changed since the text was "
+                    f"tokenized with it: put it back, or {_AGAIN}"
+                )
         for split in SPLITS:
             shards = self.manifest["splits"][split]["shards"]
             for shard, largest in zip(shards, self._splits[split].largest(), strict=True):

@@ -1,5 +1,6 @@
 """Fill a folder with a complete store: tokenize, split, pack, write shards and the manifest."""
 
+import hashlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -56,7 +57,7 @@ def build_store(
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     """Fill ``folder`` with the complete store and return its manifest."""
-    _save_tokenizer(tokenizer, folder / "tokenizer")
+    tokenizer_files = _save_tokenizer(tokenizer, folder / "tokenizer")
     vocab_size = tokenizer.vocab_size
     tally = _Tally({split: np.zeros(vocab_size, np.int64) for split in SPLITS})
     total = sum(source.num_bytes for source in sources)
@@ -89,7 +90,11 @@ def build_store(
             },
             "settings": settings,
             "splits": splits,
-            "tokenizer": {"fingerprint": tokenizer.fingerprint, "kind": tokenizer.kind},
+            "tokenizer": {
+                "files": tokenizer_files,
+                "fingerprint": tokenizer.fingerprint,
+                "kind": tokenizer.kind,
+            },
             "unigram_cross_entropy": unigram_cross_entropy(
                 tally.unigrams["train"], tally.unigrams["validation"]
             ),
@@ -212,12 +217,16 @@ def no_document(config: PrepareConfig) -> str:
     )
 
 
-def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> dict[str, str]:
+    """Returns the sha256 of every file by name."""
     tokenizer.save_pretrained(folder)
-    for path in folder.iterdir():
+    digests = {}
+    for path in sorted(folder.iterdir()):
         with open(path, "rb") as file:
+            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
     fsync_dir(folder)
+    return digests
 
 
 def _compare_saved(tokenizer: Tokenizer, folder: Path, sample: Sequence[str]) -> list[str]:

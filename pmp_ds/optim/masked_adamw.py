@@ -6,12 +6,14 @@ value per kept element, in row-major order. The other elements are never written
 weight decay, no rounding.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.optim.adamw import adamw
 
+from pmp_ds.optim.kernels import kernels_for
+from pmp_ds.optim.kernels.cpu import Coefficients
 from pmp_ds.optim.zero_shards import ZeroShards
 from pmp_ds.ticket.mask import popcount, unpack
 
@@ -38,7 +40,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
-        self._bits: dict[torch.Tensor, torch.Tensor | None] | None = None
+        self._masks: dict[torch.Tensor, _Mask] | None = None
 
     def arm(self, bits: dict[torch.Tensor, torch.Tensor | None]) -> None:
         """Fix the mask of every tensor and start from fresh moments.
@@ -46,37 +48,38 @@ class MaskedAdamW(torch.optim.Optimizer):
         ``bits``: for each tensor of this optimizer its packed mask (ceil(numel / 8),) uint8 on the
         tensor's device, or None to train all of it.
         """
-        self._bits = dict(bits)
+        self._masks = {tensor: _Mask(mask, tensor) for tensor, mask in bits.items()}
         self.state.clear()
-        for tensor, mask in self._bits.items():
-            num_kept = tensor.numel() if mask is None else popcount(mask)
+        for tensor, mask in self._masks.items():
             self.state[tensor] = {
-                "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
-                "exp_avg": torch.zeros(num_kept, dtype=torch.float32, device=tensor.device),
-                "exp_avg_sq": torch.zeros(num_kept, dtype=torch.float32, device=tensor.device),
+                "step": torch.zeros((), dtype=torch.float32),
+                "exp_avg": torch.zeros(mask.num_kept, dtype=torch.float32, device=tensor.device),
+                "exp_avg_sq": torch.zeros(mask.num_kept, dtype=torch.float32, device=tensor.device),
             }
 
     def zero_complement(self, shards: ZeroShards) -> None:
         """Zero the reduced gradient of every element that is not kept."""
-        assert self._bits is not None
+        assert self._masks is not None
         for f, gradient in zip(shards.fragments, shards.gradients(), strict=True):
-            bits = self._bits[shards.flats[f.flat]]
-            if bits is not None:
-                for start in range(0, f.numel, CHUNK):
-                    chunk = gradient[start : start + CHUNK]
-                    kept = unpack(bits, chunk.numel(), f.flat_start + start)
-                    chunk.masked_fill_(~kept, 0.0)  # not a product: it may hold NaN
+            mask = self._masks[shards.flats[f.flat]]
+            if mask.bits is None:
+                continue
+            zero = mask.kernels.zero_complement if mask.kernels else zero_complement_ref
+            zero(gradient, mask.bits, f.flat_start)
+
+    @property
+    def num_updates(self) -> int:
+        """Updates made since ``arm``."""
+        return max((int(state["step"]) for state in self.state.values()), default=0)
 
     @property
     def state_bytes(self) -> int:
         """Bytes that the moments and the packed masks take on this rank."""
-        assert self._bits is not None
-        moments = sum(
-            state[name].numel() * state[name].element_size()
-            for state in self.state.values()
-            for name in ("exp_avg", "exp_avg_sq")
-        )
-        return moments + sum(mask.numel() for mask in self._bits.values() if mask is not None)
+        assert self._masks is not None
+        tensors = [mask.bits for mask in self._masks.values() if mask.bits is not None]
+        for state in self.state.values():
+            tensors += [state["exp_avg"], state["exp_avg_sq"]]
+        return sum(tensor.nbytes for tensor in tensors)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -85,68 +88,92 @@ class MaskedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._bits is None:  # DeepSpeed steps once inside `initialize`
+        if self._masks is None:  # DeepSpeed steps once inside `initialize`
             return loss
         for group in self.param_groups:
             for tensor in group["params"]:
                 if tensor.grad is not None:
-                    self._update(tensor, self._bits[tensor], group)
+                    self._update(tensor, self._masks[tensor], group)
         return loss
 
-    def _update(self, tensor: torch.Tensor, bits: torch.Tensor | None, group: dict) -> None:
-        state = self.state[tensor]
+    def _update(self, tensor: torch.Tensor, mask: "_Mask", group: dict[str, Any]) -> None:
         assert tensor.grad is not None
+        state = self.state[tensor]
+        state["step"] = state["step"] + 1  # a new tensor: ZeRO-3 may share one between sub-groups
         weights, gradient = tensor.view(-1), tensor.grad.reshape(-1)
-        step = state["step"]
-        if bits is None:
-            _adamw(weights, gradient, state["exp_avg"], state["exp_avg_sq"], step, group)
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        coefficients = _coefficients(group, float(state["step"]))
+        if mask.kernels:
+            mask.kernels.masked_adamw(
+                weights, gradient, mask.bits, mask.prefix, *moments, coefficients
+            )
         else:
-            done = 0
-            for start in range(0, weights.numel(), CHUNK):
-                numel = min(CHUNK, weights.numel() - start)
-                kept = unpack(bits, numel, start).nonzero().view(-1)
-                span = slice(done, done + kept.numel())
-                chunk = weights[start : start + numel]
-                values = chunk[kept]
-                _adamw(
-                    values,
-                    gradient[start : start + numel][kept],
-                    state["exp_avg"][span],
-                    state["exp_avg_sq"][span],
-                    step,
-                    group,
-                )
-                chunk[kept] = values
-                done += kept.numel()
-        state["step"] = step + 1  # a new tensor: ZeRO-3 may share one between sub-groups
+            masked_adamw_ref(weights, gradient, mask.bits, *moments, coefficients)
 
 
-def _adamw(
-    weights: torch.Tensor,  # (n,) fp32, updated in place, as are the moments
-    gradient: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    step: torch.Tensor,  # updates done before this one
-    group: dict[str, Any],
-) -> None:
-    if weights.numel() == 0:
-        return
-    adamw(
-        [weights],
-        [gradient],
-        [exp_avg],
-        [exp_avg_sq],
-        [],
-        [step.clone()],  # torch counts it up in place
-        fused=True,
-        amsgrad=False,
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        lr=group["lr"],
-        weight_decay=group["weight_decay"],
+class _Mask:
+    """The packed mask of one tensor, and the operators for its device with what they need."""
+
+    def __init__(self, bits: torch.Tensor | None, tensor: torch.Tensor) -> None:
+        self.bits = bits
+        self.num_kept = tensor.numel() if bits is None else popcount(bits)
+        self.kernels = kernels_for(tensor)
+        self.prefix = None
+        if bits is not None and self.kernels:
+            self.prefix = self.kernels.block_prefix(bits)
+
+
+def _coefficients(group: dict[str, Any], step: float) -> Coefficients:
+    """``step`` counts the update to be made, from 1. Computed in double precision, used in fp32."""
+    beta1, beta2 = group["betas"]
+    return Coefficients(
+        decay=1.0 - group["lr"] * group["weight_decay"],
+        beta1=beta1,
+        grad_weight=1.0 - beta1,
+        beta2=beta2,
+        grad_sq_weight=1.0 - beta2,
+        minus_step_size=-group["lr"] / (1.0 - beta1**step),
+        sqrt_correction2=math.sqrt(1.0 - beta2**step),
         eps=group["eps"],
-        maximize=False,
     )
+
+
+def masked_adamw_ref(
+    weights: torch.Tensor,  # (numel,) fp32, updated in place, as are the moments
+    gradient: torch.Tensor,  # (numel,)
+    bits: torch.Tensor | None,  # (ceil(numel / 8),) uint8; None: all kept
+    exp_avg: torch.Tensor,  # (num_kept,)
+    exp_avg_sq: torch.Tensor,  # (num_kept,)
+    c: Coefficients,
+) -> None:
+    """The update in torch operations, on any device; the operators give the same bits."""
+    done = 0
+    for start in range(0, weights.numel(), CHUNK):
+        p, g = weights[start : start + CHUNK], gradient[start : start + CHUNK]
+        kept = None
+        if bits is not None:
+            kept = unpack(bits, p.numel(), start).nonzero().view(-1)
+            p, g = p[kept], g[kept]
+        span = slice(done, done + p.numel())
+        done = span.stop
+        m, v = exp_avg[span], exp_avg_sq[span]
+        m.mul_(c.beta1).add_(g * c.grad_weight)
+        v.mul_(c.beta2).add_(g * g * c.grad_sq_weight)
+        root = v.double().sqrt_().float()  # torch's fp32 sqrt on CPU is not correctly rounded
+        # Not by a Python number: on CUDA torch would multiply by its rounded reciprocal.
+        correction = torch.full((), c.sqrt_correction2, device=root.device)
+        denominator = root.div_(correction).add_(c.eps)
+        p.mul_(c.decay).add_(m * c.minus_step_size / denominator)
+        if kept is not None:
+            weights[start : start + CHUNK][kept] = p
+
+
+def zero_complement_ref(gradient: torch.Tensor, bits: torch.Tensor, start: int) -> None:
+    """Zero each element i of ``gradient`` whose bit ``start + i`` is 0, in place."""
+    for first in range(0, gradient.numel(), CHUNK):
+        chunk = gradient[first : first + CHUNK]
+        kept = unpack(bits, chunk.numel(), start + first)
+        chunk.masked_fill_(~kept, 0.0)  # not a product: it may hold NaN
 
 
 def parameter_groups(

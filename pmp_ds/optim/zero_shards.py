@@ -50,13 +50,18 @@ class ZeroShards(Protocol):
         ...
 
     def gradients(self) -> list[torch.Tensor]:
-        """The reduced gradient of each fragment, (numel,) each: views of what DeepSpeed will
-        measure, clip and apply. Valid between ``engine.backward`` at an accumulation boundary and
-        ``engine.step``."""
+        """The reduced gradient of each fragment, (numel,) each, times the loss scale: views of what
+        DeepSpeed will measure, clip and apply. Valid between ``engine.backward`` at an accumulation
+        boundary and ``engine.step``."""
         ...
 
     def zero_padding(self) -> None:
         """Clear gradients of padding, which may be uninitialised."""
+        ...
+
+    def remeasure(self) -> None:
+        """Take again, from the gradients as they are now, the norms and overflow flags that
+        DeepSpeed took while it reduced them."""
         ...
 
 
@@ -94,6 +99,9 @@ class _Stage0:
     def zero_padding(self) -> None:
         pass
 
+    def remeasure(self) -> None:
+        pass
+
 
 def _gradient(param: torch.Tensor) -> torch.Tensor:
     if param.grad is None:  # a parameter that the loss does not use
@@ -109,23 +117,41 @@ class _Stage12:
     def __init__(self, zero: Any, names: Mapping[torch.Tensor, str]) -> None:
         self._zero = zero
         self.flats = list(zero.single_partition_of_fp32_groups)
-        fragments = []
+        found = []
         for flat, group in enumerate(zero.bit16_groups):
             for param in group:
                 mapping = param._hp_mapping
                 if mapping is not None:
                     here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-                    fragments.append(
-                        Fragment(names[param], here.start, here.numel, flat, there.start)
+                    name = names[param]
+                    found.append(
+                        (Fragment(name, here.start, here.numel, flat, there.start), param)
                     )
-        self.fragments = sorted(fragments, key=lambda f: (f.flat, f.flat_start))
+        found.sort(key=lambda pair: (pair[0].flat, pair[0].flat_start))
+        self.fragments = [fragment for fragment, _ in found]
+        self._params = [param for _, param in found]
 
     def gradients(self) -> list[torch.Tensor]:
-        flats = [_pieces(self._zero.averaged_gradients[i]) for i in range(len(self.flats))]
+        flats = []
+        for i, flat in enumerate(self.flats):
+            if self._zero.cpu_offload:
+                flats.append([_gradient(flat).view(-1)])
+            else:
+                flats.append(_pieces(self._zero.averaged_gradients[i]))
         return [_slice(flats[f.flat], f.flat_start, f.numel) for f in self.fragments]
 
     def zero_padding(self) -> None:
         pass  # DeepSpeed pads with zeros
+
+    def remeasure(self) -> None:
+        if not self._zero.cpu_offload:  # else the norm is taken in `step`
+            return
+        finite = True
+        for param, gradient in zip(self._params, self.gradients(), strict=True):
+            norm = torch.linalg.vector_norm(gradient)
+            self._zero.norm_for_param_grads[self._zero.get_param_id(param)] = norm
+            finite = finite and bool(norm.isfinite())
+        self._zero.local_overflow = not finite
 
 
 class _Stage3:
@@ -137,19 +163,23 @@ class _Stage3:
     def __init__(self, zero: Any, names: Mapping[torch.Tensor, str]) -> None:
         self._zero = zero
         self.flats = list(zero.fp32_partitioned_groups_flat)
-        fragments, self._padding = [], []
+        found, self._padding = [], []
         for group in zero.fp16_groups:
             for param in group:
                 flat, flat_start, partition = zero.grad_position[zero.get_param_id(param)]
                 start = min(dist.rank() * partition, param.ds_numel)
                 numel = min(partition, param.ds_numel - start)
                 if numel:
-                    fragments.append(Fragment(names[param], start, numel, flat, flat_start))
+                    found.append((Fragment(names[param], start, numel, flat, flat_start), param))
                 if numel < partition:
                     self._padding.append((flat, flat_start + numel, partition - numel))
-        self.fragments = sorted(fragments, key=lambda f: (f.flat, f.flat_start))
+        found.sort(key=lambda pair: (pair[0].flat, pair[0].flat_start))
+        self.fragments = [fragment for fragment, _ in found]
+        self._params = [param for _, param in found]
 
     def _flat_gradients(self) -> list[list[torch.Tensor]]:
+        if self._zero.offload_optimizer:
+            return [[_gradient(flat).view(-1)] for flat in self.flats]
         return [_pieces(self._zero.averaged_gradients[i]) for i in range(len(self.flats))]
 
     def gradients(self) -> list[torch.Tensor]:
@@ -160,6 +190,19 @@ class _Stage3:
         flats = self._flat_gradients()
         for flat, start, numel in self._padding:
             _slice(flats[flat], start, numel).zero_()
+
+    def remeasure(self) -> None:
+        if not self._zero.offload_optimizer:  # else norm and overflow are taken in `step`
+            return
+        self._zero.norm_for_param_grads.clear()
+        finite = True
+        for param, gradient in zip(self._params, self.gradients(), strict=True):
+            norm = torch.linalg.vector_norm(gradient)
+            self._zero.norm_for_param_grads[self._zero.get_param_id(param)] = norm
+            finite = finite and bool(norm.isfinite())
+        # The overflow check reads the gradients as they were before they were offloaded.
+        self._zero.grad_partitions_flat_buffer.zero_()
+        self._zero.inf_or_nan_tracker.fill_(not finite)
 
 
 def _pieces(gradients: Any) -> list[torch.Tensor]:

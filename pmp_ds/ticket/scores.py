@@ -20,11 +20,11 @@ class Scores:
         self.decay = decay
         self.values: list[torch.Tensor] | None = None
 
-    def update(self, gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def update(self, gradients: Sequence[torch.Tensor], scale: float = 1.0) -> list[torch.Tensor]:
         """Take in one update's reduced gradients and return what to rank.
 
-        ``gradients``: (n_i,) each, any float dtype. The result is ranked by magnitude, so for
-        `gradient` it is the gradients themselves: no copy.
+        ``gradients``: (n_i,) each, any float dtype, times ``scale`` (the loss scale of fp16). The
+        result is ranked by magnitude, so for `gradient` it is the gradients themselves: no copy.
         """
         if self.kind == "gradient":
             return list(gradients)
@@ -32,7 +32,7 @@ class Scores:
             self.values = [torch.zeros_like(g, dtype=torch.float32) for g in gradients]
         for value, gradient in zip(self.values, gradients, strict=True):
             if self.kind == "mean":
-                value.add_(gradient.abs())
+                value.add_(gradient.abs(), alpha=1.0 / scale)
             else:
-                value.mul_(self.decay).add_(gradient.abs(), alpha=1.0 - self.decay)
+                value.mul_(self.decay).add_(gradient.abs(), alpha=(1.0 - self.decay) / scale)
         return self.values

@@ -22,6 +22,10 @@ FORMAT_VERSION = 1
 MASK_FILE = "mask.safetensors"
 MANIFEST_FILE = "ticket.json"
 _ORIGIN = ("density", "source", "score", "step", "stable", "model_digest")
+# What reading a damaged ticket raises.
+_DAMAGE = (
+    SafetensorError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,21 +76,22 @@ def load_ticket(folder: Path, *, model_digest: str | None = None) -> Ticket:
     or, where ``model_digest`` is given, of another model."""
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_text())
-        bits = load_file(folder / MASK_FILE)
         if manifest["format_version"] != FORMAT_VERSION:
             raise UserError(
                 f"ticket {folder} has format version {manifest['format_version']}; this version "
                 f"reads {FORMAT_VERSION}"
             )
         shapes = {name: tuple(shape) for name, shape in manifest["parameters"].items()}
+        bits = load_file(folder / MASK_FILE)
         ticket = Ticket(
             mask=ParamMask(bits={name: bits[name] for name in shapes}, shapes=shapes),
             **{name: manifest[name] for name in _ORIGIN},
         )
         intact = ticket.id == manifest["id"] and ticket.mask.num_kept == manifest["num_kept"]
-    except FileNotFoundError as error:
-        raise UserError(f"no ticket at {folder}: {Path(error.filename).name} is missing") from None
-    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except FileNotFoundError:
+        missing = MASK_FILE if has_ticket(folder) else MANIFEST_FILE
+        raise UserError(f"no ticket at {folder}: {missing} is missing") from None
+    except _DAMAGE as error:
         raise UserError(f"the ticket at {folder} is damaged ({type(error).__name__})") from None
     if not intact:
         raise UserError(f"the ticket at {folder} is damaged: its bits do not match its id")

@@ -16,7 +16,7 @@ import shutil
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,13 +41,14 @@ SHARD_BYTES = 2 << 30
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """Where a run stands after ``step`` updates."""
+    """Where a run stands after ``step`` updates. The engine adds its ``counters``."""
 
     step: int
     consumed_samples: int
     ticket_id: str | None
     dataset_id: str
     val_loss: float | None  # newest one, nats per token
+    counters: dict[str, float] = field(default_factory=dict)
 
 
 def save(run: RunDir, engine: "Engine", mask: ParamMask | None, position: Position) -> None:
@@ -68,6 +69,7 @@ def save(run: RunDir, engine: "Engine", mask: ParamMask | None, position: Positi
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         manifest = asdict(position) | {
             "format_version": FORMAT_VERSION,
+            "counters": engine.counters(),
             "files": {str(path.relative_to(folder)): _sha256(path) for path in files},
         }
         write_json(folder / MANIFEST_FILE, manifest, private=True)
@@ -121,14 +123,17 @@ def _verified(folder: Path) -> Position:
             if not (folder / name).exists() or _sha256(folder / name) != digest:
                 raise UserError(f"checkpoint {folder} is damaged: {name}")
         return Position(**manifest)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (
+        json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError
+    ) as error:  # fmt: skip
         raise UserError(f"checkpoint {folder} is damaged: {MANIFEST_FILE} ({error})") from None
 
 
 def load_state(folder: Path, engine: "Engine", mask: ParamMask | None, position: Position) -> None:
     """Bring an engine, built from the checkpoint's weights and armed with ``mask``, to
     ``position``: moments, fp32 master weights, counters. Any world size and ZeRO stage."""
-    engine.restore(mask, _StateReader(folder / "state").read, position.step)
+    read = _StateReader(folder / "state").read
+    engine.restore(mask, read, position.step, position.counters)
 
 
 class _StateReader:

@@ -18,8 +18,6 @@ _REFUSED = {
     "zero_optimization.elastic_checkpoint": "checkpoints here resume at any world size; remove it",
     "zero_optimization.zenflow": "masked updates are not defined for it; remove it",
     "zero_optimization.mics_shard_size": "MiCS is not supported; use stage 3",
-    "zero_optimization.offload_optimizer": "offload is not supported yet; remove it",
-    "zero_optimization.offload_param": "offload is not supported yet; remove it",
     "zero_optimization.zero_quantized_gradients": "it changes the gradients; remove it",
     "data_types": "the recipe's train.precision decides",
     "amp": "the recipe's train.precision decides",
@@ -51,13 +49,13 @@ def merge(ds_config: dict[str, Any], config: TrainConfig, world_size: int) -> di
 
     Raises UserError that lists every disagreement and every refused section at once.
     """
-    owned = {
+    owned: dict[str, Any] = {
         "train_batch_size": config.global_batch_size,
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": config.accumulation_steps(world_size),
         "gradient_clipping": config.clip_norm,
         "bf16": {"enabled": config.precision == "bf16"},
-        "fp16": {"enabled": False},
+        "fp16": {"enabled": config.precision == "fp16"},
     }
     problems = [
         f"{name}: {reason}" for name, reason in _REFUSED.items() if _lookup(ds_config, name)
@@ -69,21 +67,60 @@ def merge(ds_config: dict[str, Any], config: TrainConfig, world_size: int) -> di
     zero = ds_config.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
         problems.append("zero_optimization.stage must be 0, 1, 2 or 3")
-    elif zero.get("stage", 0) in (1, 2) and zero.get("overlap_comm"):
-        problems.append("zero_optimization.overlap_comm is not safe at stages 1 and 2; remove it")
-    elif zero.get("zero_hpz_partition_size", 1) != 1:
-        problems.append("zero_optimization.zero_hpz_partition_size is not supported; remove it")
+    else:
+        problems += _zero_problems(zero, config)
     if problems:
         raise UserError(
             "the DeepSpeed JSON says how the run fits on the machine, the recipe what is learned; "
             "leave these out or set them to \"auto\":\n  " + "\n  ".join(problems)
         )  # fmt: skip
     merged = ds_config | owned
+    for name in ("bf16", "fp16"):  # sections: the JSON's other settings stay
+        given = ds_config.get(name)
+        merged[name] = (given if isinstance(given, dict) else {}) | owned[name]
     if config.precision == "fp32":
         del merged["bf16"], merged["fp16"]
+    elif config.accumulate_fp32:
+        merged["data_types"] = {"grad_accum_dtype": "fp32"}
     if zero.get("stage", 0) in (1, 2):
         merged["zero_optimization"] = {"overlap_comm": False} | zero
-    return merged | {"zero_allow_untested_optimizer": True, "steps_per_print": 10**9}
+    return merged | {
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # under offload, ours instead of DeepSpeedCPUAdam
+        "steps_per_print": 10**9,
+    }
+
+
+def _zero_problems(zero: dict[str, Any], config: TrainConfig) -> list[str]:
+    stage = zero.get("stage", 0)
+    problems = []
+    if stage in (1, 2) and zero.get("overlap_comm"):
+        problems.append("zero_optimization.overlap_comm is not safe at stages 1 and 2; remove it")
+    if zero.get("zero_hpz_partition_size", 1) != 1:
+        problems.append("zero_optimization.zero_hpz_partition_size is not supported; remove it")
+    if stage == 0 and config.precision == "fp16":
+        problems.append("fp16 needs stage 1, 2 or 3: stage 0 unscales what it did not scale")
+    if stage <= 1 and config.precision == "bf16" and config.accumulate_fp32:
+        problems.append("train.accumulate_fp32 with bf16 needs stage 2 or 3: set either")
+    return problems + _offload_problems(zero)
+
+
+def _offload_problems(zero: dict[str, Any]) -> list[str]:
+    problems = []
+    for name, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
+        section = zero.get(name) or {}
+        device = section.get("device", "none")
+        if device not in ("none", "cpu"):
+            problems.append(f"zero_optimization.{name}.device is {device!r}; only cpu is supported")
+        if device == "cpu" and zero.get("stage", 0) < lowest:
+            problems.append(f"zero_optimization.{name} needs stage {lowest} or higher")
+        if section.get("ratio", 1.0) != 1.0:
+            problems.append(f"zero_optimization.{name}.ratio is not supported; remove it")
+    if (zero.get("offload_param") or {}).get("device") == "cpu" and (
+        zero.get("offload_optimizer") or {}
+    ).get("device") != "cpu":
+        problems.append("zero_optimization.offload_param needs offload_optimizer on cpu as well")
+    return problems
 
 
 def _lookup(ds_config: dict[str, Any], dotted: str) -> Any:

@@ -50,10 +50,15 @@ def discover(
     while not stable and step < mask.max_steps:
         step += 1
         loss = engine.backward(loader.next())
+        lr = learning_rate(config.train, step)
+        if engine.overflowed():  # fp16: DeepSpeed skips the update and lowers the loss scale
+            engine.step(lr)
+            report(step, _mean(loss), None)
+            continue
         candidate = [
             pack(kept)
             for kept in select_top_k(
-                scores.update(engine.shards.gradients()),
+                scores.update(engine.shards.gradients(), engine.loss_scale),
                 starts,
                 [fragment.name for fragment in fragments],
                 k,
@@ -71,10 +76,14 @@ def discover(
             stable = early_bird.observe(agreement)
             if mask.on_unstable == "best" and early_bird.best_so_far:
                 best = step, candidate
-        engine.step(learning_rate(config.train, step))
-        report(step, float(dist.all_reduce_sum(loss)) / dist.world_size(), agreement)
+        engine.step(lr)
+        report(step, _mean(loss), agreement)
         previous = candidate
-    assert previous is not None
+    if previous is None:
+        raise UserError(
+            f"all {mask.max_steps} updates of discovery overflowed in fp16: lower train.lr or use "
+            "train.precision=bf16"
+        )
     drawn, bits = step, previous
     if not stable:
         if mask.on_unstable == "error":
@@ -116,6 +125,10 @@ def random_ticket(key: bytes, config: MaskConfig, table: Table) -> Ticket:
         stable=True,
         model_digest=digest(table),
     )
+
+
+def _mean(loss: torch.Tensor) -> float:
+    return float(dist.all_reduce_sum(loss)) / dist.world_size()
 
 
 def _placement(

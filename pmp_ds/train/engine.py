@@ -21,6 +21,8 @@ from pmp_ds.optim.zero_shards import flat_masks, shards_of
 from pmp_ds.ticket.mask import ParamMask
 from pmp_ds.train.deepspeed_config import merge
 
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
 
 class Engine:
     """One model under DeepSpeed with a masked optimizer; frozen until ``arm``.
@@ -40,6 +42,7 @@ class Engine:
         self.hf_config = model.config
         self._micro_batch_size = config.micro_batch_size
         self._sixteen_bit = config.precision != "fp32"
+        self._dynamic_scale = config.precision == "fp16"
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         self._engine, *_ = deepspeed.initialize(
             model=model,
@@ -84,12 +87,27 @@ class Engine:
         self.shards.zero_padding()
         return total / len(micro_batches)
 
+    @property
+    def loss_scale(self) -> float:
+        """What the reduced gradients are multiplied by; 1 but for fp16."""
+        return float(self._engine.optimizer.loss_scale) if self._dynamic_scale else 1.0
+
+    def overflowed(self) -> bool:
+        """Whether a reduced gradient is not finite, which fp16 must expect now and then; always
+        False in other precisions. Collective."""
+        if not self._dynamic_scale:
+            return False
+        finite = [torch.isfinite(gradient).all() for gradient in self.shards.gradients()]
+        flags = torch.stack([*finite, torch.tensor(True, device=self.device)])
+        return bool(dist.all_reduce_sum((~flags.all()).float()))
+
     def step(self, lr: float) -> torch.Tensor | float:
         """Mask the gradient, clip it, update the ticket. Returns the norm of the masked gradient
         before clipping, over all ranks, without waiting for the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_complement(self.shards)
+        self.shards.remeasure()
         norm = self._gradient_norm() if self.shards.replicated else None
         self._engine.step()
         return self._engine.get_global_grad_norm() if norm is None else norm
@@ -109,6 +127,7 @@ class Engine:
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Each parameter, whole, in global element order: on CPU in the training dtype on rank 0,
         empty on the others. Collective: every rank consumes it to the end."""
+        self._engine.empty_partition_cache()  # waits for what an evaluation prefetched
         for name, param in self._engine.module.named_parameters():
             partitioned = getattr(param, "ds_status", None) is not None
             with deepspeed.zero.GatheredParameters([param], enabled=partitioned):
@@ -120,10 +139,25 @@ class Engine:
         """This rank's optimizer state in logical form, on CPU."""
         return collect(self.optimizer, self.shards, mask, master=self._sixteen_bit)
 
-    def restore(self, mask: ParamMask | None, read: Read, step: int) -> None:
+    def counters(self) -> dict[str, float]:
+        """Updates applied by the optimizer (fp16 skips some) and, in fp16, the dynamic loss scale
+        with its counters."""
+        counters = {"optimizer_step": float(self.optimizer.num_updates)}
+        if self._dynamic_scale:
+            scaler = self._engine.optimizer.loss_scaler
+            counters |= {name: getattr(scaler, name) for name in _SCALER}
+        return counters
+
+    def restore(
+        self, mask: ParamMask | None, read: Read, step: int, counters: dict[str, float]
+    ) -> None:
         """Take over the state after ``step`` updates; the weights are those of the model that the
         engine was built from."""
-        restore(self.optimizer, self.shards, mask, read, step, master=self._sixteen_bit)
+        applied = int(counters["optimizer_step"])
+        restore(self.optimizer, self.shards, mask, read, applied, master=self._sixteen_bit)
+        if self._dynamic_scale:
+            for name in _SCALER:
+                setattr(self._engine.optimizer.loss_scaler, name, counters[name])
         self._engine.global_steps = step
         self._engine.micro_steps = step * self._engine.gradient_accumulation_steps()
         self._engine.global_samples = step * self._engine.train_batch_size()

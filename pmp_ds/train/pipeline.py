@@ -54,6 +54,21 @@ class Job:
         )
 
 
+def check(config: Config, store: Store, run: RunDir) -> None:
+    """Do model, data and a given ticket fit together? Raises UserError; writes nothing."""
+    data = DataFacts.of(store)
+    theta0.architecture(config, data)
+    if (folder := given_ticket(config, run)) is not None:
+        load_ticket(folder, model_digest=theta0.model_digest(config, data))
+
+
+def given_ticket(config: Config, run: RunDir) -> Path | None:
+    """Folder of the ticket of ``mask.source: file``: the run's own copy when it has one."""
+    if config.mask.file is None:
+        return None
+    return run.ticket if has_ticket(run.ticket) else Path(config.mask.file)
+
+
 def open_job(config: Config, ds_config: dict[str, Any], store: Store, run: RunDir) -> Job:
     """Draw theta(0), or draw it again and check that it is the same. Collective."""
     init = theta0.init_of(run, config)
@@ -118,13 +133,27 @@ def pretrain(job: Job) -> Outcome:
             f"the data at {job.store.folder} is not what this run was trained on: its dataset id "
             "differs from the checkpoint's; bring the store back or start a new run.name"
         )
+    if found is not None and found[1].ticket_id is not None and not has_ticket(run.ticket):
+        raise UserError(
+            f"the ticket of this run is missing: {run.ticket} is empty and {found[0]} was trained "
+            "with it; bring it back from a backup or start a new run.name"
+        )
     step = found[1].step if found else 0
+    if step == config.train.steps:
+        if dist.rank() == 0:
+            print(f"already finished: {step:,} of {step:,} updates", flush=True)
+        return dist.on_rank0(lambda: _outcome(job))
     if dist.rank() == 0:
         discovered = {"discover": config.mask.max_steps} if has_ticket(run.ticket) else {}
         rewind_metrics(run.metrics, discovered | ({"train": step} if found else {}))
     log = MetricsLog(run, enabled=dist.rank() == 0)
     ticket = obtain_ticket(job, log)
     mask = ticket.mask if ticket else None
+    if found is not None and found[1].ticket_id != (ticket.id if ticket else None):
+        raise UserError(
+            f"the ticket at {run.ticket} is not the one that {found[0]} was trained with: bring "
+            "the run's own ticket back or start a new run.name"
+        )
 
     model = job.fresh_model()
     if found:
@@ -134,7 +163,7 @@ def pretrain(job: Job) -> Outcome:
     if found:
         checkpoint.load_state(found[0], engine, mask, found[1])
         if dist.rank() == 0:
-            print(f"resuming after update {step}", flush=True)
+            print(f"resuming after update {step:,} of {config.train.steps:,}", flush=True)
 
     def save(step: int, val_loss: float | None) -> None:
         position = checkpoint.Position(
@@ -155,14 +184,15 @@ def pretrain(job: Job) -> Outcome:
         train(engine, loader, job.store.split("validation"), config, log, bar, save, step + 1)
     engine.close()
     log.close()
-    return dist.on_rank0(lambda: _outcome(job, ticket))
+    return dist.on_rank0(lambda: _outcome(job))
 
 
-def _outcome(job: Job, ticket: Ticket | None) -> Outcome:
-    """Counted in the last checkpoint itself; rank 0 alone."""
+def _outcome(job: Job) -> Outcome:
+    """Counted in the files of the ticket and the last checkpoint themselves; rank 0 alone."""
     d = num_params(job.table)
-    if ticket is None:
+    if job.config.mask.source == "none":
         return Outcome(d, d, 0)
+    ticket = load_ticket(job.run.ticket, model_digest=digest(job.table))
     weights = plain_weights.of_checkpoint(job.run, job.config.train.steps)
     changed = plain_weights.complement_changes(weights, job.fresh_model(), ticket.mask)
     return Outcome(d, ticket.mask.num_kept, changed)

@@ -5,9 +5,9 @@ from typing import Any
 from pmp_ds import dist
 from pmp_ds.config import Config
 from pmp_ds.model.parameters import num_params
-from pmp_ds.ticket.ticket import exact_k
+from pmp_ds.ticket.ticket import exact_k, load_ticket
 from pmp_ds.train.deepspeed_config import zero_stage
-from pmp_ds.train.pipeline import Job
+from pmp_ds.train.pipeline import Job, given_ticket
 
 _MASKS = {
     "earlybird": "early-bird ticket, discovery of at most {mask.max_steps:,} updates",
@@ -21,22 +21,25 @@ def describe(job: Job) -> str:
     """Batch arithmetic, parameters, memory per rank, and where things go; no mask content."""
     config, world = job.config, dist.world_size()
     train, mask = config.train, config.mask
+    ranks = f"{world} rank{'s' if world > 1 else ''}"
     d = num_params(job.table)
     k = d if mask.source == "none" else exact_k(mask.density, d)
+    if (folder := given_ticket(config, job.run)) is not None:
+        k = load_ticket(folder).mask.num_kept
     accumulation = train.accumulation_steps(world)
     tokens = train.global_batch_size * job.store.block_size
     blocks = len(job.store.split("train"))
     epochs = train.steps * train.global_batch_size / blocks
     rows = {
         "batch": f"{train.micro_batch_size} sequences x {accumulation} accumulation steps x "
-        f"{world} ranks = {train.global_batch_size} sequences x {job.store.block_size} tokens = "
+        f"{ranks} = {train.global_batch_size} sequences x {job.store.block_size} tokens = "
         f"{tokens:,} tokens per update",
         "updates": f"{train.steps:,}, {train.steps * tokens:,} tokens, {epochs:.2f} epochs of "
         f"{blocks:,} blocks",
         "parameters": f"d = {d:,}",
         "mask": _MASKS[mask.source].format(mask=mask),
         "ticket": f"k = {k:,} of {d:,}, density {k / d:.4f}",
-        "engine": f"DeepSpeed ZeRO {zero_stage(job.ds_config)}, {world} ranks, {train.precision}, "
+        "engine": f"DeepSpeed ZeRO {zero_stage(job.ds_config)}, {ranks}, {train.precision}, "
         f"{dist.device().type}",
         "memory": _memory(config, job.ds_config, d, k, world),
         "secrecy": "theta(0) from a secret key"

@@ -58,9 +58,17 @@ def claim(run: RunDir, config: Config, store: Store) -> None:
                 f"{run.config}, or choose another run.name. What differs (run's, yours):\n  "
                 + "\n  ".join(differences)
             )
-        run.create()
-    else:
-        run.create()
+    try:
+        _write(run, config, data, store)
+    except OSError as error:
+        raise UserError(
+            f"run.root={config.run.root}: the run's folder {run.root} cannot be written: {error}"
+        ) from None
+
+
+def _write(run: RunDir, config: Config, data: DataFacts, store: Store) -> None:
+    run.create()
+    if not run.config.exists():
         if not run.tokenizer.exists():
             aside = run.tokenizer.with_suffix(".incomplete")
             shutil.copytree(store.tokenizer_dir, aside, dirs_exist_ok=True)

@@ -3,13 +3,14 @@ the same bits."""
 
 import json
 
-from transformers import PreTrainedConfig, PreTrainedModel
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pmp_ds import dist
 from pmp_ds.config import Config
 from pmp_ds.errors import UserError
 from pmp_ds.model.build import build_model, model_config
-from pmp_ds.model.parameters import weights_digest
+from pmp_ds.model.parameters import ParamInfo, digest, weights_digest
 from pmp_ds.model.secret_init import Secret, initialize, load_or_create_key
 from pmp_ds.run_dir import RunDir, write_json
 from pmp_ds.train.run_facts import DataFacts
@@ -25,6 +26,15 @@ def architecture(config: Config, data: DataFacts) -> PreTrainedConfig:
         eos_id=data.eos_id,
         bos_id=None,
         block_size=data.block_size,
+    )
+
+
+def model_digest(config: Config, data: DataFacts) -> str:
+    """``parameters.digest`` of the configured model, without drawing a weight."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(architecture(config, data))
+    return digest(
+        [ParamInfo(n, tuple(p.shape), p.numel(), 0, False) for n, p in model.named_parameters()]
     )
 
 

@@ -2,9 +2,6 @@
 
 import gzip
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,29 +9,18 @@ import datasets
 import pytest
 
 from pmp_ds.data.arrow_store import Store
+from tests.helpers.commands import Done, ok, run
 from tests.unit.data.conftest import make_texts
 
 pytestmark = pytest.mark.e2e
 
-REPO = Path(__file__).resolve().parents[2]
+
+def prepare(cwd: Path, *arguments: str) -> Done:
+    return run("prepare_data.py", *arguments, cwd=cwd)
 
 
-def run(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(REPO / "launcher" / "prepare_data.py"), *arguments],
-        check=False,
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(REPO)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-
-
-def run_ok(cwd: Path, *arguments: str) -> str:
-    done = run(cwd, *arguments)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def prepare_ok(cwd: Path, *arguments: str) -> str:
+    return ok(prepare(cwd, *arguments)).stdout
 
 
 @pytest.fixture
@@ -55,7 +41,7 @@ SMALL = ("--train_vocab_size", "400", "--block_size", "32", "--val_fraction", "0
 def test_files_to_a_store_and_again_and_verify(corpus: Path):
     arguments = ("--input", "books", "a.jsonl", "b.jsonl.gz", "--text_field", "body", "--out",
                  "packed/x", *SMALL)  # fmt: skip
-    output = run_ok(corpus, *arguments)
+    output = prepare_ok(corpus, *arguments)
     assert "prepared: packed/x" in output
     assert "documents      300 (0 malformed" in output
     assert "400 ids" in output
@@ -65,18 +51,18 @@ def test_files_to_a_store_and_again_and_verify(corpus: Path):
     assert loaded["train"].num_rows == len(store.split("train"))
 
     before = {p: p.stat().st_mtime_ns for p in store.folder.rglob("*")}
-    assert "already complete: packed/x" in run_ok(corpus, *arguments)
+    assert "already complete: packed/x" in prepare_ok(corpus, *arguments)
     assert before == {p: p.stat().st_mtime_ns for p in store.folder.rglob("*")}
-    refused = run(corpus, *arguments, "--block_size", "64")
+    refused = prepare(corpus, *arguments, "--block_size", "64")
     assert refused.returncode == 1
     assert "block_size is 32 there and 64 now" in refused.stderr
 
-    assert run_ok(corpus, "verify", "packed/x").startswith("ok: packed/x: ")
+    assert prepare_ok(corpus, "verify", "packed/x").startswith("ok: packed/x: ")
     shard = store.folder / store.manifest["splits"]["train"]["shards"][0]["file"]
     data = bytearray(shard.read_bytes())
     data[-100] ^= 1
     shard.write_bytes(data)
-    damaged = run(corpus, "verify", "packed/x")
+    damaged = prepare(corpus, "verify", "packed/x")
     assert damaged.returncode == 1
     assert damaged.stderr.startswith(f"error: data shard packed/x/train/{shard.name} is damaged")
     assert damaged.stderr.count("\n") == 1
@@ -87,17 +73,17 @@ def test_settings_from_a_file(corpus: Path):
         "input: [books]\nout: from_file\ntrain_vocab_size: 400\nblock_size: 32\n"
         "val_fraction: 2e-1\n"
     )
-    run_ok(corpus, "--config", "settings.yaml", "--block_size", "16")
+    prepare_ok(corpus, "--config", "settings.yaml", "--block_size", "16")
     assert Store.open(corpus / "from_file").block_size == 16
 
 
 def test_saved_tokenizer_serves_the_next_corpus(corpus: Path):
-    run_ok(corpus, "--input", "books", "--out", "one", *SMALL)
-    run_ok(corpus, "--input", "a.jsonl", "--text_field", "body", "--out", "two", "--tokenizer",
+    prepare_ok(corpus, "--input", "books", "--out", "one", *SMALL)
+    prepare_ok(corpus, "--input", "a.jsonl", "--text_field", "body", "--out", "two", "--tokenizer",
            "one/tokenizer", "--block_size", "32", "--val_fraction", "0.1")  # fmt: skip
     one, two = Store.open(corpus / "one"), Store.open(corpus / "two")
     assert one.tokenizer_fingerprint == two.tokenizer_fingerprint
-    model = run_ok(corpus, "--input", "a.jsonl", "--text_field", "body", "--out", "three",
+    model = prepare_ok(corpus, "--input", "a.jsonl", "--text_field", "body", "--out", "three",
                    "--tokenizer", "one/tokenizer/tokenizer.model", "--block_size", "32",
                    "--val_fraction", "0.1")  # fmt: skip
     assert "sentencepiece, 400 ids" in model
@@ -108,7 +94,7 @@ def test_saved_tokenizer_serves_the_next_corpus(corpus: Path):
 
 def test_embedded_corpus_within_a_minute(tmp_path: Path):
     start = time.monotonic()
-    run_ok(tmp_path, "--out", "demo", "--train_vocab_size", "2048")
+    prepare_ok(tmp_path, "--out", "demo", "--train_vocab_size", "2048")
     assert time.monotonic() - start < 60
     store = Store.open(tmp_path / "demo", verify=True)
     assert len(store.split("train")) > 5000
@@ -131,7 +117,7 @@ def test_embedded_corpus_within_a_minute(tmp_path: Path):
 )
 def test_mistakes_are_one_line(corpus: Path, arguments: tuple[str, ...], message: str):
     before = sorted(corpus.rglob("*"))
-    done = run(corpus, *arguments)
+    done = prepare(corpus, *arguments)
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if not line.startswith("train tokenizer")]
     assert len(errors) == 1, done.stderr
@@ -140,7 +126,7 @@ def test_mistakes_are_one_line(corpus: Path, arguments: tuple[str, ...], message
 
 
 def test_help_shows_examples(tmp_path: Path):
-    text = run_ok(tmp_path, "--help")
+    text = prepare_ok(tmp_path, "--help")
     assert "python launcher/prepare_data.py verify" in text
     assert "Tokens per block" in text
     assert "default: 256" in text

@@ -42,7 +42,7 @@ class Trainer:
 
     def __init__(self, model: PreTrainedModel, config: TrainConfig, masks: Masks | None) -> None:
         self.model, self.config, self.masks = model, config, masks
-        self.params = dict(model.named_parameters())
+        self.params = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.moments = {
             n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in self.params.items()
         }

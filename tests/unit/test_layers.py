@@ -19,6 +19,7 @@ ROWS = (
     ("optim",),
     ("train",),
     ("finetune", "release", "plots"),
+    ("summary",),
     ("launcher",),
 )
 FREE_FOR_ALL = {"errors", "progress", "__version__"}  # any row may import these

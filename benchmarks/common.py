@@ -1,0 +1,90 @@
+"""What the benchmarks share: the hardware they ran on, times taken side by side, figure lines."""
+
+import argparse
+import ctypes
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--numel", type=int, default=50_000_000, help="elements")
+    parser.add_argument("--density", type=float, default=0.7, help="fraction that is kept")
+    parser.add_argument("--repeats", type=int, default=5, help="timed rounds; the median counts")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
+def hardware(device: torch.device) -> str:
+    """One line: what a figure was measured on."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    facts: dict[str, str] = {}
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())
+    model = facts.get("model name", "unknown CPU")
+    if "cpu family" in facts:
+        model += f" (family {facts['cpu family']} model {facts['model']})"
+    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def interleaved_ms(
+    runs: Mapping[str, Callable[[], object]], device: torch.device, repeats: int
+) -> dict[str, float]:
+    """Median milliseconds of each run. All take turns, so a slow moment of the machine hits all;
+    one unmeasured round comes first. On CUDA ten calls share a measurement, which hides launches.
+    """
+    calls = 10 if device.type == "cuda" else 1
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for round_number in range(repeats + 1):
+        for name, run in runs.items():
+            _synchronize(device)
+            start = time.perf_counter()
+            for _ in range(calls):
+                run()
+            _synchronize(device)
+            if round_number:
+                samples[name].append((time.perf_counter() - start) * 1e3 / calls)
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int | None:
+    """The most memory that ``run`` held at once beyond what was there, its result included; None
+    where the system does not say."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed counts as free
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    except (AttributeError, OSError):
+        return None
+    before = _status_bytes("VmRSS")
+    run()
+    return _status_bytes("VmHWM") - before
+
+
+def print_figure(name: str, value: float, goal: float) -> None:
+    verdict = "met" if value <= goal else "short"
+    print(f"figure {name} {value:.2f} goal <= {goal} {verdict}")
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise LookupError(field)

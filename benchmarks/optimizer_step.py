@@ -1,0 +1,106 @@
+"""One update of a flat fp32 tensor: ours on the ticket against dense fused AdamW.
+
+    python -m benchmarks.optimizer_step
+
+Prints a table, then a line per figure; the exit code says only whether it ran. `moved` counts
+each tensor once for every time an update has to read or write it.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import arguments, hardware, interleaved_ms, print_figure
+from pmp_ds.optim.kernels import kernels_for
+from pmp_ds.optim.masked_adamw import MaskedAdamW, zero_complement_ref
+from pmp_ds.ticket.mask import pack
+
+HYPER: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+DENSE_BYTES = 28  # weights and two moments read and written, gradient read
+
+
+def main(options: argparse.Namespace) -> None:
+    device = torch.device(options.device)
+    numel = options.numel
+    torch.manual_seed(0)
+    start = torch.randn(numel, device=device)
+    gradient = torch.randn(numel, device=device)
+    bits = pack(torch.rand(numel, device=device) < options.density)
+
+    def leaf() -> torch.Tensor:
+        tensor = start.clone().requires_grad_()
+        tensor.grad = gradient
+        return tensor
+
+    weights = leaf()
+    kernels = kernels_for(weights)
+    backend = "torch operations" if kernels is None else {"cpu": "C++"}.get(device.type, "Triton")
+    masked = MaskedAdamW([weights], **HYPER)
+    masked.arm({weights: bits})
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        f"ours ({backend})": masked,
+        "torch AdamW, fused": torch.optim.AdamW([leaf()], fused=True, **HYPER),
+    }
+    ours, torchs = optimizers
+    if not options.without_deepspeed:
+        try:
+            optimizers.update(_deepspeed(leaf(), device))
+        except Exception as error:  # noqa: BLE001 - compiled at first use: many things can be missing
+            print(f"DeepSpeed's optimizer could not be built: {str(error).splitlines()[0][:200]}")
+    zero = kernels.zero_complement if kernels else zero_complement_ref
+    runs: dict[str, Callable[[], object]] = {
+        name: optimizer.step for name, optimizer in optimizers.items()
+    }
+    scratch = gradient.clone()
+    zeroing = "ours: zero the complement's gradient"
+    runs[zeroing] = lambda: zero(scratch, bits, 0)
+    ms = interleaved_ms(runs, device, options.repeats)
+
+    moved = dict.fromkeys(runs, float(DENSE_BYTES))
+    moved[ours] = 12 + 1 / 8 + 16 * options.density
+    moved[zeroing] = 8 + 1 / 8
+    print(f"hardware: {hardware(device)}")
+    print(f"{numel} fp32 elements, density {options.density}, median of {options.repeats}")
+    print(f"{'':38}{'ms':>9}{'moved B/el':>12}{'GB/s':>8}{'state B/el':>12}")
+    for name, time in ms.items():
+        rate = moved[name] * numel / time / 1e6
+        held = f"{_state_bytes(optimizers[name]) / numel:12.2f}" if name in optimizers else ""
+        print(f"{name:38}{time:9.2f}{moved[name]:12.2f}{rate:8.1f}{held}")
+    print_figure("optimizer_step_vs_torch_fused", ms[ours] / ms[torchs], 2.0)
+    print_figure("optimizer_step_and_zeroing_vs_torch_fused",
+                 (ms[ours] + ms[zeroing]) / ms[torchs], 2.0)  # fmt: skip
+    print_figure("optimizer_state_vs_torch_fused",
+                 _state_bytes(masked) / _state_bytes(optimizers[torchs]), 0.75)  # fmt: skip
+
+
+def _deepspeed(tensor: torch.Tensor, device: torch.device) -> dict[str, torch.optim.Optimizer]:
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # ninja
+    if device.type == "cuda":
+        from deepspeed.ops.adam import FusedAdam
+
+        return {"DeepSpeed FusedAdam": FusedAdam([tensor], **HYPER)}
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return {"DeepSpeedCPUAdam": DeepSpeedCPUAdam([tensor], **HYPER)}
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    if isinstance(optimizer, MaskedAdamW):
+        return optimizer.state_bytes
+    return sum(
+        value.nbytes
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    )
+
+
+if __name__ == "__main__":
+    parser = arguments("our optimizer step against dense fused AdamW")
+    parser.add_argument("--without-deepspeed", action="store_true", help="skip DeepSpeed's own")
+    main(parser.parse_args())

@@ -1,0 +1,65 @@
+"""Selecting the ticket: select_top_k on one process against torch's ways to the same set.
+
+    python -m benchmarks.topk
+
+Prints a table per dtype, then a line per figure; the exit code says only whether it ran.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.common import arguments, hardware, interleaved_ms, peak_extra_bytes, print_figure
+from pmp_ds.ticket.topk import select_top_k
+
+# Name, and passes over the scores: one or two histograms, the count of ties, the mask.
+DTYPES = {torch.float32: ("fp32", 4), torch.bfloat16: ("bf16", 3)}
+
+
+def main(options: argparse.Namespace) -> None:
+    device = torch.device(options.device)
+    k = int(options.density * options.numel)
+    figures = []
+    print(f"hardware: {hardware(device)}")
+    for dtype, (short, passes) in DTYPES.items():
+        generator = torch.Generator(device).manual_seed(0)
+        scores = torch.randn(options.numel, device=device, generator=generator).abs_().to(dtype)
+        runs = _runs(scores, k)
+        (ours, *_) = runs
+        mask = select_top_k([scores], [0], ["w"], k, replicated=True)[0]
+        assert int(mask.sum()) == k
+        assert bool(scores[mask].min() >= scores[~mask].max())
+        del mask
+        extra = {name: peak_extra_bytes(run, device) for name, run in runs.items()}
+        ms = interleaved_ms(runs, device, options.repeats)
+        read = passes * scores.element_size()
+        print(
+            f"{k} of {options.numel} {short} scores, median of {options.repeats}; ours reads "
+            f"them up to {passes} times ({read} B per element) and writes a mask (1 B)"
+        )
+        print(f"{'':24}{'ms':>10}{'peak extra B/el':>18}")
+        for name, time in ms.items():
+            held = extra[name]
+            memory = "not known" if held is None else f"{held / options.numel:.2f}"
+            print(f"{name:24}{time:10.1f}{memory:>18}")
+        figures += [
+            (f"topk_{short}_vs_{name.removeprefix('torch.')}", ms[ours] / ms[name], 1.0)
+            for name in runs
+            if name != ours
+        ]
+    for name, value, goal in figures:
+        print_figure(name, value, goal)
+
+
+def _runs(scores: torch.Tensor, k: int) -> dict[str, Callable[[], object]]:
+    return {
+        "select_top_k": lambda: select_top_k([scores], [0], ["w"], k, replicated=True),
+        "torch.kthvalue": lambda: scores.kthvalue(scores.numel() - k + 1),
+        "torch.topk": lambda: scores.topk(k, sorted=False),
+        "torch.sort": scores.sort,
+    }
+
+
+if __name__ == "__main__":
+    main(arguments("top-k selection against torch's").parse_args())

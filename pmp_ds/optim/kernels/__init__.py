@@ -1,0 +1,66 @@
+"""The masked update as one operator for each kind of device.
+
+cpu.py (C++) and cuda.py (Triton) offer the functions of ``Kernels`` and give the same bits as the
+torch reference in masked_adamw.py, which serves where neither does.
+"""
+
+import functools
+import warnings
+from typing import Protocol
+
+import torch
+
+from pmp_ds.optim.kernels import cpu
+
+
+class Kernels(Protocol):
+    """What a module of operators offers. All tensors are contiguous and on its device."""
+
+    def block_prefix(self, bits: torch.Tensor) -> torch.Tensor:
+        """Kept elements before each block of this module's size; computed once for a mask."""
+        ...
+
+    def masked_adamw(
+        self,
+        weights: torch.Tensor,  # (numel,) fp32
+        gradient: torch.Tensor,  # (numel,) fp32
+        bits: torch.Tensor | None,  # (ceil(numel / 8),) uint8; None: all kept
+        prefix: torch.Tensor | None,  # block_prefix(bits)
+        exp_avg: torch.Tensor,  # (num_kept,) fp32
+        exp_avg_sq: torch.Tensor,  # (num_kept,) fp32
+        coefficients: cpu.Coefficients,
+    ) -> None:
+        """One AdamW step on the kept elements, in place."""
+        ...
+
+    def zero_complement(
+        self,
+        values: torch.Tensor,  # (numel,) fp32, bf16 or fp16
+        bits: torch.Tensor,
+        start: int,
+    ) -> None:
+        """Zero each value i whose bit ``start + i`` is 0, in place."""
+        ...
+
+
+def kernels_for(tensor: torch.Tensor) -> Kernels | None:
+    """The operators that update ``tensor``, or None where only torch operations can."""
+    if tensor.dtype != torch.float32:
+        return None
+    if tensor.device.type == "cpu":
+        return cpu if cpu.library() is not None else None
+    return _triton_kernels() if tensor.device.type == "cuda" else None
+
+
+@functools.cache
+def _triton_kernels() -> Kernels | None:
+    try:
+        from pmp_ds.optim.kernels import cuda
+    except ImportError as error:
+        warnings.warn(
+            "the masked optimizer runs in torch operations, many times slower on a GPU: triton "
+            f"cannot be imported ({error}); pip install triton, in the version torch asks for",
+            stacklevel=4,
+        )
+        return None
+    return cuda

@@ -1,0 +1,205 @@
+// AdamW on the kept elements of a flat fp32 tensor, moments compact. See cpu.py for the contract.
+//
+// A tile of the dense weights and gradients is compacted into two small buffers that stay in the
+// first-level cache, updated there beside the compact moments in one straight loop, and written
+// back as whole lines: the dense tensors are read and written once, in order. Compiled without
+// contraction, so each operation is rounded on its own and an element's result depends neither on
+// its place nor on the density, the vector width or the number of threads.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define X86 1
+#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define X86 0
+#define CLONES
+#endif
+
+namespace {
+
+constexpr int64_t kTile = 1024;    // elements compacted at once, a multiple of 16
+constexpr int64_t kBlock = 16384;  // elements per entry of `prefix`, a multiple of kTile
+constexpr int64_t kSlack = 16;     // lanes that a vector store may write past the last value
+
+struct Coefficients {  // cpu.py computes them in double precision
+  float decay, beta1, grad_weight, beta2, grad_sq_weight, minus_step_size, sqrt_correction2, eps;
+};
+
+// One step on n values that lie side by side.
+CLONES void adamw(float* __restrict p, const float* __restrict g, float* __restrict m,
+                  float* __restrict v, int64_t n, const Coefficients& coefficients) {
+  const Coefficients c = coefficients;
+  for (int64_t i = 0; i < n; ++i) {
+    m[i] = m[i] * c.beta1 + g[i] * c.grad_weight;
+    v[i] = v[i] * c.beta2 + g[i] * g[i] * c.grad_sq_weight;
+    const float denominator = std::sqrt(v[i]) / c.sqrt_correction2 + c.eps;
+    p[i] = p[i] * c.decay + m[i] * c.minus_step_size / denominator;
+  }
+}
+
+inline bool kept(const uint8_t* bits, int64_t i) { return bits[i >> 3] >> (i & 7) & 1; }
+
+// Values of the kept elements among [start, start + n) of `dense`, side by side; their number.
+int64_t compact_scalar(const float* dense, const uint8_t* bits, int64_t start, int64_t n,
+                       float* out) {
+  int64_t count = 0;
+  for (int64_t i = start; i < start + n; ++i) {
+    out[count] = dense[i];
+    count += kept(bits, i);
+  }
+  return count;
+}
+
+void expand_scalar(const float* values, const uint8_t* bits, int64_t start, int64_t n,
+                   float* dense) {
+  for (int64_t i = start; i < start + n; ++i) {
+    if (kept(bits, i)) dense[i] = *values++;
+  }
+}
+
+#if X86
+inline __mmask16 mask16(const uint8_t* bits, int64_t i) {
+  uint16_t word;
+  std::memcpy(&word, bits + (i >> 3), 2);
+  return word;
+}
+
+// Compress and expand between registers: the forms with a memory operand are slow on Zen 4.
+__attribute__((target("avx512f,popcnt"))) int64_t compact_avx512(const float* dense,
+                                                                const uint8_t* bits, int64_t start,
+                                                                int64_t n, float* out) {
+  int64_t count = 0, i = start;
+  for (; i + 16 <= start + n; i += 16) {
+    const __mmask16 mask = mask16(bits, i);
+    _mm512_storeu_ps(out + count, _mm512_maskz_compress_ps(mask, _mm512_loadu_ps(dense + i)));
+    count += __builtin_popcount(mask);
+  }
+  return count + compact_scalar(dense, bits, i, start + n - i, out + count);
+}
+
+__attribute__((target("avx512f,popcnt"))) void expand_avx512(const float* values,
+                                                            const uint8_t* bits, int64_t start,
+                                                            int64_t n, float* dense) {
+  int64_t i = start;
+  for (; i + 16 <= start + n; i += 16) {
+    const __mmask16 mask = mask16(bits, i);
+    const __m512 old = _mm512_loadu_ps(dense + i);
+    _mm512_storeu_ps(dense + i, _mm512_mask_expand_ps(old, mask, _mm512_loadu_ps(values)));
+    values += __builtin_popcount(mask);
+  }
+  expand_scalar(values, bits, i, start + n - i, dense);
+}
+
+const bool has_avx512 = __builtin_cpu_supports("avx512f");
+#else
+const bool has_avx512 = false;
+#endif
+
+int64_t compact(const float* dense, const uint8_t* bits, int64_t start, int64_t n, float* out) {
+#if X86
+  if (has_avx512) return compact_avx512(dense, bits, start, n, out);
+#endif
+  return compact_scalar(dense, bits, start, n, out);
+}
+
+void expand(const float* values, const uint8_t* bits, int64_t start, int64_t n, float* dense) {
+#if X86
+  if (has_avx512) return expand_avx512(values, bits, start, n, dense);
+#endif
+  expand_scalar(values, bits, start, n, dense);
+}
+
+constexpr int kWord = 16;  // mask bits taken at once where values are zeroed
+
+// Zero the values among 16 whose bit in `word` is 0. In the compilers' own vector types: loops over
+// 16-bit values came out scalar.
+template <typename T>
+inline __attribute__((always_inline)) void zero_word(T* values, uint16_t word) {
+  typedef T Lanes __attribute__((vector_size(kWord * sizeof(T)), aligned(sizeof(T)), may_alias));
+  const Lanes bit = {1,   2,   4,    8,    16,   32,   64,    128,
+                     256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+  Lanes* lanes = reinterpret_cast<Lanes*>(values);
+  *lanes &= (Lanes)((static_cast<T>(word) & bit) == bit);
+}
+
+// Zero values[i] for begin <= i < end where bit offset + i is 0.
+template <typename T>
+inline __attribute__((always_inline)) void zero_range(T* __restrict values, const uint8_t* bits,
+                                                      int64_t offset, int64_t begin, int64_t end) {
+  int64_t i = begin;
+  for (; i + kWord < end; i += kWord) {
+    const uint8_t* byte = bits + ((offset + i) >> 3);  // byte[2] has element i + 16
+    const uint32_t three = byte[0] | byte[1] << 8 | byte[2] << 16;
+    zero_word(values + i, static_cast<uint16_t>(three >> ((offset + i) & 7)));
+  }
+  for (; i < end; ++i) {
+    if (!kept(bits, offset + i)) values[i] = T(0);
+  }
+}
+
+CLONES void zero_range4(uint32_t* values, const uint8_t* bits, int64_t offset, int64_t begin,
+                        int64_t end) {
+  zero_range(values, bits, offset, begin, end);
+}
+
+CLONES void zero_range2(uint16_t* values, const uint8_t* bits, int64_t offset, int64_t begin,
+                        int64_t end) {
+  zero_range(values, bits, offset, begin, end);
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t pmp_block() { return kBlock; }
+
+// p, g: (numel,); bits: (ceil(numel / 8),), or null for all kept; prefix: kept elements before each
+// block of kBlock; m, v: (number of kept elements,).
+void pmp_masked_adamw(float* p, const float* g, const uint8_t* bits, const int64_t* prefix,
+                      int64_t numel, float* m, float* v, const Coefficients* coefficients,
+                      int num_threads) {
+  const Coefficients& c = *coefficients;
+  const int64_t num_blocks = (numel + kBlock - 1) / kBlock;
+#pragma omp parallel for num_threads(num_threads) schedule(static)
+  for (int64_t block = 0; block < num_blocks; ++block) {
+    alignas(64) float weights[kTile + kSlack];
+    alignas(64) float gradients[kTile + kSlack];
+    const int64_t begin = block * kBlock, end = std::min(numel, begin + kBlock);
+    if (bits == nullptr) {
+      adamw(p + begin, g + begin, m + begin, v + begin, end - begin, c);
+      continue;
+    }
+    int64_t done = prefix[block];
+    for (int64_t start = begin; start < end; start += kTile) {
+      const int64_t n = std::min(kTile, end - start);
+      const int64_t count = compact(p, bits, start, n, weights);
+      if (count == 0) continue;
+      compact(g, bits, start, n, gradients);
+      adamw(weights, gradients, m + done, v + done, count, c);
+      expand(weights, bits, start, n, p);
+      done += count;
+    }
+  }
+}
+
+// Zero the values that are not kept. values: (numel,), 4 or 2 bytes each; value i has bit
+// offset + i.
+void pmp_zero_complement(void* values, int64_t bytes_per_value, const uint8_t* bits, int64_t offset,
+                         int64_t numel, int num_threads) {
+  const int64_t num_blocks = (numel + kBlock - 1) / kBlock;
+#pragma omp parallel for num_threads(num_threads) schedule(static)
+  for (int64_t block = 0; block < num_blocks; ++block) {
+    const int64_t begin = block * kBlock, end = std::min(numel, begin + kBlock);
+    if (bytes_per_value == 4) {
+      zero_range4(static_cast<uint32_t*>(values), bits, offset, begin, end);
+    } else {
+      zero_range2(static_cast<uint16_t*>(values), bits, offset, begin, end);
+    }
+  }
+}
+}

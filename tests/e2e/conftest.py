@@ -1,0 +1,47 @@
+"""What the end-to-end tests share: one prepared store and one finished run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pmp_ds.run_dir import RunDir
+from tests.helpers.commands import DS_CONFIGS, Done, ok, run
+from tests.helpers.workplace import furnish
+
+
+@dataclass(frozen=True)
+class MainRun:
+    """The main job, done once: what each command printed, and the run's folder."""
+
+    run: RunDir
+    prepare: Done
+    train: Done
+    export: Done
+    report: Done
+
+
+@pytest.fixture(scope="session")
+def _furnished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
+    folder = tmp_path_factory.mktemp("work")
+    return folder, furnish(folder)
+
+
+@pytest.fixture(scope="session")
+def work(_furnished: tuple[Path, Done]) -> Path:
+    """A folder with a corpus, its store, a recipe and DeepSpeed JSONs (helpers/workplace.py)."""
+    return _furnished[0]
+
+
+@pytest.fixture(scope="session")
+def main_run(_furnished: tuple[Path, Done]) -> MainRun:
+    """Two ranks, ZeRO 1, early-bird ticket; exported and reported."""
+    work, prepare = _furnished
+    train = run(
+        "pretrain.py", "--config", "tiny.yaml", "--deepspeed-config", DS_CONFIGS / "zero1.json",
+        cwd=work, ranks=2,
+    )  # fmt: skip
+    ok(train)
+    export = ok(run("export.py", "--run", "runs/main", "--prompt", "kana", cwd=work))
+    report = ok(run("report.py", "--run", "runs/main", "--prompt", "kana", cwd=work))
+    return MainRun(RunDir(work / "runs" / "main"), prepare, train, export, report)

@@ -1,0 +1,219 @@
+"""Every mistake is said once, in one line, with exit code 1, and leaves nothing behind."""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pmp_ds.config import Config, PrepareConfig
+from tests.e2e.conftest import MainRun
+from tests.helpers.commands import RECIPES, error_of, files_of, ok, run
+from tests.helpers.workplace import PREPARE
+
+pytestmark = pytest.mark.e2e
+
+TRAIN = ("pretrain.py", "--config", "tiny.yaml", "--run.root", "bad")
+
+
+def refused(work: Path, *arguments: str | Path, watched: tuple[Path, ...] = ()) -> str:
+    """The message of a training that must not start."""
+    before = files_of(work / "store", *watched)
+    message = error_of(run(*TRAIN, *arguments, cwd=work))
+    assert before == files_of(work / "store", *watched)
+    assert not (work / "bad").exists()
+    return message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--mask.density", "0"), "mask.density=0.0 must be in (0, 1]"),
+        (("--mask.density", "1.2"), "mask.density=1.2 must be in (0, 1]"),
+        (("--mask.densty", "0.5"), "unknown flag --mask.densty (did you mean --mask.density?)"),
+        (("--train.steps", "ten"), "train.steps: expected int, got ten"),
+        (("--config", "nowhere.yaml"), "--config nowhere.yaml cannot be read: No such file"),
+        (("--run.name", "a/b"), "run.name='a/b' is not a folder name"),
+        (("--mask.source", "file"), "mask.file=None does not go with mask.source='file'"),
+        (("--train.global_batch_size", "7"), "7 is not a multiple of micro_batch_size x"),
+        (("--data.store", "nowhere"), "the data folder nowhere does not exist"),
+        (("--deepspeed-config", "nowhere.json"), "--deepspeed-config nowhere.json: no such file"),
+        (("--model.vocab_size", "20"), "model.vocab_size=20 is smaller than the tokenizer's 400"),
+        (
+            ("--mask.source", "file", "--mask.file", "nowhere"),
+            "no ticket at nowhere: ticket.json is missing",
+        ),
+        (("--run.root", "tiny.yaml"), "the run's folder tiny.yaml/main cannot be written"),
+    ],
+)
+def test_settings(work: Path, arguments: tuple[str, ...], message: str):
+    assert message in refused(work, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("mask: {densty: 0.5}\n", "unknown setting mask.densty (did you mean mask.density?)"),
+        ("train: {lr: fast}\n", "train.lr: expected float, got fast"),
+    ],
+)
+def test_yaml(work: Path, tmp_path: Path, text: str, message: str):
+    (tmp_path / "wrong.yaml").write_text(text)
+    assert message in refused(work, "--config", tmp_path / "wrong.yaml")
+
+
+@pytest.mark.parametrize(
+    ("settings", "messages"),
+    [
+        (
+            {"train_batch_size": 99, "bf16": {"enabled": True}, "gradient_clipping": 5.0},
+            ["train_batch_size is 99, the recipe says 8", "bf16 is", "gradient_clipping is 5.0"],
+        ),
+        ({"optimizer": {"type": "AdamW"}}, ["optimizer: the optimizer is train.*"]),
+        ("{", ["is not JSON"]),
+    ],
+)
+def test_deepspeed_json(work: Path, tmp_path: Path, settings: object, messages: list[str]):
+    path = tmp_path / "wrong.json"
+    path.write_text(settings if isinstance(settings, str) else json.dumps(settings))
+    message = refused(work, "--deepspeed-config", path)
+    assert all(part in message for part in messages)
+
+
+@pytest.fixture
+def copy_of_store(work: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(work / "store", tmp_path / "store"))
+
+
+def test_flipped_byte_in_a_shard(work: Path, copy_of_store: Path):
+    shard = next((copy_of_store / "train").glob("*.arrow"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    message = refused(work, "--data.store", copy_of_store, watched=(copy_of_store,))
+    assert f"data shard {shard} is damaged: its content changed" in message
+
+
+def test_truncated_shard(work: Path, copy_of_store: Path):
+    shard = next((copy_of_store / "validation").glob("*.arrow"))
+    os.truncate(shard, shard.stat().st_size - 100)
+    message = refused(work, "--data.store", copy_of_store, watched=(copy_of_store,))
+    assert f"data shard {shard} is damaged: it has" in message
+
+
+def test_edited_tokenizer(work: Path, copy_of_store: Path):
+    path = copy_of_store / "tokenizer" / "tokenizer.json"
+    path.write_text(path.read_text().replace('"kana', '"kanu', 1))
+    message = refused(work, "--data.store", copy_of_store, watched=(copy_of_store,))
+    assert f"tokenizer file {path} is missing or was changed" in message
+    done = run("prepare_data.py", "verify", copy_of_store, cwd=work)
+    assert error_of(done) == message
+
+
+def test_another_tokenizer_at_the_same_out(work: Path):
+    before = files_of(work)
+    prepare = ("prepare_data.py", *PREPARE, "--out", "store")
+    message = error_of(run(*prepare, "--tokenizer", "store/tokenizer", cwd=work))
+    assert "out=store holds another store (tokenizer is" in message
+    assert before == files_of(work)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "input corpus.txt does not exist"),
+        ("", "input corpus.txt holds no document with text in it"),
+    ],
+)
+def test_corpus(tmp_path: Path, text: str | None, message: str):
+    if text is not None:
+        (tmp_path / "corpus.txt").write_text(text)
+    before = files_of(tmp_path)
+    done = run("prepare_data.py", "--input", "corpus.txt", "--out", "packed", cwd=tmp_path)
+    assert message in error_of(done)
+    assert before == files_of(tmp_path)
+
+
+def test_folder_of_another_run(main_run: MainRun, work: Path):
+    before = files_of(main_run.run.root)
+    changes = ("--train.lr", "0.5", "--mask.density", "0.4", "--run.log_every", "3")
+    message = error_of(run("pretrain.py", "--config", "tiny.yaml", *changes, cwd=work))
+    lines = message.splitlines()
+    assert "runs/main holds a run with another configuration" in lines[0]
+    assert "--config runs/main/config.yaml" in lines[0]
+    assert sorted(lines[1:]) == ["  mask.density: 0.7, 0.4", "  train.lr: 0.01, 0.5"]
+    assert before == files_of(main_run.run.root)
+
+
+def test_ticket_of_another_model(main_run: MainRun, work: Path):
+    ticket = main_run.run.ticket
+    message = refused(
+        work, "--mask.source", "file", "--mask.file", ticket, "--model.intermediate_size", "64",
+        watched=(ticket,),
+    )  # fmt: skip
+    assert f"the ticket at {ticket} belongs to a model with other parameters" in message
+
+
+def test_export_and_report_of_no_run(main_run: MainRun, work: Path, tmp_path: Path):
+    before = files_of(tmp_path)
+    message = error_of(run("export.py", "--run", tmp_path, cwd=work))
+    assert f"{tmp_path} is not a run" in message
+    assert "is not a run" in error_of(run("report.py", "--run", tmp_path, cwd=work))
+    assert before == files_of(tmp_path)
+
+    for name in ("config.yaml", "data.json"):  # a run that has only just begun
+        shutil.copy(main_run.run.root / name, tmp_path)
+    shutil.copytree(main_run.run.init, tmp_path / "private" / "init")
+    os.chmod(tmp_path / "private", 0o700)
+    before = files_of(tmp_path / "private" / "init")
+    message = error_of(run("export.py", "--run", tmp_path, cwd=work))
+    assert f"{tmp_path} has no checkpoint yet" in message
+    message = error_of(run("export.py", "--run", tmp_path, "--checkpoint", "x", cwd=work))
+    assert "--checkpoint x is neither" in message
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "data.json", "private"]
+    assert before == files_of(tmp_path / "private" / "init")
+    message = error_of(run("export.py", "--run", "runs/main", "--checkpoint", "7",
+                           "--out", tmp_path / "out", cwd=work))  # fmt: skip
+    assert "has no checkpoint of update 7; it has: 40, 30" in message
+
+
+@pytest.mark.parametrize("case", ["batch", "shard"])
+def test_two_ranks_say_it_once(work: Path, copy_of_store: Path, case: str):
+    """One mistake that every rank finds, one that only rank 0 looks for; neither hangs."""
+    if case == "batch":
+        arguments = ("--train.global_batch_size", "6")
+        expected = "6 is not a multiple of micro_batch_size x world_size = 2 x 2 = 4"
+    else:
+        shard = next((copy_of_store / "train").glob("*.arrow"))
+        shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+        arguments = ("--data.store", str(copy_of_store))
+        expected = "is damaged"
+    start = time.monotonic()
+    done = run(*TRAIN, *arguments, cwd=work, ranks=2)
+    assert time.monotonic() - start < 60
+    assert expected in error_of(done)
+    assert not (work / "bad").exists()
+
+
+@pytest.mark.parametrize("launcher", ["prepare_data.py", "pretrain.py", "export.py", "report.py"])
+def test_help(tmp_path: Path, launcher: str):
+    text = ok(run(launcher, "--help", cwd=tmp_path)).stdout
+    assert text.startswith(f"usage: {launcher}")
+    assert f"launcher/{launcher}" in text  # an example
+    assert "==SUPPRESS==" not in text
+    assert str(Path.home()) not in text.replace(str(RECIPES.parent), "")
+
+
+@pytest.mark.parametrize("launcher", ["prepare_data.py", "pretrain.py"])
+def test_printed_settings_are_read_back(work: Path, tmp_path: Path, launcher: str):
+    flag = ("--block_size", "64") if launcher == "prepare_data.py" else ("--train.lr", "1e-3")
+    printed = ok(run(launcher, *flag, "--print_config", cwd=tmp_path)).stdout
+    kind = PrepareConfig if launcher == "prepare_data.py" else Config
+    assert yaml.safe_load(printed).keys() == kind.__dataclass_fields__.keys()
+    (tmp_path / "printed.yaml").write_text(printed)
+    again = ok(run(launcher, "--config", "printed.yaml", "--print_config", cwd=tmp_path))
+    assert again.stdout == printed
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["printed.yaml"]

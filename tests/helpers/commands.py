@@ -1,0 +1,119 @@
+"""Run the project's commands as their users do.
+
+    done = run("prepare_data.py", "--out", "store", cwd=tmp_path)     # python launcher/...
+    done = run("pretrain.py", "--config", "a.yaml", cwd=tmp_path, ranks=2)     # under deepspeed
+    ok(done)             # or error_of(done): the one line that a mistake gives
+
+Each command is a session of its own, so that a time-out or ``kill`` ends its children too.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.helpers.distributed import REPO, free_port
+
+LAUNCHER, RECIPES, DS_CONFIGS = REPO / "launcher", REPO / "launcher/recipes", REPO / "ds_configs"
+_OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+Done = subprocess.CompletedProcess[str]
+
+
+def run(
+    launcher: str, *arguments: str | Path, cwd: Path, ranks: int | None = None, timeout: float = 240
+) -> Done:
+    """``launcher`` with ``arguments`` to its end: plain python, or ``ranks`` CPU ranks."""
+    process = start(launcher, *arguments, cwd=cwd, ranks=ranks)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except BaseException as error:
+        kill(process)
+        out, err = process.communicate()
+        error.add_note(f"{process.args!r}\n{out}\n{err}")
+        raise
+    return Done(process.args, process.returncode, out, err)
+
+
+def start(
+    launcher: str, *arguments: str | Path, cwd: Path, ranks: int | None = None
+) -> subprocess.Popen[str]:
+    """``run`` without waiting for the end."""
+    command = [sys.executable]
+    if ranks is not None:
+        deepspeed = Path(sys.executable).with_name("deepspeed")
+        command = [str(deepspeed), "--num_accelerators", str(ranks), "--master_port",
+                   str(free_port())]  # fmt: skip
+    return subprocess.Popen(
+        [*command, str(LAUNCHER / launcher), *map(str, arguments)],
+        cwd=cwd,
+        env=_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL for the command and its children."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def kill_when(
+    process: subprocess.Popen[str], condition: Callable[[], bool], timeout: float = 120
+) -> None:
+    """Wait for ``condition``, then SIGKILL; fails when the command ends before."""
+    deadline = time.monotonic() + timeout
+    try:
+        while not condition():
+            assert process.poll() is None, f"it ended too early:\n{process.communicate()}"
+            assert time.monotonic() < deadline, f"the moment did not come within {timeout} s"
+            time.sleep(0.005)
+        assert process.poll() is None, "it ended too early"
+    finally:
+        kill(process)
+        process.communicate()
+
+
+def ok(done: Done) -> Done:
+    assert done.returncode == 0, f"{done.args}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def error_of(done: Done) -> str:
+    """The message of a refused command: exit code 1, said once, without a traceback. Lines that
+    belong to it are indented."""
+    both = done.stdout + done.stderr
+    assert done.returncode == 1, f"exit code {done.returncode}:\n{both}"
+    assert "Traceback" not in both, both
+    found = re.findall(r"^error: .*(?:\n  .*)*", done.stderr, re.MULTILINE)
+    assert len(found) == both.count("error: ") == 1, both
+    return str(found[0])
+
+
+def files_of(*folders: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of every file below, and every folder: did anything appear or change?"""
+    return {
+        str(path): (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else (0, 0)
+        for folder in folders
+        for path in [folder, *folder.rglob("*")]
+        if path.exists()
+    }
+
+
+def _environment() -> dict[str, str]:
+    environment = {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
+    return environment | {
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PYTHONPATH": str(REPO),  # the launchers work where the package is not installed too
+    }

@@ -1,0 +1,543 @@
+"""What optim/zero_shards.py and train/engine.py assume of DeepSpeed beyond its documented API.
+
+One row per attribute, each checked on real engines of 2 ranks. After an upgrade of DeepSpeed this
+is the first file to run: a failing row names the attribute and what is no longer true of it.
+"""
+
+import ast
+import itertools
+import math
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+from pmp_ds import dist
+from pmp_ds.config import Precision, TrainConfig
+from pmp_ds.optim.masked_adamw import MaskedAdamW
+from pmp_ds.optim.zero_shards import Fragment, _pieces
+from pmp_ds.ticket.mask import ParamMask, pack
+from pmp_ds.train.engine import _SCALER, Engine
+from tests.helpers import tiny
+
+pytestmark = pytest.mark.distributed
+
+REPO = Path(__file__).resolve().parents[3]
+MICRO, ACCUMULATION, WORLD_SIZE = 2, 2, 2
+SCALE_POWER = 8  # of the loss scale in fp16
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Setup:
+    stage: int
+    precision: Precision
+    offload: bool = False  # of the optimizer, to CPU
+
+    def __str__(self) -> str:
+        return f"stage {self.stage} {self.precision}" + " offload" * self.offload
+
+
+SETUPS = (
+    *(Setup(stage, precision) for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")),
+    Setup(1, "fp16"), Setup(3, "fp16"), Setup(1, "bf16", True), Setup(2, "fp32", True),
+    Setup(2, "fp16", True), Setup(3, "bf16", True), Setup(3, "fp16", True),
+)  # fmt: skip
+
+
+@dataclass
+class Probe:
+    """An armed engine after one ``backward``, and what its gradient has to be."""
+
+    engine: Engine
+    setup: Setup
+    initial: dict[str, torch.Tensor]
+    expected: dict[str, torch.Tensor]  # reduced gradients, computed on one process in fp32
+    kept: dict[str, torch.Tensor]
+    steps_inside_initialize: int
+    norm: float = field(default=math.nan)  # what DeepSpeed reported
+    before: dict[str, int] = field(default_factory=dict)  # counters before `step`
+
+    @property
+    def stage(self) -> int:
+        return self.setup.stage
+
+    @property
+    def precision(self) -> str:
+        return self.setup.precision
+
+    @property
+    def ds(self) -> Any:
+        return self.engine._engine
+
+    @property
+    def zero(self) -> Any:
+        return self.ds.optimizer
+
+    @property
+    def fragments(self) -> list[Fragment]:
+        return list(self.engine.shards.fragments)
+
+    @property
+    def tolerance(self) -> float:
+        """Of a gradient against one computed in fp32, relative to its norm."""
+        return {"fp32": 1e-5, "bf16": 0.05, "fp16": 0.01}[self.precision]
+
+
+def has(condition: object, what: str = "") -> None:
+    if not condition:
+        raise AssertionError(what)
+
+
+def names(p: Probe) -> None:
+    for name, param in p.ds.module.named_parameters():
+        has(p.ds.param_names[param] == name, f"{name} is {p.ds.param_names.get(param)}")
+
+
+def wrapper(p: Probe) -> None:
+    wrappers: dict[int, type] = {
+        0: MaskedAdamW if p.precision == "fp32" else FP16_UnfusedOptimizer,
+        1: DeepSpeedZeroOptimizer,
+        2: DeepSpeedZeroOptimizer,
+        3: DeepSpeedZeroOptimizer_Stage3,
+    }
+    has(type(p.zero) is wrappers[p.stage], f"it is a {type(p.zero).__name__}")
+
+
+def no_wrapper_at_fp32(p: Probe) -> None:
+    has(not hasattr(p.zero, "fp16_groups"))
+    given = {id(q) for group in p.zero.param_groups for q in group["params"]}
+    has(given == {id(q) for q in p.ds.module.parameters()})
+
+
+def module_groups(p: Probe) -> None:
+    """fp16_groups at stage 0 and 3, bit16_groups at 1 and 2."""
+    attribute = "bit16_groups" if p.stage in (1, 2) else "fp16_groups"
+    found = [q for group in getattr(p.zero, attribute) for q in group]
+    has(sorted(map(id, found)) == sorted(id(q) for q in p.ds.module.parameters()))
+
+
+def clones(p: Probe) -> None:
+    for clone_group, group in zip(p.zero.fp32_groups, p.zero.fp16_groups, strict=True):
+        for clone, param in zip(clone_group, group, strict=True):
+            has(clone.dtype == torch.float32)
+            has(torch.equal(clone, param.float()))
+    stepped = [id(q) for group in p.engine.optimizer.param_groups for q in group["params"]]
+    has(stepped == [id(q) for group in p.zero.fp32_groups for q in group])
+
+
+def phantom_step(p: Probe) -> None:
+    wanted = 1 if p.precision == "bf16" else 0
+    has(p.steps_inside_initialize == wanted, f"{p.steps_inside_initialize} steps")
+
+
+def frozen_until_armed(p: Probe) -> None:
+    for f in p.fragments:
+        flat = p.engine.shards.flats[f.flat].detach().view(-1)
+        weights = p.initial[f.name].view(-1)
+        weights = weights.to(DTYPES[p.precision]).float()
+        here, there = f.flat_start, f.start
+        has(torch.equal(flat[here : here + f.numel], weights[there : there + f.numel]), f.name)
+
+
+def one_leaf_per_group(p: Probe) -> None:
+    flats = p.zero.single_partition_of_fp32_groups
+    has(len(flats) == len(p.zero.bit16_groups) == len(p.engine.optimizer.param_groups))
+    for flat, group in zip(flats, p.zero.bit16_groups, strict=True):
+        has(flat.dtype == torch.float32)
+        has(flat.dim() == 1)
+        has(flat.numel() * WORLD_SIZE >= sum(q.numel() for q in group), "smaller than the group")
+
+
+def one_leaf_per_sub_group(p: Probe) -> None:
+    flats = p.zero.fp32_partitioned_groups_flat
+    has(len(flats) == len(p.zero.fp16_groups) > 1, f"{len(flats)} sub-groups")
+    has(all(flat.dtype == torch.float32 and flat.dim() == 1 for flat in flats))
+
+
+def hp_mapping(p: Probe) -> None:
+    for flat, group in enumerate(p.zero.bit16_groups):
+        for param in group:
+            if param._hp_mapping is None:
+                continue
+            here = param._hp_mapping.lp_fragment_address
+            there = param._hp_mapping.hp_fragment_address
+            has(here.numel == there.numel > 0)
+            low = param.detach().view(-1)[here.start : here.start + here.numel].float()
+            whole = p.zero.single_partition_of_fp32_groups[flat]
+            high = whole[there.start : there.start + there.numel]
+            has(torch.equal(low, high), p.ds.param_names[param])
+
+
+def grad_position(p: Probe) -> None:
+    for number, group in enumerate(p.zero.fp16_groups):
+        for param in group:
+            flat, start, partition = p.zero.grad_position[p.zero.get_param_id(param)]
+            has(flat == number, "it names another sub-group")
+            has(partition * WORLD_SIZE >= param.ds_numel > (partition - 1) * WORLD_SIZE)
+            has(start + partition <= p.zero.fp32_partitioned_groups_flat[flat].numel())
+    positions = sorted(map(tuple, p.zero.grad_position.values()))
+    for (a, start, numel), (b, after, _) in itertools.pairwise(positions):
+        has(a != b or start + numel == after, "partitions overlap or leave gaps")
+
+
+def ds_numel(p: Probe) -> None:
+    for name, param in p.ds.module.named_parameters():
+        has(param.ds_numel == p.initial[name].numel(), name)
+
+
+def ds_status(p: Probe) -> None:
+    states = {param.ds_status for param in p.ds.module.parameters()}
+    has(states <= {ZeroParamStatus.AVAILABLE, ZeroParamStatus.NOT_AVAILABLE}, str(states))
+    has(ZeroParamStatus.NOT_AVAILABLE in states, "nothing is partitioned")
+    whole = dict(p.engine.parameters())
+    if dist.rank() == 0:
+        for name, weight in p.initial.items():
+            has(torch.equal(whole[name], weight.to(whole[name].dtype)), name)
+
+
+def averaged_gradients_in_flat_order(p: Probe) -> None:
+    for i, flat in enumerate(p.engine.shards.flats):
+        gradients = p.zero.averaged_gradients[i]
+        has(isinstance(gradients, list) or hasattr(gradients, "flat_partition"))
+        sizes = [piece.numel() for piece in _pieces(gradients)]
+        ends = [f.flat_start + f.numel for f in p.fragments if f.flat == i]
+        has(max(ends, default=0) <= sum(sizes) <= flat.numel(), f"{sizes} for {flat.numel()}")
+
+
+def reduced_gradients(p: Probe) -> None:
+    error = scale = 0.0
+    for f, found in zip(p.fragments, p.engine.shards.gradients(), strict=True):
+        expected = p.expected[f.name].view(-1)[f.start : f.start + f.numel]
+        error += float((found.float() / p.engine.loss_scale - expected).square().sum())
+        scale += float(expected.square().sum())
+    has(error <= p.tolerance**2 * scale, f"relative error {math.sqrt(error / scale):.2g}")
+
+
+def gradient_on_the_leaf(p: Probe) -> None:
+    """With offload; the values are those of reduced_gradients."""
+    for flat in p.engine.shards.flats:
+        has(flat.grad is not None and flat.grad.shape == flat.shape, "a leaf without .grad")
+    reduced_gradients(p)
+
+
+def offload_flag(p: Probe) -> None:
+    has(bool(p.zero.cpu_offload if p.stage < 3 else p.zero.offload_optimizer) == p.setup.offload)
+
+
+def norms_by_parameter(p: Probe) -> None:
+    """As DeepSpeed took them while it reduced: not masked yet."""
+    ids = {name: p.zero.get_param_id(param) for name, param in p.ds.module.named_parameters()}
+    for f, gradient in zip(p.fragments, p.engine.shards.gradients(), strict=True):
+        found, expected = float(p.zero.norm_for_param_grads[ids[f.name]]), float(gradient.norm())
+        has(abs(found - expected) <= 1e-2 * expected, f"{f.name}: {found}, {expected}")
+
+
+def overflow_flag(p: Probe) -> None:
+    has(p.zero.local_overflow is False)
+
+
+def overflow_tensors(p: Probe) -> None:
+    has(p.zero.inf_or_nan_tracker.dtype == torch.bool)
+    has(not bool(p.zero.inf_or_nan_tracker.any()))
+    has(p.zero.grad_partitions_flat_buffer.is_floating_point())
+
+
+def updated(p: Probe) -> None:
+    """Although every flag said overflow and the complement held NaN: see poison()."""
+    has(p.ds.skipped_steps == 0, "the update was skipped")
+    moved = 0
+    for f in p.fragments:
+        flat = p.engine.shards.flats[f.flat].detach().view(-1)
+        here = flat[f.flat_start : f.flat_start + f.numel]
+        weights = p.initial[f.name].view(-1)[f.start : f.start + f.numel]
+        weights = weights.to(DTYPES[p.precision]).float()
+        kept = p.kept[f.name].view(-1)[f.start : f.start + f.numel]
+        has(torch.equal(here[~kept], weights[~kept]), f"the complement of {f.name} moved")
+        has(bool(here.isfinite().all()), f"{f.name} is not finite")
+        moved += int((here[kept] != weights[kept]).sum())
+    has(moved, "nothing moved")
+
+
+def scale(p: Probe) -> None:
+    scaler = p.zero.loss_scaler
+    has(p.zero.loss_scale == scaler.cur_scale == 2.0**SCALE_POWER, str(p.zero.loss_scale))
+    has(all(isinstance(getattr(scaler, name), int | float) for name in _SCALER))
+
+
+def norm_is_of_the_masked_gradient(p: Probe) -> None:
+    masked = [gradient[p.kept[name]] for name, gradient in p.expected.items()]
+    expected = math.sqrt(sum(float(g.double().square().sum()) for g in masked))
+    has(abs(p.norm - expected) <= p.tolerance * expected, f"{p.norm}, expected {expected}")
+
+
+def counters(p: Probe) -> None:
+    now = {name: getattr(p.ds, name) for name in p.before}
+    grown = {name: now[name] - p.before[name] for name in now}
+    has(grown["global_steps"] == 1, str(grown))
+    has(now["micro_steps"] == ACCUMULATION, str(now))
+    has(grown["global_samples"] == MICRO * ACCUMULATION * WORLD_SIZE, str(grown))
+    has(p.ds.gradient_accumulation_steps() == ACCUMULATION)
+    has(p.ds.train_batch_size() == MICRO * ACCUMULATION * WORLD_SIZE)
+
+
+AFTER_STEP = (counters, norm_is_of_the_masked_gradient, updated)
+
+
+@dataclass(frozen=True)
+class Row:
+    """``assumption``: what must be true of ``attribute`` in the setups that ``where`` selects."""
+
+    attribute: str
+    where: Callable[[Setup], bool]
+    assumption: str
+    check: Callable[[Probe], None]
+
+
+def at(*stages: int, offload: bool | None = None, **fixed: str) -> Callable[[Setup], bool]:
+    return lambda s: (
+        s.stage in stages
+        and offload in (None, s.offload)
+        and fixed.get("precision", s.precision) == s.precision
+    )
+
+
+ALL, ZERO = at(0, 1, 2, 3), at(1, 2, 3)
+CONTRACT = (
+    Row("engine.param_names", ALL, "maps every parameter to its name", names),
+    Row("engine.optimizer", ALL, "is the wrapper that the shard map expects", wrapper),
+    Row("initialize", at(0), "steps the client once in bf16, never in fp32", phantom_step),
+    Row("initialize", ALL, "leaves the weights alone while the client does nothing",
+        frozen_until_armed),
+    Row("optimizer.param_groups", at(0, precision="fp32"),
+        "holds the module's parameters; there are no fp16_groups", no_wrapper_at_fp32),
+    Row("optimizer.fp16_groups", at(0, precision="bf16"), "the module's parameters",
+        module_groups),
+    Row("optimizer.fp32_groups", at(0, precision="bf16"),
+        "fp32 clones, parallel to fp16_groups; they are stepped", clones),
+    Row("Parameter.grad", at(0), "reduced and averaged after backward", reduced_gradients),
+    Row("zero.bit16_groups", at(1, 2), "the module's parameters, a list per group",
+        module_groups),
+    Row("zero.single_partition_of_fp32_groups", at(1, 2), "one flat fp32 leaf per group",
+        one_leaf_per_group),
+    Row("Parameter._hp_mapping", at(1, 2),
+        "None, or lp_fragment_address in the parameter and hp_fragment_address in the leaf",
+        hp_mapping),
+    Row("zero.fp16_groups", at(3), "the module's parameters, a list per sub-group",
+        module_groups),
+    Row("zero.fp32_partitioned_groups_flat", at(3), "one flat fp32 leaf per sub-group",
+        one_leaf_per_sub_group),
+    Row("zero.grad_position", at(3),
+        "sub-group, start in its leaf, partition size ceil(numel / world size)", grad_position),
+    Row("zero.get_param_id", at(3), "is the key of grad_position", grad_position),
+    Row("Parameter.ds_numel", at(3), "the whole parameter's number of elements", ds_numel),
+    Row("Parameter.ds_status", at(3), "AVAILABLE inside GatheredParameters", ds_status),
+    Row("zero.averaged_gradients", at(1, 2, 3, offload=False),
+        "by leaf: a list in flat order, or has flat_partition; no longer than the leaf",
+        averaged_gradients_in_flat_order),
+    Row("zero.averaged_gradients", at(1, 2, 3, offload=False),
+        "after backward, reduced and averaged over ranks and accumulation steps",
+        reduced_gradients),
+    Row("zero.cpu_offload", at(1, 2), "tells whether the optimizer is offloaded", offload_flag),
+    Row("zero.offload_optimizer", at(3), "tells whether the optimizer is offloaded",
+        offload_flag),
+    Row("leaf.grad", at(1, 2, 3, offload=True),
+        "after backward, reduced and averaged over ranks and accumulation steps",
+        gradient_on_the_leaf),
+    Row("zero.norm_for_param_grads", at(1, 2, 3, offload=True),
+        "by get_param_id: norm of the rank's share; the global norm is made of these",
+        norms_by_parameter),
+    Row("zero.get_param_id", at(1, 2, offload=True), "is the key of norm_for_param_grads",
+        norms_by_parameter),
+    Row("zero.local_overflow", at(1, 2, offload=True), "whether step skips the update",
+        overflow_flag),
+    Row("zero.inf_or_nan_tracker", at(3, offload=True), "whether step skips the update",
+        overflow_tensors),
+    Row("zero.grad_partitions_flat_buffer", at(3, offload=True),
+        "searched for NaN by step, and not used otherwise", overflow_tensors),
+    Row("engine.step", ALL, "applies the update when what is kept is finite", updated),
+    Row("engine.get_global_grad_norm", ZERO,
+        "the norm over all ranks of the reduced gradients at step, before clipping",
+        norm_is_of_the_masked_gradient),
+    Row("optimizer.loss_scale", at(1, 2, 3, precision="fp16"),
+        "the factor of the reduced gradients", reduced_gradients),
+    Row("optimizer.loss_scaler", at(1, 2, 3, precision="fp16"), "has the counters of _SCALER",
+        scale),
+    Row("engine.global_steps", ALL, "counts updates", counters),
+    Row("engine.micro_steps", ALL, "counts micro-batches", counters),
+    Row("engine.global_samples", ALL, "counts samples", counters),
+)  # fmt: skip
+
+# Parts of rows above, and DeepSpeed's documented API.
+INSIDE = {"lp_fragment_address", "hp_fragment_address", "start", "numel", "flat_partition"}
+DOCUMENTED = {"module", "device", "optimizer", "train", "eval", "backward", "step", "destroy",
+              "gradient_accumulation_steps", "train_batch_size"}  # fmt: skip
+
+
+def batches() -> list[torch.Tensor]:
+    """The share of each rank."""
+    return [tiny.batch(rank, MICRO * ACCUMULATION) for rank in range(WORLD_SIZE)]
+
+
+def expected_gradients(precision: Precision) -> dict[str, torch.Tensor]:
+    model = tiny.model()
+    with torch.no_grad():
+        for param in model.parameters():
+            param.copy_(param.to(DTYPES[precision]))
+    blocks = torch.cat(batches())
+    logits = model(input_ids=blocks, use_cache=False).logits[:, :-1]
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten()).backward()
+    return {name: param.grad for name, param in model.named_parameters()}
+
+
+def poison(p: Probe) -> None:
+    """NaN in the gradient of the complement, and DeepSpeed's flags as if it had met it."""
+    for f, gradient in zip(p.fragments, p.engine.shards.gradients(), strict=True):
+        kept = p.kept[f.name].view(-1)[f.start : f.start + f.numel]
+        gradient.masked_fill_(~kept, torch.nan)
+    if p.setup.offload and p.stage == 3:
+        p.zero.inf_or_nan_tracker.fill_(True)
+        p.zero.grad_partitions_flat_buffer.fill_(torch.nan)
+    elif p.setup.offload:
+        p.zero.local_overflow = True
+
+
+def examine(setup: Setup) -> dict[str, Any]:
+    """Check every row of this setup on this rank: row number to what went wrong."""
+    config = TrainConfig(
+        steps=10, warmup_steps=0, lr=1e-3, clip_norm=0.01, precision=setup.precision,
+        global_batch_size=MICRO * ACCUMULATION * WORLD_SIZE, micro_batch_size=MICRO,
+    )  # fmt: skip
+    ds_json = tiny.ds_json(setup.stage)
+    if setup.offload:
+        ds_json["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    if setup.precision == "fp16":
+        ds_json["fp16"] = {"initial_scale_power": SCALE_POWER}
+    calls = 0
+    original = MaskedAdamW.step
+
+    def counted(self, closure=None):
+        nonlocal calls
+        calls += 1
+        return original(self, closure)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MaskedAdamW, "step", counted)
+        # CPU computes it, DeepSpeed denies it
+        patch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+        engine = Engine(tiny.model(), config, ds_json)
+    initial = {name: param.detach() for name, param in tiny.model().named_parameters()}
+    generator = torch.Generator().manual_seed(5)
+    kept = {n: torch.rand(w.shape, generator=generator) < 0.7 for n, w in initial.items()}
+    expected = expected_gradients(setup.precision)
+    probe = Probe(engine, setup, initial, expected, kept, calls)
+    engine.arm(
+        ParamMask(
+            bits={name: pack(mask) for name, mask in kept.items()},
+            shapes={name: tuple(mask.shape) for name, mask in kept.items()},
+        )
+    )
+    counted_by = ("global_steps", "micro_steps", "global_samples")
+    probe.before = {name: getattr(probe.ds, name) for name in counted_by}
+    engine.backward(batches()[dist.rank()])
+    problems = _check(probe, after_step=False)
+    poison(probe)
+    probe.norm = float(engine.step(1e-3))
+    problems |= _check(probe, after_step=True)
+    spans = [(f.name, f.start, f.numel) for f in probe.fragments]
+    engine.close()
+    return {"problems": problems, "spans": spans}
+
+
+def _check(probe: Probe, *, after_step: bool) -> dict[int, str]:
+    problems = {}
+    for number, row in enumerate(CONTRACT):
+        if row.where(probe.setup) and (row.check in AFTER_STEP) == after_step:
+            try:
+                row.check(probe)
+            except Exception:  # noqa: BLE001  an attribute that is gone raises anything
+                problems[number] = traceback.format_exc(limit=-2)
+    return problems
+
+
+@pytest.fixture(scope="module")
+def examined(ranks2) -> Callable[[Setup], list[dict[str, Any]]]:
+    done: dict[Setup, list[dict[str, Any]]] = {}
+
+    def get(setup: Setup) -> list[dict[str, Any]]:
+        if setup not in done:
+            done[setup] = ranks2.run(examine, setup)
+        return done[setup]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("setup", "number"),
+    [
+        pytest.param(setup, number, id=f"{setup}-{row.attribute}-{number}")
+        for setup in SETUPS
+        for number, row in enumerate(CONTRACT)
+        if row.where(setup)
+    ],
+)
+def test_contract(examined, setup, number):
+    row = CONTRACT[number]
+    for rank, result in enumerate(examined(setup)):
+        if (problem := result["problems"].get(number)) is not None:
+            pytest.fail(
+                f"{row.attribute} at {setup}, rank {rank}: a DeepSpeed upgrade changed what "
+                "pmp_ds/optim/zero_shards.py or pmp_ds/train/engine.py rely on: "
+                f"{row.assumption}\n{problem}"
+            )
+
+
+@pytest.mark.parametrize("setup", SETUPS, ids=str)
+def test_every_element_is_owned_once(examined, setup):
+    """By one rank at stages 1 to 3, by every rank at stage 0."""
+    sizes = {name: param.numel() for name, param in tiny.model().named_parameters()}
+    owners = {name: torch.zeros(size, dtype=torch.int) for name, size in sizes.items()}
+    for result in examined(setup):
+        for name, start, numel in result["spans"]:
+            owners[name][start : start + numel] += 1
+    times = WORLD_SIZE if setup.stage == 0 else 1
+    for name, count in owners.items():
+        assert bool((count == times).all()), (
+            f"{name} at {setup}: the fragments do not partition it; a DeepSpeed upgrade changed "
+            "_hp_mapping, grad_position, bit16_groups or fp16_groups"
+        )
+
+
+def relied_on(file: str, roots: set[str]) -> set[str]:
+    """Attributes read from DeepSpeed's objects, and strings in getattr."""
+    found = set()
+    for node in ast.walk(ast.parse((REPO / file).read_text(encoding="utf-8"))):
+        match node:
+            case ast.Attribute(value=value, attr=attribute):
+                if ast.unparse(value) in roots or attribute.startswith(("_hp", "ds_")):
+                    found.add(attribute)
+            case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value=str(name)), *_]):
+                found.add(name)
+    return found
+
+
+def test_table_is_complete():
+    """Whoever leans on another attribute adds a row."""
+    found = relied_on(
+        "pmp_ds/optim/zero_shards.py",
+        {"zero", "self._zero", "optimizer", "engine", "mapping", "here", "there"},
+    )
+    found |= relied_on(
+        "pmp_ds/train/engine.py", {"self._engine", "self._engine.optimizer", "scaler"}
+    )
+    named = {row.attribute.rpartition(".")[2] for row in CONTRACT} | INSIDE | DOCUMENTED
+    assert not found - named, "relied on, and without a row in CONTRACT"

@@ -1,0 +1,46 @@
+import pytest
+
+from pmp_ds.errors import UserError, exit_code
+
+
+def raising(error: BaseException):
+    def main() -> None:
+        raise error
+
+    return main
+
+
+def test_success(capsys):
+    assert exit_code(lambda: None) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("rank", [None, "0"])
+def test_users_mistake_is_one_line(monkeypatch, capsys, rank):
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    assert exit_code(raising(UserError("train.lr=0 must be positive"))) == 1
+    assert capsys.readouterr() == ("", "error: train.lr=0 must be positive\n")
+
+
+@pytest.mark.parametrize("rank", ["1", "17"])
+def test_other_ranks_fail_in_silence(monkeypatch, capsys, rank):
+    monkeypatch.setenv("RANK", rank)
+    assert exit_code(raising(UserError("train.lr=0 must be positive"))) == 1
+    assert capsys.readouterr() == ("", "")
+
+
+def test_interrupt(capsys):
+    assert exit_code(raising(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("x"), AssertionError("x")])
+def test_our_own_mistakes_keep_their_traceback(error):
+    with pytest.raises(type(error)):
+        exit_code(raising(error))
+
+
+def test_user_error_is_a_value_error():
+    assert issubclass(UserError, ValueError)
