@@ -17,7 +17,8 @@ import torch
 
 from benchmarks.common import arguments, hardware, interleaved_ms, print_figure
 from pmp_ds.optim.kernels import kernels_for
-from pmp_ds.optim.masked_adamw import MaskedAdamW, zero_complement_ref
+from pmp_ds.optim.masked import zero_complement_ref
+from pmp_ds.optim.masked_adamw import MaskedAdamW
 from pmp_ds.ticket.mask import pack
 
 HYPER: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}

@@ -13,8 +13,8 @@ import torch
 from benchmarks.common import arguments, hardware, interleaved_ms, peak_extra_bytes, print_figure
 from pmp_ds.ticket.topk import select_top_k
 
-# Name, and passes over the scores: one or two histograms, the count of ties, the mask.
-DTYPES = {torch.float32: ("fp32", 4), torch.bfloat16: ("bf16", 3)}
+# Name, and passes over the scores: finite?, two histograms or one, the count of ties, the mask.
+DTYPES = {torch.float32: ("fp32", 5), torch.bfloat16: ("bf16", 4)}
 
 
 def main(options: argparse.Namespace) -> None:

@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from pmp_ds.optim.masked_adamw import MaskedAdamW
+from pmp_ds.optim.masked import MaskedOptimizer
 from pmp_ds.optim.zero_shards import Fragment, ZeroShards
 from pmp_ds.ticket.mask import ParamMask
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master"
 
 # (kind, parameter, first kept element, count) -> (count,) fp32
@@ -29,24 +28,28 @@ def _spans(
     for f in shards.fragments:
         if mask is None:
             first, kept = f.start, torch.arange(f.numel)
+            span = slice(f.flat_start, f.flat_start + f.numel)  # nothing is left out, nor padding
         else:
             first = mask.num_kept_before(f.name, f.start)
             kept = mask.fragment(f.name, f.start, f.numel).nonzero().view(-1)
-        span = slice(done[f.flat], done[f.flat] + kept.numel())
-        done[f.flat] = span.stop
+            span = slice(done[f.flat], done[f.flat] + kept.numel())
+            done[f.flat] = span.stop
         yield f, first, span, kept + f.flat_start
 
 
 def collect(
-    optimizer: MaskedAdamW, shards: ZeroShards, mask: ParamMask | None, *, master: bool
+    optimizer: MaskedOptimizer, shards: ZeroShards, mask: ParamMask | None, *, master: bool
 ) -> dict[str, torch.Tensor]:
     """This rank's state on CPU, by `KIND/PARAMETER/FIRST`, (count,) fp32 each."""
     tensors = {}
     for f, first, span, positions in _spans(shards, mask):
         flat = shards.flats[f.flat]
-        for kind in MOMENTS:
-            tensors[f"{kind}/{f.name}/{first}"] = optimizer.state[flat][kind][span].cpu().clone()
-        if master:
+        state = optimizer.state[flat]
+        for kind in optimizer.moments:
+            tensors[f"{kind}/{f.name}/{first}"] = state[kind][span].cpu().clone()
+        if optimizer.compact_master:
+            tensors[f"{MASTER}/{f.name}/{first}"] = state[MASTER][span].cpu().clone()
+        elif master:
             values = flat.detach().view(-1)[positions.to(flat.device)]
             tensors[f"{MASTER}/{f.name}/{first}"] = values.cpu()
     return tensors
@@ -54,7 +57,7 @@ def collect(
 
 @torch.no_grad()
 def restore(
-    optimizer: MaskedAdamW,
+    optimizer: MaskedOptimizer,
     shards: ZeroShards,
     mask: ParamMask | None,
     read: Read,
@@ -65,9 +68,10 @@ def restore(
     """Fill this rank's share of an armed optimizer through ``read``."""
     for f, first, span, positions in _spans(shards, mask):
         flat, count = shards.flats[f.flat], span.stop - span.start
-        for kind in MOMENTS:
-            optimizer.state[flat][kind][span] = read(kind, f.name, first, count).to(flat.device)
-        if master:
+        state = optimizer.state[flat]
+        for kind in optimizer.moments + (MASTER,) * optimizer.compact_master:
+            state[kind][span] = read(kind, f.name, first, count).to(flat.device)
+        if master and not optimizer.compact_master:
             values = read(MASTER, f.name, first, count).to(flat.device)
             flat.view(-1)[positions.to(flat.device)] = values
     for state in optimizer.state.values():

@@ -7,7 +7,7 @@ at stage 0, the rank's partition of a parameter group at stages 1 and 2, of a su
 padding, which belongs to no fragment.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,6 +29,9 @@ class Fragment:
     numel: int
     flat: int  # index into ZeroShards.flats
     flat_start: int
+
+
+SetFactor = Callable[[torch.Tensor], None]
 
 
 class ZeroShards(Protocol):
@@ -62,6 +65,11 @@ class ZeroShards(Protocol):
     def remeasure(self) -> None:
         """Take again, from the gradients as they are now, the norms and overflow flags that
         DeepSpeed took while it reduced them."""
+        ...
+
+    def drop_fp32_master(self, set_factor: SetFactor) -> None:
+        """Let the flats be the 16-bit weights themselves, once. Gradients then stay 16-bit, and
+        what DeepSpeed would multiply them by (loss scale, clipping) goes to ``set_factor``."""
         ...
 
 
@@ -101,6 +109,9 @@ class _Stage0:
 
     def remeasure(self) -> None:
         pass
+
+    def drop_fp32_master(self, set_factor: SetFactor) -> None:
+        raise AssertionError("deepspeed_config refuses a compact master at stage 0")
 
 
 def _gradient(param: torch.Tensor) -> torch.Tensor:
@@ -144,14 +155,20 @@ class _Stage12:
         pass  # DeepSpeed pads with zeros
 
     def remeasure(self) -> None:
-        if not self._zero.cpu_offload:  # else the norm is taken in `step`
-            return
-        finite = True
-        for param, gradient in zip(self._params, self.gradients(), strict=True):
-            norm = torch.linalg.vector_norm(gradient)
-            self._zero.norm_for_param_grads[self._zero.get_param_id(param)] = norm
-            finite = finite and bool(norm.isfinite())
-        self._zero.local_overflow = not finite
+        if self._zero.cpu_offload:  # elsewhere norm and overflow are taken in `step`
+            finite = _remeasure_norms(self._zero, self._params, self.gradients())
+            self._zero.local_overflow = not finite
+
+    def drop_fp32_master(self, set_factor: SetFactor) -> None:
+        zero = self._zero
+        for i, flat in enumerate(self.flats):
+            if zero.cpu_offload:
+                half = zero.param_buffer_of_bit16_for_cpu_offload_groups[i]
+                half.copy_(flat.data)
+            else:
+                half = zero.parallel_partitioned_bit16_groups[i][dist.rank()]
+            flat.data = half.data
+        zero.unscale_and_clip_grads = lambda _, norm: set_factor(_factor(zero, norm))
 
 
 class _Stage3:
@@ -192,17 +209,39 @@ class _Stage3:
             _slice(flats[flat], start, numel).zero_()
 
     def remeasure(self) -> None:
-        if not self._zero.offload_optimizer:  # else norm and overflow are taken in `step`
-            return
-        self._zero.norm_for_param_grads.clear()
-        finite = True
-        for param, gradient in zip(self._params, self.gradients(), strict=True):
-            norm = torch.linalg.vector_norm(gradient)
-            self._zero.norm_for_param_grads[self._zero.get_param_id(param)] = norm
-            finite = finite and bool(norm.isfinite())
-        # The overflow check reads the gradients as they were before they were offloaded.
-        self._zero.grad_partitions_flat_buffer.zero_()
-        self._zero.inf_or_nan_tracker.fill_(not finite)
+        if self._zero.offload_optimizer:  # elsewhere norm and overflow are taken in `step`
+            finite = _remeasure_norms(self._zero, self._params, self.gradients())
+            # The overflow check reads the gradients as they were before they were offloaded.
+            self._zero.grad_partitions_flat_buffer.zero_()
+            self._zero.inf_or_nan_tracker.fill_(not finite)
+
+    def drop_fp32_master(self, set_factor: SetFactor) -> None:
+        zero = self._zero
+        for flat, half in zip(self.flats, zero.fp16_partitioned_groups_flat, strict=True):
+            flat.data = half.data.to(flat.device)  # under offload a copy, which `step` copies back
+        zero.unscale_and_clip_grads = lambda _, norm: set_factor(_factor(zero, norm))
+
+
+def _remeasure_norms(
+    zero: Any, params: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]
+) -> bool:
+    """Fill the norms that DeepSpeed kept while offloading; whether all are finite."""
+    zero.norm_for_param_grads.clear()
+    finite = True
+    for param, gradient in zip(params, gradients, strict=True):
+        norm = torch.linalg.vector_norm(gradient)
+        zero.norm_for_param_grads[zero.get_param_id(param)] = norm
+        finite = finite and bool(norm.isfinite())
+    return finite
+
+
+def _factor(zero: Any, norm: Any) -> torch.Tensor:
+    """What DeepSpeed's unscaling and clipping multiply gradients of this (scaled) norm by."""
+    combined = torch.as_tensor(float(zero.loss_scale))
+    if zero.clip_grad > 0.0:
+        excess = (torch.as_tensor(norm) / zero.loss_scale + 1e-6) / zero.clip_grad
+        combined = zero.loss_scale * excess.float().clamp(min=1.0)
+    return 1.0 / combined
 
 
 def _pieces(gradients: Any) -> list[torch.Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 from pmp_ds.config import TrainConfig
 from pmp_ds.errors import UserError
 
+OWN_SECTION = "pmp_ds"  # settings of ours in the JSON; DeepSpeed never sees them
 _REFUSED = {
     "optimizer": "the optimizer is train.* in the recipe",
     "scheduler": "the schedule is train.lr, train.warmup_steps and train.min_lr_ratio",
@@ -19,6 +20,12 @@ _REFUSED = {
     "zero_optimization.zenflow": "masked updates are not defined for it; remove it",
     "zero_optimization.mics_shard_size": "MiCS is not supported; use stage 3",
     "zero_optimization.zero_quantized_gradients": "it changes the gradients; remove it",
+    "zero_optimization.zero_quantized_weights": "it rounds the complement; remove it",
+    "bf16.bf16_master_weights_and_grads": "use pmp_ds.compact_master instead",
+    "bf16.bf16_optimizer_states": "moments stay fp32; use pmp_ds.compact_master to save memory",
+    "communication_data_type": "it rounds gradients; remove it",
+    "prescale_gradients": "it changes how gradients are rounded; remove it",
+    "sparse_gradients": "the ticket needs dense gradients; remove it",
     "data_types": "the recipe's train.precision decides",
     "amp": "the recipe's train.precision decides",
     "torch_autocast": "the recipe's train.precision decides",
@@ -69,12 +76,13 @@ def merge(ds_config: dict[str, Any], config: TrainConfig, world_size: int) -> di
         problems.append("zero_optimization.stage must be 0, 1, 2 or 3")
     else:
         problems += _zero_problems(zero, config)
+    problems += _own_problems(ds_config, config)
     if problems:
         raise UserError(
             "the DeepSpeed JSON says how the run fits on the machine, the recipe what is learned; "
             "leave these out or set them to \"auto\":\n  " + "\n  ".join(problems)
         )  # fmt: skip
-    merged = ds_config | owned
+    merged = {name: value for name, value in ds_config.items() if name != OWN_SECTION} | owned
     for name in ("bf16", "fp16"):  # sections: the JSON's other settings stay
         given = ds_config.get(name)
         merged[name] = (given if isinstance(given, dict) else {}) | owned[name]
@@ -89,6 +97,24 @@ def merge(ds_config: dict[str, Any], config: TrainConfig, world_size: int) -> di
         "zero_force_ds_cpu_optimizer": False,  # under offload, ours instead of DeepSpeedCPUAdam
         "steps_per_print": 10**9,
     }
+
+
+def wants_compact_master(ds_config: dict[str, Any]) -> bool:
+    """Whether the fp32 master weights are kept for the ticket alone: `pmp_ds.compact_master`."""
+    return bool((ds_config.get(OWN_SECTION) or {}).get("compact_master", False))
+
+
+def _own_problems(ds_config: dict[str, Any], config: TrainConfig) -> list[str]:
+    section = ds_config.get(OWN_SECTION, {})
+    if not isinstance(section, dict) or not set(section) <= {"compact_master"}:
+        return [f"{OWN_SECTION} is {json.dumps(section)}; it holds compact_master alone"]
+    problems = []
+    if wants_compact_master(ds_config):
+        if config.precision == "fp32" or zero_stage(ds_config) == 0:
+            problems.append(f"{OWN_SECTION}.compact_master needs bf16 or fp16 and stage 1, 2 or 3")
+        if config.accumulate_fp32:
+            problems.append(f"{OWN_SECTION}.compact_master does not go with train.accumulate_fp32")
+    return problems
 
 
 def _zero_problems(zero: dict[str, Any], config: TrainConfig) -> list[str]:

@@ -15,11 +15,13 @@ from transformers import PreTrainedModel
 
 from pmp_ds import dist
 from pmp_ds.config import TrainConfig
+from pmp_ds.optim.attach import arm, mask_gradients
 from pmp_ds.optim.logical_state import Read, collect, restore
-from pmp_ds.optim.masked_adamw import MaskedAdamW, parameter_groups
-from pmp_ds.optim.zero_shards import flat_masks, shards_of
+from pmp_ds.optim.masked import parameter_groups
+from pmp_ds.optim.masked_adamw import MaskedAdamW
+from pmp_ds.optim.zero_shards import shards_of
 from pmp_ds.ticket.mask import ParamMask
-from pmp_ds.train.deepspeed_config import merge
+from pmp_ds.train.deepspeed_config import merge, wants_compact_master
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -38,6 +40,7 @@ class Engine:
             lr=config.lr,
             betas=config.betas,
             eps=config.eps,
+            compact_master=wants_compact_master(ds_config),
         )
         self.hf_config = model.config
         self._micro_batch_size = config.micro_batch_size
@@ -57,7 +60,7 @@ class Engine:
 
     def arm(self, mask: ParamMask | None) -> None:
         """Train the elements in ``mask`` (None: all) from fresh moments."""
-        self.optimizer.arm(flat_masks(self.shards, mask))
+        arm(self.optimizer, self.shards, mask)
 
     @property
     def device(self) -> torch.device:
@@ -106,8 +109,7 @@ class Engine:
         before clipping, over all ranks, without waiting for the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.zero_complement(self.shards)
-        self.shards.remeasure()
+        mask_gradients(self.optimizer, self.shards)
         norm = self._gradient_norm() if self.shards.replicated else None
         self._engine.step()
         return self._engine.get_global_grad_norm() if norm is None else norm

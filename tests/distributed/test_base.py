@@ -9,7 +9,7 @@ import torch
 
 from pmp_ds import dist
 from pmp_ds.config import Precision, TrainConfig
-from pmp_ds.optim.masked_adamw import parameter_groups
+from pmp_ds.optim.masked import parameter_groups
 from pmp_ds.optim.schedule import learning_rate
 from pmp_ds.train.engine import Engine
 from tests.helpers import tiny

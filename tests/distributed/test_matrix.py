@@ -94,7 +94,9 @@ def masked_norm(engine: Engine, mask: Any) -> float:
 
 
 def gather_master(engine: Engine) -> dict[str, torch.Tensor]:
-    """The fp32 master weights of all ranks, whole, by parameter."""
+    """The fp32 master weights of all ranks, whole, by parameter; empty with a compact master."""
+    if engine.optimizer.compact_master:
+        return {}
     local = [
         (f, engine.shards.flats[f.flat].detach().view(-1)[f.flat_start : f.flat_start + f.numel])
         for f in engine.shards.fragments
@@ -115,7 +117,8 @@ def gather_master(engine: Engine) -> dict[str, torch.Tensor]:
 def state_bytes(engine: Engine) -> tuple[int, int]:
     """(ours, dense) bytes of master weights, moments and mask on this rank, padding included."""
     flats = engine.shards.flats
-    master = sum(flat.nbytes for flat in flats)
+    # A compact master is part of state_bytes; its flats are the 16-bit weights.
+    master = 0 if engine.optimizer.compact_master else sum(flat.nbytes for flat in flats)
     return engine.optimizer.state_bytes + master, 12 * sum(flat.numel() for flat in flats)
 
 

@@ -70,6 +70,14 @@ def _cases() -> Iterator[Case]:
                 yield Case(stage=stage, precision=precision, offload=offload, quick=quick)
                 yield Case(stage=stage, precision=precision, offload=offload, accumulation=2)
         for precision in PRECISIONS[1:]:
+            for offload in offloads:
+                quick = (precision, offload) == ("bf16", "none")
+                yield Case(
+                    stage=stage, precision=precision, offload=offload, compact_master=True,
+                    quick=quick,
+                )  # fmt: skip
+            yield Case(stage=stage, precision=precision, accumulation=2, compact_master=True)
+        for precision in PRECISIONS[1:]:
             if (stage, precision) != (1, "bf16"):
                 yield Case(
                     stage=stage, precision=precision, accumulation=2, accumulate_fp32=True,
@@ -89,3 +97,52 @@ def _cases() -> Iterator[Case]:
         yield Case(stage=stage, precision="bf16", world_size=4, quick=stage == 3)
     for model in ("gpt2 tied", "frozen parameters"):
         yield Case(stage=0, precision="bf16", model=model)
+
+
+def table() -> str:
+    """The supported combinations in Markdown: one row per kind, worked out from the cases."""
+    lines = [
+        "# What is supported",
+        "",
+        "Generated from the test matrix by `python -m tests.helpers.matrix > docs/SUPPORT.md`;",
+        "each entry is at least one case of `tests/distributed/test_matrix.py`, which checks on",
+        "real DeepSpeed engines that the complement keeps its bits in the weights and in the fp32",
+        "master, that losses follow a plain PyTorch reference, that the norm DeepSpeed reports is",
+        "the masked one, and how many bytes the states take. 2 ranks where nothing else is said.",
+        "What is known not to work is refused by name before training starts",
+        "(`pmp_ds/train/deepspeed_config.py`).",
+        "",
+        "| | ZeRO 0 | ZeRO 1 | ZeRO 2 | ZeRO 3 |",
+        "|---|---|---|---|---|",
+    ]
+    rows: dict[str, dict[int, list[Precision]]] = {}
+    for case in cases():
+        precisions = rows.setdefault(_kind(case), {}).setdefault(case.stage, [])
+        if case.precision not in precisions:
+            precisions.append(case.precision)
+    for kind, stages in rows.items():
+        cells = [", ".join(stages.get(stage, [])) or "-" for stage in range(4)]
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _kind(case: Case) -> str:
+    parts = []
+    if case.offload != "none":
+        parts.append(f"CPU offload of {case.offload}")
+    if case.accumulation > 1:
+        where = "fp32" if case.accumulate_fp32 else "the training precision"
+        parts.append(f"gradients accumulated in {where}")
+    if case.compact_master:
+        parts.append("compact fp32 master")
+    if case.option != "defaults":
+        parts.append(case.option)
+    if case.model != "llama":
+        parts.append({"gpt2 tied": "tied embeddings (GPT-2)"}.get(case.model, case.model))
+    if case.world_size != 2:
+        parts.append(f"{case.world_size} rank{'s' * (case.world_size > 1)}")
+    return ", ".join(parts) or "plain"
+
+
+if __name__ == "__main__":
+    print(table(), end="")

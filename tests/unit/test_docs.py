@@ -104,3 +104,10 @@ def test_finders(text: str, targets: set[str], files: set[str]) -> None:
 
 def test_make_targets_are_found() -> None:
     assert make_targets("VAR := x\nhelp:\nall: help\n\techo a:\n.PHONY: no\n") == {"help", "all"}
+
+
+def test_support_table_is_generated() -> None:
+    from tests.helpers.matrix import table
+
+    path = REPO / "docs" / "SUPPORT.md"
+    assert path.read_text() == table(), "run: python -m tests.helpers.matrix > docs/SUPPORT.md"

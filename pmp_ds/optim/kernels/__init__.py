@@ -33,6 +33,26 @@ class Kernels(Protocol):
         """One AdamW step on the kept elements, in place."""
         ...
 
+    def has_compact_master(self, dtype: torch.dtype) -> bool:
+        """Whether ``masked_adamw_master`` serves weights of this 16-bit dtype."""
+        ...
+
+    def masked_adamw_master(
+        self,
+        weights: torch.Tensor,  # (numel,) bf16 or fp16
+        gradient: torch.Tensor,  # (numel,) fp32 or the dtype of the weights
+        bits: torch.Tensor | None,
+        prefix: torch.Tensor | None,
+        exp_avg: torch.Tensor,  # (num_kept,) fp32
+        exp_avg_sq: torch.Tensor,  # (num_kept,) fp32
+        coefficients: cpu.Coefficients,
+        master: torch.Tensor,  # (num_kept,) fp32
+        factor: float,
+    ) -> None:
+        """One AdamW step on the compact fp32 ``master`` with the gradient times ``factor``; the
+        kept weights receive it rounded. In place."""
+        ...
+
     def zero_complement(
         self,
         values: torch.Tensor,  # (numel,) fp32, bf16 or fp16
@@ -45,7 +65,7 @@ class Kernels(Protocol):
 
 def kernels_for(tensor: torch.Tensor) -> Kernels | None:
     """The operators that update ``tensor``, or None where only torch operations can."""
-    if tensor.dtype != torch.float32:
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
     if tensor.device.type == "cpu":
         return cpu if cpu.library() is not None else None

@@ -116,6 +116,33 @@ def masked_adamw(
     )  # fmt: skip
 
 
+def has_compact_master(dtype: torch.dtype) -> bool:
+    """Every compiler has bf16, which is integers; fp16 is a type of its own."""
+    return dtype == torch.bfloat16 or (dtype == torch.float16 and bool(_loaded().pmp_has_fp16()))
+
+
+def masked_adamw_master(
+    weights: torch.Tensor,
+    gradient: torch.Tensor,
+    bits: torch.Tensor | None,
+    prefix: torch.Tensor | None,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    coefficients: Coefficients,
+    master: torch.Tensor,
+    factor: float,
+) -> None:
+    """One AdamW step on the compact fp32 master with the gradient times ``factor``; the kept
+    weights receive it rounded. In place."""
+    assert gradient.dtype in (torch.float32, weights.dtype)
+    _loaded().pmp_masked_adamw_master(
+        _pointer(weights), ctypes.c_int(weights.dtype == torch.float16), _pointer(gradient),
+        ctypes.c_int(gradient.dtype == torch.float32), _pointer(bits), _pointer(prefix),
+        ctypes.c_int64(weights.numel()), _pointer(master), _pointer(exp_avg), _pointer(exp_avg_sq),
+        ctypes.c_float(factor), ctypes.byref(coefficients), ctypes.c_int(torch.get_num_threads()),
+    )  # fmt: skip
+
+
 def zero_complement(values: torch.Tensor, bits: torch.Tensor, start: int) -> None:
     """Zero each value i whose bit ``start + i`` is 0, in place."""
     _loaded().pmp_zero_complement(

@@ -49,6 +49,15 @@ def masked_adamw(
         )  # fmt: skip
 
 
+def has_compact_master(dtype: torch.dtype) -> bool:
+    """No: on a GPU torch operations serve it."""
+    return False
+
+
+def masked_adamw_master(*_: object) -> None:
+    raise AssertionError("has_compact_master is False")
+
+
 def zero_complement(values: torch.Tensor, bits: torch.Tensor, start: int) -> None:
     """Zero each value i whose bit ``start + i`` is 0, in place."""
     assert values.is_contiguous()

@@ -44,21 +44,22 @@ CLONES void adamw(float* __restrict p, const float* __restrict g, float* __restr
 
 inline bool kept(const uint8_t* bits, int64_t i) { return bits[i >> 3] >> (i & 7) & 1; }
 
-// Values of the kept elements among [start, start + n) of `dense`, side by side; their number.
+// The kept of `dense`'s n values, side by side; their number. Value i has bit start + i.
 int64_t compact_scalar(const float* dense, const uint8_t* bits, int64_t start, int64_t n,
                        float* out) {
   int64_t count = 0;
-  for (int64_t i = start; i < start + n; ++i) {
+  for (int64_t i = 0; i < n; ++i) {
     out[count] = dense[i];
-    count += kept(bits, i);
+    count += kept(bits, start + i);
   }
   return count;
 }
 
+// The reverse: the kept places of `dense` take the values in order, the others stay.
 void expand_scalar(const float* values, const uint8_t* bits, int64_t start, int64_t n,
                    float* dense) {
-  for (int64_t i = start; i < start + n; ++i) {
-    if (kept(bits, i)) dense[i] = *values++;
+  for (int64_t i = 0; i < n; ++i) {
+    if (kept(bits, start + i)) dense[i] = *values++;
   }
 }
 
@@ -70,34 +71,36 @@ inline __mmask16 mask16(const uint8_t* bits, int64_t i) {
 }
 
 // Compress and expand between registers: the forms with a memory operand are slow on Zen 4.
+// `start` is a multiple of 8.
 __attribute__((target("avx512f,popcnt"))) int64_t compact_avx512(const float* dense,
                                                                 const uint8_t* bits, int64_t start,
                                                                 int64_t n, float* out) {
-  int64_t count = 0, i = start;
-  for (; i + 16 <= start + n; i += 16) {
-    const __mmask16 mask = mask16(bits, i);
+  int64_t count = 0, i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const __mmask16 mask = mask16(bits, start + i);
     _mm512_storeu_ps(out + count, _mm512_maskz_compress_ps(mask, _mm512_loadu_ps(dense + i)));
     count += __builtin_popcount(mask);
   }
-  return count + compact_scalar(dense, bits, i, start + n - i, out + count);
+  return count + compact_scalar(dense + i, bits, start + i, n - i, out + count);
 }
 
 __attribute__((target("avx512f,popcnt"))) void expand_avx512(const float* values,
                                                             const uint8_t* bits, int64_t start,
                                                             int64_t n, float* dense) {
-  int64_t i = start;
-  for (; i + 16 <= start + n; i += 16) {
-    const __mmask16 mask = mask16(bits, i);
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const __mmask16 mask = mask16(bits, start + i);
+    const int count = __builtin_popcount(mask);
     const __m512 old = _mm512_loadu_ps(dense + i);
-    _mm512_storeu_ps(dense + i, _mm512_mask_expand_ps(old, mask, _mm512_loadu_ps(values)));
-    values += __builtin_popcount(mask);
+    // No lane past the last value: memory may end there.
+    const __m512 next = _mm512_maskz_loadu_ps((1u << count) - 1, values);
+    _mm512_storeu_ps(dense + i, _mm512_mask_expand_ps(old, mask, next));
+    values += count;
   }
-  expand_scalar(values, bits, i, start + n - i, dense);
+  expand_scalar(values, bits, start + i, n - i, dense + i);
 }
 
 const bool has_avx512 = __builtin_cpu_supports("avx512f");
-#else
-const bool has_avx512 = false;
 #endif
 
 int64_t compact(const float* dense, const uint8_t* bits, int64_t start, int64_t n, float* out) {
@@ -112,6 +115,82 @@ void expand(const float* values, const uint8_t* bits, int64_t start, int64_t n, 
   if (has_avx512) return expand_avx512(values, bits, start, n, dense);
 #endif
   expand_scalar(values, bits, start, n, dense);
+}
+
+// 16-bit floats as their bits. Rounding is to the nearest, ties to even; NaN stays NaN.
+CLONES void widen_bf16(const uint16_t* in, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t wide = static_cast<uint32_t>(in[i]) << 16;
+    std::memcpy(out + i, &wide, 4);
+  }
+}
+
+CLONES void narrow_bf16(const float* in, int64_t n, uint16_t* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t wide;
+    std::memcpy(&wide, in + i, 4);
+    const uint32_t rounded = (wide + 0x7FFF + (wide >> 16 & 1)) >> 16;
+    out[i] = static_cast<uint16_t>(in[i] != in[i] ? 0x7FC0 : rounded);
+  }
+}
+
+#ifdef __FLT16_MAX__
+constexpr bool has_fp16 = true;
+
+CLONES void widen_fp16(const uint16_t* in, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    _Float16 value;
+    std::memcpy(&value, in + i, 2);
+    out[i] = static_cast<float>(value);
+  }
+}
+
+CLONES void narrow_fp16(const float* in, int64_t n, uint16_t* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    const _Float16 value = static_cast<_Float16>(in[i]);
+    std::memcpy(out + i, &value, 2);
+  }
+}
+#else
+constexpr bool has_fp16 = false;
+void widen_fp16(const uint16_t*, int64_t, float*) {}
+void narrow_fp16(const float*, int64_t, uint16_t*) {}
+#endif
+
+struct Format {
+  void (*widen)(const uint16_t*, int64_t, float*);
+  void (*narrow)(const float*, int64_t, uint16_t*);
+};
+
+// A block of the step with a compact fp32 master: weights are 16-bit, gradients 16-bit or fp32.
+void compact_master_block(const Format& as, uint16_t* p, const void* g, bool g_is_fp32,
+                          const uint8_t* bits, int64_t begin, int64_t end, float* master, float* m,
+                          float* v, float factor, const Coefficients& c) {
+  alignas(64) float dense[kTile + kSlack];
+  alignas(64) float compacted[kTile + kSlack];
+  for (int64_t start = begin; start < end; start += kTile) {
+    const int64_t n = std::min(kTile, end - start);
+    if (g_is_fp32) {
+      std::memcpy(dense, static_cast<const float*>(g) + start, n * sizeof(float));
+    } else {
+      as.widen(static_cast<const uint16_t*>(g) + start, n, dense);
+    }
+    const int64_t count = bits == nullptr ? n : compact(dense, bits, start, n, compacted);
+    if (count == 0) continue;
+    float* gradients = bits == nullptr ? dense : compacted;
+    for (int64_t i = 0; i < count; ++i) gradients[i] *= factor;
+    adamw(master, gradients, m, v, count, c);
+    if (bits == nullptr) {
+      as.narrow(master, n, p + start);
+    } else {
+      as.widen(p + start, n, dense);
+      expand(master, bits, start, n, dense);
+      as.narrow(dense, n, p + start);
+    }
+    master += count;
+    m += count;
+    v += count;
+  }
 }
 
 constexpr int kWord = 16;  // mask bits taken at once where values are zeroed
@@ -177,13 +256,33 @@ void pmp_masked_adamw(float* p, const float* g, const uint8_t* bits, const int64
     int64_t done = prefix[block];
     for (int64_t start = begin; start < end; start += kTile) {
       const int64_t n = std::min(kTile, end - start);
-      const int64_t count = compact(p, bits, start, n, weights);
+      const int64_t count = compact(p + start, bits, start, n, weights);
       if (count == 0) continue;
-      compact(g, bits, start, n, gradients);
+      compact(g + start, bits, start, n, gradients);
       adamw(weights, gradients, m + done, v + done, count, c);
-      expand(weights, bits, start, n, p);
+      expand(weights, bits, start, n, p + start);
       done += count;
     }
+  }
+}
+
+int pmp_has_fp16() { return has_fp16; }
+
+// The same with 16-bit weights p (fp16, else bf16) and compact fp32 master weights (number of kept
+// elements,), which are what is updated; p receives them rounded. Gradients are fp32 or in the
+// format of p, and are multiplied by `factor` first.
+void pmp_masked_adamw_master(uint16_t* p, int fp16, const void* g, int g_is_fp32,
+                             const uint8_t* bits, const int64_t* prefix, int64_t numel,
+                             float* master, float* m, float* v, float factor,
+                             const Coefficients* coefficients, int num_threads) {
+  const Format as = fp16 ? Format{widen_fp16, narrow_fp16} : Format{widen_bf16, narrow_bf16};
+  const int64_t num_blocks = (numel + kBlock - 1) / kBlock;
+#pragma omp parallel for num_threads(num_threads) schedule(static)
+  for (int64_t block = 0; block < num_blocks; ++block) {
+    const int64_t begin = block * kBlock, end = std::min(numel, begin + kBlock);
+    const int64_t done = bits == nullptr ? begin : prefix[block];
+    compact_master_block(as, p, g, g_is_fp32 != 0, bits, begin, end, master + done, m + done,
+                         v + done, factor, *coefficients);
   }
 }
 

@@ -5,6 +5,7 @@ is the first file to run: a failing row names the attribute and what is no longe
 """
 
 import ast
+import inspect
 import itertools
 import math
 import traceback
@@ -312,6 +313,32 @@ def at(*stages: int, offload: bool | None = None, **fixed: str) -> Callable[[Set
 
 
 ALL, ZERO = at(0, 1, 2, 3), at(1, 2, 3)
+def clip_grad(p: Probe) -> None:
+    has(p.zero.clip_grad == p.ds.gradient_clipping(), f"it is {p.zero.clip_grad}")
+
+
+def unscale(p: Probe) -> None:
+    parameters = list(inspect.signature(p.zero.unscale_and_clip_grads).parameters)
+    has(len(parameters) == 2, f"it takes {parameters}")
+
+
+def halves(p: Probe) -> None:
+    if p.stage == 3:
+        found = p.zero.fp16_partitioned_groups_flat
+    else:
+        found = [group[dist.rank()] for group in p.zero.parallel_partitioned_bit16_groups]
+    for half, leaf in zip(found, p.engine.shards.flats, strict=True):
+        has(torch.equal(half, leaf.detach().to(half.dtype)))
+
+
+def offload_buffer(p: Probe) -> None:
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[p.precision]
+    for half, leaf in zip(
+        p.zero.param_buffer_of_bit16_for_cpu_offload_groups, p.engine.shards.flats, strict=True
+    ):
+        has(half.shape == leaf.shape and half.dtype == dtype, f"{half.shape}, {half.dtype}")
+
+
 CONTRACT = (
     Row("engine.param_names", ALL, "maps every parameter to its name", names),
     Row("engine.optimizer", ALL, "is the wrapper that the shard map expects", wrapper),
@@ -372,6 +399,14 @@ CONTRACT = (
         "the factor of the reduced gradients", reduced_gradients),
     Row("optimizer.loss_scaler", at(1, 2, 3, precision="fp16"), "has the counters of _SCALER",
         scale),
+    Row("zero.clip_grad", at(1, 2, 3), "the largest norm", clip_grad),
+    Row("zero.unscale_and_clip_grads", at(1, 2, 3),
+        "called by step with the gradients or the sub-group, and the scaled norm", unscale),
+    Row("zero.parallel_partitioned_bit16_groups", at(1, 2), "[group][rank]: the leaf, rounded",
+        halves),
+    Row("zero.fp16_partitioned_groups_flat", at(3), "[sub-group]: the leaf, rounded", halves),
+    Row("zero.param_buffer_of_bit16_for_cpu_offload_groups", at(1, 2, offload=True),
+        "[group]: as large as the leaf, in the training dtype", offload_buffer),
     Row("engine.global_steps", ALL, "counts updates", counters),
     Row("engine.micro_steps", ALL, "counts micro-batches", counters),
     Row("engine.global_samples", ALL, "counts samples", counters),
@@ -380,7 +415,8 @@ CONTRACT = (
 # Parts of rows above, and DeepSpeed's documented API.
 INSIDE = {"lp_fragment_address", "hp_fragment_address", "start", "numel", "flat_partition"}
 DOCUMENTED = {"module", "device", "optimizer", "train", "eval", "backward", "step", "destroy",
-              "gradient_accumulation_steps", "train_batch_size"}  # fmt: skip
+              "gradient_accumulation_steps", "train_batch_size",
+              "empty_partition_cache"}  # fmt: skip
 
 
 def batches() -> list[torch.Tensor]:

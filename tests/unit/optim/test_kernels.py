@@ -9,7 +9,7 @@ import torch
 
 from pmp_ds.optim import kernels
 from pmp_ds.optim.kernels import cpu, kernels_for
-from pmp_ds.optim.masked_adamw import zero_complement_ref
+from pmp_ds.optim.masked import zero_complement_ref
 from pmp_ds.ticket.mask import pack
 
 REPO = Path(__file__).resolve().parents[3]

@@ -7,9 +7,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pmp_ds.optim import masked_adamw
+from pmp_ds.optim import masked
 from pmp_ds.optim.kernels import cpu
-from pmp_ds.optim.masked_adamw import MaskedAdamW, parameter_groups
+from pmp_ds.optim.masked import parameter_groups
+from pmp_ds.optim.masked_adamw import MaskedAdamW
 from pmp_ds.optim.zero_shards import Fragment
 from pmp_ds.ticket.mask import pack, popcount
 
@@ -28,7 +29,7 @@ def backend(request, monkeypatch) -> None:
             pytest.skip("no C++ compiler")
     else:
         monkeypatch.setattr(cpu, "library", lambda: None)
-        monkeypatch.setattr(masked_adamw, "CHUNK", request.param)
+        monkeypatch.setattr(masked, "CHUNK", request.param)
 
 
 def tensors(seed: int = 0, shapes: Sequence[tuple[int, ...]] = SHAPES) -> list[torch.Tensor]:
@@ -136,7 +137,7 @@ def test_backends_and_chunks_change_nothing(monkeypatch):
     here, reference = tensors(), tensors()
     train(armed(here, masks(0.7)), here)
     monkeypatch.setattr(cpu, "library", lambda: None)
-    monkeypatch.setattr(masked_adamw, "CHUNK", 1 << 20)
+    monkeypatch.setattr(masked, "CHUNK", 1 << 20)
     train(armed(reference, masks(0.7)), reference)
     assert all(torch.equal(a, b) for a, b in zip(here, reference, strict=True))
 
@@ -308,6 +309,9 @@ class FakeShards:
         raise NotImplementedError
 
     def remeasure(self) -> None:
+        raise NotImplementedError
+
+    def drop_fp32_master(self, set_factor: Any) -> None:
         raise NotImplementedError
 
 

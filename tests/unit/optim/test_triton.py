@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from pmp_ds.optim import masked_adamw
+from pmp_ds.optim import masked
 from pmp_ds.optim.kernels import cpu
-from pmp_ds.optim.masked_adamw import MaskedAdamW, masked_adamw_ref, zero_complement_ref
+from pmp_ds.optim.masked import zero_complement_ref
+from pmp_ds.optim.masked_adamw import MaskedAdamW, coefficients
 from pmp_ds.ticket.mask import pack
+from tests.helpers.reference import masked_adamw_ref
 
 REPO = Path(__file__).resolve().parents[3]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -88,11 +90,11 @@ def test_step_is_the_reference(triton_kernels, numel, density):
     for step in range(1, 5):
         gradient = numbers(numel, 1 + step) * 10 ** (8 * numbers(numel, 50 + step))
         gradient[~kept] = torch.nan
-        coefficients = masked_adamw._coefficients({"lr": 0.01 * step, **HYPER}, step)
+        c = coefficients({"lr": 0.01 * step, **HYPER}, step)
         w, m, v = ours
-        triton_kernels.masked_adamw(w, gradient, bits, prefix, m, v, coefficients)
+        triton_kernels.masked_adamw(w, gradient, bits, prefix, m, v, c)
         w, m, v = reference
-        masked_adamw_ref(w, gradient, bits, m, v, coefficients)
+        masked_adamw_ref(w, gradient, bits, m, v, c)
     assert all(same(a, b) for a, b in zip(ours, reference, strict=True))
     assert same(ours[0][~kept], start[~kept])
     assert bool((ours[0] != start)[kept].all())
@@ -119,7 +121,7 @@ def test_tensors_that_begin_anywhere(triton_kernels):
     kept = mask(3000, 0.7)
     bits, num_kept = pack(kept), int(kept.sum())
     prefix = triton_kernels.block_prefix(bits)
-    coefficients = masked_adamw._coefficients({"lr": 0.01, **HYPER}, 1)
+    c = coefficients({"lr": 0.01, **HYPER}, 1)
 
     def memory() -> list[torch.Tensor]:
         return [numbers(3001, 1), numbers(num_kept + 3, 2), numbers(num_kept + 3, 3).abs()]
@@ -127,9 +129,9 @@ def test_tensors_that_begin_anywhere(triton_kernels):
     gradient = numbers(3002, 4)[2:]
     ours, reference = memory(), memory()
     w, m, v = ours[0][1:], ours[1][1:-2], ours[2][3:]
-    triton_kernels.masked_adamw(w, gradient, bits, prefix, m, v, coefficients)
+    triton_kernels.masked_adamw(w, gradient, bits, prefix, m, v, c)
     w, m, v = reference[0][1:], reference[1][1:-2], reference[2][3:]
-    masked_adamw_ref(w, gradient, bits, m, v, coefficients)
+    masked_adamw_ref(w, gradient, bits, m, v, c)
     assert all(same(a, b) for a, b in zip(ours, reference, strict=True))
 
 
@@ -139,7 +141,7 @@ def test_optimizer_with_the_operators(triton_kernels, monkeypatch):
     shapes = ((64, 33), (7,), (1500,))
 
     def train(operators: Any) -> list[torch.Tensor]:
-        monkeypatch.setattr(masked_adamw, "kernels_for", lambda tensor: operators)
+        monkeypatch.setattr(masked, "kernels_for", lambda tensor: operators)
         params = [
             numbers(torch.Size(s).numel(), i).view(s).requires_grad_() for i, s in enumerate(shapes)
         ]
@@ -174,8 +176,8 @@ def test_gpu_and_cpu_give_the_same_bits(triton_kernels):
             pytest.skip("no C++ compiler")
         bits, w, g = (t.to(device) for t in (pack(kept), numbers(5000, 1), numbers(5000, 2)))
         m, v = (torch.zeros(num_kept, device=device) for _ in range(2))
-        coefficients = masked_adamw._coefficients({"lr": 0.01, **HYPER}, 1)
-        operators.masked_adamw(w, g, bits, operators.block_prefix(bits), m, v, coefficients)
+        c = coefficients({"lr": 0.01, **HYPER}, 1)
+        operators.masked_adamw(w, g, bits, operators.block_prefix(bits), m, v, c)
         results.append([t.cpu() for t in (w, m, v)])
     assert all(same(a, b) for a, b in zip(*results, strict=True))
 

@@ -1,0 +1,84 @@
+"""The masked update as a library: on a plain torch module, or on any DeepSpeed engine.
+
+    ticket = load_ticket(Path("runs/demo/private/ticket"))
+    optimizer = MaskedAdamW(model.parameters(), lr=3e-4)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    attach(engine, optimizer, ticket.mask)
+
+The DeepSpeed config needs `"zero_allow_untested_optimizer": true` under ZeRO, and
+`"zero_force_ds_cpu_optimizer": false` under CPU offload.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pmp_ds.optim.masked import MaskedOptimizer, zero_complement_ref
+from pmp_ds.optim.zero_shards import ZeroShards, flat_masks, shards_of
+from pmp_ds.ticket.mask import ParamMask
+
+
+def attach(target: Any, optimizer: MaskedOptimizer, mask: ParamMask | None) -> None:
+    """Train only the elements in ``mask`` (None: all) of ``target`` from now on, from fresh state.
+
+    ``target``: a DeepSpeed engine that was given ``optimizer``, or a torch module whose parameters
+    ``optimizer`` holds. The complement's gradient is zero when norms are taken, so clipping sees
+    the ticket's alone: DeepSpeed's own, or ``torch.nn.utils.clip_grad_norm_`` after ``backward``.
+    """
+    if hasattr(target, "is_gradient_accumulation_boundary"):
+        _attach_engine(target, optimizer, mask)
+    else:
+        _attach_module(target, optimizer, mask)
+
+
+def arm(optimizer: MaskedOptimizer, shards: ZeroShards, mask: ParamMask | None) -> None:
+    """Give the optimizer its share of ``mask``; with a compact master the fp32 one goes."""
+    optimizer.arm(flat_masks(shards, mask))
+    if optimizer.compact_master:
+
+        def set_factor(factor: torch.Tensor) -> None:
+            optimizer.gradient_factor = factor
+
+        shards.drop_fp32_master(set_factor)
+
+
+def mask_gradients(optimizer: MaskedOptimizer, shards: ZeroShards) -> None:
+    """Zero the complement of the reduced gradients, and let norms and overflow flags follow."""
+    shards.zero_padding()
+    optimizer.zero_complement(shards)
+    shards.remeasure()
+
+
+def _attach_engine(engine: Any, optimizer: MaskedOptimizer, mask: ParamMask | None) -> None:
+    shards = shards_of(engine)
+    arm(optimizer, shards, mask)
+    unmasked_step: Callable[..., Any] = engine.step
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        if engine.is_gradient_accumulation_boundary():
+            mask_gradients(optimizer, shards)
+        return unmasked_step(*args, **kwargs)
+
+    engine.step = step
+
+
+def _attach_module(
+    module: torch.nn.Module, optimizer: MaskedOptimizer, mask: ParamMask | None
+) -> None:
+    bits: dict[torch.Tensor, torch.Tensor | None] = {}
+    for name, param in module.named_parameters():
+        if param.requires_grad:
+            bits[param] = None if mask is None else mask.bits[name].to(param.device)
+            if mask is not None:
+                param.register_post_accumulate_grad_hook(_zero_complement(bits[param]))
+    optimizer.arm(bits)
+
+
+def _zero_complement(bits: torch.Tensor | None) -> Callable[[torch.Tensor], None]:
+    def hook(param: torch.Tensor) -> None:
+        assert param.grad is not None
+        assert bits is not None
+        zero_complement_ref(param.grad.view(-1), bits, 0)
+
+    return hook

@@ -1,0 +1,98 @@
+"""The masked update as a library: three lines on a plain module and on a user's own engine."""
+
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+
+from pmp_ds import dist
+from pmp_ds.config import MaskConfig
+from pmp_ds.model.parameters import parameter_table
+from pmp_ds.optim.attach import attach
+from pmp_ds.optim.masked import MaskedOptimizer
+from pmp_ds.optim.masked_adamw import MaskedAdamW
+from pmp_ds.optim.masked_rules import MaskedLion, MaskedSGD
+from pmp_ds.ticket.mask import ParamMask
+from pmp_ds.train.discover import random_ticket
+from tests.helpers import tiny
+
+STEPS, SIZE, CLIP = 5, 4, 0.2
+KINDS = {"adamw": MaskedAdamW, "lion": MaskedLion, "sgd": MaskedSGD}
+
+
+def loss_of(model: Any, batch: torch.Tensor) -> torch.Tensor:
+    logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+
+
+def mask() -> ParamMask:
+    return random_ticket(b"a" * 32, MaskConfig(source="random"), parameter_table(tiny.model())).mask
+
+
+def plain(kind: str) -> dict[str, torch.Tensor]:
+    """On a torch module: the user's own loop, with torch's own clipping."""
+    model = tiny.model()
+    optimizer: MaskedOptimizer = KINDS[kind](model.parameters(), lr=3e-3, weight_decay=0.1)
+    attach(model, optimizer, mask())
+    for step in range(1, STEPS + 1):
+        loss_of(model, tiny.batch(step, SIZE)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: param.detach().clone() for name, param in model.named_parameters()}
+
+
+def engine(kind: str, stage: int, accumulation: int) -> dict[str, torch.Tensor]:
+    """On an engine that the user made: ours are the optimizer and one call of attach."""
+    model = tiny.model()
+    optimizer: MaskedOptimizer = KINDS[kind](model.parameters(), lr=3e-3, weight_decay=0.1)
+    config = tiny.ds_json(stage) | {
+        "train_micro_batch_size_per_gpu": SIZE // dist.world_size() // accumulation,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": CLIP,
+        "zero_allow_untested_optimizer": True,
+    }
+    users, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    attach(users, optimizer, mask())
+    for step in range(1, STEPS + 1):
+        share = tiny.batch(step, SIZE).chunk(dist.world_size())[dist.rank()]
+        for micro_batch in share.chunk(accumulation):
+            users.backward(loss_of(users, micro_batch))
+            users.step()
+    weights = {}
+    for name, param in users.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([param], enabled=stage == 3):
+            weights[name] = param.detach().clone()
+    users.destroy()
+    return weights
+
+
+def check(weights: dict[str, torch.Tensor]) -> None:
+    kept = mask()
+    for name, initial in tiny.model().named_parameters():
+        frozen = ~kept.full(name)
+        assert torch.equal(weights[name][frozen], initial.detach()[frozen])
+        assert not torch.equal(weights[name], initial.detach())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_module(kind):
+    check(plain(kind))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("kind", "stage", "accumulation"),
+    [
+        ("adamw", 0, 1), ("adamw", 1, 2), ("adamw", 2, 1), ("adamw", 3, 2), ("lion", 2, 1),
+        ("sgd", 3, 1),
+    ],
+)  # fmt: skip
+def test_users_engine_follows_the_plain_module(ranks2, kind, stage, accumulation):
+    weights = ranks2.run(engine, kind, stage, accumulation)[0]
+    check(weights)
+    # Lion steps by the sign of a sum: an element at zero may flip, by at most two steps each.
+    tolerance = 2 * STEPS * 3e-3 if kind == "lion" else 1e-5
+    for name, expected in plain(kind).items():
+        torch.testing.assert_close(weights[name], expected, atol=tolerance, rtol=0)
