@@ -31,6 +31,7 @@ DEEPSPEED = $(if $(filter-out 0,$(GPUS)),$(ON_GPU),$(ON_CPU)) --master_port $(PO
 help:
 	@echo 'make demo    tokenize a small corpus, find a ticket, pretrain, export and report (CPU or GPU)'
 	@echo 'make test    ruff, mypy and all tests: what CI runs'
+	@echo 'make test-matrix   every supported combination of stage, precision and offload'
 	@echo 'make lint    ruff and mypy alone'
 	@echo 'make setup   only the installation into .venv; the others do it when it is missing or old'
 	@echo 'make clean   remove caches and build leftovers; runs/, tokenized_data/ and .venv stay'
@@ -73,7 +74,11 @@ lint: $(STAMP)
 
 .PHONY: test
 test: lint
-	pytest --durations=10 $(PYTEST_ARGS)
+	pytest -m 'not matrix' --durations=10 $(PYTEST_ARGS)
+
+.PHONY: test-matrix
+test-matrix: $(STAMP)
+	pytest tests/distributed/test_matrix.py $(PYTEST_ARGS)
 
 .PHONY: clean
 clean:

@@ -30,6 +30,14 @@ def unpack(bits: torch.Tensor, numel: int, start: int = 0) -> torch.Tensor:
     return dense[start - 8 * first : start - 8 * first + numel]
 
 
+def full_bits(numel: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The packed mask that keeps all of ``numel`` elements."""
+    bits = torch.full(((numel + 7) // 8,), 255, dtype=torch.uint8, device=device)
+    if numel % 8:
+        bits[-1] = (1 << numel % 8) - 1
+    return bits
+
+
 def popcount(bits: torch.Tensor) -> int:
     """Number of ones."""
     return int(_POPCOUNT.to(bits.device)[bits.int()].sum(dtype=torch.int64))

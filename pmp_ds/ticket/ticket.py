@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pmp_ds.errors import UserError
 from pmp_ds.run_dir import atomic_path, make_private
-from pmp_ds.ticket.mask import ParamMask, popcount
+from pmp_ds.ticket.mask import ParamMask
 
 FORMAT_VERSION = 1
 MASK_FILE = "mask.safetensors"
@@ -106,16 +105,3 @@ def load_ticket(folder: Path, *, model_digest: str | None = None) -> Ticket:
 def exact_k(density: float, num_params: int) -> int:
     """k = floor(density * d), at least 1 (paper, Eq. 1); of the decimal that the user wrote."""
     return max(1, int(Fraction(repr(density)) * num_params))
-
-
-def full_mask(shapes: dict[str, tuple[int, ...]]) -> ParamMask:
-    """Every element kept: density 1."""
-    bits = {}
-    for name, shape in shapes.items():
-        numel = torch.Size(shape).numel()
-        ones = torch.full(((numel + 7) // 8,), 255, dtype=torch.uint8)
-        if numel % 8:
-            ones[-1] = (1 << numel % 8) - 1
-        bits[name] = ones
-    assert all(popcount(b) == torch.Size(shapes[n]).numel() for n, b in bits.items())
-    return ParamMask(bits=bits, shapes=shapes)

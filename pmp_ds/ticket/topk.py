@@ -16,8 +16,9 @@ import torch
 
 from pmp_ds import dist
 from pmp_ds.errors import UserError
+from pmp_ds.ticket.mask import full_bits, pack
 
-CHUNK = 1 << 20
+CHUNK = 1 << 17  # elements; a multiple of 8. All temporaries are of this size
 T = TypeVar("T")
 _NON_FINITE = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 
@@ -42,7 +43,8 @@ def select_top_k(
     keep_all: Sequence[bool] | None = None,
     replicated: bool = False,
 ) -> list[torch.Tensor]:
-    """Masks of the k largest scores over all fragments of all ranks; (n_i,) bool each.
+    """Masks of the k largest scores over all fragments of all ranks, packed (ticket/mask.py):
+    (ceil(n_i / 8),) uint8 each.
 
     Ties go to the lowest global index. Fragments flagged in ``keep_all`` are kept whole and count
     towards k. ``replicated`` says that every rank holds all fragments, so nothing is summed.
@@ -62,10 +64,13 @@ def select_top_k(
             "switch mask.always_train off"
         )
     threshold, quotas = pool.threshold(k - num_whole)
-    masks = [torch.ones_like(score, dtype=torch.bool) for score in scores]
-    for i, quota in zip(ranked, quotas, strict=True):
-        _fill_mask(masks[i], scores[i], threshold, quota)
-    return masks
+    quota_of = dict(zip(ranked, quotas, strict=True))
+    return [
+        full_bits(score.numel(), score.device)
+        if flags[i]
+        else _packed_mask(score, threshold, quota_of[i])
+        for i, score in enumerate(scores)
+    ]
 
 
 @dataclass
@@ -149,19 +154,22 @@ def _boundary(counts: torch.Tensor, wanted: int) -> tuple[int, int]:
     return counts.numel() - 1 - position, above
 
 
-def _fill_mask(mask: torch.Tensor, score: torch.Tensor, threshold: int, quota: int) -> None:
-    """Keep the keys above ``threshold`` and the first ``quota`` of those equal to it."""
-    for chunk, out in zip(_chunks(score), _chunks(mask), strict=True):
+def _packed_mask(score: torch.Tensor, threshold: int, quota: int) -> torch.Tensor:
+    """Keeps the keys above ``threshold`` and the first ``quota`` of those equal to it."""
+    bits = torch.empty((score.numel() + 7) // 8, dtype=torch.uint8, device=score.device)
+    for chunk, out in zip(_chunks(score), bits.split(CHUNK // 8), strict=False):
         keys = _keys(chunk)
-        torch.gt(keys, threshold, out=out)
+        kept = keys > threshold
         if quota:
             equal = keys == threshold
             count = int(equal.sum())
             if count <= quota:
-                out.logical_or_(equal)
+                kept.logical_or_(equal)
             else:
-                out[equal.nonzero().view(-1)[:quota]] = True
+                kept[equal.nonzero().view(-1)[:quota]] = True
             quota -= min(count, quota)
+        out.copy_(pack(kept))
+    return bits
 
 
 def _is_finite(score: torch.Tensor) -> bool:

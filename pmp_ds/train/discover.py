@@ -55,17 +55,14 @@ def discover(
             engine.step(lr)
             report(step, _mean(loss), None)
             continue
-        candidate = [
-            pack(kept)
-            for kept in select_top_k(
-                scores.update(engine.shards.gradients(), engine.loss_scale),
-                starts,
-                [fragment.name for fragment in fragments],
-                k,
-                keep_all=keep_all,
-                replicated=engine.shards.replicated,
-            )
-        ]
+        candidate = select_top_k(
+            scores.update(engine.shards.gradients(), engine.loss_scale),
+            starts,
+            [fragment.name for fragment in fragments],
+            k,
+            keep_all=keep_all,
+            replicated=engine.shards.replicated,
+        )
         agreement = None
         if previous is not None:
             common = sum(count_common(a, b) for a, b in zip(candidate, previous, strict=True))
@@ -117,7 +114,7 @@ def random_ticket(key: bytes, config: MaskConfig, table: Table) -> Ticket:
     k = exact_k(config.density, num_params(table))
     kept = select_top_k(draws, starts, [f.name for f in share], k, keep_all=keep_all)
     return Ticket(
-        mask=_gather(share, [pack(mask) for mask in kept], table, dist.device()),
+        mask=_gather(share, kept, table, dist.device()),
         density=config.density,
         source="random",
         score=None,

@@ -6,7 +6,7 @@ from pmp_ds import dist
 from pmp_ds.config import Config
 from pmp_ds.model.parameters import num_params
 from pmp_ds.ticket.ticket import exact_k, load_ticket
-from pmp_ds.train.deepspeed_config import zero_stage
+from pmp_ds.train.deepspeed_config import wants_compact_master, zero_stage
 from pmp_ds.train.pipeline import Job, given_ticket
 
 _MASKS = {
@@ -58,7 +58,8 @@ def _memory(config: Config, ds_config: dict[str, Any], d: int, k: int, world: in
     weights = element * d / (world if stage >= 3 else 1)
     gradients = element * d / (world if stage >= 2 else 1)
     share = world if stage >= 1 else 1
-    master = 0 if config.train.precision == "fp32" and stage == 0 else 4 * d / share
+    kept = k if wants_compact_master(ds_config) else d
+    master = 0 if config.train.precision == "fp32" and stage == 0 else 4 * kept / share
     moments, dense = (8 * k + d / 8) / share, 8 * d / share
     mb = 1e6
     return (

@@ -8,7 +8,7 @@ import torch
 
 from pmp_ds import dist
 from pmp_ds.errors import UserError
-from pmp_ds.ticket.topk import select_top_k
+from tests.helpers.selection import select_masks
 
 pytestmark = pytest.mark.distributed
 
@@ -65,7 +65,7 @@ def masks_of_this_rank(sharding: str, ks: list[int]) -> list[dict[tuple[str, int
     for dtype in DTYPES:
         scores = synthetic(dtype)
         for k in ks:
-            masks = select_top_k(
+            masks = select_masks(
                 [scores[name][a:b] for name, a, b in mine],
                 [starts[name] + a for name, a, _ in mine],
                 [name for name, _, _ in mine],
@@ -116,7 +116,7 @@ def error_of_this_rank(sharding: str, poisoned: tuple[int, str], value: float) -
         scores[poisoned[1]][-1] = value
     mine = fragments(sharding, dist.rank(), dist.world_size())
     try:
-        select_top_k(
+        select_masks(
             [scores[name][a:b] for name, a, b in mine],
             list(range(len(mine))),
             [name for name, _, _ in mine],
@@ -148,7 +148,7 @@ def test_every_rank_hears_that_there_is_no_room(ranks2):
 def no_room() -> str:
     """Two elements always trained on each of two ranks, and room for three."""
     try:
-        select_top_k(
+        select_masks(
             [torch.ones(2), torch.ones(3)],
             [5 * dist.rank(), 5 * dist.rank() + 2],
             ["gain", "weight"],

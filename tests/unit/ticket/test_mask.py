@@ -3,8 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pmp_ds.ticket.mask import ParamMask, count_common, iou, pack, popcount, unpack
-from pmp_ds.ticket.ticket import full_mask
+from pmp_ds.ticket.mask import ParamMask, count_common, full_bits, iou, pack, popcount, unpack
 
 # Ten elements by hand: 0, 3, 4 and 9 kept. Byte 0 is 1 + 8 + 16, byte 1 is element 9 alone.
 TEN = torch.tensor([1, 0, 0, 1, 1, 0, 0, 0, 0, 1], dtype=torch.bool)
@@ -119,13 +118,9 @@ def test_scalar_and_empty_parameters():
     assert mask.full("empty").shape == (0, 3)
 
 
-@settings(deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 5)), min_size=1, max_size=4))
-def test_full_mask(shapes):
-    mask = full_mask({str(i): shape for i, shape in enumerate(shapes)})
-    assert mask.num_kept == mask.num_params == sum(a * b for a, b in shapes)
-    for i, shape in enumerate(shapes):
-        assert torch.equal(mask.bits[str(i)], pack(torch.ones(shape, dtype=torch.bool)))
+@pytest.mark.parametrize("numel", [0, 1, 7, 8, 9, 1000])
+def test_full_bits(numel):
+    assert torch.equal(full_bits(numel), pack(torch.ones(numel, dtype=torch.bool)))
 
 
 @pytest.mark.parametrize("show", [repr, str, "{}".format, "{!r}".format])

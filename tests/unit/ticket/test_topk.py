@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from pmp_ds.errors import UserError
 from pmp_ds.ticket import topk
-from pmp_ds.ticket.topk import select_top_k
 from tests.helpers import reference
+from tests.helpers.selection import extra_bytes, select_masks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 dtypes = st.sampled_from(DTYPES)
@@ -31,7 +31,7 @@ def select(
     """select_top_k over ``scores`` cut at ``cuts`` and handed over in ``order``, put together."""
     borders = [0, *sorted(cuts), len(scores)]
     spans = [list(itertools.pairwise(borders))[i] for i in order]
-    masks = select_top_k(
+    masks = select_masks(
         [scores[a:b].contiguous() for a, b in spans],
         [a for a, _ in spans],
         [f"p{a}" for a, _ in spans],
@@ -46,7 +46,7 @@ def select(
 
 
 def select_whole(scores: torch.Tensor, k: int, **options) -> list[bool]:
-    return select_top_k([scores], [0], ["p"], k, **options)[0].tolist()
+    return select_masks([scores], [0], ["p"], k, **options)[0].tolist()
 
 
 def on(*indices: int, of: int = 10) -> list[bool]:
@@ -77,7 +77,7 @@ def test_ten_elements_by_hand(dtype, k, kept):
 
 def test_ties_go_by_global_index_not_by_order_of_the_fragments():
     ones = torch.ones(4)
-    late, early = select_top_k([ones, ones], [4, 0], ["late", "early"], 5)
+    late, early = select_masks([ones, ones], [4, 0], ["late", "early"], 5)
     assert early.tolist() == [True] * 4
     assert late.tolist() == [True, False, False, False]
 
@@ -125,7 +125,7 @@ def test_agrees_with_the_reference_of_the_whole_method():
     }
     starts, flat = [0, 15, 22], [s.flatten() for s in scores.values()]
     for k in range(7, 47):
-        found = select_top_k(flat, starts, list(scores), k, keep_all=[False, True, False])
+        found = select_masks(flat, starts, list(scores), k, keep_all=[False, True, False])
         expected = reference.top_k(scores, k, {"gain"})
         for name, mask in zip(scores, found, strict=True):
             assert torch.equal(mask.view(scores[name].shape), expected[name])
@@ -196,7 +196,7 @@ def test_non_finite_names_parameter_and_rank_alone(monkeypatch, dtype, bad, chun
     good, poor = torch.full((40,), 0.625, dtype=dtype), torch.full((40,), 0.625, dtype=dtype)
     poor[-1] = bad
     with pytest.raises(UserError) as caught:
-        select_top_k([good, poor], [0, 40], ["fine.weight", "broken.weight"], 7)
+        select_masks([good, poor], [0, 40], ["fine.weight", "broken.weight"], 7)
     message = str(caught.value)
     assert "the gradient of broken.weight is not finite (rank 0)" in message
     assert "fine.weight" not in message
@@ -205,11 +205,11 @@ def test_non_finite_names_parameter_and_rank_alone(monkeypatch, dtype, bad, chun
 
 def test_no_room_beside_what_is_always_trained():
     with pytest.raises(UserError, match=r"k=3 elements, but 4 of 10 .*mask\.always_train.*density"):
-        select_top_k([TEN[:6], TEN[6:]], [0, 6], ["a", "gain"], 3, keep_all=[False, True])
+        select_masks([TEN[:6], TEN[6:]], [0, 6], ["a", "gain"], 3, keep_all=[False, True])
 
 
 def test_just_enough_room_beside_what_is_always_trained():
-    a, gain = select_top_k([TEN[:6], TEN[6:]], [0, 6], ["a", "gain"], 4, keep_all=[False, True])
+    a, gain = select_masks([TEN[:6], TEN[6:]], [0, 6], ["a", "gain"], 4, keep_all=[False, True])
     assert a.tolist() == [False] * 6
     assert gain.tolist() == [True] * 4
 
@@ -217,3 +217,11 @@ def test_just_enough_room_beside_what_is_always_trained():
 def test_more_than_there_is():
     with pytest.raises(UserError, match="k=11"):
         select_whole(TEN, 11)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_beyond_the_packed_mask(dtype):
+    """Under 5% of the scores: chunks, never a vector of their length."""
+    numel = 50_000_000
+    extra = extra_bytes(numel, int(0.7 * numel), dtype)
+    assert extra < 0.05 * numel * (4 if dtype == "float32" else 2)
