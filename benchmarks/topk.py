@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.common import arguments, hardware, interleaved_ms, peak_extra_bytes, print_figure
+from pmp_ds.ticket.mask import unpack
 from pmp_ds.ticket.topk import select_top_k
 
 # Name, and passes over the scores: finite?, two histograms or one, the count of ties, the mask.
@@ -27,7 +28,7 @@ def main(options: argparse.Namespace) -> None:
         scores = torch.randn(options.numel, device=device, generator=generator).abs_().to(dtype)
         runs = _runs(scores, k)
         (ours, *_) = runs
-        mask = select_top_k([scores], [0], ["w"], k, replicated=True)[0]
+        mask = unpack(select_top_k([scores], [0], ["w"], k, replicated=True)[0], scores.numel())
         assert int(mask.sum()) == k
         assert bool(scores[mask].min() >= scores[~mask].max())
         del mask
@@ -36,7 +37,7 @@ def main(options: argparse.Namespace) -> None:
         read = passes * scores.element_size()
         print(
             f"{k} of {options.numel} {short} scores, median of {options.repeats}; ours reads "
-            f"them up to {passes} times ({read} B per element) and writes a mask (1 B)"
+            f"them up to {passes} times ({read} B per element) and writes a packed mask (1/8 B)"
         )
         print(f"{'':24}{'ms':>10}{'peak extra B/el':>18}")
         for name, time in ms.items():

@@ -79,6 +79,8 @@ class Engine:
         """Gradients of this rank's share of one update, (B / world_size, T) int64; reduced over
         ranks and accumulation steps on return. Returns the mean loss of the share, () fp32."""
         self._engine.train()
+        # Dropout draws by update and rank, so resuming needs no generator state.
+        torch.manual_seed(self._engine.global_steps << 20 | dist.rank())
         micro_batches = batch.to(self.device, non_blocking=True).split(self._micro_batch_size)
         total = torch.zeros((), device=self.device)
         for i, micro_batch in enumerate(micro_batches):

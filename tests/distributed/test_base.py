@@ -9,8 +9,10 @@ import torch
 
 from pmp_ds import dist
 from pmp_ds.config import Precision, TrainConfig
+from pmp_ds.model.parameters import parameter_table
 from pmp_ds.optim.masked import parameter_groups
 from pmp_ds.optim.schedule import learning_rate
+from pmp_ds.ticket.mask import ParamMask, full_bits
 from pmp_ds.train.engine import Engine
 from tests.helpers import tiny
 
@@ -32,10 +34,10 @@ def share(step: int) -> torch.Tensor:
     return tiny.batch(step, size * WORLD_SIZE)[dist.rank() * size :][:size]
 
 
-def ours(stage: int, precision: Precision) -> dict[str, Any]:
+def ours(stage: int, precision: Precision, mask: ParamMask | None = None) -> dict[str, Any]:
     config = train_config(precision)
     engine = Engine(tiny.model(), config, tiny.ds_json(stage))
-    engine.arm(None)
+    engine.arm(mask)
     losses, norms = [], []
     for step in range(1, STEPS + 1):
         losses.append(float(engine.backward(share(step))))
@@ -97,6 +99,23 @@ def compare(stage: int, precision: Precision) -> dict[str, Any]:
     ) if dist.rank() == 0 else 0.0  # fmt: skip
     return {"ours": a["losses"], "plain": b["losses"], "distance": distance,
             "norms": (a["norms"], b["norms"])}  # fmt: skip
+
+
+def density_one(stage: int, precision: Precision) -> bool:
+    """Whether a mask that keeps everything gives the bits of no mask."""
+    table = parameter_table(tiny.model())
+    bits = {info.name: full_bits(info.numel) for info in table}
+    mask = ParamMask(bits=bits, shapes={info.name: info.shape for info in table})
+    masked, unmasked = ours(stage, precision, mask), ours(stage, precision)
+    weights = unmasked.pop("weights")
+    same = all(torch.equal(w, weights[name]) for name, w in masked.pop("weights").items())
+    return same and masked == unmasked
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_density_one_is_no_mask_to_the_bit(ranks2, stage, precision):
+    assert all(ranks2.run(density_one, stage, precision))
 
 
 # Gradients and reductions are the same to the bit; our kernel rounds in another order than torch's,

@@ -307,7 +307,7 @@ def spoil_shape(folder: Path) -> None:
 
 
 def spoil_dtype(folder: Path) -> None:
-    tensors = {k: v.half() for k, v in load_file(folder / "model.safetensors").items()}
+    tensors = {k: v.double() for k, v in load_file(folder / "model.safetensors").items()}
     save_file(tensors, folder / "model.safetensors")
 
 
@@ -325,7 +325,7 @@ def spoil_json(folder: Path) -> None:
         (spoil_names, "lacks transformer.ln_f.bias"),
         (spoil_values, "ln_f.bias holds NaN or infinity"),
         (spoil_shape, r"has shape \[5\] and config.json needs \[32\]"),
-        (spoil_dtype, "holds tensors of F16"),
+        (spoil_dtype, "holds tensors of F64"),
         (spoil_json, "index.json is damaged"),
     ],
 )

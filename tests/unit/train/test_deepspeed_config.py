@@ -7,7 +7,13 @@ import pytest
 
 from pmp_ds.config import TrainConfig
 from pmp_ds.errors import UserError
-from pmp_ds.train.deepspeed_config import merge, read_json, zero_stage
+from pmp_ds.train.deepspeed_config import (
+    OWN_SECTION,
+    merge,
+    read_json,
+    wants_compact_master,
+    zero_stage,
+)
 
 REPO = Path(__file__).resolve().parents[3]
 JSONS = sorted((REPO / "ds_configs").glob("*.json"))
@@ -270,7 +276,12 @@ def test_shipped_json(path, precision):
     ds_config = read_json(path)
     for name in OWNED:
         assert ds_config.get(name, "auto") == "auto", f"{path.name}: {name} is the recipe's"
+    if wants_compact_master(ds_config) and precision == "fp32":
+        with pytest.raises(UserError, match="compact_master needs bf16 or fp16"):
+            merge(ds_config, TrainConfig(precision=precision), 1)
+        return
     merged = merge(ds_config, TrainConfig(precision=precision), 1)
     assert ("bf16" in merged) == (precision == "bf16")
+    assert OWN_SECTION not in merged
     for name, value in ds_config.items():
-        assert name in OWNED or merged[name] == value
+        assert name in (*OWNED, OWN_SECTION) or merged[name] == value
