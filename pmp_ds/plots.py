@@ -7,6 +7,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 from pmp_ds.log import read_metrics
 from pmp_ds.run_dir import RunDir
@@ -48,7 +49,8 @@ def _plot_iou(run: RunDir, steps: list[int], ious: list[float]) -> Path:
         xlabel="discovery update", ylabel="IoU with the previous mask",
         ylim=(min(chance, *ious) - 0.03, 1.01), title="Is the ticket stable?",
     )  # fmt: skip
-    axes.legend(loc="lower right", frameon=False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(loc="center right", frameon=False)
     return _save(figure, run.plots / "iou.png")
 
 

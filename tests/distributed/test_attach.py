@@ -1,5 +1,8 @@
 """The masked update as a library: three lines on a plain module and on a user's own engine."""
 
+import os
+import re
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -13,10 +16,13 @@ from pmp_ds.optim.attach import attach
 from pmp_ds.optim.masked import MaskedOptimizer
 from pmp_ds.optim.masked_adamw import MaskedAdamW
 from pmp_ds.optim.masked_rules import MaskedLion, MaskedSGD
+from pmp_ds.run_dir import RunDir
 from pmp_ds.ticket.mask import ParamMask
+from pmp_ds.ticket.ticket import load_ticket, save_ticket
 from pmp_ds.train.discover import random_ticket
 from tests.helpers import tiny
 
+REPO = Path(__file__).resolve().parents[2]
 STEPS, SIZE, CLIP = 5, 4, 0.2
 KINDS = {"adamw": MaskedAdamW, "lion": MaskedLion, "sgd": MaskedSGD}
 
@@ -68,6 +74,31 @@ def engine(kind: str, stage: int, accumulation: int) -> dict[str, torch.Tensor]:
     return weights
 
 
+def readme(code: str, folder: str) -> dict[str, torch.Tensor]:
+    """The README's lines as they stand there, and a few updates with what they make."""
+    os.chdir(folder)
+    ticket = random_ticket(b"a" * 32, MaskConfig(source="random"), parameter_table(tiny.model()))
+    RunDir(Path("runs/demo")).create()
+    save_ticket(ticket, Path("runs/demo/private/ticket"))
+    config = tiny.ds_json(1) | {
+        "train_micro_batch_size_per_gpu": SIZE,
+        "zero_allow_untested_optimizer": True,
+    }
+    names: dict[str, Any] = {
+        "Path": Path, "load_ticket": load_ticket, "MaskedAdamW": MaskedAdamW, "attach": attach,
+        "deepspeed": deepspeed, "model": tiny.model(), "ds_config": config,
+    }  # fmt: skip
+    exec(code, names)  # noqa: S102 - our own README
+    users = names["engine"]
+    for step in range(1, STEPS + 1):
+        users.backward(loss_of(users, tiny.batch(step, SIZE)))
+        users.step()
+    weights = {name: p.detach().clone() for name, p in users.module.named_parameters()}
+    users.destroy()
+    os.chdir(REPO)
+    return weights
+
+
 def check(weights: dict[str, torch.Tensor]) -> None:
     kept = mask()
     for name, initial in tiny.model().named_parameters():
@@ -79,6 +110,13 @@ def check(weights: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_plain_module(kind):
     check(plain(kind))
+
+
+@pytest.mark.distributed
+def test_lines_of_the_readme(ranks1, tmp_path):
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    check(ranks1.run(readme, code, str(tmp_path))[0])
 
 
 @pytest.mark.distributed
