@@ -31,7 +31,7 @@ DEEPSPEED = $(if $(filter-out 0,$(GPUS)),$(ON_GPU),$(ON_CPU)) --master_port $(PO
 help:
 	@echo 'make demo    tokenize a small corpus, find a ticket, pretrain, export and report (CPU or GPU)'
 	@echo 'make test    ruff, mypy and all tests: what CI runs'
-	@echo 'make test-matrix   every supported combination of stage, precision and offload'
+	@echo 'make test-matrix   every supported combination of stage, precision, offload and ranks'
 	@echo 'make lint    ruff and mypy alone'
 	@echo 'make setup   only the installation into .venv; the others do it when it is missing or old'
 	@echo 'make clean   remove caches and build leftovers; runs/, tokenized_data/ and .venv stay'
@@ -78,7 +78,7 @@ test: lint
 
 .PHONY: test-matrix
 test-matrix: $(STAMP)
-	pytest tests/distributed/test_matrix.py $(PYTEST_ARGS)
+	pytest tests/distributed/test_matrix.py tests/distributed/test_checkpoint.py $(PYTEST_ARGS)
 
 .PHONY: clean
 clean:

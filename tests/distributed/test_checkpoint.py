@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,22 @@ SAME_SHAPE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("world_size", "stage", "precision", "masked"), SAME_SHAPE)
+QUICK = {
+    (2, 0, "bf16", True), (2, 1, "fp32", True), (2, 3, "bf16", True), (2, 2, "fp16", True),
+    (2, 2, "bf16", "compact"), (2, 3, "fp32", False),
+}  # fmt: skip
+
+
+def quick(cases: list[Any], chosen: Collection[Any]) -> list[Any]:
+    """The cases, those not ``chosen`` for `make test-matrix` alone."""
+    return [
+        pytest.param(*case, marks=[] if case in chosen else [pytest.mark.matrix]) for case in cases
+    ]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "stage", "precision", "masked"), quick(SAME_SHAPE, QUICK)
+)
 def test_same_shape_to_the_bit(part, world_size, stage, precision, masked):
     """In bf16 as well: the fp32 master weights come back, not the rounded ones."""
     straight = part(world_size, stage, precision, masked, save=[4])
@@ -142,8 +157,13 @@ CHAINS = [
 ]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("chain", CHAINS, ids=str)
+@pytest.mark.parametrize(
+    ("chain", "precision"),
+    quick(
+        [(chain, precision) for chain in CHAINS for precision in ("fp32", "bf16")],
+        [(CHAINS[0], "fp32"), (CHAINS[1], "bf16")],
+    ),
+)
 def test_other_shapes(part, chain, precision):
     """Each third of the run with other ranks and another ZeRO stage than the one before."""
     straight = part(*chain[0], precision, True)
