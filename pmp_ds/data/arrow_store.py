@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -39,18 +39,35 @@ def write_shard(
     values = pa.array(np.ascontiguousarray(blocks).reshape(-1))
     column = pa.FixedSizeListArray.from_arrays(values, blocks.shape[1])
     batch = pa.record_batch([column], names=[COLUMN])
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, batch.schema) as writer:
-        writer.write_batch(batch)
-    payload = sink.getvalue()
+    digest = hashlib.sha256()
     with atomic_path(folder / split / name) as temporary:
-        temporary.write_bytes(payload)
+        with open(temporary, "wb") as file:
+            sink = _Hashed(file, digest)
+            with pa.ipc.new_stream(pa.PythonFile(sink, "w"), batch.schema) as writer:
+                writer.write_batch(batch)
+        num_bytes = temporary.stat().st_size
     return {
         "file": f"{split}/{name}",
-        "bytes": payload.size,
+        "bytes": num_bytes,
         "rows": len(blocks),
-        "sha256": hashlib.sha256(payload).hexdigest(),
+        "sha256": digest.hexdigest(),
     }
+
+
+class _Hashed:
+    """A file that is hashed as it is written, so that a shard is never in memory twice."""
+
+    closed = False
+
+    def __init__(self, file: BinaryIO, digest: Any) -> None:
+        self._file, self._digest = file, digest
+
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -25,7 +25,6 @@ UNIT_BYTES = 64 << 20
 
 _SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
 _SKIPPED_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
-_MAX_MALFORMED = 0.01
 _HOPELESS_ROWS = 1000
 _REPORT_BYTES = 1 << 18
 
@@ -55,10 +54,17 @@ class Unit:
     index: int
     sources: tuple[Source, ...]
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(source.num_bytes for source in self.sources)
+
 
 @dataclass
 class Rejects:
     """Rows read and rejected, with the first example (file:line) of every reason."""
+
+    max_malformed: float = 0.01
+    """Largest share of malformed rows that ``check`` accepts."""
 
     rows: int = 0
     empty: int = 0
@@ -82,13 +88,22 @@ class Rejects:
         self.examples.setdefault("empty document", where)
 
     def check(self) -> None:
-        """Raise UserError when more than 1% of the rows were malformed."""
-        if self.malformed > _MAX_MALFORMED * self.rows:
+        """Raise UserError when more than ``max_malformed`` of the rows were malformed."""
+        if self.malformed > self.max_malformed * self.rows:
             raise UserError(
-                f"{self.malformed} of {self.rows} rows are malformed (at most 1% may be): "
+                f"{self.malformed} of {self.rows} rows are malformed (at most "
+                f"{self.max_malformed:.4g} of them may be): "
                 f"{'; '.join(self.describe(with_empty=False))}; "
-                "mend or remove them, or set text_field to the field that holds the text"
+                "mend or remove them, set text_field to the field that holds the text, or raise "
+                "max_malformed"
             )
+
+    def merge(self, later: "Rejects") -> None:
+        """Add what was met after everything here."""
+        self.rows += later.rows
+        self.empty += later.empty
+        self.counts.update(later.counts)
+        self.examples = {**later.examples, **self.examples}
 
     def describe(self, *, with_empty: bool = True) -> list[str]:
         """One phrase per reason, most frequent first."""

@@ -16,6 +16,7 @@ import pytest
 from pmp_ds.config import PrepareConfig
 from pmp_ds.data import arrow_store, build
 from pmp_ds.data import prepare as module
+from pmp_ds.data import units as units_module
 from pmp_ds.data.arrow_store import SPLITS, Store
 from pmp_ds.data.build import unigram_cross_entropy
 from pmp_ds.data.packing import is_validation, pack_ref
@@ -92,7 +93,7 @@ def test_copies_of_a_document_share_a_split(corpus: Path):
 def test_units_and_shards(corpus: Path, monkeypatch: pytest.MonkeyPatch):
     """Small units and shards: more files, the same rows but for the tails of the units."""
     whole = prepare(config(corpus, out=str(corpus.parent / "whole")))
-    monkeypatch.setattr(build, "SHARD_BLOCKS", 50)
+    monkeypatch.setattr(units_module, "SHARD_BLOCKS", 50)
     prepare(config(corpus))
     assert read_all(corpus.parent / "out") == read_all(whole.folder)
     shards = Store.open(corpus.parent / "out").manifest["splits"]["train"]["shards"]
@@ -119,6 +120,7 @@ def test_complete_store_is_reused(corpus: Path, monkeypatch: pytest.MonkeyPatch)
     first = prepare(config(corpus))
     monkeypatch.setattr(module, "read_documents", None)  # nothing is read again
     monkeypatch.setattr(build, "read_documents", None)
+    monkeypatch.setattr(units_module, "read_documents", None)
     again = prepare(config(corpus))
     assert again.reused
     assert again.manifest == first.manifest
