@@ -30,6 +30,12 @@ examples:
   another field of the JSON lines, longer blocks, an own vocabulary
     python launcher/prepare_data.py --input posts.jsonl --text_field body --block_size 1024 \\
         --train_vocab_size 16000 --out tokenized_data/posts
+  a dataset of the Hugging Face hub, streamed and shuffled as in the paper
+    python launcher/prepare_data.py --config launcher/recipes/data-slimpajama-6b.yaml \\
+        --tokenizer path/to/llama
+  compressed files, Parquet, patterns and URLs
+    python launcher/prepare_data.py --input 'dumps/*.jsonl.zst' s3://bucket/corpus/ \\
+        --tokenizer path/to/llama --out tokenized_data/dumps
   check a copied folder
     python launcher/prepare_data.py verify tokenized_data/books"""
 

@@ -293,14 +293,30 @@ class PrepareConfig:
     """Text to packed Arrow shards."""
 
     input: tuple[str, ...] = ("python",)
-    """Files and folders of .txt, .jsonl or .jsonl.gz; `python` is the interpreter's own
-    documentation and standard-library sources."""
+    """Files, folders, patterns and fsspec URLs of .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet;
+    `hf:NAME` streams a Hugging Face dataset; `python` is the interpreter's own documentation and
+    standard-library sources."""
 
     out: str = "tokenized_data/demo"
     """Folder of the packed store; it must not hold another one."""
 
     text_field: str = "text"
-    """Field of a JSON line that holds the document."""
+    """Field or column that holds the document."""
+
+    hf_split: str = "train"
+    """Split of `hf:` inputs."""
+
+    hf_config: str | None = None
+    """Configuration of `hf:` inputs (what `datasets` calls `name`)."""
+
+    hf_revision: str | None = None
+    """Branch, tag or commit of `hf:` inputs; name a commit to repeat a store exactly."""
+
+    shuffle_buffer: int = 50_000
+    """Rows of `hf:` inputs that are shuffled online (the paper's 50,000); 0 keeps their order."""
+
+    shuffle_seed: int = 0
+    """Seed of that shuffle."""
 
     tokenizer: str | None = None
     """A Hugging Face tokenizer folder or tokenizer.json, or a sentencepiece .model; unset trains
@@ -332,6 +348,9 @@ class PrepareConfig:
         _require(
             0.0 < self.val_fraction < 1.0, f"val_fraction={self.val_fraction} must be in (0, 1)"
         )
+        for name in ("shuffle_buffer", "shuffle_seed"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name}={value} must not be negative")
         _require(
             0.0 <= self.max_malformed <= 1.0,
             f"max_malformed={self.max_malformed} must be in [0, 1]",

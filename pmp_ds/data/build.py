@@ -2,23 +2,23 @@
 
 import dataclasses
 import hashlib
-import math
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from pmp_ds.config import PrepareConfig
 from pmp_ds.data.arrow_store import SPLITS, read_manifest, write_manifest
-from pmp_ds.data.corpus import Rejects, Source, Unit, group_units, read_documents
+from pmp_ds.data.corpus import Rejects, Source, Unit, group_units
 from pmp_ds.data.encoder import choose_engine
 from pmp_ds.data.packing import token_dtype
+from pmp_ds.data.readers import read_documents
+from pmp_ds.data.streams import spool_units
 from pmp_ds.data.tokenizer import Tokenizer, count_mismatches
-from pmp_ds.data.units import PackJob, UnitResult, finished_unit
+from pmp_ds.data.units import PackJob, UnitResult, finished_unit, unigram_cross_entropy
 from pmp_ds.data.workers import available_cores, pack_units
 from pmp_ds.errors import UserError
 from pmp_ds.progress import Progress
@@ -115,56 +115,62 @@ def sample_texts(sources: Sequence[Source], config: PrepareConfig) -> list[str]:
 
 def _pack_all(job: PackJob, sources: Sequence[Source], workers: int) -> UnitResult:
     """Everything that the units gave, in their order."""
-    units = group_units(sources)
-    results = {unit.index: finished_unit(job.folder, unit.index) for unit in units}
-    _remove_strays(job.folder, results.values())
-    missing = [unit for unit in units if results[unit.index] is None]
-    total = sum(unit.num_bytes for unit in units)
-    done = total - sum(unit.num_bytes for unit in missing)
-    documents = sum(sum(result.documents.values()) for result in results.values() if result)
-    with Progress("tokenize and pack", "B", total, initial=done, scale=True) as bar:
+    streams = any(source.kind == "stream" for source in sources)
+    total = None if streams else sum(source.num_bytes for source in sources)
+    results: dict[int, UnitResult] = {}
+    rejects = Rejects(max_malformed=job.max_malformed)
+    with Progress("tokenize and pack", "B", total, scale=True) as bar:
 
         def on_done(unit: Unit, result: UnitResult) -> None:
-            nonlocal documents
             results[unit.index] = result
-            documents += sum(result.documents.values())
-            bar.set(documents=documents)
+            if unit.spooled:
+                unit.sources[0].path.unlink()
+            bar.set(documents=sum(sum(r.documents.values()) for r in results.values()))
 
-        pack_units(job, missing, min(workers, len(missing)) or 1, on_done, bar.update)
+        def missing() -> Iterator[Unit]:
+            for unit in _units(job, sources, rejects):
+                result = finished_unit(job.folder, unit)
+                if result is None:
+                    yield unit
+                else:
+                    on_done(unit, result)
+                    bar.update(unit.num_bytes)
+
+        if not streams:
+            workers = min(workers, len(group_units(sources)))
+        pack_units(job, missing(), max(workers, 1), on_done, bar.update)
     merged = UnitResult(
         unigrams=np.zeros((len(SPLITS), job.vocab_size), np.int64),
         rejects=Rejects(max_malformed=job.max_malformed),
     )
-    for unit in units:
-        result = results[unit.index]
-        assert result is not None
-        merged.add(result)
-    shutil.rmtree(job.folder / "units")
+    for index in sorted(results):
+        merged.add(results[index])
+    merged.rejects.merge(rejects)
+    _remove_strays(job.folder, merged)
     return merged
 
 
-def _remove_strays(folder: Path, results: Iterable[UnitResult | None]) -> None:
-    """Shards of unfinished units, and what a killed process was writing."""
-    known = {
-        shard["file"]
-        for result in results
-        if result is not None
-        for split in SPLITS
-        for shard in result.shards[split]
-    }
+def _units(job: PackJob, sources: Sequence[Source], rejects: Rejects) -> Iterator[Unit]:
+    """All units, numbered; those of a stream as it arrives, with its bad rows in ``rejects``."""
+    index = 0
+    for group in group_units(sources):
+        units: Iterable[Unit] = [dataclasses.replace(group, index=index)]
+        if group.sources[0].kind == "stream":
+            spool = job.folder / "spool"
+            units = spool_units(group.sources[0], index, spool, job.text_field, rejects)
+        for unit in units:
+            yield unit
+            index += 1
+
+
+def _remove_strays(folder: Path, result: UnitResult) -> None:
+    """The ledger, and what killed processes were writing."""
+    known = {shard["file"] for split in SPLITS for shard in result.shards[split]}
     for path in (path for split in SPLITS for path in (folder / split).iterdir()):
         if path.relative_to(folder).as_posix() not in known:
             path.unlink()
-
-
-def unigram_cross_entropy(
-    train_counts: npt.NDArray[np.int64],  # (vocab_size,)
-    validation_counts: npt.NDArray[np.int64],  # (vocab_size,)
-) -> float:
-    """Nats per validation token under the train frequencies, one added to every count."""
-    smoothed = train_counts + 1
-    log_probabilities = np.log(smoothed) - math.log(int(smoothed.sum()))
-    return float(-(validation_counts @ log_probabilities) / validation_counts.sum())
+    for name in ("units", "spool"):
+        shutil.rmtree(folder / name)
 
 
 def _check_not_empty(config: PrepareConfig, total: UnitResult) -> None:

@@ -5,6 +5,7 @@ store, and the same command goes on with what is missing.
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import itertools
@@ -20,11 +21,12 @@ from typing import Any
 from pmp_ds.config import PrepareConfig
 from pmp_ds.data.arrow_store import FORMAT_VERSION, SPLITS, Store, read_manifest
 from pmp_ds.data.build import build_store, no_document, save_tokenizer
-from pmp_ds.data.corpus import Rejects, Source, find_sources, read_documents
+from pmp_ds.data.corpus import Rejects, Source, StreamOptions, Unfinished
+from pmp_ds.data.inputs import find_sources
 from pmp_ds.data.packing import is_validation
+from pmp_ds.data.readers import read_documents
 from pmp_ds.data.summary import PrepareSummary
 from pmp_ds.data.tokenizer import Tokenizer, load_tokenizer, load_trained, train_tokenizer
-from pmp_ds.data.workers import WorkerLost
 from pmp_ds.errors import UserError
 from pmp_ds.progress import Progress
 from pmp_ds.run_dir import fsync_dir, write_json
@@ -32,7 +34,7 @@ from pmp_ds.run_dir import fsync_dir, write_json
 TRAINING_BYTES = 64 << 20
 """Most text that a tokenizer is trained on, spread over all sources."""
 
-_FOLDERS = (*SPLITS, "tokenizer", "units")
+_FOLDERS = (*SPLITS, "tokenizer", "units", "spool")
 _IDENTITY = "run.json"
 _TOKENIZER = "tokenizer.json"
 _ENTRIES = {*_FOLDERS, _IDENTITY, _TOKENIZER, "dataset_dict.json", "manifest.json"}
@@ -46,7 +48,7 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
     """
     start = time.monotonic()
     out = Path(config.out)
-    sources = find_sources(config.input)
+    sources = find_sources(config.input, _stream_options(config))
     tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
     settings = _settings(config, sources, tokenizer)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -71,6 +73,16 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
     return _summary(out, manifest, start, reused=False)
 
 
+def _stream_options(config: PrepareConfig) -> StreamOptions:
+    return StreamOptions(
+        split=config.hf_split,
+        config=config.hf_config,
+        revision=config.hf_revision,
+        shuffle_buffer=config.shuffle_buffer,
+        seed=config.shuffle_seed,
+    )
+
+
 def _settings(
     config: PrepareConfig, sources: Sequence[Source], tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
@@ -81,7 +93,11 @@ def _settings(
         digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
         inputs.append({"input": given, "files": len(files), "names_and_sizes": digest})
     trained = f"trained here with train_vocab_size={config.train_vocab_size}"
+    stream = {}
+    if any(source.kind == "stream" for source in sources):
+        stream = {"stream": dataclasses.asdict(_stream_options(config))}
     return {
+        **stream,
         "input": inputs,
         "text_field": config.text_field,
         "tokenizer": trained if tokenizer is None else tokenizer.fingerprint,
@@ -92,7 +108,7 @@ def _settings(
 
 def _identity(settings: dict[str, Any], sources: Sequence[Source]) -> dict[str, Any]:
     """What has to be the same for the finished parts of a killed run to be of use."""
-    files = [(s.name, s.num_bytes, s.path.stat().st_mtime_ns) for s in sources]
+    files = [(s.name, s.num_bytes, s.version) for s in sources]
     versions = {}
     for name in _LIBRARIES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -164,7 +180,7 @@ def _staging(out: Path, identity: dict[str, Any]) -> Iterator[Path]:
                 (folder / name).mkdir(exist_ok=True)
             write_json(folder / _IDENTITY, identity)
             yield folder
-        except WorkerLost:
+        except Unfinished:
             raise
         except UserError:
             shutil.rmtree(folder, ignore_errors=True)
@@ -208,9 +224,11 @@ def _training_texts(
     credit = 0.0
     with Progress("train tokenizer", "B", total, scale=True) as bar:
         for source in sources:
-            credit += share * source.num_bytes
+            # A stream does not say how much there is.
+            stream = source.kind == "stream"
+            credit += TRAINING_BYTES if stream else share * source.num_bytes
             for text in read_documents(source, config.text_field, rejects):
-                if share < 1.0 and credit <= 0.0:
+                if (stream or share < 1.0) and credit <= 0.0:
                     break
                 if not is_validation(text, config.val_fraction):
                     credit -= len(text.encode("utf-8"))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -12,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pmp_ds.data.arrow_store import SHARD_BLOCKS, SPLITS, write_shard
-from pmp_ds.data.corpus import Rejects, Unit, read_documents
+from pmp_ds.data.corpus import Rejects, Unit
 from pmp_ds.data.encoder import Encoder, EncoderSpec
 from pmp_ds.data.packing import Packer, Tokens, is_validation
+from pmp_ds.data.readers import read_documents
 from pmp_ds.run_dir import atomic_path, write_json
 
 _BATCH_CHARS = 1 << 22
@@ -69,6 +71,8 @@ def pack_unit(
     """Write the shards of one unit, then its entry in the ledger. Depends on nothing but the job
     and the unit. Raises UserError for input that cannot be used.
     """
+    for path in (path for s in SPLITS for path in (job.folder / s).glob(f"{unit.index:05d}-*")):
+        path.unlink()  # of an unfinished attempt
     result = UnitResult(
         unigrams=np.zeros((len(SPLITS), job.vocab_size), np.int64),
         rejects=Rejects(max_malformed=job.max_malformed),
@@ -91,17 +95,17 @@ def pack_unit(
         blocks, result.dropped[split] = packer.finish()
         writer.add(blocks)
         writer.close()
-    _record(job.folder, unit.index, result)
+    _record(job.folder, unit, result)
     return result
 
 
-def finished_unit(folder: Path, index: int) -> UnitResult | None:
+def finished_unit(folder: Path, unit: Unit) -> UnitResult | None:
     """What the ledger says of a unit, if it is finished and every shard has its sha256."""
-    entry_path, counts_path = _paths(folder, index)
+    entry_path, counts_path = _paths(folder, unit.index)
     try:
         with open(entry_path, encoding="utf-8") as file:
             entry = json.load(file)
-        if _sha256(counts_path) != entry.pop("unigrams"):
+        if (entry.pop("digest"), entry.pop("unigrams")) != (unit.digest, _sha256(counts_path)):
             return None
         for shard in (shard for split in SPLITS for shard in entry["shards"][split]):
             if _sha256(folder / shard["file"]) != shard["sha256"]:
@@ -113,11 +117,26 @@ def finished_unit(folder: Path, index: int) -> UnitResult | None:
         return None
 
 
-def _record(folder: Path, index: int, result: UnitResult) -> None:
-    entry_path, counts_path = _paths(folder, index)
+def unigram_cross_entropy(
+    train_counts: npt.NDArray[np.int64],  # (vocab_size,)
+    validation_counts: npt.NDArray[np.int64],  # (vocab_size,)
+) -> float:
+    """Nats per validation token under the train frequencies, one added to every count."""
+    smoothed = train_counts + 1
+    log_probabilities = np.log(smoothed) - math.log(int(smoothed.sum()))
+    return float(-(validation_counts @ log_probabilities) / validation_counts.sum())
+
+
+def _record(folder: Path, unit: Unit, result: UnitResult) -> None:
+    entry_path, counts_path = _paths(folder, unit.index)
     with atomic_path(counts_path) as temporary, open(temporary, "wb") as file:
         np.save(file, result.unigrams)
-    entry = {**vars(result), "rejects": vars(result.rejects), "unigrams": _sha256(counts_path)}
+    entry = {
+        **vars(result),
+        "digest": unit.digest,
+        "rejects": vars(result.rejects),
+        "unigrams": _sha256(counts_path),
+    }
     write_json(entry_path, entry)
 
 

@@ -14,16 +14,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for
 
-from pmp_ds.data.corpus import Unit
+from pmp_ds.data.corpus import Unfinished, Unit
 from pmp_ds.data.encoder import Encoder
 from pmp_ds.data.units import PackJob, UnitResult, pack_unit
-from pmp_ds.errors import UserError
 
 _worker: tuple[PackJob, Encoder] | None = None
-
-
-class WorkerLost(UserError):
-    """A worker process died; what is finished stays."""
 
 
 def available_cores() -> int:
@@ -42,7 +37,7 @@ def pack_units(
 
     One worker means this process, where ``on_bytes`` hears of bytes as they are read; otherwise
     when a unit is finished. Every process holds one unit at a time. Raises what a unit raised,
-    ``WorkerLost`` when a process died.
+    ``Unfinished`` when a process died.
     """
     if workers == 1:
         encoder = Encoder(job.encoder)
@@ -71,7 +66,7 @@ def pack_units(
         for process in set(multiprocessing.active_children()) - before:
             process.kill()  # their units are repeated
         if isinstance(error, BrokenProcessPool):
-            raise WorkerLost(
+            raise Unfinished(
                 f"one of {workers} worker processes died, often for want of memory: run the same "
                 "command again, with fewer workers; finished parts are kept"
             ) from error

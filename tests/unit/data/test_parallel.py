@@ -18,13 +18,13 @@ from pmp_ds.data.prepare import prepare
 from pmp_ds.errors import UserError
 from tests.unit.data.conftest import make_texts
 
-# Six units, whatever their size, and a pause in each, so that a kill meets every stage.
+# Each of the six files is larger than half a unit.
 SCRIPT = """
 import json, sys, time
 from pmp_ds.config import PrepareConfig
 from pmp_ds.data import build, prepare, workers
 group_units = build.group_units
-build.group_units = lambda sources: group_units(sources, unit_bytes=1)
+build.group_units = lambda sources: group_units(sources, unit_bytes=40_000)
 if __name__ == "__main__":
     prepare.prepare(PrepareConfig(**json.loads(sys.argv[1])))
 """
@@ -62,7 +62,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def one_worker(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     group_units = build.group_units
-    monkeypatch.setattr(build, "group_units", lambda s: group_units(s, unit_bytes=1))
+    monkeypatch.setattr(build, "group_units", lambda s: group_units(s, unit_bytes=40_000))
     arguments = settings(corpus, "one", workers=1)
     prepare(PrepareConfig(**arguments | {"input": tuple(arguments["input"])}))
     return contents(corpus.parent / "one")

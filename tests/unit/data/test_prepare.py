@@ -19,6 +19,7 @@ from pmp_ds.data import prepare as module
 from pmp_ds.data import units as units_module
 from pmp_ds.data.arrow_store import SPLITS, Store
 from pmp_ds.data.build import unigram_cross_entropy
+from pmp_ds.data.inputs import find_sources
 from pmp_ds.data.packing import is_validation, pack_ref
 from pmp_ds.data.prepare import prepare
 from pmp_ds.data.tokenizer import load_tokenizer
@@ -100,7 +101,9 @@ def test_units_and_shards(corpus: Path, monkeypatch: pytest.MonkeyPatch):
     assert [s["rows"] for s in shards[:-1]] == [50] * (len(shards) - 1)
     assert len(shards) > 5
 
-    units = build.group_units(module.find_sources([str(corpus)]), unit_bytes=1)
+    units = build.group_units(
+        find_sources([str(corpus)]), unit_bytes=(corpus / "b.jsonl").stat().st_size
+    )
     monkeypatch.setattr(build, "group_units", lambda _: units)
     split = prepare(config(corpus, out=str(corpus.parent / "split")))
     files = [s["file"] for s in split.manifest["splits"]["train"]["shards"]]
