@@ -134,7 +134,8 @@ class Blocks:
         self,
         views: list[Tokens],  # each (rows, block_size)
     ) -> None:
-        self._views = views
+        self.views = views
+        """The blocks of every shard in order, each ``(rows, block_size)``, read-only."""
         self._ends = np.cumsum([len(view) for view in views])
         self.block_size: int = views[0].shape[1]
 
@@ -151,21 +152,21 @@ class Blocks:
         """
         if len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):
             raise IndexError(f"block index outside [0, {len(self)})")
-        out = np.empty((len(indices), self.block_size), self._views[0].dtype)
+        out = np.empty((len(indices), self.block_size), self.views[0].dtype)
         shards = np.searchsorted(self._ends, indices, side="right")
         for shard in np.unique(shards):
             here = shards == shard
-            start = self._ends[shard] - len(self._views[shard])
-            out[here] = self._views[shard][indices[here] - start]
+            start = self._ends[shard] - len(self.views[shard])
+            out[here] = self.views[shard][indices[here] - start]
         return out
 
     def largest(self) -> list[int]:
         """The largest id of every shard; reads all of them."""
-        return [int(view.max()) for view in self._views]
+        return [int(view.max()) for view in self.views]
 
     def gather_ref(self, indices: npt.NDArray[np.integer]) -> Tokens:
         """What ``gather`` does, block by block."""
-        everything = [block for view in self._views for block in view]
+        everything = [block for view in self.views for block in view]
         return np.stack([everything[i] for i in indices])
 
 

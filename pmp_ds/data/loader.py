@@ -10,7 +10,7 @@ import hashlib
 import queue
 import threading
 import time
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,15 @@ class BlockSource(Protocol):
     def __len__(self) -> int: ...
 
     def gather(self, indices: npt.NDArray[np.integer]) -> npt.NDArray[Any]: ...
+
+
+@runtime_checkable
+class SampleSource(Protocol):
+    """What the loader reads that has an order of its own: ``mixture.Mixture``."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, samples: npt.NDArray[np.int64], key: bytes) -> npt.NDArray[Any]: ...
 
 
 def order_key(purpose: str, seed_or_secret: int | bytes) -> bytes:
@@ -90,6 +99,21 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return x ^ (x >> np.uint64(29))
 
 
+def shuffled(
+    blocks: BlockSource,
+    samples: npt.NDArray[np.int64],  # (m,) numbers in an endless stream of epochs
+    key: bytes,
+) -> npt.NDArray[Any]:
+    """The blocks of these samples, ``(m, block_size)``: every epoch is another permutation."""
+    n = len(blocks)
+    epochs, positions = samples // n, samples % n
+    indices = np.empty_like(samples)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        indices[here] = permute(positions[here], n, key, int(epoch))
+    return blocks.gather(indices)
+
+
 class BlockLoader:
     """Batches of one rank, gathered ahead by a background thread.
 
@@ -99,7 +123,7 @@ class BlockLoader:
 
     def __init__(
         self,
-        blocks: BlockSource,
+        blocks: BlockSource | SampleSource,
         key: bytes,
         global_batch_size: int,
         rank: int,
@@ -153,23 +177,18 @@ class BlockLoader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _indices(self, first_sample: int) -> npt.NDArray[np.int64]:
-        """Blocks of this rank's share of the global batch that starts at ``first_sample``."""
-        n = len(self._blocks)
+    def _read(self, first_sample: int) -> npt.NDArray[Any]:
+        """This rank's share of the global batch that starts at ``first_sample``."""
         samples = first_sample + self._rank * self._share + np.arange(self._share, dtype=np.int64)
-        epochs, positions = samples // n, samples % n
-        out = np.empty_like(samples)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            out[here] = permute(positions[here], n, self._key, int(epoch))
-        return out
+        if isinstance(self._blocks, SampleSource):
+            return self._blocks.read(samples, self._key)
+        return shuffled(self._blocks, samples, self._key)
 
     def _read_ahead(self, first_sample: int) -> None:
         item: torch.Tensor | BaseException
         while not self._stop.is_set():
             try:
-                blocks = self._blocks.gather(self._indices(first_sample))
-                item = torch.from_numpy(blocks.astype(np.int64))
+                item = torch.from_numpy(self._read(first_sample).astype(np.int64))
             except BaseException as error:  # noqa: BLE001 - raised by next()
                 item = error
             self._ready.put(item)

@@ -18,11 +18,11 @@ from pmp_ds.data import arrow_store, build
 from pmp_ds.data import prepare as module
 from pmp_ds.data import units as units_module
 from pmp_ds.data.arrow_store import SPLITS, Store
-from pmp_ds.data.build import unigram_cross_entropy
 from pmp_ds.data.inputs import find_sources
 from pmp_ds.data.packing import is_validation, pack_ref
 from pmp_ds.data.prepare import prepare
 from pmp_ds.data.tokenizer import load_tokenizer
+from pmp_ds.data.units import unigram_cross_entropy
 from pmp_ds.errors import UserError
 from tests.unit.data.conftest import make_texts
 
