@@ -25,8 +25,8 @@ from pmp_ds.progress import Progress
 from pmp_ds.run_dir import fsync_dir
 
 _SAMPLE_SOURCES = 32
-_SAMPLE_CHARS = 1 << 20
-_SAMPLE_DOCUMENT_CHARS = 20_000
+_SAMPLE_CHARS = 1 << 18
+_SAMPLE_DOCUMENT_CHARS = 4_000
 
 
 def build_store(
@@ -99,7 +99,7 @@ def build_store(
 
 
 def sample_texts(sources: Sequence[Source], config: PrepareConfig) -> list[str]:
-    """Beginnings of documents from all over the corpus, about a million characters."""
+    """Beginnings of documents from all over the corpus, about 256,000 characters."""
     step = len(sources) // _SAMPLE_SOURCES + 1
     chosen = sources[::step]
     texts: list[str] = []
