@@ -17,14 +17,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.common import hardware, print_figure
-
 BLOCK = 256
 
 
 def main(options: argparse.Namespace) -> None:
+    import torch  # here: the workers of ours import this file too
+
+    from benchmarks.common import hardware, print_figure
+
     print(f"hardware: {hardware(torch.device('cpu'))}")
     size = sum(Path(name).stat().st_size for name in options.input)
     print(f"{size / 1e6:.1f} MB of JSON lines, {options.workers} processes")

@@ -7,7 +7,7 @@ them, ``readers.read_documents`` yields the documents of one.
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -21,7 +21,10 @@ STREAM = "hf:"
 """What an input starts with that is a dataset of the Hugging Face hub, read as a stream."""
 
 UNIT_BYTES = 64 << 20
-"""Files are grouped or divided, in order, into work units of about this size."""
+"""Files are grouped or divided, in order, into work units of at most about this size."""
+
+_MIN_UNIT_BYTES = 16 << 20
+_UNITS = 64  # of a corpus that is neither small nor large, so that many cores end together
 
 _HOPELESS_ROWS = 1000
 
@@ -150,12 +153,17 @@ class Rejects:
         return [f"{n} x {reason} (first: {self.examples[reason]})" for reason, n in counts]
 
 
-def group_units(sources: Iterable[Source], unit_bytes: int = UNIT_BYTES) -> list[Unit]:
+def group_units(sources: Sequence[Source], unit_bytes: int | None = None) -> list[Unit]:
     """Consecutive sources together until ``unit_bytes`` are reached; depends on nothing else.
+
+    Unset, that is 1/64 of all, but from 16 to 64 MiB.
 
     A larger JSON lines or Parquet file is divided into parts of at most ``unit_bytes``, each a unit
     of its own; a stream is a unit by itself.
     """
+    if unit_bytes is None:
+        total = sum(source.num_bytes for source in sources)
+        unit_bytes = min(max(total // _UNITS, _MIN_UNIT_BYTES), UNIT_BYTES)
     groups: list[list[Source]] = []
     room = 0
     for source in (part for whole in sources for part in _parts(whole, unit_bytes)):
