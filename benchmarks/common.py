@@ -73,9 +73,9 @@ def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int | N
     return _status_bytes("VmHWM") - before
 
 
-def print_figure(name: str, value: float, goal: float) -> None:
-    verdict = "met" if value <= goal else "short"
-    print(f"figure {name} {value:.2f} goal <= {goal} {verdict}")
+def print_figure(name: str, value: float, goal: float, *, at_least: bool = False) -> None:
+    sign, met = (">=", value >= goal) if at_least else ("<=", value <= goal)
+    print(f"figure {name} {value:.2f} goal {sign} {goal} {'met' if met else 'short'}")
 
 
 def _synchronize(device: torch.device) -> None:

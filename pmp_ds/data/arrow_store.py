@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -39,18 +39,35 @@ def write_shard(
     values = pa.array(np.ascontiguousarray(blocks).reshape(-1))
     column = pa.FixedSizeListArray.from_arrays(values, blocks.shape[1])
     batch = pa.record_batch([column], names=[COLUMN])
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, batch.schema) as writer:
-        writer.write_batch(batch)
-    payload = sink.getvalue()
+    digest = hashlib.sha256()
     with atomic_path(folder / split / name) as temporary:
-        temporary.write_bytes(payload)
+        with open(temporary, "wb") as file:
+            sink = _Hashed(file, digest)
+            with pa.ipc.new_stream(pa.PythonFile(sink, "w"), batch.schema) as writer:
+                writer.write_batch(batch)
+        num_bytes = temporary.stat().st_size
     return {
         "file": f"{split}/{name}",
-        "bytes": payload.size,
+        "bytes": num_bytes,
         "rows": len(blocks),
-        "sha256": hashlib.sha256(payload).hexdigest(),
+        "sha256": digest.hexdigest(),
     }
+
+
+class _Hashed:
+    """A file that is hashed as it is written, so that a shard is never in memory twice."""
+
+    closed = False
+
+    def __init__(self, file: BinaryIO, digest: Any) -> None:
+        self._file, self._digest = file, digest
+
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -117,7 +134,8 @@ class Blocks:
         self,
         views: list[Tokens],  # each (rows, block_size)
     ) -> None:
-        self._views = views
+        self.views = views
+        """The blocks of every shard in order, each ``(rows, block_size)``, read-only."""
         self._ends = np.cumsum([len(view) for view in views])
         self.block_size: int = views[0].shape[1]
 
@@ -134,21 +152,21 @@ class Blocks:
         """
         if len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):
             raise IndexError(f"block index outside [0, {len(self)})")
-        out = np.empty((len(indices), self.block_size), self._views[0].dtype)
+        out = np.empty((len(indices), self.block_size), self.views[0].dtype)
         shards = np.searchsorted(self._ends, indices, side="right")
         for shard in np.unique(shards):
             here = shards == shard
-            start = self._ends[shard] - len(self._views[shard])
-            out[here] = self._views[shard][indices[here] - start]
+            start = self._ends[shard] - len(self.views[shard])
+            out[here] = self.views[shard][indices[here] - start]
         return out
 
     def largest(self) -> list[int]:
         """The largest id of every shard; reads all of them."""
-        return [int(view.max()) for view in self._views]
+        return [int(view.max()) for view in self.views]
 
     def gather_ref(self, indices: npt.NDArray[np.integer]) -> Tokens:
         """What ``gather`` does, block by block."""
-        everything = [block for view in self._views for block in view]
+        everything = [block for view in self.views for block in view]
         return np.stack([everything[i] for i in indices])
 
 

@@ -1,52 +1,32 @@
 """Fill a folder with a complete store: tokenize, split, pack, write shards and the manifest."""
 
+import dataclasses
 import hashlib
-import math
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from pmp_ds.config import PrepareConfig
-from pmp_ds.data.arrow_store import (
-    SHARD_BLOCKS,
-    SPLITS,
-    read_manifest,
-    write_manifest,
-    write_shard,
-)
-from pmp_ds.data.corpus import Rejects, Source, Unit, group_units, read_documents
-from pmp_ds.data.packing import Packer, Tokens, is_validation, token_dtype
+from pmp_ds.data.arrow_store import SPLITS, read_manifest, write_manifest
+from pmp_ds.data.corpus import Rejects, Source, Unit, group_units
+from pmp_ds.data.encoder import choose_engine
+from pmp_ds.data.packing import token_dtype
+from pmp_ds.data.readers import read_documents
+from pmp_ds.data.streams import spool_units
 from pmp_ds.data.tokenizer import Tokenizer, count_mismatches
+from pmp_ds.data.units import PackJob, UnitResult, finished_unit, unigram_cross_entropy
+from pmp_ds.data.workers import available_cores, pack_units
 from pmp_ds.errors import UserError
 from pmp_ds.progress import Progress
 from pmp_ds.run_dir import fsync_dir
 
-_BATCH_CHARS = 1 << 22
-_BATCH_DOCUMENTS = 2048
-_SAMPLE_DOCUMENTS = 256
-_SAMPLE_CHARS = 20_000
-
-
-@dataclass
-class _Tally:
-    """What is counted over all units."""
-
-    unigrams: dict[str, npt.NDArray[np.int64]]
-    """Occurrences of every id: in all of train, at positions 1.. of validation blocks."""
-
-    rejects: Rejects = field(default_factory=Rejects)
-    documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    dropped: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    shards: dict[str, list[dict[str, Any]]] = field(
-        default_factory=lambda: {split: [] for split in SPLITS}
-    )
-    sample: list[str] = field(default_factory=list)
-    """Beginnings of documents from all over the corpus."""
+_SAMPLE_SOURCES = 32
+_SAMPLE_CHARS = 1 << 18
+_SAMPLE_DOCUMENT_CHARS = 4_000
 
 
 def build_store(
@@ -54,25 +34,39 @@ def build_store(
     config: PrepareConfig,
     sources: Sequence[Source],
     tokenizer: Tokenizer,
+    tokenizer_files: dict[str, str],
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """Fill ``folder`` with the complete store and return its manifest."""
-    tokenizer_files = _save_tokenizer(tokenizer, folder / "tokenizer")
-    vocab_size = tokenizer.vocab_size
-    tally = _Tally({split: np.zeros(vocab_size, np.int64) for split in SPLITS})
-    total = sum(source.num_bytes for source in sources)
-    with Progress("tokenize and pack", "B", total, scale=True) as bar:
-        for unit in group_units(sources):
-            _pack_unit(folder, unit, config, tokenizer, tally, bar)
-    tally.rejects.check()
-    _check_not_empty(config, tally)
-    warnings = _compare_saved(tokenizer, folder / "tokenizer", tally.sample)
+    """Fill ``folder``, which holds the saved tokenizer, and return its manifest.
+
+    Units that an earlier run finished there are kept after a look at their sha256.
+    """
+    sample = sample_texts(sources, config)
+    encoder, warning = choose_engine(tokenizer.encoder_spec, sample)
+    if config.engine == "reference":
+        encoder, warning = dataclasses.replace(tokenizer.encoder_spec, fast=None), None
+    job = PackJob(
+        folder=folder,
+        encoder=encoder,
+        eos_id=tokenizer.eos_id,
+        vocab_size=tokenizer.vocab_size,
+        dtype=str(token_dtype(tokenizer.vocab_size)),
+        text_field=config.text_field,
+        block_size=config.block_size,
+        val_fraction=config.val_fraction,
+        max_malformed=config.max_malformed,
+    )
+    total = _pack_all(job, sources, config.workers or available_cores())
+    total.rejects.check()
+    _check_not_empty(config, total)
+    warnings = [] if warning is None else [warning]
+    warnings += _compare_saved(tokenizer, folder / "tokenizer", sample)
     splits = {
         split: {
-            "blocks": sum(shard["rows"] for shard in tally.shards[split]),
-            "documents": tally.documents[split],
-            "dropped_tokens": tally.dropped[split],
-            "shards": tally.shards[split],
+            "blocks": sum(shard["rows"] for shard in total.shards[split]),
+            "documents": total.documents[split],
+            "dropped_tokens": total.dropped[split],
+            "shards": total.shards[split],
         }
         for split in SPLITS
     }
@@ -80,131 +74,117 @@ def build_store(
         folder,
         {
             "block_size": config.block_size,
-            "dtype": str(token_dtype(vocab_size)),
+            "dtype": job.dtype,
             "eos_id": tokenizer.eos_id,
             "rows": {
-                "read": tally.rejects.rows,
-                "malformed": tally.rejects.malformed,
-                "empty": tally.rejects.empty,
-                "rejected": tally.rejects.describe(),
+                "read": total.rejects.rows,
+                "malformed": total.rejects.malformed,
+                "empty": total.rejects.empty,
+                "rejected": total.rejects.describe(),
             },
             "settings": settings,
             "splits": splits,
             "tokenizer": {
+                "engine": encoder.engine,
                 "files": tokenizer_files,
                 "fingerprint": tokenizer.fingerprint,
                 "kind": tokenizer.kind,
             },
-            "unigram_cross_entropy": unigram_cross_entropy(
-                tally.unigrams["train"], tally.unigrams["validation"]
-            ),
-            "vocab_size": vocab_size,
+            "unigram_cross_entropy": unigram_cross_entropy(*total.unigrams),
+            "vocab_size": tokenizer.vocab_size,
             "warnings": warnings,
         },
     )
     return read_manifest(folder)
 
 
-def _pack_unit(
-    folder: Path,
-    unit: Unit,
-    config: PrepareConfig,
-    tokenizer: Tokenizer,
-    tally: _Tally,
-    bar: Progress,
-) -> None:
-    """Write the shards of one unit; nothing but the tally is shared with other units."""
-    dtype = token_dtype(tokenizer.vocab_size)
-    packers = {s: Packer(config.block_size, tokenizer.eos_id, dtype) for s in SPLITS}
-    writers = {s: _ShardWriter(folder, s, unit.index, tally) for s in SPLITS}
-    documents = (
-        text
-        for source in unit.sources
-        for text in read_documents(source, config.text_field, tally.rejects, bar.update)
+def sample_texts(sources: Sequence[Source], config: PrepareConfig) -> list[str]:
+    """Beginnings of documents from all over the corpus, about 256,000 characters."""
+    step = len(sources) // _SAMPLE_SOURCES + 1
+    chosen = sources[::step]
+    texts: list[str] = []
+    for source in chosen:
+        room = _SAMPLE_CHARS // len(chosen)
+        for text in read_documents(source, config.text_field, Rejects(max_malformed=1.0)):
+            texts.append(text[: min(room, _SAMPLE_DOCUMENT_CHARS)])
+            room -= len(texts[-1])
+            if room <= 0:
+                break
+    return texts
+
+
+def _pack_all(job: PackJob, sources: Sequence[Source], workers: int) -> UnitResult:
+    """Everything that the units gave, in their order."""
+    streams = any(source.kind == "stream" for source in sources)
+    total = None if streams else sum(source.num_bytes for source in sources)
+    results: dict[int, UnitResult] = {}
+    rejects = Rejects(max_malformed=job.max_malformed)
+    with Progress("tokenize and pack", "B", total, scale=True) as bar:
+
+        def on_done(unit: Unit, result: UnitResult) -> None:
+            results[unit.index] = result
+            if unit.spooled:
+                unit.sources[0].path.unlink()
+            bar.set(documents=sum(sum(r.documents.values()) for r in results.values()))
+
+        def missing() -> Iterator[Unit]:
+            for unit in _units(job, sources, rejects):
+                result = finished_unit(job.folder, unit)
+                if result is None:
+                    yield unit
+                else:
+                    on_done(unit, result)
+                    bar.update(unit.num_bytes)
+
+        if not streams:
+            workers = min(workers, len(group_units(sources)))
+        pack_units(job, missing(), max(workers, 1), on_done, bar.update)
+    merged = UnitResult(
+        unigrams=np.zeros((len(SPLITS), job.vocab_size), np.int64),
+        rejects=Rejects(max_malformed=job.max_malformed),
     )
-    for texts in _batches(documents):
-        if len(tally.sample) < _SAMPLE_DOCUMENTS:
-            tally.sample += [text[:_SAMPLE_CHARS] for text in texts[:: len(texts) // 32 + 1]]
-        held_out = np.array([is_validation(text, config.val_fraction) for text in texts])
-        ids = tokenizer.encode_batch(texts)
-        for split, chosen in zip(SPLITS, (~held_out, held_out), strict=True):
-            tally.documents[split] += int(chosen.sum())
-            writers[split].add(packers[split].add(ids[i] for i in np.flatnonzero(chosen)))
-        bar.set(documents=sum(tally.documents.values()))
-    for split in SPLITS:
-        blocks, dropped = packers[split].finish()
-        tally.dropped[split] += dropped
-        writers[split].add(blocks)
-        writers[split].close()
+    for index in sorted(results):
+        merged.add(results[index])
+    merged.rejects.merge(rejects)
+    _remove_strays(job.folder, merged)
+    return merged
 
 
-class _ShardWriter:
-    """Collects the blocks of one unit and split and writes a shard whenever one is full."""
-
-    def __init__(self, folder: Path, split: str, unit: int, tally: _Tally) -> None:
-        self._folder, self._split, self._unit, self._tally = folder, split, unit, tally
-        self._pending: list[Tokens] = []
-        self._num_pending = self._num_shards = 0
-
-    def add(self, blocks: Tokens) -> None:
-        """Append ``(n, block_size)``."""
-        predicted = blocks if self._split == "train" else blocks[:, 1:]
-        counts = self._tally.unigrams[self._split]
-        counts += np.bincount(predicted.reshape(-1), minlength=len(counts))
-        self._pending.append(blocks)
-        self._num_pending += len(blocks)
-        while self._num_pending >= SHARD_BLOCKS:
-            self._write(SHARD_BLOCKS)
-
-    def close(self) -> None:
-        if self._num_pending:
-            self._write(self._num_pending)
-
-    def _write(self, rows: int) -> None:
-        everything = np.concatenate(self._pending)
-        name = f"{self._unit:05d}-{self._num_shards:03d}.arrow"
-        entry = write_shard(self._folder, self._split, name, everything[:rows])
-        self._tally.shards[self._split].append(entry)
-        self._pending = [everything[rows:]]
-        self._num_pending = len(everything) - rows
-        self._num_shards += 1
+def _units(job: PackJob, sources: Sequence[Source], rejects: Rejects) -> Iterator[Unit]:
+    """All units, numbered; those of a stream as it arrives, with its bad rows in ``rejects``."""
+    index = 0
+    for group in group_units(sources):
+        units: Iterable[Unit] = [dataclasses.replace(group, index=index)]
+        if group.sources[0].kind == "stream":
+            spool = job.folder / "spool"
+            units = spool_units(group.sources[0], index, spool, job.text_field, rejects)
+        for unit in units:
+            yield unit
+            index += 1
 
 
-def unigram_cross_entropy(
-    train_counts: npt.NDArray[np.int64],  # (vocab_size,)
-    validation_counts: npt.NDArray[np.int64],  # (vocab_size,)
-) -> float:
-    """Nats per validation token under the train frequencies, one added to every count."""
-    smoothed = train_counts + 1
-    log_probabilities = np.log(smoothed) - math.log(int(smoothed.sum()))
-    return float(-(validation_counts @ log_probabilities) / validation_counts.sum())
+def _remove_strays(folder: Path, result: UnitResult) -> None:
+    """The ledger, and what killed processes were writing."""
+    known = {shard["file"] for split in SPLITS for shard in result.shards[split]}
+    for path in (path for split in SPLITS for path in (folder / split).iterdir()):
+        if path.relative_to(folder).as_posix() not in known:
+            path.unlink()
+    for name in ("units", "spool"):
+        shutil.rmtree(folder / name)
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    chars = 0
-    for text in documents:
-        batch.append(text)
-        chars += len(text)
-        if chars >= _BATCH_CHARS or len(batch) >= _BATCH_DOCUMENTS:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
-
-
-def _check_not_empty(config: PrepareConfig, tally: _Tally) -> None:
-    if not sum(tally.documents.values()):
+def _check_not_empty(config: PrepareConfig, total: UnitResult) -> None:
+    if not sum(total.documents.values()):
         raise UserError(no_document(config))
     inputs = ", ".join(config.input)
     for split, way_out in (
         ("train", "add text, or lower val_fraction or block_size"),
         ("validation", "add text, raise val_fraction, or lower block_size"),
     ):
-        if not tally.shards[split]:
+        if not total.shards[split]:
             raise UserError(
-                f"the {split} split of input {inputs} is empty: its {tally.documents[split]} "
-                f"documents have {tally.dropped[split]} tokens and one block takes "
+                f"the {split} split of input {inputs} is empty: its {total.documents[split]} "
+                f"documents have {total.dropped[split]} tokens and one block takes "
                 f"block_size={config.block_size} (val_fraction={config.val_fraction}); {way_out}"
             )
 
@@ -217,8 +197,8 @@ def no_document(config: PrepareConfig) -> str:
     )
 
 
-def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> dict[str, str]:
-    """Returns the sha256 of every file by name."""
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> dict[str, str]:
+    """Write the tokenizer's files; return the sha256 of every one by name."""
     tokenizer.save_pretrained(folder)
     digests = {}
     for path in sorted(folder.iterdir()):

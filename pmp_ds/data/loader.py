@@ -10,14 +10,16 @@ import hashlib
 import queue
 import threading
 import time
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 _ROUNDS = 4
-_READ_AHEAD = 2  # batches waiting, besides the one being gathered
+_READ_AHEAD = 2  # chunks waiting, besides the one being gathered
+_CHUNK_BLOCKS = 1024  # one gather of many blocks costs far less than many of one batch
 
 
 class BlockSource(Protocol):
@@ -26,6 +28,15 @@ class BlockSource(Protocol):
     def __len__(self) -> int: ...
 
     def gather(self, indices: npt.NDArray[np.integer]) -> npt.NDArray[Any]: ...
+
+
+@runtime_checkable
+class SampleSource(Protocol):
+    """What the loader reads that has an order of its own: ``mixture.Mixture``."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, samples: npt.NDArray[np.int64], key: bytes) -> npt.NDArray[Any]: ...
 
 
 def order_key(purpose: str, seed_or_secret: int | bytes) -> bytes:
@@ -90,6 +101,21 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return x ^ (x >> np.uint64(29))
 
 
+def shuffled(
+    blocks: BlockSource,
+    samples: npt.NDArray[np.int64],  # (m,) numbers in an endless stream of epochs
+    key: bytes,
+) -> npt.NDArray[Any]:
+    """The blocks of these samples, ``(m, block_size)``: every epoch is another permutation."""
+    n = len(blocks)
+    epochs, positions = samples // n, samples % n
+    indices = np.empty_like(samples)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        indices[here] = permute(positions[here], n, key, int(epoch))
+    return blocks.gather(indices)
+
+
 class BlockLoader:
     """Batches of one rank, gathered ahead by a background thread.
 
@@ -99,7 +125,7 @@ class BlockLoader:
 
     def __init__(
         self,
-        blocks: BlockSource,
+        blocks: BlockSource | SampleSource,
         key: bytes,
         global_batch_size: int,
         rank: int,
@@ -116,6 +142,7 @@ class BlockLoader:
         self._blocks, self._key = blocks, key
         self._global_batch_size, self._share = global_batch_size, global_batch_size // world_size
         self._rank = rank
+        self._chunk: Iterator[torch.Tensor] = iter(())
         self._ready: queue.Queue[torch.Tensor | BaseException] = queue.Queue(_READ_AHEAD)
         self._stop = threading.Event()
         self._thread = threading.Thread(
@@ -130,12 +157,16 @@ class BlockLoader:
         """
         if self._stop.is_set():
             raise RuntimeError("the loader is closed")
-        start = time.perf_counter()
-        batch = self._ready.get()
-        self.wait_seconds += time.perf_counter() - start
-        if isinstance(batch, BaseException):
-            self.close()
-            raise batch
+        batch = next(self._chunk, None)
+        if batch is None:
+            start = time.perf_counter()
+            chunk = self._ready.get()
+            self.wait_seconds += time.perf_counter() - start
+            if isinstance(chunk, BaseException):
+                self.close()
+                raise chunk
+            self._chunk = iter(chunk.unbind())
+            batch = next(self._chunk)
         self.consumed_samples += self._global_batch_size
         return batch
 
@@ -153,26 +184,33 @@ class BlockLoader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _indices(self, first_sample: int) -> npt.NDArray[np.int64]:
-        """Blocks of this rank's share of the global batch that starts at ``first_sample``."""
-        n = len(self._blocks)
-        samples = first_sample + self._rank * self._share + np.arange(self._share, dtype=np.int64)
-        epochs, positions = samples // n, samples % n
-        out = np.empty_like(samples)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            out[here] = permute(positions[here], n, self._key, int(epoch))
-        return out
+    def _read(self, first_sample: int, num_batches: int) -> torch.Tensor:
+        """This rank's share of the global batches from ``first_sample`` on,
+        ``(num_batches, global_batch_size // world_size, block_size)`` int64.
+        """
+        starts = first_sample + np.arange(num_batches, dtype=np.int64) * self._global_batch_size
+        share = self._rank * self._share + np.arange(self._share, dtype=np.int64)
+        samples = (starts[:, None] + share).reshape(-1)
+        if isinstance(self._blocks, SampleSource):
+            blocks = self._blocks.read(samples, self._key)
+        else:
+            blocks = shuffled(self._blocks, samples, self._key)
+        return torch.from_numpy(blocks.astype(np.int64)).view(num_batches, self._share, -1)
 
     def _read_ahead(self, first_sample: int) -> None:
+        """Chunks of twice as many batches each time, so that the first does not wait for many."""
         item: torch.Tensor | BaseException
+        num_batches, most = 1, max(1, _CHUNK_BLOCKS // self._share)
         while not self._stop.is_set():
             try:
-                blocks = self._blocks.gather(self._indices(first_sample))
-                item = torch.from_numpy(blocks.astype(np.int64))
+                item = self._read(first_sample, num_batches)
             except BaseException as error:  # noqa: BLE001 - raised by next()
+                if num_batches > 1:  # what can be read comes before the error
+                    num_batches = most = 1
+                    continue
                 item = error
             self._ready.put(item)
             if isinstance(item, BaseException):
                 return
-            first_sample += self._global_batch_size
+            first_sample += num_batches * self._global_batch_size
+            num_batches = min(2 * num_batches, most)

@@ -46,7 +46,8 @@ class PrepareSummary:
             )
         lines.append(
             f"  tokenizer      {manifest['tokenizer']['kind']}, {manifest['vocab_size']:,} ids "
-            f"({manifest['dtype']}), end of text {manifest['eos_id']}"
+            f"({manifest['dtype']}), end of text {manifest['eos_id']}, encoded by "
+            f"{manifest['tokenizer']['engine']}"
         )
         lines.append(
             f"  unigram        {self.manifest['unigram_cross_entropy']:.4f} nats per token "

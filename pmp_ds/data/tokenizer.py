@@ -5,6 +5,7 @@ cannot forge the boundary between two documents; and ``save_pretrained`` writes 
 plain ``AutoTokenizer`` reads.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -12,15 +13,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
 from tokenizers import Tokenizer as FastTokenizer
 
+from pmp_ds.data.encoder import Encoder, EncoderSpec, Ids
 from pmp_ds.data.spm import fast_from_sentencepiece, parse_model, train_model
 from pmp_ds.errors import UserError
 from pmp_ds.run_dir import write_json
-
-Ids = npt.NDArray[np.integer]
 
 MODEL_FILE = "tokenizer.model"
 _EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[EOS]")
@@ -41,6 +39,9 @@ class Tokenizer(Protocol):
 
     fingerprint: str
     """sha256 over what determines the ids."""
+
+    encoder_spec: EncoderSpec
+    """How any process encodes as this tokenizer does."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """The ids ``(tokens,)`` of every text: no special tokens added, none recognised."""
@@ -94,11 +95,18 @@ class HuggingFaceTokenizer:
                 "eos": self.eos_id,
             }
         )
-        self._plain = _without_special(description, self.special_tokens)
+        plain = _without_special(description, self.special_tokens)
+        description.update(truncation=None, padding=None, post_processor=None)
+        self.encoder_spec = EncoderSpec(
+            library="tokenizers",
+            model=plain.to_str().encode(),
+            fast=json.dumps(description),
+            marked=_marked([*self.special_tokens, *(token["content"] for token in added)]),
+        )
+        self._reference = Encoder(dataclasses.replace(self.encoder_spec, fast=None))
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        return self._reference.encode_batch(texts)
 
     def save_pretrained(self, folder: Path) -> None:
         _save(self._tokenizer, folder)
@@ -122,7 +130,7 @@ class SentencePieceTokenizer:
 
         try:
             proto = parse_model(model)
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            sentencepiece.SentencePieceProcessor(model_proto=model)
         except Exception as error:  # protobuf and sentencepiece have no common exception
             raise UserError(f"tokenizer {name} is not a sentencepiece model: {error}") from error
         control, spec = type(proto.pieces[0]).CONTROL, proto.trainer_spec
@@ -130,12 +138,13 @@ class SentencePieceTokenizer:
             # `user_defined_symbols=</s>` makes sentencepiece find it in text: undo that.
             if 0 <= index < len(proto.pieces) and proto.pieces[index].piece == piece:
                 proto.pieces[index].type = control
-        self._processor.LoadFromSerializedProto(proto.SerializeToString())
-        self.eos_id = self._processor.eos_id()
+        plain = proto.SerializeToString()
+        processor = sentencepiece.SentencePieceProcessor(model_proto=plain)
+        self.eos_id = processor.eos_id()
         if self.eos_id < 0:
             raise UserError(_no_eos(name))
         self._model = model
-        self.vocab_size = self._processor.vocab_size()
+        self.vocab_size = processor.vocab_size()
         self.fingerprint = _fingerprint({"sha256": hashlib.sha256(model).hexdigest()})
         self._proto = proto
         self.special_tokens = {
@@ -143,9 +152,18 @@ class SentencePieceTokenizer:
             for index, piece in enumerate(proto.pieces)
             if piece.type in (control, type(piece).UNKNOWN)
         }
+        added = (p.piece for p in proto.pieces if p.type == type(p).USER_DEFINED)
+        bpe = proto.trainer_spec.model_type == type(proto.trainer_spec).BPE
+        self.encoder_spec = EncoderSpec(
+            library="sentencepiece",
+            model=plain,
+            fast=fast_from_sentencepiece(proto).to_str() if bpe else None,
+            marked=_marked([*self.special_tokens, *added]),
+        )
+        self._reference = Encoder(dataclasses.replace(self.encoder_spec, fast=None))
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        return list(self._processor.encode(list(texts), return_type="numpy"))
+        return self._reference.encode_batch(texts)
 
     def save_pretrained(self, folder: Path) -> None:
         _save(_wrap(fast_from_sentencepiece(self._proto), self._proto), folder)
@@ -162,6 +180,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TrainedTokenizer:
     proto = parse_model(model)
     wrapped = _wrap(fast_from_sentencepiece(proto), proto)
     return TrainedTokenizer(wrapped, "trained on the input", model)
+
+
+def load_trained(folder: Path) -> TrainedTokenizer:
+    """The trained tokenizer that ``save_pretrained`` wrote to ``folder``."""
+    model = (folder / MODEL_FILE).read_bytes()
+    return TrainedTokenizer(_load_huggingface(folder), str(folder), model)
 
 
 def count_mismatches(
@@ -239,6 +263,11 @@ def _without_special(description: dict[str, Any], special: dict[str, int]) -> Fa
         token["content"] = renamed.get(token["content"], token["content"])
     description.update(truncation=None, padding=None, post_processor=None)
     return FastTokenizer.from_str(json.dumps(description))
+
+
+def _marked(names: Iterable[str]) -> tuple[str, ...]:
+    """Runs of spaces that a tokenizer adds as tokens are everywhere; only others are a mark."""
+    return tuple(sorted({name for name in names if name.strip()}))
 
 
 def _pair(merge: str | list[str]) -> list[str]:

@@ -102,6 +102,18 @@ def test_embedded_corpus_within_a_minute(tmp_path: Path):
     assert 5.0 < store.unigram_cross_entropy < 7.5
 
 
+def test_merge_and_inspect(corpus: Path):
+    named = ("--tokenizer", "one/tokenizer", "--block_size", "32", "--val_fraction", "0.1")
+    prepare_ok(corpus, "--input", "books", "--out", "one", *SMALL)
+    prepare_ok(corpus, "--input", "a.jsonl", "--text_field", "body", "--out", "two", *named)
+    assert "merged: both: " in prepare_ok(corpus, "merge", "both", "one", "two")
+    assert prepare_ok(corpus, "verify", "both").startswith("ok: both: 4 shards")
+    report = prepare_ok(corpus, "inspect", "both", "--samples", "1")
+    assert "tokens per document: mean" in report
+    assert "--- train block 0:" in report
+    assert (corpus / "both" / "document_lengths.png").stat().st_size > 1000
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -112,7 +124,9 @@ def test_embedded_corpus_within_a_minute(tmp_path: Path):
         (("--tokenizer", "nowhere"), "error: tokenizer nowhere does not exist"),
         (("--input", "a.jsonl"), "error: 150 of 150 rows are malformed"),
         (("verify", "nowhere"), "error: the data folder nowhere does not exist"),
-        (("verify",), "error: verify takes one folder"),
+        (("verify",), "error: the following arguments are required: DIR"),
+        (("inspect", "nowhere"), "error: the data folder nowhere does not exist"),
+        (("merge", "x", "nowhere"), "error: merge takes two or more"),
     ],
 )
 def test_mistakes_are_one_line(corpus: Path, arguments: tuple[str, ...], message: str):

@@ -1,11 +1,15 @@
 """The benchmarks run and print their figures; what the figures are is no test's business."""
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from pmp_ds.data.tokenizer import train_tokenizer
+from tests.unit.data.conftest import make_texts
 
 REPO = Path(__file__).resolve().parents[2]
 FIGURE = re.compile(r"^figure (\w+) \d+\.\d+ goal <= \d+\.\d+ (?:met|short)$", re.MULTILINE)
@@ -32,3 +36,38 @@ def test_benchmark_prints_its_figures(command, figures):
     assert result.returncode == 0, result.stderr
     assert FIGURE.findall(result.stdout) == figures
     assert re.search("^hardware: .+", result.stdout, re.MULTILINE)
+
+
+AT_LEAST = re.compile(r"^figure (\w+) \d+\.\d+ goal >= \d+(?:\.\d+)? (?:met|short)$", re.MULTILINE)
+
+
+def run_benchmark(*command: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-m", *command], cwd=REPO, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert re.search("^hardware: .+", result.stdout, re.MULTILINE)
+    return result.stdout
+
+
+def test_reading_benchmark(tmp_path: Path):
+    arguments = ("--blocks", "500", "--steps", "10", "--repeats", "1", "--folder", str(tmp_path))
+    found = AT_LEAST.findall(run_benchmark("benchmarks.data_read", *arguments))
+    assert found == [
+        "read_speed_vs_memmap", "read_speed_vs_datasets", "cold_read_speed_vs_memmap"
+    ]  # fmt: skip
+
+
+def test_preparation_benchmark(tmp_path: Path):
+    pytest.importorskip("gigatoken")
+    train_tokenizer(make_texts(200), 400).save_pretrained(tmp_path / "tokenizer")
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in make_texts(3000)))
+    output = run_benchmark(
+        "benchmarks.data_prepare", "--input", str(path), "--tokenizer",
+        str(tmp_path / "tokenizer"), "--workers", "1", "--proof", "--peers", "datasets",
+    )  # fmt: skip
+    assert AT_LEAST.findall(output) == [
+        "prepare_speed_vs_engine", "prepare_speed_vs_reference", "prepare_speed_vs_datasets"
+    ]  # fmt: skip
+    assert "made the same store as tokenizers" in output

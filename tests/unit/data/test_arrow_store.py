@@ -87,7 +87,7 @@ def test_gather_refuses_what_is_not_there(folder: Path, bad: int):
 
 def test_reads_are_views_of_the_files(folder: Path):
     store = Store.open(folder)
-    view = store.split("train")._views[0]
+    view = store.split("train").views[0]
     address = view.__array_interface__["data"][0]
     ranges = [
         [int(part, 16) for part in line.split()[0].split("-")]

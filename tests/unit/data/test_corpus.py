@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pmp_ds.data.corpus import PYTHON, Rejects, Source, find_sources, group_units, read_documents
+from pmp_ds.data.corpus import PYTHON, Rejects, Source, group_units
+from pmp_ds.data.inputs import find_sources
+from pmp_ds.data.readers import read_documents
 from pmp_ds.errors import UserError
 
 

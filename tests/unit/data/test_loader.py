@@ -15,10 +15,10 @@ KEY = order_key("test", 0)
 
 
 class Rows:
-    """Block ``i`` is ``[i, i]``; counts what is read and may fail or be slow."""
+    """Block ``i`` is ``[i, i]``; counts reads, has a bad block, or is slow."""
 
-    def __init__(self, n: int, fail_at: int | None = None, delay: float = 0.0) -> None:
-        self.n, self.fail_at, self.delay, self.reads = n, fail_at, delay, 0
+    def __init__(self, n: int, bad_block: int | None = None, delay: float = 0.0) -> None:
+        self.n, self.bad_block, self.delay, self.reads = n, bad_block, delay, 0
 
     def __len__(self) -> int:
         return self.n
@@ -26,7 +26,7 @@ class Rows:
     def gather(self, indices):
         self.reads += 1
         time.sleep(self.delay)
-        if self.reads == self.fail_at:
+        if self.bad_block in indices:
             raise OSError("disk gone")
         return np.stack([indices, indices], axis=1).astype(np.uint16)
 
@@ -158,9 +158,10 @@ def test_wait_seconds_measures_a_slow_source():
 
 
 def test_errors_arrive_at_the_batch_they_belong_to():
-    loader = BlockLoader(Rows(100, fail_at=3), KEY, 4, 0, 1)
-    loader.next()
-    loader.next()
+    order = stream(100, 4, 25)
+    loader = BlockLoader(Rows(100, bad_block=order[4 * 17 + 2]), KEY, 4, 0, 1)  # in batch 17
+    for step in range(17):
+        assert loader.next()[:, 0].tolist() == order[4 * step : 4 * step + 4]
     with pytest.raises(OSError, match="disk gone"):
         loader.next()
     with pytest.raises(RuntimeError, match="closed"):

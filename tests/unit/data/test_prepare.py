@@ -16,11 +16,13 @@ import pytest
 from pmp_ds.config import PrepareConfig
 from pmp_ds.data import arrow_store, build
 from pmp_ds.data import prepare as module
+from pmp_ds.data import units as units_module
 from pmp_ds.data.arrow_store import SPLITS, Store
-from pmp_ds.data.build import unigram_cross_entropy
+from pmp_ds.data.inputs import find_sources
 from pmp_ds.data.packing import is_validation, pack_ref
 from pmp_ds.data.prepare import prepare
 from pmp_ds.data.tokenizer import load_tokenizer
+from pmp_ds.data.units import unigram_cross_entropy
 from pmp_ds.errors import UserError
 from tests.unit.data.conftest import make_texts
 
@@ -92,14 +94,16 @@ def test_copies_of_a_document_share_a_split(corpus: Path):
 def test_units_and_shards(corpus: Path, monkeypatch: pytest.MonkeyPatch):
     """Small units and shards: more files, the same rows but for the tails of the units."""
     whole = prepare(config(corpus, out=str(corpus.parent / "whole")))
-    monkeypatch.setattr(build, "SHARD_BLOCKS", 50)
+    monkeypatch.setattr(units_module, "SHARD_BLOCKS", 50)
     prepare(config(corpus))
     assert read_all(corpus.parent / "out") == read_all(whole.folder)
     shards = Store.open(corpus.parent / "out").manifest["splits"]["train"]["shards"]
     assert [s["rows"] for s in shards[:-1]] == [50] * (len(shards) - 1)
     assert len(shards) > 5
 
-    units = build.group_units(module.find_sources([str(corpus)]), unit_bytes=1)
+    units = build.group_units(
+        find_sources([str(corpus)]), unit_bytes=(corpus / "b.jsonl").stat().st_size
+    )
     monkeypatch.setattr(build, "group_units", lambda _: units)
     split = prepare(config(corpus, out=str(corpus.parent / "split")))
     files = [s["file"] for s in split.manifest["splits"]["train"]["shards"]]
@@ -119,6 +123,7 @@ def test_complete_store_is_reused(corpus: Path, monkeypatch: pytest.MonkeyPatch)
     first = prepare(config(corpus))
     monkeypatch.setattr(module, "read_documents", None)  # nothing is read again
     monkeypatch.setattr(build, "read_documents", None)
+    monkeypatch.setattr(units_module, "read_documents", None)
     again = prepare(config(corpus))
     assert again.reused
     assert again.manifest == first.manifest

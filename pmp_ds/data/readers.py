@@ -1,0 +1,197 @@
+"""The documents of one source, and the rows in it that are none. Imports without torch."""
+
+import functools
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, BinaryIO, cast
+
+import pyarrow as pa
+
+from pmp_ds.data.corpus import PYTHON, Rejects, Source
+from pmp_ds.errors import UserError
+
+_REPORT_BYTES = 1 << 18
+_PARQUET_ROWS = 256
+
+
+def read_documents(
+    source: Source,
+    text_field: str,
+    rejects: Rejects,
+    on_bytes: Callable[[int], None] = lambda _: None,
+) -> Iterator[str]:
+    """The documents of one source in order, never empty, always encodable as UTF-8.
+
+    Rows that are no document are counted in ``rejects``; ``on_bytes`` hears how many more bytes of
+    the source are done. Raises UserError for one that cannot be read or decompressed.
+    """
+    try:
+        if source.kind == "topics":
+            yield from _accepted(topics(), rejects)
+            on_bytes(source.num_bytes)
+        elif source.kind == "stream":
+            from pmp_ds.data.streams import read_stream
+
+            yield from read_stream(source, text_field, rejects, shuffle=False)
+        else:
+            with open_source(source) as raw:
+                if source.kind == "text":
+                    yield from _accepted([(source.name, raw.read())], rejects)
+                    on_bytes(source.num_bytes)
+                elif source.kind == "parquet":
+                    yield from _parquet_documents(source, raw, text_field, rejects)
+                    on_bytes(source.num_bytes)
+                else:
+                    yield from _json_documents(source, raw, text_field, rejects, on_bytes)
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        raise UserError(f"input {source.url or source.path} cannot be read: {error}") from error
+
+
+def open_source(source: Source) -> BinaryIO:
+    """The bytes of a file or URL."""
+    if source.url is None:
+        return open(source.path, "rb")
+    import fsspec
+
+    return cast(BinaryIO, fsspec.open(source.url, "rb").open())
+
+
+def topics() -> list[tuple[str, bytes]]:
+    """The texts behind ``help('...')``, as (name, UTF-8)."""
+    from pydoc_data.topics import topics
+
+    return [(f"{PYTHON}:topics:{name}", topics[name].encode("utf-8")) for name in sorted(topics)]
+
+
+def parse_row(row: Any, text_field: str) -> tuple[str | None, str]:
+    """The text of one decoded row, or None and what is wrong with it."""
+    if not isinstance(row, dict):
+        return None, "not a JSON object"
+    if text_field not in row:
+        return None, f"no field {text_field!r}"
+    text = row[text_field]
+    if not isinstance(text, str):
+        return None, f"field {text_field!r} is not a string"
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # "\ud800": JSON can spell half a character
+        return None, "half of a surrogate pair"
+    return text, ""
+
+
+def _accepted(rows: Iterable[tuple[str, bytes]], rejects: Rejects) -> Iterator[str]:
+    """Rows that are a document as they are."""
+    for where, raw in rows:
+        rejects.rows += 1
+        try:
+            text = raw.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            line = raw.count(b"\n", 0, error.start) + 1
+            rejects.add("invalid UTF-8", f"{where}:{line}")
+            continue
+        if text.strip():
+            yield text
+        else:
+            rejects.add_empty(where)
+
+
+def _json_documents(
+    source: Source,
+    raw: BinaryIO,
+    text_field: str,
+    rejects: Rejects,
+    on_bytes: Callable[[int], None],
+) -> Iterator[str]:
+    """The lines that begin in the source's part of the file."""
+    start, end = source.first_byte, source.first_byte + source.num_bytes
+    lines: Iterable[bytes] = raw
+    if source.name.endswith(".gz"):
+        lines = gzip.GzipFile(fileobj=raw)
+    elif source.name.endswith(".zst"):
+        # PythonFile closes what it wraps, like every reader here.
+        lines = io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd"))
+    if start:
+        raw.seek(start - 1)
+        start = start - 1 + len(raw.readline())
+    done, position = source.first_byte, start
+    for number, line in enumerate(lines, start=1):
+        if source.num_parts > 1:
+            if position >= end:
+                break
+            position += len(line)
+        if raw.tell() - done > _REPORT_BYTES:
+            on_bytes(raw.tell() - done)
+            done = raw.tell()
+        if not line.strip():
+            continue
+        rejects.rows += 1
+        text, reason = _parse_line(line, text_field)
+        if text is not None and text.strip():
+            yield text
+            continue
+        where = f"{source.name}:{number + (_lines_before(source, start) if start else 0)}"
+        if text is None:
+            rejects.add(reason, where)
+        else:
+            rejects.add_empty(where)
+    on_bytes(end - done)
+
+
+def _parse_line(line: bytes, text_field: str) -> tuple[str | None, str]:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return None, "invalid UTF-8"
+    except (ValueError, RecursionError):
+        return None, "not JSON"
+    return parse_row(row, text_field)
+
+
+@functools.lru_cache(maxsize=4)
+def _lines_before(source: Source, position: int) -> int:
+    """Line ends before ``position``; only asked for rows that are reported."""
+    count = 0
+    with open_source(source) as file:
+        while position > 0 and (chunk := file.read(min(1 << 20, position))):
+            count += chunk.count(b"\n")
+            position -= len(chunk)
+    return count
+
+
+def _parquet_documents(
+    source: Source, raw: BinaryIO, text_field: str, rejects: Rejects
+) -> Iterator[str]:
+    """The rows of the source's part of the row groups."""
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(raw)
+    names = file.schema_arrow.names
+    if text_field not in names:
+        raise UserError(
+            f"input {source.name} has no column {text_field!r}, only {', '.join(names)}; set "
+            "text_field"
+        )
+    kind = file.schema_arrow.field(text_field).type
+    if not any(
+        test(kind)
+        for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary,
+                     pa.types.is_large_binary)
+    ):  # fmt: skip
+        raise UserError(
+            f"column {text_field!r} of input {source.name} holds {kind}, no text; set text_field"
+        )
+    groups = range(file.num_row_groups)
+    first, last = (len(groups) * p // source.num_parts for p in (source.part, source.part + 1))
+    row = sum(file.metadata.row_group(group).num_rows for group in range(first))
+    for batch in file.iter_batches(_PARQUET_ROWS, groups[first:last], [text_field]):
+        for value in batch.column(0).cast(pa.large_binary()).to_pylist():
+            row += 1
+            where = f"{source.name}:{row}"
+            if value is None:
+                rejects.rows += 1
+                rejects.add(f"field {text_field!r} is not a string", where)
+            else:
+                yield from _accepted([(where, value)], rejects)

@@ -1,0 +1,192 @@
+"""Pack one work unit: its shards, and what is counted about them. Runs in any process."""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pmp_ds.data.arrow_store import SHARD_BLOCKS, SPLITS, write_shard
+from pmp_ds.data.corpus import Rejects, Unit
+from pmp_ds.data.encoder import Encoder, EncoderSpec
+from pmp_ds.data.packing import Packer, Tokens, is_validation
+from pmp_ds.data.readers import read_documents
+from pmp_ds.run_dir import atomic_path, write_json
+
+_BATCH_CHARS = 1 << 22
+_BATCH_DOCUMENTS = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackJob:
+    """What is the same for all units; every worker gets it once."""
+
+    folder: Path
+    """The store in the making."""
+
+    encoder: EncoderSpec
+    eos_id: int
+    vocab_size: int
+    dtype: str
+    text_field: str
+    block_size: int
+    val_fraction: float
+    max_malformed: float
+
+
+@dataclass(kw_only=True)
+class UnitResult:
+    """What packing a unit gave, beside the shards on disk."""
+
+    unigrams: npt.NDArray[np.int64]
+    """``(2, vocab_size)``: occurrences of every id in all of train, and at positions 1.. of the
+    validation blocks."""
+
+    rejects: Rejects
+    documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    dropped: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    shards: dict[str, list[dict[str, Any]]] = field(
+        default_factory=lambda: {split: [] for split in SPLITS}
+    )
+
+    def add(self, other: "UnitResult") -> None:
+        """Append what the next unit gave."""
+        self.unigrams += other.unigrams
+        self.rejects.merge(other.rejects)
+        for split in SPLITS:
+            self.documents[split] += other.documents[split]
+            self.dropped[split] += other.dropped[split]
+            self.shards[split] += other.shards[split]
+
+
+def pack_unit(
+    job: PackJob, encoder: Encoder, unit: Unit, on_bytes: Callable[[int], None] = lambda _: None
+) -> UnitResult:
+    """Write the shards of one unit, then its entry in the ledger. Depends on nothing but the job
+    and the unit. Raises UserError for input that cannot be used.
+    """
+    for path in (path for s in SPLITS for path in (job.folder / s).glob(f"{unit.index:05d}-*")):
+        path.unlink()  # of an unfinished attempt
+    result = UnitResult(
+        unigrams=np.zeros((len(SPLITS), job.vocab_size), np.int64),
+        rejects=Rejects(max_malformed=job.max_malformed),
+    )
+    dtype = np.dtype(job.dtype)
+    packers = [Packer(job.block_size, job.eos_id, dtype) for _ in SPLITS]
+    writers = [_ShardWriter(job.folder, split, unit.index, result) for split in SPLITS]
+    documents = (
+        text
+        for source in unit.sources
+        for text in read_documents(source, job.text_field, result.rejects, on_bytes)
+    )
+    for texts in _batches(documents):
+        held_out = np.array([is_validation(text, job.val_fraction) for text in texts])
+        ids = encoder.encode_batch(texts)
+        for number, chosen in enumerate((~held_out, held_out)):
+            result.documents[SPLITS[number]] += int(chosen.sum())
+            writers[number].add(packers[number].add(ids[i] for i in np.flatnonzero(chosen)))
+    for split, packer, writer in zip(SPLITS, packers, writers, strict=True):
+        blocks, result.dropped[split] = packer.finish()
+        writer.add(blocks)
+        writer.close()
+    _record(job.folder, unit, result)
+    return result
+
+
+def finished_unit(folder: Path, unit: Unit) -> UnitResult | None:
+    """What the ledger says of a unit, if it is finished and every shard has its sha256."""
+    entry_path, counts_path = _paths(folder, unit.index)
+    try:
+        with open(entry_path, encoding="utf-8") as file:
+            entry = json.load(file)
+        if (entry.pop("digest"), entry.pop("unigrams")) != (unit.digest, _sha256(counts_path)):
+            return None
+        for shard in (shard for split in SPLITS for shard in entry["shards"][split]):
+            if _sha256(folder / shard["file"]) != shard["sha256"]:
+                return None
+        rejects = Rejects(**entry.pop("rejects"))
+        rejects.counts = Counter(rejects.counts)
+        return UnitResult(unigrams=np.load(counts_path), rejects=rejects, **entry)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def unigram_cross_entropy(
+    train_counts: npt.NDArray[np.int64],  # (vocab_size,)
+    validation_counts: npt.NDArray[np.int64],  # (vocab_size,)
+) -> float:
+    """Nats per validation token under the train frequencies, one added to every count."""
+    smoothed = train_counts + 1
+    log_probabilities = np.log(smoothed) - math.log(int(smoothed.sum()))
+    return float(-(validation_counts @ log_probabilities) / validation_counts.sum())
+
+
+def _record(folder: Path, unit: Unit, result: UnitResult) -> None:
+    entry_path, counts_path = _paths(folder, unit.index)
+    with atomic_path(counts_path) as temporary, open(temporary, "wb") as file:
+        np.save(file, result.unigrams)
+    entry = {
+        **vars(result),
+        "digest": unit.digest,
+        "rejects": vars(result.rejects),
+        "unigrams": _sha256(counts_path),
+    }
+    write_json(entry_path, entry)
+
+
+def _paths(folder: Path, index: int) -> tuple[Path, Path]:
+    return folder / "units" / f"{index:05d}.json", folder / "units" / f"{index:05d}.npy"
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _ShardWriter:
+    """Collects the blocks of one unit and split and writes a shard whenever one is full."""
+
+    def __init__(self, folder: Path, split: str, unit: int, result: UnitResult) -> None:
+        self._folder, self._split, self._unit = folder, split, unit
+        self._shards, self._counts = result.shards[split], result.unigrams[SPLITS.index(split)]
+        self._pending: list[Tokens] = []
+        self._num_pending = 0
+
+    def add(self, blocks: Tokens) -> None:
+        """Append ``(n, block_size)``."""
+        predicted = blocks if self._split == "train" else blocks[:, 1:]
+        self._counts += np.bincount(predicted.reshape(-1), minlength=len(self._counts))
+        self._pending.append(blocks)
+        self._num_pending += len(blocks)
+        while self._num_pending >= SHARD_BLOCKS:
+            self._write(SHARD_BLOCKS)
+
+    def close(self) -> None:
+        if self._num_pending:
+            self._write(self._num_pending)
+
+    def _write(self, rows: int) -> None:
+        everything = np.concatenate(self._pending)
+        name = f"{self._unit:05d}-{len(self._shards):03d}.arrow"
+        self._shards.append(write_shard(self._folder, self._split, name, everything[:rows]))
+        self._pending = [everything[rows:].copy()]
+        self._num_pending = len(everything) - rows
+
+
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    chars = 0
+    for text in documents:
+        batch.append(text)
+        chars += len(text)
+        if chars >= _BATCH_CHARS or len(batch) >= _BATCH_DOCUMENTS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,104 @@
+"""The fast engine gives the reference's ids or is not used; marked text never reaches it."""
+
+import dataclasses
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pmp_ds.data import encoder as module
+from pmp_ds.data.encoder import Encoder, choose_engine
+from pmp_ds.data.tokenizer import TrainedTokenizer, load_tokenizer
+from pmp_ds.errors import UserError
+
+pytest.importorskip("gigatoken")
+
+FAST = ("byte-bpe", "unspecial-eos", "sentencepiece-bpe-add_dummy_prefix",
+        "sentencepiece-bpe-user_defined_symbols")  # fmt: skip
+
+
+def same(found, expected) -> bool:
+    return len(found) == len(expected) and all(map(np.array_equal, found, expected))
+
+
+@pytest.mark.parametrize("kind", FAST)
+def test_fast_engine_is_chosen_and_equal(kind: str, tokenizer_paths, texts):
+    tokenizer = load_tokenizer(str(tokenizer_paths[kind]))
+    spec, warning = choose_engine(tokenizer.encoder_spec, texts)
+    if spec.fast is None:  # allowed, never silent
+        assert warning
+        assert "slower" in warning
+        pytest.skip(warning)
+    encoder = Encoder(pickle.loads(pickle.dumps(spec)))
+    names = [*tokenizer.special_tokens, *spec.marked]
+    sample = [*texts, *names, *(f"a tree{name}of rain" for name in names), "".join(names)]
+    assert same(encoder.encode_batch(sample), tokenizer.encode_batch(sample))
+    forbidden = set(tokenizer.special_tokens.values()) - {tokenizer.special_tokens.get("<unk>")}
+    assert not forbidden & {int(i) for ids in encoder.encode_batch(sample) for i in ids}
+
+
+def test_trained_tokenizer_uses_the_fast_engine(trained: TrainedTokenizer, texts):
+    spec, warning = choose_engine(trained.encoder_spec, texts)
+    assert warning is None
+    assert spec.engine.startswith("gigatoken 0.")
+    assert dataclasses.replace(spec, fast=None).engine.startswith("tokenizers ")
+
+
+@pytest.fixture(scope="module")
+def encoder(trained: TrainedTokenizer) -> Encoder:
+    return Encoder(trained.encoder_spec)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text(max_size=40), max_size=4))
+def test_any_text(encoder: Encoder, texts: list[str]):
+    texts = [text for text in texts if text and not any("\ud800" <= c <= "\udfff" for c in text)]
+    assert same(encoder.encode_batch(texts), encoder.reference(texts))
+
+
+def test_engine_that_differs_on_the_sample_is_not_used(trained: TrainedTokenizer, monkeypatch):
+    class Wrong:
+        def encode_batch(self, texts, **_):
+            raise RuntimeError("cannot do this\nat all")
+
+    monkeypatch.setattr(module, "_load_fast", lambda _: Wrong())
+    spec, warning = choose_engine(trained.encoder_spec, ["x"])
+    assert spec.fast is None
+    assert warning is not None
+    assert "does not read this tokenizer (cannot do this)" in warning
+    monkeypatch.undo()
+    other = dataclasses.replace(trained.encoder_spec, model=_reversed_merges(trained))
+    spec, warning = choose_engine(other, ["the tree of a river"])
+    assert spec.fast is None
+    assert warning is not None
+    assert "gives other ids on" in warning
+
+
+def test_missing_engine_is_a_warning(trained: TrainedTokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    spec, warning = choose_engine(trained.encoder_spec, ["x"])
+    assert spec.engine.startswith("tokenizers")
+    assert "gigatoken is missing" in str(warning)
+
+
+def test_difference_behind_the_sample_stops(trained: TrainedTokenizer):
+    spec = dataclasses.replace(trained.encoder_spec, model=_reversed_merges(trained))
+    with pytest.raises(UserError, match="engine: reference"):
+        Encoder(spec).encode_batch(["the tree of a river and stone"])
+
+
+def _reversed_merges(trained: TrainedTokenizer) -> bytes:
+    import json
+
+    description = json.loads(trained.encoder_spec.model)
+    description["model"]["merges"] = []
+    return json.dumps(description).encode()
+
+
+def test_imports_neither_torch_nor_transformers():
+    program = "import sys, pmp_ds.data.encoder\nsys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"  # noqa: E501
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -1,0 +1,219 @@
+"""Every kind of input gives the same documents; large files are divided without losing a line."""
+
+import gzip
+import json
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pmp_ds.cli import parse
+from pmp_ds.config import PrepareConfig
+from pmp_ds.data import streams
+from pmp_ds.data.arrow_store import Store
+from pmp_ds.data.corpus import Rejects, StreamOptions, Unfinished, group_units
+from pmp_ds.data.inputs import find_sources
+from pmp_ds.data.prepare import prepare
+from pmp_ds.data.readers import read_documents
+from pmp_ds.errors import UserError
+from tests.unit.data.conftest import make_texts
+
+TEXTS = make_texts(60)
+LINES = "\n".join(json.dumps({"text": text, "id": i}) for i, text in enumerate(TEXTS)).encode()
+
+
+def zstd(data: bytes) -> bytes:
+    return pa.compress(data, codec="zstd", asbytes=True)
+
+
+def write(folder: Path, name: str) -> Path:
+    path = folder / name
+    if name.endswith(".parquet"):
+        pq.write_table(pa.table({"id": range(60), "text": TEXTS}), path, row_group_size=7)
+    elif name.endswith(".gz"):
+        path.write_bytes(gzip.compress(LINES))
+    else:
+        path.write_bytes(zstd(LINES) if name.endswith(".zst") else LINES)
+    return path
+
+
+def documents(*inputs: str, field: str = "text", **options) -> list[str]:
+    sources = find_sources(inputs, StreamOptions(**options))
+    return [text for s in sources for text in read_documents(s, field, Rejects())]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_formats_agree(tmp_path: Path, name: str):
+    path = write(tmp_path, name)
+    assert documents(str(path)) == TEXTS
+    assert documents(f"{tmp_path}/*.{name.partition('.')[2]}") == TEXTS
+    assert documents(f"file://{path}") == TEXTS
+
+
+def test_several_zstd_frames_and_a_truncated_one(tmp_path: Path):
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(zstd(LINES + b"\n") + zstd(LINES))
+    assert documents(str(path)) == TEXTS * 2
+    path.write_bytes(zstd(LINES)[:-200])
+    with pytest.raises(UserError, match=r"a\.jsonl\.zst cannot be read"):
+        documents(str(path))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+@pytest.mark.parametrize("unit_bytes", [700, 5_000, 20_000])
+def test_parts_are_the_whole(tmp_path: Path, name: str, unit_bytes: int):
+    source = find_sources([str(write(tmp_path, name))])
+    units = group_units(source, unit_bytes)
+    assert len(units) > 1
+    assert sum(unit.num_bytes for unit in units) == source[0].num_bytes
+    found: list[str] = []
+    seen: list[int] = []
+    for unit in units:
+        (part,) = unit.sources
+        found += read_documents(part, "text", Rejects(), seen.append)
+    assert found == TEXTS
+    assert sum(seen) == source[0].num_bytes
+
+
+def test_compressed_files_and_texts_stay_whole(tmp_path: Path):
+    (tmp_path / "b.txt").write_text("x" * 900)
+    write(tmp_path, "a.jsonl.gz")
+    assert len(group_units(find_sources([str(tmp_path)]), 100)) == 2
+
+
+def test_bad_row_of_a_part_has_its_line_in_the_file(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(LINES + b"\n{\n" + LINES)
+    rejects = Rejects(max_malformed=1.0)
+    for unit in group_units(find_sources([str(path)]), 3000):
+        list(read_documents(unit.sources[0], "text", rejects))
+    assert rejects.examples == {"not JSON": f"{path}:61"}
+    assert rejects.rows == 121
+
+
+def test_bad_rows_of_a_parquet_file(tmp_path: Path):
+    path = tmp_path / "a.parquet"
+    bad = pa.array([b"one", None, b"\xff", b" "], pa.binary())
+    pq.write_table(pa.table({"text": bad}), path)
+    rejects = Rejects(max_malformed=1.0)
+    (source,) = find_sources([str(path)])
+    assert list(read_documents(source, "text", rejects)) == ["one"]
+    assert rejects.examples == {
+        "field 'text' is not a string": f"{path}:2",
+        "invalid UTF-8": f"{path}:3:1",
+        "empty document": f"{path}:4",
+    }
+    with pytest.raises(UserError, match="no column 'body', only text"):
+        list(read_documents(source, "body", rejects))
+    pq.write_table(pa.table({"text": [1, 2]}), path)
+    with pytest.raises(UserError, match="holds int64, no text"):
+        documents(str(path))
+
+
+def test_urls_of_any_file_system(tmp_path: Path):
+    memory = fsspec.filesystem("memory")
+    for name in ("b.jsonl", "a.jsonl", "c.md"):
+        memory.pipe(f"/corpus/{name}", LINES)
+    names = [source.name for source in find_sources(["memory://corpus"])]
+    assert names == ["memory:///corpus/a.jsonl", "memory:///corpus/b.jsonl"]
+    assert documents("memory://corpus/*.jsonl") == TEXTS * 2
+    parts = group_units(find_sources(["memory://corpus/a.jsonl"]), 3000)
+    assert [t for u in parts for t in read_documents(u.sources[0], "text", Rejects())] == TEXTS
+    for given, message in (
+        ("memory://none.jsonl", "memory://none.jsonl cannot be read"),
+        ("memory://corpus/c.md", "is not a .txt"),
+        ("memory://corpus/*.txt", "holds no .txt"),
+        ("nonsense://x.jsonl", "nonsense"),
+    ):
+        with pytest.raises(UserError, match=message):
+            find_sources([given])
+    with pytest.raises(UserError, match="matches no"):
+        find_sources([f"{tmp_path}/*.txt"])
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> str:
+    (tmp_path / "dataset").mkdir()
+    write(tmp_path / "dataset", "train.parquet")
+    return f"hf:{tmp_path}/dataset"
+
+
+def config(dataset: str, tmp_path: Path, **changes) -> PrepareConfig:
+    settings: dict = {
+        "input": (dataset,), "out": str(tmp_path / "out"), "train_vocab_size": 400,
+        "block_size": 16, "val_fraction": 0.2, "workers": 1,
+    }  # fmt: skip
+    return PrepareConfig(**(settings | changes))
+
+
+def test_dataset_of_hugging_face_as_a_stream(dataset: str, tmp_path: Path, monkeypatch):
+    """The same loader that reads the hub reads a folder."""
+    assert documents(dataset) == TEXTS  # the sample: not shuffled
+    spool_units = streams.spool_units
+
+    def small(source, index, folder, field, rejects):
+        return spool_units(source, index, folder, field, rejects, 8000)
+
+    monkeypatch.setattr("pmp_ds.data.build.spool_units", small)
+    first = prepare(config(dataset, tmp_path))
+    shards = first.manifest["splits"]["train"]["shards"]
+    assert len(shards) > 3
+    assert first.manifest["rows"]["read"] == 60
+    assert sum(s["documents"] for s in first.manifest["splits"].values()) == 60
+    assert first.manifest["settings"]["stream"]["shuffle_buffer"] == 50_000
+    assert not {"spool", "units"} & {path.name for path in first.folder.iterdir()}
+    again = prepare(config(dataset, tmp_path, out=str(tmp_path / "again")))
+    assert again.manifest == first.manifest
+    other = prepare(config(dataset, tmp_path, out=str(tmp_path / "other"), shuffle_seed=1))
+    assert other.manifest["dataset_id"] != first.manifest["dataset_id"]
+    with pytest.raises(UserError, match="holds another store"):
+        prepare(config(dataset, tmp_path, shuffle_seed=1))
+    Store.open(first.folder, verify=True)
+
+
+def test_stream_that_breaks_off_goes_on(dataset: str, tmp_path: Path, monkeypatch):
+    spool_units = streams.spool_units
+    next_unit: list[int] = []
+
+    def breaking(source, index, folder, field, rejects):
+        for unit in spool_units(source, index, folder, field, rejects, 8000):
+            if unit.index == 2 and not next_unit:
+                next_unit.append(2)
+                raise Unfinished("the network is gone")
+            yield unit
+
+    monkeypatch.setattr("pmp_ds.data.build.spool_units", breaking)
+    with pytest.raises(Unfinished):
+        prepare(config(dataset, tmp_path))
+    assert len(list((tmp_path / "out.incomplete" / "units").glob("*.json"))) == 2
+    summary = prepare(config(dataset, tmp_path))
+    reference = prepare(config(dataset, tmp_path, out=str(tmp_path / "reference")))
+    assert summary.manifest == reference.manifest
+
+
+def test_unknown_dataset_is_one_line(tmp_path: Path, dataset: str):
+    with pytest.raises(UserError, match=r"hf:.*none cannot be opened"):
+        documents(f"hf:{tmp_path}/none")
+    with pytest.raises(UserError, match="hf_split='test'"):
+        documents(dataset, split="test")
+    with pytest.raises(UserError, match="names no dataset"):
+        find_sources(["hf:"])
+
+
+def test_threshold_is_the_users(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(LINES + b"\n{\n{\n{")
+    arguments = {"input": (str(path),)}
+    with pytest.raises(UserError, match=r"3 of 63 rows.*at most 0.04 of them.*max_malformed"):
+        prepare(config("", tmp_path, **arguments, max_malformed=0.04))
+    summary = prepare(config("", tmp_path, **arguments, max_malformed=0.05))
+    assert summary.manifest["rows"]["malformed"] == 3
+
+
+def test_recipe_of_the_papers_corpus():
+    recipe = Path(__file__).parents[3] / "launcher/recipes/data-slimpajama-6b.yaml"
+    found, _ = parse(PrepareConfig, ["--config", str(recipe), "--tokenizer", "llama"])
+    assert found.input == ("hf:DKYoon/SlimPajama-6B",)
+    assert (found.shuffle_buffer, found.block_size, found.text_field) == (50_000, 256, "text")
