@@ -20,7 +20,6 @@ DTYPES = {torch.float32: ("fp32", 5), torch.bfloat16: ("bf16", 4)}
 
 def main(options: argparse.Namespace) -> None:
     device = torch.device(options.device)
-    torch.set_num_threads(1)  # what a rank on CPU has; torch's three use one in any case
     k = int(options.density * options.numel)
     figures = []
     print(f"hardware: {hardware(device)}")

@@ -8,7 +8,8 @@ two histograms, mask; one less for 16-bit scores), 256 KB + 512 KB of communicat
 memory of one chunk: the result is the same bits for any number of ranks and any sharding.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -39,6 +40,19 @@ def _chunks(flat: torch.Tensor) -> list[torch.Tensor]:
     return list(flat.split(_chunk(flat.device))) if flat.numel() else []
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """On CPU: thousands of short loops lose more by waiting for a second thread than it saves;
+    with two, runs of seconds instead of half a second were seen (docs/PERFORMANCE.md)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@_one_thread()
 def select_top_k(
     scores: Sequence[torch.Tensor],  # (n_i,) fp32, bf16 or fp16 each, contiguous; sign ignored
     starts: Sequence[int],  # global index of each fragment's first element
