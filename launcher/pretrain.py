@@ -14,7 +14,8 @@ from pmp_ds import dist
 from pmp_ds.cli import HIDDEN, parse
 from pmp_ds.config import Config
 from pmp_ds.data.arrow_store import Store
-from pmp_ds.errors import exit_code
+from pmp_ds.errors import EXIT_MISTAKE, LostRankError, exit_code
+from pmp_ds.restarts import is_child, run_with_restarts
 from pmp_ds.run_dir import RunDir
 from pmp_ds.train import deepspeed_config
 
@@ -38,6 +39,9 @@ examples:
 OTHER_RANKS_WAIT = 20.0
 """Seconds. The launcher kills all ranks when one has failed: rank 0, which says why, goes first."""
 
+STARTED = time.monotonic()
+"""run.max_time counts from here."""
+
 DEFAULT_DS_CONFIG = Path(__file__).resolve().parents[1] / "ds_configs" / "zero1.json"
 
 
@@ -58,6 +62,9 @@ def main() -> None:
             "--local_rank": {"type": int, "default": 0, "help": HIDDEN},
         },
     )
+    if config.run.restarts and not is_child():
+        command = [sys.executable, *sys.argv]
+        raise SystemExit(run_with_restarts(command, config.run.restarts))
     # What every rank can find by itself is checked before they meet, the quick checks first.
     ds_config = deepspeed_config.read_json(Path(options["deepspeed_config"]))
     deepspeed_config.merge(ds_config, config.train, int(os.environ.get("WORLD_SIZE", "1")))
@@ -71,6 +78,12 @@ def main() -> None:
     dist.init()
     try:
         _run(config, ds_config, store, run)
+    except RuntimeError as error:
+        if not dist.is_lost_rank(error):
+            raise
+        raise LostRankError(
+            "another rank is gone; the last checkpoint is intact, the same command goes on from it"
+        ) from error
     finally:
         dist.shutdown()
 
@@ -85,7 +98,7 @@ def _run(config: Config, ds_config: dict[str, Any], store: Store, run: RunDir) -
     job = pipeline.open_job(config, ds_config, store, run)
     if dist.rank() == 0:
         print(f"{config.run.name}:\n{plan.describe(job)}", flush=True)
-    outcome = pipeline.pretrain(job)
+    outcome = pipeline.pretrain(job, STARTED)
     if dist.rank() == 0:
         plot_run(run)
         print(
@@ -98,6 +111,6 @@ def _run(config: Config, ds_config: dict[str, Any], store: Store, run: RunDir) -
 
 if __name__ == "__main__":
     code = exit_code(main)
-    if code and os.environ.get("RANK", "0") != "0":
+    if code == EXIT_MISTAKE and os.environ.get("RANK", "0") != "0":
         time.sleep(OTHER_RANKS_WAIT)
     raise SystemExit(code)

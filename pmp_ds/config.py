@@ -4,6 +4,7 @@ Every field's docstring becomes its line in ``--help``. Checks here need no file
 process group; what needs them is checked where it is opened.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -40,7 +41,22 @@ class RunConfig:
     """Updates between two checkpoints; the last update always writes one."""
 
     keep_last: int = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept."""
+
+    keep_every: int = 0
+    """Keep also every checkpoint whose update is a multiple of this; 0 keeps none of them."""
+
+    async_save: bool = True
+    """Write checkpoints in the background; training waits only until their content is copied to
+    CPU memory (on rank 0 that is the whole model). Without it, until the files are safe."""
+
+    max_time: str | None = None
+    """Time that this job may take, as HH:MM:SS or seconds: it saves and stops in time, with exit
+    code 75. Unset means no limit."""
+
+    restarts: int = 0
+    """How often each rank restarts after a fault (not after a mistake in the settings or when it
+    was asked to stop), from the last checkpoint."""
 
     def __post_init__(self) -> None:
         _require(
@@ -50,6 +66,71 @@ class RunConfig:
         for name in ("log_every", "val_every", "val_blocks", "checkpoint_every", "keep_last"):
             value = getattr(self, name)
             _require(value >= 1, f"run.{name}={value} must be at least 1")
+        for name in ("keep_every", "restarts"):
+            value = getattr(self, name)
+            _require(value >= 0, f"run.{name}={value} must not be negative")
+        _ = self.max_seconds
+
+    @property
+    def max_seconds(self) -> float:
+        """``max_time`` in seconds, infinite when unset; raises UserError."""
+        if self.max_time is None:
+            return math.inf
+        try:
+            parts = [float(part) for part in str(self.max_time).split(":")]
+            seconds = sum(part * 60.0**i for i, part in enumerate(reversed(parts)))
+            if len(parts) > 3 or not 0.0 < seconds < math.inf or min(parts) < 0.0:
+                raise ValueError
+        except ValueError:
+            raise UserError(
+                f"run.max_time={self.max_time!r} is no time: write HH:MM:SS, MM:SS or seconds"
+            ) from None
+        return seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What to do when something goes wrong. May change between restarts of a run."""
+
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: stop (a bad loss saves first), or skip the batch."""
+
+    spike: Literal["ignore", "warn", "skip", "stop"] = "warn"
+    """A loss far above its running mean: say so, skip the batch, or save and stop before it."""
+
+    spike_sigmas: float = 8.0
+    """How many running standard deviations above the running mean are a spike."""
+
+    drift: Literal["ignore", "stop"] = "stop"
+    """Frozen elements that changed, or a mask that changed in memory: stop without saving."""
+
+    drift_every: int = 100
+    """Updates between two looks at a sample of the frozen elements."""
+
+    straggler: Literal["ignore", "warn", "stop"] = "warn"
+    """A rank that takes much longer than the others: name it, or save and stop as well."""
+
+    straggler_factor: float = 2.0
+    """A straggler takes this many times as long as the median of the other ranks."""
+
+    disk: Literal["warn", "stop"] = "warn"
+    """A checkpoint for which the disk has no room: go on without it, or stop. The last one always
+    stops."""
+
+    hang_seconds: float = 1800.0
+    """Without progress for so long, every rank writes its stacks to `stacks/` and the run ends;
+    0 waits for ever."""
+
+    def __post_init__(self) -> None:
+        _require(self.spike_sigmas > 0, f"guard.spike_sigmas={self.spike_sigmas} must be positive")
+        _require(self.drift_every >= 1, f"guard.drift_every={self.drift_every} must be at least 1")
+        _require(
+            self.straggler_factor > 1,
+            f"guard.straggler_factor={self.straggler_factor} must be above 1",
+        )
+        _require(
+            self.hang_seconds >= 0, f"guard.hang_seconds={self.hang_seconds} must not be negative"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,6 +367,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

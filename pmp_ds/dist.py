@@ -8,7 +8,7 @@ import datetime
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -113,6 +113,38 @@ def on_rank0(action: Callable[[], T]) -> T:
     if message is not None:
         raise UserError(message)
     return result
+
+
+class SideChannel:
+    """A process group of its own in CPU memory: what another thread talks over, or the main thread
+    without waiting for the device. Its calls are collective like any other."""
+
+    def __init__(self) -> None:
+        self._group = torch_dist.new_group(backend="gloo") if world_size() > 1 else None
+
+    def all_gather(self, value: T) -> list[T]:
+        """``value`` of every rank, in rank order; for small objects."""
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * world_size()
+        torch_dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def all_gather_numbers(self, numbers: Sequence[float]) -> torch.Tensor:
+        """(world_size, n) fp64: ``numbers`` of every rank. One message, for every update."""
+        mine = torch.tensor(numbers, dtype=torch.float64)
+        if self._group is None:
+            return mine[None]
+        gathered = [torch.empty_like(mine) for _ in range(world_size())]
+        torch_dist.all_gather(gathered, mine, group=self._group)
+        return torch.stack(gathered)
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone or did not answer in time."""
+    return isinstance(error, torch_dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    )
 
 
 def barrier() -> None:

@@ -1,26 +1,56 @@
-"""The one exception that a user's mistake raises, and how a launcher shows it."""
+"""How a command ends: done, a user's mistake, asked to stop, or a fault of the machine."""
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
+
+EXIT_MISTAKE = 1
+"""The same command will fail again: something has to be changed first."""
+
+EXIT_FAULT = 70
+"""A rank, a device or a bug failed: the same command goes on from the last checkpoint."""
+
+EXIT_REQUEUE = 75
+"""Asked to stop, all is saved: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
 
 
 class UserError(ValueError):
     """A mistake the user can mend: names the field or file, the value, and the way out."""
 
 
-def exit_code(main: Callable[[], None]) -> int:
-    """Run ``main``; a ``UserError`` becomes one line on standard error and exit code 1.
+class Stopped(Exception):
+    """The run stopped before its end because it was asked to; its state is saved."""
 
-    Every rank of a run meets the same mistake, so only rank 0 prints it.
+
+class LostRankError(RuntimeError):
+    """Another rank is gone or did not answer."""
+
+
+def exit_code(main: Callable[[], None]) -> int:
+    """Run ``main`` and return the exit code of the process.
+
+    A ``UserError`` becomes one line on standard error. Every rank of a run meets the same mistake,
+    so only rank 0 prints it; a fault may be of one rank alone, so each prints its own.
     """
+    rank = os.environ.get("RANK", "0")
     try:
         main()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if rank == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+        return EXIT_MISTAKE
+    except Stopped as stop:
+        if rank == "0":
+            print(f"stopped: {stop}", file=sys.stderr, flush=True)
+        return EXIT_REQUEUE
+    except LostRankError as error:
+        print(f"fault: rank {rank}: {error}", file=sys.stderr, flush=True)
+        return EXIT_FAULT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception:  # noqa: BLE001 - every bug ends here
+        traceback.print_exc()
+        return EXIT_FAULT
     return 0

@@ -5,6 +5,7 @@ Only rank 0 writes. Nothing here may depend on which elements are in the ticket.
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,11 @@ from typing import Any
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from pmp_ds.run_dir import RunDir, write_text
+
+TIMINGS = {
+    "tokens_per_second", "loader_share", "save_stall_seconds", "save_seconds",
+}  # fmt: skip
+"""Values that differ between two runs of the same command; all others are the same to the bit."""
 
 
 class MetricsLog:
@@ -34,6 +40,11 @@ class MetricsLog:
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(f"{phase}/{name}", value, step)
+
+    def sync(self) -> None:
+        """Make the records so far survive a power cut, as the checkpoint beside them does."""
+        if self._enabled:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if self._enabled:

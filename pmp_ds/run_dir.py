@@ -1,6 +1,7 @@
 """Where a run's files are. Every file name of a run is spelled here and nowhere else.
 
-    runs/NAME/config.yaml  data.json  tokenizer/  metrics.jsonl  tensorboard/  plots/  release/
+    runs/NAME/config.yaml  data.json  tokenizer/  metrics.jsonl  tensorboard/  plots/  stacks/
+    runs/NAME/release/     the only folder that leaves
     runs/NAME/private/     ticket/  init/  checkpoints/           0700, files 0600
 """
 
@@ -43,6 +44,11 @@ class RunDir:
     @property
     def plots(self) -> Path:
         return self.root / "plots"
+
+    @property
+    def stacks(self) -> Path:
+        """Where the ranks of a run that hung were."""
+        return self.root / "stacks"
 
     @property
     def release(self) -> Path:

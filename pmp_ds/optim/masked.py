@@ -40,6 +40,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self.compact_master = compact_master
         self.gradient_factor: torch.Tensor | None = None
         """What gradients are multiplied by in fp32 before a compact master is updated, () fp32."""
+        self.paused = False
+        """While True, ``step`` changes nothing: neither weights nor state."""
         self._masks: dict[torch.Tensor, Mask] | None = None
 
     def rule(
@@ -77,6 +79,11 @@ class MaskedOptimizer(torch.optim.Optimizer):
             if mask.bits is not None:
                 zero = mask.kernels.zero_complement if mask.kernels else zero_complement_ref
                 zero(gradient, mask.bits, f.flat_start)
+
+    def bits(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """The packed mask of a tensor; None when all of it is kept."""
+        assert self._masks is not None
+        return self._masks[tensor].bits
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of an optimizer that was armed with the same masks.
@@ -118,7 +125,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._masks is None:  # DeepSpeed steps once inside `initialize`
+        if self._masks is None or self.paused:  # DeepSpeed steps once inside `initialize`
             return loss
         for group in self.param_groups:
             for tensor in group["params"]:

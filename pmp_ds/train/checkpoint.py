@@ -1,9 +1,11 @@
 """Checkpoints in logical form: what a run needs to go on, at any number of ranks and ZeRO stage.
 
-    private/checkpoints/update-00000500/
-        manifest.json            format version, position, sha256 of every file; written last
+    private/checkpoints/update-00000500/      of masked pretraining; discover-XXXXXXXX of discovery
+        manifest.json            format version, position, sha256 of every file and of itself
         weights/                 every parameter whole in the training dtype, and config.json
         state/rank-00000.safetensors   this rank's compact optimizer state (optim/logical_state.py)
+        state/masks.safetensors  of discovery: the candidates that its next update compares with
+    private/checkpoints/latest   name of the newest, for people; written last
 
 A folder that has its name is complete: it is written as `*.incomplete` and renamed. No file holds
 code: nothing is unpickled.
@@ -18,83 +20,191 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from transformers import PretrainedConfig, PreTrainedModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from transformers import PretrainedConfig
 
 from pmp_ds import dist
 from pmp_ds.errors import UserError
-from pmp_ds.run_dir import RunDir, fsync_dir, make_private, write_json
+from pmp_ds.run_dir import RunDir, fsync_dir, make_private, write_json, write_text
 from pmp_ds.ticket.mask import ParamMask
+from pmp_ds.train.weight_files import save_tensors, save_weights
 
 if TYPE_CHECKING:  # export reads checkpoints without DeepSpeed
     from pmp_ds.train.engine import Engine
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
-INDEX_FILE = "model.safetensors.index.json"
-SHARD_BYTES = 2 << 30
+MASKS_FILE = "state/masks.safetensors"
+LATEST = "latest"
+Phase = Literal["discover", "train"]
+_NAMES: dict[Phase, str] = {"discover": "discover", "train": "update"}
+
+T = TypeVar("T")
+Tensors = dict[str, torch.Tensor]
+Gather = Callable[[Any], list[Any]]  # a value of every rank, on every rank
 
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """Where a run stands after ``step`` updates. The engine adds its ``counters``."""
+    """Where a run stands after ``step`` updates of a phase. The engine adds its ``counters``."""
 
     step: int
     consumed_samples: int
     ticket_id: str | None
     dataset_id: str
     val_loss: float | None  # newest one, nats per token
+    phase: Phase = "train"
     counters: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
+    """What the phase itself remembers: running loss of the guard, IoU history of discovery."""
+
+    @property
+    def name(self) -> str:
+        return f"{_NAMES[self.phase]}-{self.step:08d}"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What one rank writes of a checkpoint."""
+
+    position: Position
+    hf_config: PretrainedConfig
+    weights: Iterable[tuple[str, torch.Tensor]]
+    state: Tensors | None  # None: another rank writes the same
+    masks: Tensors
+
+
+class NotWrittenError(UserError):
+    """A checkpoint that could not be written; what was there is intact."""
+
+
+def take(
+    engine: "Engine", mask: ParamMask | None, position: Position, *, copy: bool, more: Tensors,
+    masks: Tensors,
+) -> Snapshot:  # fmt: skip
+    """The content of a checkpoint, plus ``more`` state of this rank. Collective.
+
+    With ``copy`` training may go on; else ``write`` must follow first, and is collective too.
+    """
+    weights: Iterable[tuple[str, torch.Tensor]] = engine.parameters()
+    state = None
+    if dist.rank() == 0 or not engine.shards.replicated:
+        state = engine.local_state(mask) | more
+    full = Position(**vars(position) | {"counters": engine.counters()})
+    return Snapshot(full, engine.hf_config, list(weights) if copy else weights, state, masks)
+
+
+def write(run: RunDir, snapshot: Snapshot, gather: Gather = dist.all_gather_object) -> None:
+    """Write a checkpoint; it appears whole or not at all. Collective through ``gather``.
+
+    Raises NotWrittenError on every rank when any rank could not write its part.
+    """
+    final = run.checkpoints / snapshot.position.name
+    folder = final.with_name(final.name + ".incomplete")
+    rank0 = dist.rank() == 0
+    try:
+        _together(gather, lambda: _create(folder) if rank0 else None)
+        parts = _together(gather, lambda: _write_part(folder, snapshot))
+        files = {name: digest for part in parts for name, digest in part.items()}
+        _together(gather, lambda: _publish(folder, final, snapshot, files) if rank0 else None)
+    except NotWrittenError as error:
+        if rank0:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise NotWrittenError(
+            f"the checkpoint {final.name} was not written: {error}; the one before is intact. "
+            f"Make room at {run.checkpoints}"
+        ) from None
 
 
 def save(run: RunDir, engine: "Engine", mask: ParamMask | None, position: Position) -> None:
-    """Write a checkpoint; it appears whole or not at all. Collective."""
-    final = run.checkpoints / f"update-{position.step:08d}"
-    folder = final.with_name(final.name + ".incomplete")
+    """``take`` and ``write`` at once, with a parameter or a file's share in memory. Collective."""
+    write(run, take(engine, mask, position, copy=False, more={}, masks={}))
+
+
+def _together(gather: Gather, action: Callable[[], T]) -> list[T]:
+    """``action`` on every rank; its results, or NotWrittenError everywhere if one rank failed."""
+    result: T | None = None
+    problem: str | None = None
+    try:
+        result = action()
+    except (OSError, SafetensorError) as error:
+        problem = f"rank {dist.rank()}: {error}"
+    outcomes: list[tuple[Any, str | None]] = gather((result, problem))
+    problems = [text for _, text in outcomes if text]
+    if problems:
+        raise NotWrittenError("; ".join(problems))
+    return [value for value, _ in outcomes]
+
+
+def _create(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    for part in (folder, folder / "weights", folder / "state"):
+        make_private(part)
+
+
+def _write_part(folder: Path, snapshot: Snapshot) -> dict[str, str]:
+    """This rank's files; their sha256 by name."""
+    written = []
+    save_weights(snapshot.weights, snapshot.hf_config, folder / "weights")
+    if snapshot.state is not None:
+        written.append(folder / "state" / f"rank-{dist.rank():05d}.safetensors")
+        save_tensors(snapshot.state, written[-1])
     if dist.rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        for part in (folder, folder / "weights", folder / "state"):
-            make_private(part)
-    dist.barrier()
-    save_weights(engine.parameters(), engine.hf_config, folder / "weights")
-    if dist.rank() == 0 or not engine.shards.replicated:
-        name = f"rank-{dist.rank():05d}.safetensors"
-        _save_file(engine.local_state(mask), folder / "state" / name)
-    dist.barrier()
-    if dist.rank() == 0:
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        manifest = asdict(position) | {
-            "format_version": FORMAT_VERSION,
-            "counters": engine.counters(),
-            "files": {str(path.relative_to(folder)): _sha256(path) for path in files},
-        }
-        write_json(folder / MANIFEST_FILE, manifest, private=True)
-        for part in (folder / "weights", folder / "state"):
-            fsync_dir(part)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(folder, final)
-        fsync_dir(final.parent)
-    dist.barrier()
+        written += sorted((folder / "weights").iterdir())
+        if snapshot.masks:
+            written.append(folder / MASKS_FILE)
+            save_tensors(snapshot.masks, written[-1])
+    return {str(path.relative_to(folder)): _sha256(path) for path in written}
 
 
-def prune(run: RunDir, keep_last: int) -> None:
-    """Delete all but the newest ``keep_last`` checkpoints."""
-    for folder in _folders(run)[keep_last:]:
-        shutil.rmtree(folder)
+def _publish(folder: Path, final: Path, snapshot: Snapshot, files: dict[str, str]) -> None:
+    content = asdict(snapshot.position) | {"format_version": FORMAT_VERSION, "files": files}
+    manifest = content | {"sha256": _manifest_digest(content)}
+    write_json(folder / MANIFEST_FILE, manifest, private=True)
+    for part in (folder / "weights", folder / "state"):
+        fsync_dir(part)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(folder, final)
+    fsync_dir(final.parent)
+    write_text(final.with_name(LATEST), final.name + "\n", private=True)
 
 
-def find(run: RunDir, step: int | None = None) -> tuple[Path, Position] | None:
-    """The newest intact checkpoint, or that of update ``step``; every file is hashed.
+def _manifest_digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def prune(run: RunDir, phase: Phase, keep_last: int, keep_every: int = 0) -> None:
+    """Delete a phase's checkpoints but the newest ``keep_last`` and those of every
+    ``keep_every``-th update; and what killed processes left half written."""
+    folders = _folders(run, phase)
+    for folder in folders[keep_last:]:
+        if not keep_every or _step(folder) % keep_every:
+            shutil.rmtree(folder)
+    if not folders[:keep_last]:
+        (run.checkpoints / LATEST).unlink(missing_ok=True)
+
+
+def sweep(run: RunDir) -> None:
+    """Remove what a killed process left half written; nobody else may be writing."""
+    for path in run.checkpoints.glob("*.incomplete/"):
+        shutil.rmtree(path)
+
+
+def find(
+    run: RunDir, step: int | None = None, phase: Phase = "train"
+) -> tuple[Path, Position] | None:
+    """The newest intact checkpoint of a phase, or that of update ``step``; every file is hashed.
 
     A damaged one is named and passed over, unless it was asked for by ``step``: then, and when it
     does not exist, UserError.
     """
-    for folder in _folders(run):
-        if step is not None and folder.name != f"update-{step:08d}":
+    folders = _folders(run, phase)
+    for folder in folders:
+        if step is not None and _step(folder) != step:
             continue
         try:
             return folder, _verified(folder)
@@ -103,44 +213,58 @@ def find(run: RunDir, step: int | None = None) -> tuple[Path, Position] | None:
                 raise
             print(f"warning: {error}; trying the one before it", flush=True)
     if step is not None:
-        have = ", ".join(str(int(f.name.split("-")[1])) for f in _folders(run)) or "none"
+        have = ", ".join(str(_step(folder)) for folder in folders) or "none"
         raise UserError(f"{run.root} has no checkpoint of update {step}; it has: {have}")
     return None
 
 
-def _folders(run: RunDir) -> list[Path]:
+def _folders(run: RunDir, phase: Phase) -> list[Path]:
     """Complete checkpoints, newest first."""
-    complete = run.checkpoints.glob(f"update-????????/{MANIFEST_FILE}")
+    complete = run.checkpoints.glob(f"{_NAMES[phase]}-????????/{MANIFEST_FILE}")
     return sorted((path.parent for path in complete), reverse=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
 
 
 def _verified(folder: Path) -> Position:
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_text())
-        if manifest.pop("format_version") != FORMAT_VERSION:
+        if manifest["format_version"] != FORMAT_VERSION:
             raise UserError(f"checkpoint {folder} has a format that this version does not read")
+        if manifest.pop("sha256") != _manifest_digest(manifest):
+            raise UserError(f"checkpoint {folder} is damaged: {MANIFEST_FILE}")
         for name, digest in manifest.pop("files").items():
             if not (folder / name).exists() or _sha256(folder / name) != digest:
                 raise UserError(f"checkpoint {folder} is damaged: {name}")
-        return Position(**manifest)
+        manifest.pop("format_version")
+        position = Position(**manifest)
     except (
         json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError
     ) as error:  # fmt: skip
         raise UserError(f"checkpoint {folder} is damaged: {MANIFEST_FILE} ({error})") from None
+    if position.name != folder.name:
+        raise UserError(f"checkpoint {folder} is damaged: it holds {position.name}")
+    return position
 
 
-def load_state(folder: Path, engine: "Engine", mask: ParamMask | None, position: Position) -> None:
+def load_state(
+    folder: Path, engine: "Engine", mask: ParamMask | None, position: Position
+) -> "StateReader":
     """Bring an engine, built from the checkpoint's weights and armed with ``mask``, to
     ``position``: moments, fp32 master weights, counters. Any world size and ZeRO stage."""
-    read = _StateReader(folder / "state").read
-    engine.restore(mask, read, position.step, position.counters)
+    reader = StateReader(folder)
+    engine.restore(mask, reader.read, position.step, position.counters)
+    return reader
 
 
-class _StateReader:
-    """Reads runs of kept elements from the state files of all ranks that wrote them."""
+class StateReader:
+    """Reads runs of elements from the state files of all ranks that wrote them."""
 
     def __init__(self, folder: Path) -> None:
-        self._files = [safe_open(path, "pt") for path in sorted(folder.glob("rank-*"))]
+        self._folder = folder
+        self._files = [safe_open(path, "pt") for path in sorted(folder.glob("state/rank-*"))]
         self._parts: dict[str, list[tuple[int, int]]] = defaultdict(list)
         for number, file in enumerate(self._files):
             for key in file.keys():  # noqa: SIM118 - not a dict
@@ -150,7 +274,8 @@ class _StateReader:
             parts.sort()
 
     def read(self, kind: str, name: str, first: int, count: int) -> torch.Tensor:
-        """(count,) fp32: kept elements [first, first + count) of parameter ``name``."""
+        """(count,) fp32: elements [first, first + count) of parameter ``name``; of moments and
+        master those that are kept count, of scores all."""
         parts = self._parts[f"{kind}/{name}"]
         pieces = []
         while count:
@@ -162,66 +287,10 @@ class _StateReader:
             first, count = first + piece.numel(), count - piece.numel()
         return torch.cat(pieces) if pieces else torch.empty(0)
 
-
-def save_weights(
-    parameters: Iterable[tuple[str, torch.Tensor]], hf_config: PretrainedConfig, folder: Path
-) -> None:
-    """Write whole parameters as Hugging Face safetensors, with at most one file's share in memory.
-    Every rank consumes ``parameters``; rank 0 writes."""
-    shards: list[list[str]] = []
-    pending: dict[str, torch.Tensor] = {}
-    size = total = 0
-
-    def flush() -> None:
-        _save_file(pending, folder / f"part-{len(shards)}")
-        shards.append(list(pending))
-        pending.clear()
-
-    for name, tensor in parameters:
-        if dist.rank() == 0:
-            if pending and size + tensor.nbytes > SHARD_BYTES:
-                flush()
-                size = 0
-            pending[name] = tensor
-            size, total = size + tensor.nbytes, total + tensor.nbytes
-    if dist.rank() != 0:
-        return
-    flush()
-    count = len(shards)
-    weight_map: dict[str, str] = {}
-    for i, names in enumerate(shards):
-        part = "" if count == 1 else f"-{i + 1:05d}-of-{count:05d}"
-        file = f"model{part}.safetensors"
-        os.replace(folder / f"part-{i}", folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    if count > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(folder / INDEX_FILE, index, private=True)
-    write_json(folder / "config.json", hf_config.to_dict(), private=True)
-
-
-def read_weights(folder: Path) -> Callable[[str], torch.Tensor]:
-    """A function from a parameter's name to its tensor in a ``weights/`` folder."""
-    files = [safe_open(path, "pt") for path in sorted(folder.glob("*.safetensors"))]
-    where = {key: file for file in files for key in file.keys()}  # noqa: SIM118 - not a dict
-    return lambda name: where[name].get_tensor(name)
-
-
-@torch.no_grad()
-def load_weights(folder: Path, model: PreTrainedModel) -> None:
-    """Fill a model's parameters from a ``weights/`` folder, cast to the model's dtype."""
-    stored = read_weights(folder)
-    for name, param in model.named_parameters():
-        param.copy_(stored(name))
-
-
-def _save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """safetensors, 0600 from the first byte, fsynced."""
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
-    save_file(tensors, path)
-    path.chmod(0o600)
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    def masks(self) -> Tensors:
+        """The packed candidate masks of discovery, by `WHICH/PARAMETER`."""
+        path = self._folder / MASKS_FILE
+        return load_file(path) if path.exists() else {}
 
 
 def _sha256(path: Path) -> str:

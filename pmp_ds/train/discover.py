@@ -5,13 +5,13 @@ gradients are reduced, and before clipping, their scores give a candidate mask. 
 thrown away afterwards: masked pretraining starts from theta(0) again.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from pmp_ds import dist
 from pmp_ds.config import Config, MaskConfig
-from pmp_ds.data.loader import BlockLoader
 from pmp_ds.errors import UserError
 from pmp_ds.model.parameters import ParamInfo, digest, num_params
 from pmp_ds.model.stream import uniforms
@@ -22,80 +22,153 @@ from pmp_ds.ticket.mask import ParamMask, count_common, iou, pack, unpack
 from pmp_ds.ticket.scores import Scores
 from pmp_ds.ticket.ticket import Ticket, exact_k
 from pmp_ds.ticket.topk import select_top_k
+from pmp_ds.train.checkpoint import Position, StateReader
 from pmp_ds.train.engine import Engine
 
-# (update, mean loss, IoU with the previous candidate or None for the first)
-Report = Callable[[int, float, float | None], None]
 Table = Sequence[ParamInfo]
 
 
-def discover(
-    engine: Engine, loader: BlockLoader, config: Config, table: Table, report: Report
-) -> Ticket:
-    """Train densely until the candidate mask is stable; returns the ticket, on every rank.
+class Discovery:
+    """Dense training until the candidate mask is stable; ``run`` goes on from where it is.
 
-    Raises UserError when a gradient is not finite, and when ``mask.max_steps`` pass without a
-    stable mask under ``on_unstable: error``.
+    ``step`` updates are done. The engine is built from theta(0), or from the weights of a
+    checkpoint, whose optimizer state is then loaded before ``restore``.
     """
-    mask = config.mask
-    fragments = engine.shards.fragments
-    starts, keep_all = _placement(fragments, table, mask.always_train)
-    k = exact_k(mask.density, num_params(table))
-    scores = Scores(mask.score, mask.score_decay)
-    early_bird = EarlyBird(mask.iou_threshold, mask.patience)
-    best: tuple[int, list[torch.Tensor]] | None = None
-    previous: list[torch.Tensor] | None = None
-    stable, step = False, 0
-    engine.arm(None)
-    while not stable and step < mask.max_steps:
-        step += 1
-        loss = engine.backward(loader.next())
-        lr = learning_rate(config.train, step)
+
+    def __init__(self, engine: Engine, config: Config, table: Table) -> None:
+        self.step = 0
+        self.stable = False
+        self._engine, self._table = engine, table
+        self._train, self._mask = config.train, config.mask
+        self._fragments = engine.shards.fragments
+        self._starts, self._keep_all = _placement(self._fragments, table, self._mask.always_train)
+        self._k = exact_k(self._mask.density, num_params(table))
+        self._scores = Scores(self._mask.score, self._mask.score_decay)
+        self._early_bird = EarlyBird(self._mask.iou_threshold, self._mask.patience)
+        self._newest: list[torch.Tensor] | None = None  # packed bits of each fragment
+        self._best: tuple[int, list[torch.Tensor]] | None = None
+        engine.arm(None)
+
+    def update(self, batch: torch.Tensor) -> tuple[float, float | None]:
+        """One update with this rank's share of a batch. Returns the mean loss, and the IoU with
+        the previous candidate, None for the first. Collective. Raises UserError when a gradient is
+        not finite."""
+        engine, mask = self._engine, self._mask
+        self.step += 1
+        loss = engine.backward(batch)
+        lr = learning_rate(self._train, self.step)
         if engine.overflowed():  # fp16: DeepSpeed skips the update and lowers the loss scale
             engine.step(lr)
-            report(step, _mean(loss), None)
-            continue
+            return _mean(loss), None
         candidate = select_top_k(
-            scores.update(engine.shards.gradients(), engine.loss_scale),
-            starts,
-            [fragment.name for fragment in fragments],
-            k,
-            keep_all=keep_all,
+            self._scores.update(engine.shards.gradients(), engine.loss_scale),
+            self._starts,
+            [fragment.name for fragment in self._fragments],
+            self._k,
+            keep_all=self._keep_all,
             replicated=engine.shards.replicated,
         )
         agreement = None
-        if previous is not None:
-            common = sum(count_common(a, b) for a, b in zip(candidate, previous, strict=True))
-            if not engine.shards.replicated:
-                total = torch.tensor([common], dtype=torch.int64, device=engine.device)
-                common = int(dist.all_reduce_sum(total))
-            agreement = iou(common, k)
-            stable = early_bird.observe(agreement)
-            if mask.on_unstable == "best" and early_bird.best_so_far:
-                best = step, candidate
+        if self._newest is not None:
+            agreement = iou(self._num_common(candidate, self._newest), self._k)
+            self.stable = self._early_bird.observe(agreement)
+            if mask.on_unstable == "best" and self._early_bird.best_so_far:
+                self._best = self.step, candidate
         engine.step(lr)
-        report(step, _mean(loss), agreement)
-        previous = candidate
-    if previous is None:
-        raise UserError(
-            f"all {mask.max_steps} updates of discovery overflowed in fp16: lower train.lr or use "
-            "train.precision=bf16"
+        self._newest = candidate
+        return _mean(loss), agreement
+
+    @property
+    def over(self) -> bool:
+        return self.stable or self.step >= self._mask.max_steps
+
+    def ticket(self) -> Ticket:
+        """The ticket, on every rank, once discovery is ``over``. Collective. Raises UserError when
+        the mask did not become stable under ``on_unstable: error``."""
+        mask = self._mask
+        if self._newest is None:
+            raise UserError(
+                f"all {mask.max_steps} updates of discovery overflowed in fp16: lower train.lr or "
+                "use train.precision=bf16"
+            )
+        drawn, bits = self.step, self._newest
+        if not self.stable:
+            if mask.on_unstable == "error":
+                raise UserError(_unstable(mask, self._early_bird))
+            if mask.on_unstable == "best" and self._best is not None:
+                drawn, bits = self._best
+        return Ticket(
+            mask=self._whole(bits),
+            density=mask.density,
+            source="earlybird",
+            score=mask.score,
+            step=drawn,
+            stable=self.stable,
+            model_digest=digest(self._table),
         )
-    drawn, bits = step, previous
-    if not stable:
-        if mask.on_unstable == "error":
-            raise UserError(_unstable(mask, early_bird))
-        if mask.on_unstable == "best" and best is not None:
-            drawn, bits = best
-    return Ticket(
-        mask=_gather(fragments, bits, table, engine.device, replicated=engine.shards.replicated),
-        density=mask.density,
-        source="earlybird",
-        score=mask.score,
-        step=drawn,
-        stable=stable,
-        model_digest=digest(table),
-    )
+
+    def snapshot(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
+        """What goes on needs beside the optimizer state: this rank's running scores by
+        `score/PARAMETER/FIRST`, the candidates by `WHICH/PARAMETER`, and the IoU history.
+        Collective."""
+        scores = {
+            f"score/{f.name}/{f.start}": values.cpu().clone()
+            for f, values in zip(self._fragments, self._scores.values or [], strict=False)
+        }
+        candidates = {"newest": self._newest, "best": self._best[1] if self._best else None}
+        masks = {
+            f"{which}/{name}": packed
+            for which, bits in candidates.items()
+            if bits is not None
+            for name, packed in self._whole(bits).bits.items()
+        }
+        memory = {
+            "trace": self._early_bird.trace,
+            "streak": self._early_bird.streak,
+            "best_step": self._best[0] if self._best else None,
+        }
+        return scores, masks, memory
+
+    def restore(self, reader: StateReader, position: Position) -> None:
+        """Take over what ``snapshot`` gave, at any world size and stage."""
+        self.step, memory = position.step, position.memory
+        self._early_bird.trace = list(memory["trace"])
+        self._early_bird.streak = memory["streak"]
+        masks = reader.masks()
+        self._newest = self._local("newest", masks)
+        best = self._local("best", masks)
+        self._best = None if best is None else (memory["best_step"], best)
+        if self._newest is not None and self._mask.score != "gradient":
+            self._scores.values = [
+                reader.read("score", f.name, f.start, f.numel).to(self._device(f))
+                for f in self._fragments
+            ]
+
+    def _num_common(self, one: list[torch.Tensor], other: list[torch.Tensor]) -> int:
+        common = sum(count_common(a, b) for a, b in zip(one, other, strict=True))
+        if self._engine.shards.replicated:
+            return common
+        total = torch.tensor([common], dtype=torch.int64, device=self._engine.device)
+        return int(dist.all_reduce_sum(total))
+
+    def _whole(self, bits: list[torch.Tensor]) -> ParamMask:
+        replicated = self._engine.shards.replicated
+        return _gather(
+            self._fragments, bits, self._table, self._engine.device, replicated=replicated
+        )
+
+    def _local(self, which: str, masks: Mapping[str, torch.Tensor]) -> list[torch.Tensor] | None:
+        """This rank's share of a whole candidate, packed by fragment."""
+        if not any(key.startswith(f"{which}/") for key in masks):
+            return None
+        return [
+            pack(unpack(masks[f"{which}/{f.name}"], f.numel, f.start)).to(self._device(f))
+            for f in self._fragments
+        ]
+
+    def _device(self, f: Fragment) -> torch.device:
+        """Where the gradients of a fragment are reduced to: CPU under offload."""
+        return self._engine.shards.flats[f.flat].device
 
 
 def random_ticket(key: bytes, config: MaskConfig, table: Table) -> Ticket:

@@ -21,6 +21,7 @@ from pmp_ds.optim.masked import parameter_groups
 from pmp_ds.optim.masked_adamw import MaskedAdamW
 from pmp_ds.optim.zero_shards import shards_of
 from pmp_ds.ticket.mask import ParamMask
+from pmp_ds.train.clock import DeviceClock
 from pmp_ds.train.deepspeed_config import merge, wants_compact_master
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -46,6 +47,7 @@ class Engine:
         self._micro_batch_size = config.micro_batch_size
         self._sixteen_bit = config.precision != "fp32"
         self._dynamic_scale = config.precision == "fp16"
+        self._clock = DeviceClock(dist.device())
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         self._engine, *_ = deepspeed.initialize(
             model=model,
@@ -83,14 +85,27 @@ class Engine:
         torch.manual_seed(self._engine.global_steps << 20 | dist.rank())
         micro_batches = batch.to(self.device, non_blocking=True).split(self._micro_batch_size)
         total = torch.zeros((), device=self.device)
+        self._clock.reset()
         for i, micro_batch in enumerate(micro_batches):
             if i:  # DeepSpeed wants `step` after every `backward`; it updates at the last alone
                 self._engine.step()
-            loss = self.block_losses(micro_batch).mean()
+            with self._clock:
+                loss = self.block_losses(micro_batch).mean()
             self._engine.backward(loss)
             total += loss.detach()
         self.shards.zero_padding()
         return total / len(micro_batches)
+
+    @property
+    def compute_seconds(self) -> float:
+        """Device time of the forward passes of the last ``backward``: this rank's own, as far as
+        its stage lets it compute without the others. Waits for them."""
+        return self._clock.seconds
+
+    @property
+    def overflow_is_normal(self) -> bool:
+        """fp16 with a dynamic loss scale: gradients that are not finite skip the update."""
+        return self._dynamic_scale
 
     @property
     def loss_scale(self) -> float:
@@ -100,11 +115,16 @@ class Engine:
     def overflowed(self) -> bool:
         """Whether a reduced gradient is not finite, which fp16 must expect now and then; always
         False in other precisions. Collective."""
-        if not self._dynamic_scale:
-            return False
+        return self._dynamic_scale and not self._all_finite()
+
+    def gradients_are_finite(self) -> bool:
+        """Of the update to come, on all ranks; True where fp16 expects overflows. Collective."""
+        return self._dynamic_scale or self._all_finite()
+
+    def _all_finite(self) -> bool:
         finite = [torch.isfinite(gradient).all() for gradient in self.shards.gradients()]
         flags = torch.stack([*finite, torch.tensor(True, device=self.device)])
-        return bool(dist.all_reduce_sum((~flags.all()).float()))
+        return not bool(dist.all_reduce_sum((~flags.all()).float()))
 
     def step(self, lr: float) -> torch.Tensor | float:
         """Mask the gradient, clip it, update the ticket. Returns the norm of the masked gradient
@@ -115,6 +135,15 @@ class Engine:
         norm = self._gradient_norm() if self.shards.replicated else None
         self._engine.step()
         return self._engine.get_global_grad_norm() if norm is None else norm
+
+    def skip(self) -> None:
+        """Drop the gradients instead of ``step``: weights, moments and counters stay."""
+        for gradient in self.shards.gradients():
+            gradient.zero_()
+        self.shards.remeasure()
+        self.optimizer.paused = True
+        self._engine.step()
+        self.optimizer.paused = False
 
     def _gradient_norm(self) -> torch.Tensor:
         norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in self.shards.gradients()]

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,27 @@ from pmp_ds import dist
 from pmp_ds.config import Config
 from pmp_ds.data.arrow_store import Blocks
 from pmp_ds.data.loader import BlockLoader
-from pmp_ds.errors import UserError
+from pmp_ds.errors import Stopped
 from pmp_ds.log import MetricsLog
 from pmp_ds.optim.schedule import learning_rate
 from pmp_ds.progress import Progress
 from pmp_ds.train.engine import Engine
+from pmp_ds.train.guard import BadUpdateError, Guard
+from pmp_ds.train.stop import StopRequest
+from pmp_ds.train.watchdog import Watchdog
 
-# (update, validation loss or None): write a checkpoint
-Save = Callable[[int, float | None], None]
+# (update, newest validation loss, whether it must be on disk on return): write a checkpoint
+Save = Callable[[int, float | None, bool], None]
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What looks after every phase of a run."""
+
+    log: MetricsLog
+    stop: StopRequest
+    dog: Watchdog
+    channel: dist.SideChannel
 
 
 def train(
@@ -26,49 +40,76 @@ def train(
     loader: BlockLoader,
     validation: Blocks,
     config: Config,
-    log: MetricsLog,
+    watch: Watch,
+    guard: Guard,
     bar: Progress,
     save: Save,
-    first: int,
+    done: int,
+    val_loss: float | None,
 ) -> None:
-    """Updates ``first`` to ``config.train.steps`` of an armed engine; ``log``, ``bar`` and
-    ``save`` hear of them. Raises UserError when the loss is no longer finite."""
-    run, steps = config.run, config.train.steps
-    tokens_per_update = config.train.global_batch_size * validation.block_size
-    val_loss: float | None = None
-    if first == 1:
+    """The updates after ``done``, to ``config.train.steps``, of an armed engine. Raises Stopped
+    when it was asked to stop, and UserError for what the guard does not let pass; either way all
+    that is good is saved."""
+    run, steps, log = config.run, config.train.steps, watch.log
+    rates = _Rates(loader, config.train.global_batch_size * validation.block_size)
+    if done == 0:
         val_loss = validate(engine, validation, run.val_blocks)
         log.write("train", 0, val_loss=val_loss)
-    clock, waited, done = time.perf_counter(), loader.wait_seconds, first - 1
-    for step in range(first, steps + 1):
+    for step in range(done + 1, steps + 1):
+        watch.dog.beat(f"update {step}")
         lr = learning_rate(config.train, step)
-        loss = engine.backward(loader.next())
-        norm = engine.step(lr)
+        loss = float(dist.all_reduce_sum(engine.backward(loader.next()))) / dist.world_size()
+        try:
+            apply = guard.admits(step, loss)
+        except BadUpdateError:
+            save(step - 1, val_loss, True)
+            raise
+        norm: Any = None
+        if apply:
+            norm = engine.step(lr)
+            guard.applied(step, norm, engine.compute_seconds)
+        else:
+            engine.skip()
+        rates.count()
         bar.update(1)
-        if step % run.log_every == 0 or step == steps:
-            mean_loss = float(dist.all_reduce_sum(loss)) / dist.world_size()
-            if not np.isfinite(mean_loss):
-                raise UserError(
-                    f"the training loss is {mean_loss} at update {step}: lower train.lr or "
-                    "lengthen train.warmup_steps; the last checkpoint is intact"
-                )
-            seconds = time.perf_counter() - clock
-            record: dict[str, Any] = {
-                "loss": mean_loss,
-                "lr": lr,
-                "grad_norm": float(norm),
-                "tokens": step * tokens_per_update,
-                "tokens_per_second": (step - done) * tokens_per_update / seconds,
-                "loader_share": (loader.wait_seconds - waited) / seconds,
-            }
-            log.write("train", step, **record)
-            bar.set(loss=f"{mean_loss:.3f}", lr=f"{lr:.1e}", val=val_loss and f"{val_loss:.3f}")
-            clock, waited, done = time.perf_counter(), loader.wait_seconds, step
+        if apply and (step % run.log_every == 0 or step == steps):
+            log.write("train", step, loss=loss, lr=lr, grad_norm=float(norm), **rates.take(step))
+            bar.set(loss=f"{loss:.3f}", lr=f"{lr:.1e}", val=val_loss and f"{val_loss:.3f}")
         if step % run.val_every == 0 or step == steps:
             val_loss = validate(engine, validation, run.val_blocks)
             log.write("train", step, val_loss=val_loss)
-        if step % run.checkpoint_every == 0 or step == steps:
-            save(step, val_loss)
+        reason = watch.stop.agreed() if step < steps else None
+        if reason or step % run.checkpoint_every == 0 or step == steps:
+            guard.settle()
+            guard.check_drift(step)
+            save(step, val_loss, reason is not None or step == steps)
+        if reason:
+            raise Stopped(
+                f"{reason}: saved after update {step:,} of {steps:,}; the same command goes on"
+            )
+
+
+class _Rates:
+    """Tokens per second and the loader's share of the time since the last record."""
+
+    def __init__(self, loader: BlockLoader, tokens_per_update: int) -> None:
+        self._loader, self._tokens, self._updates = loader, tokens_per_update, 0
+        self._clock, self._waited = time.perf_counter(), loader.wait_seconds
+
+    def count(self) -> None:
+        self._updates += 1
+
+    def take(self, step: int) -> dict[str, float]:
+        seconds = time.perf_counter() - self._clock
+        waited = self._loader.wait_seconds - self._waited
+        values = {
+            "tokens": step * self._tokens,
+            "tokens_per_second": self._updates * self._tokens / seconds,
+            "loader_share": waited / seconds,
+        }
+        self._clock, self._waited = time.perf_counter(), self._loader.wait_seconds
+        self._updates = 0
+        return values
 
 
 def validate(engine: Engine, blocks: Blocks, num_blocks: int) -> float:

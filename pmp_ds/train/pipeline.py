@@ -4,6 +4,7 @@ Rewind is by construction: discovery and masked pretraining each build their eng
 so weights, optimizer state, schedule and data position of the warm-up cannot reach the result.
 """
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,24 @@ from pmp_ds import dist
 from pmp_ds.config import Config
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.loader import BlockLoader, order_key
-from pmp_ds.errors import UserError
+from pmp_ds.errors import Stopped, UserError
 from pmp_ds.log import MetricsLog, rewind_metrics
 from pmp_ds.model.parameters import ParamInfo, digest, num_params, parameter_table
 from pmp_ds.model.secret_init import derive
 from pmp_ds.progress import Progress
 from pmp_ds.run_dir import RunDir
 from pmp_ds.ticket.ticket import Ticket, has_ticket, load_ticket, save_ticket
-from pmp_ds.train import checkpoint, plain_weights, theta0
-from pmp_ds.train.discover import discover, random_ticket
+from pmp_ds.train import checkpoint, plain_weights, theta0, weight_files
+from pmp_ds.train.discover import Discovery, random_ticket
 from pmp_ds.train.engine import Engine
-from pmp_ds.train.loop import train
+from pmp_ds.train.guard import Guard
+from pmp_ds.train.loop import Watch, train
 from pmp_ds.train.run_facts import DataFacts
+from pmp_ds.train.saver import Saver
+from pmp_ds.train.stop import StopRequest
+from pmp_ds.train.watchdog import Watchdog
+
+Found = tuple[Path, checkpoint.Position]
 
 
 @dataclass(frozen=True)
@@ -77,41 +84,75 @@ def open_job(config: Config, ds_config: dict[str, Any], store: Store, run: RunDi
     return Job(config, ds_config, run, store, init, parameter_table(model))
 
 
-def obtain_ticket(job: Job, log: MetricsLog) -> Ticket | None:
+def obtain_ticket(job: Job, watch: Watch, saver: Saver) -> Ticket | None:
     """The run's ticket: read when it is there, else found, drawn or copied, and saved.
     None for ``mask.source: none``."""
     mask, folder = job.config.mask, job.run.ticket
     if mask.source == "none":
         return None
-    if dist.on_rank0(lambda: has_ticket(folder)):
-        return load_ticket(folder, model_digest=digest(job.table))
-    if mask.source == "file":
-        assert mask.file is not None
-        ticket = load_ticket(Path(mask.file), model_digest=digest(job.table))
-    elif mask.source == "random":
-        key = derive(job.init, "random mask") if isinstance(job.init, bytes) else None
-        ticket = random_ticket(key or order_key("random mask", job.init), mask, job.table)
-    else:
-        ticket = _discover(job, log)
-    dist.on_rank0(lambda: save_ticket(ticket, folder))
-    return ticket
+    if not dist.on_rank0(lambda: has_ticket(folder)):
+        if mask.source == "file":
+            assert mask.file is not None
+            ticket = load_ticket(Path(mask.file), model_digest=digest(job.table))
+        elif mask.source == "random":
+            key = derive(job.init, "random mask") if isinstance(job.init, bytes) else None
+            ticket = random_ticket(key or order_key("random mask", job.init), mask, job.table)
+        else:
+            ticket = _discover(job, watch, saver)
+        dist.on_rank0(lambda: save_ticket(ticket, folder))
+    dist.on_rank0(lambda: checkpoint.prune(job.run, "discover", 0))
+    return load_ticket(folder, model_digest=digest(job.table))
 
 
-def _discover(job: Job, log: MetricsLog) -> Ticket:
+def _discover(job: Job, watch: Watch, saver: Saver) -> Ticket:
+    """Run or resume discovery to its end."""
+    config = job.config
     secret = derive(job.init, "warm-up order") if isinstance(job.init, bytes) else job.init
-    engine = Engine(job.fresh_model(), job.config.train, job.ds_config)
-    with (
-        job.loader("discover", secret) as loader,
-        Progress("discover", "update", job.config.mask.max_steps) as bar,
-    ):
+    found = _found(job, "discover")
+    model = job.fresh_model()
+    if found:
+        weight_files.load_weights(found[0] / "weights", model)
+    engine = Engine(model, config.train, job.ds_config)
+    discovery = Discovery(engine, config, job.table)
+    if found:
+        discovery.restore(checkpoint.load_state(found[0], engine, None, found[1]), found[1])
+        _say(f"resuming discovery after update {discovery.step:,}")
 
-        def report(step: int, loss: float, iou: float | None) -> None:
-            log.write("discover", step, loss=loss, **({} if iou is None else {"iou": iou}))
+    def save(must: bool) -> None:
+        more, masks, memory = discovery.snapshot()
+        position = checkpoint.Position(
+            phase="discover",
+            step=discovery.step,
+            consumed_samples=discovery.step * config.train.global_batch_size,
+            ticket_id=None,
+            dataset_id=job.store.dataset_id,
+            val_loss=None,
+            memory=memory,
+        )
+        watch.stop.saved(saver.save(engine, None, position, more=more, masks=masks, must=must))
+
+    consumed = discovery.step * config.train.global_batch_size
+    with (
+        job.loader("discover", secret, consumed) as loader,
+        Progress("discover", "update", config.mask.max_steps, initial=discovery.step) as bar,
+    ):
+        while not discovery.over:
+            watch.dog.beat(f"update {discovery.step + 1} of discovery")
+            loss, iou = discovery.update(loader.next())
+            step = discovery.step
+            watch.log.write("discover", step, loss=loss, **({} if iou is None else {"iou": iou}))
             bar.set(loss=f"{loss:.3f}", iou="-" if iou is None else f"{iou:.4f}")
             bar.update(1)
-
-        ticket = discover(engine, loader, job.config, job.table, report)
+            reason = watch.stop.agreed()
+            if reason or (step % config.run.checkpoint_every == 0 and not discovery.over):
+                save(reason is not None)
+            if reason:
+                raise Stopped(
+                    f"{reason}: saved after update {step:,} of discovery; the same command goes on"
+                )
+    ticket = discovery.ticket()
     engine.close()
+    saver.wait()
     return ticket
 
 
@@ -124,10 +165,87 @@ class Outcome:
     complement_changed: int
 
 
-def pretrain(job: Job) -> Outcome:
-    """Run or resume a job to its last update."""
+def pretrain(job: Job, started: float) -> Outcome:
+    """Run or resume a job to its last update. ``started``: when this process did, monotonic
+    seconds. Raises Stopped when it was asked to stop before."""
     config, run = job.config, job.run
-    found = dist.on_rank0(lambda: checkpoint.find(run))
+    found = _found(job, "train")
+    step = found[1].step if found else 0
+    if step == config.train.steps:
+        _say(f"already finished: {step:,} of {step:,} updates")
+        return dist.on_rank0(lambda: _outcome(job))
+    if dist.rank() == 0:
+        checkpoint.sweep(run)
+        _rewind_metrics(job, step)
+    log = MetricsLog(run, enabled=dist.rank() == 0)
+    channel = dist.SideChannel()
+    saver = Saver(run, config, log)
+    saver.newest = found[1].name if found else None
+    with (
+        contextlib.closing(log),
+        StopRequest(config.run.max_seconds, started, channel) as stop,
+        Watchdog(run, config.guard.hang_seconds) as dog,
+        contextlib.closing(saver),
+    ):
+        watch = Watch(log, stop, dog, channel)
+        ticket = obtain_ticket(job, watch, saver)
+        if found is not None and found[1].ticket_id != (ticket.id if ticket else None):
+            raise UserError(
+                f"the ticket at {run.ticket} is not the one that {found[0]} was trained with: "
+                "bring the run's own ticket back or start a new run.name"
+            )
+        _train(job, ticket, found, watch, saver)
+    return dist.on_rank0(lambda: _outcome(job))
+
+
+def _train(
+    job: Job, ticket: Ticket | None, found: Found | None, watch: Watch, saver: Saver
+) -> None:
+    config, batch = job.config, job.config.train.global_batch_size
+    mask, ticket_id = (ticket.mask, ticket.id) if ticket else (None, None)
+    model = job.fresh_model()
+    if found:
+        weight_files.load_weights(found[0] / "weights", model)
+    engine = Engine(model, config.train, job.ds_config)
+    engine.arm(mask)
+    start = found[1] if found else None
+    if found:
+        checkpoint.load_state(found[0], engine, mask, found[1])
+        _say(f"resuming after update {found[1].step:,} of {config.train.steps:,}")
+    guard = Guard(
+        config.guard, engine, watch.log, watch.stop, watch.channel, start.memory if start else {}
+    )
+    guard.compare_tickets(ticket_id)
+
+    def save(step: int, val_loss: float | None, must: bool) -> None:
+        position = checkpoint.Position(
+            step=step,
+            consumed_samples=step * batch,
+            ticket_id=ticket_id,
+            dataset_id=job.store.dataset_id,
+            val_loss=val_loss,
+            memory=dict(guard.memory),
+        )
+        if step and position.name != saver.newest:
+            watch.stop.saved(saver.save(engine, mask, position, must=must))
+
+    done = start.step if start else 0
+    with (
+        job.loader("train", config.data.seed, done * batch) as loader,
+        Progress("train", "update", config.train.steps, initial=done) as bar,
+    ):
+        train(
+            engine, loader, job.store.split("validation"), config, watch, guard, bar, save, done,
+            start.val_loss if start else None,
+        )  # fmt: skip
+    engine.close()
+
+
+def _found(job: Job, phase: checkpoint.Phase) -> Found | None:
+    """The newest intact checkpoint of a phase. Raises UserError when it does not go with the data
+    or the ticket that are there."""
+    run = job.run
+    found = dist.on_rank0(lambda: checkpoint.find(run, phase=phase))
     if found is not None and found[1].dataset_id != job.store.dataset_id:
         raise UserError(
             f"the data at {job.store.folder} is not what this run was trained on: its dataset id "
@@ -138,53 +256,22 @@ def pretrain(job: Job) -> Outcome:
             f"the ticket of this run is missing: {run.ticket} is empty and {found[0]} was trained "
             "with it; bring it back from a backup or start a new run.name"
         )
-    step = found[1].step if found else 0
-    if step == config.train.steps:
-        if dist.rank() == 0:
-            print(f"already finished: {step:,} of {step:,} updates", flush=True)
-        return dist.on_rank0(lambda: _outcome(job))
+    return found
+
+
+def _rewind_metrics(job: Job, step: int) -> None:
+    """Drop the records of what will be done again."""
+    last = {"train": step} if step else {}
+    if has_ticket(job.run.ticket):
+        last["discover"] = job.config.mask.max_steps
+    elif (found := checkpoint.find(job.run, phase="discover")) is not None:
+        last["discover"] = found[1].step
+    rewind_metrics(job.run.metrics, last)
+
+
+def _say(text: str) -> None:
     if dist.rank() == 0:
-        discovered = {"discover": config.mask.max_steps} if has_ticket(run.ticket) else {}
-        rewind_metrics(run.metrics, discovered | ({"train": step} if found else {}))
-    log = MetricsLog(run, enabled=dist.rank() == 0)
-    ticket = obtain_ticket(job, log)
-    mask = ticket.mask if ticket else None
-    if found is not None and found[1].ticket_id != (ticket.id if ticket else None):
-        raise UserError(
-            f"the ticket at {run.ticket} is not the one that {found[0]} was trained with: bring "
-            "the run's own ticket back or start a new run.name"
-        )
-
-    model = job.fresh_model()
-    if found:
-        checkpoint.load_weights(found[0] / "weights", model)
-    engine = Engine(model, config.train, job.ds_config)
-    engine.arm(mask)
-    if found:
-        checkpoint.load_state(found[0], engine, mask, found[1])
-        if dist.rank() == 0:
-            print(f"resuming after update {step:,} of {config.train.steps:,}", flush=True)
-
-    def save(step: int, val_loss: float | None) -> None:
-        position = checkpoint.Position(
-            step=step,
-            consumed_samples=step * config.train.global_batch_size,
-            ticket_id=ticket.id if ticket else None,
-            dataset_id=job.store.dataset_id,
-            val_loss=val_loss,
-        )
-        checkpoint.save(run, engine, mask, position)
-        dist.on_rank0(lambda: checkpoint.prune(run, config.run.keep_last))
-
-    consumed = step * config.train.global_batch_size
-    with (
-        job.loader("train", config.data.seed, consumed) as loader,
-        Progress("train", "update", config.train.steps, initial=step) as bar,
-    ):
-        train(engine, loader, job.store.split("validation"), config, log, bar, save, step + 1)
-    engine.close()
-    log.close()
-    return dist.on_rank0(lambda: _outcome(job))
+        print(text, flush=True)
 
 
 def _outcome(job: Job) -> Outcome:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from pmp_ds.errors import UserError
 from pmp_ds.run_dir import RunDir, make_private
 from pmp_ds.ticket.mask import ParamMask
-from pmp_ds.train import checkpoint, theta0
+from pmp_ds.train import checkpoint, theta0, weight_files
 from pmp_ds.train.run_facts import load_config, read_data
 
 
@@ -39,13 +39,13 @@ def of_init(run: RunDir, folder: Path) -> PlainWeights:
         model = model.bfloat16()
     make_private(folder)
     parameters = ((name, param.detach()) for name, param in model.named_parameters())
-    checkpoint.save_weights(parameters, model.config, folder)
+    weight_files.save_weights(parameters, model.config, folder)
     return PlainWeights(folder, 0, None)
 
 
 def complement_changes(weights: PlainWeights, initial: PreTrainedModel, mask: ParamMask) -> int:
     """How many elements outside the ticket differ from theta(0): 0, or masking is broken."""
-    stored = checkpoint.read_weights(weights.folder)
+    stored = weight_files.read_weights(weights.folder)
     changed = 0
     for name, param in initial.named_parameters():
         now = stored(name)

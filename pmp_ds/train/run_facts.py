@@ -44,7 +44,7 @@ class DataFacts:
 def claim(run: RunDir, config: Config, store: Store) -> None:
     """Make ``run`` this configuration's folder, or check that it is. Rank 0 alone calls it.
 
-    Raises UserError that lists what differs; run.* and the path of the store may.
+    Raises UserError that lists what differs; run.*, guard.* and the path of the store may.
     """
     data = DataFacts.of(store)
     if run.config.exists():
@@ -79,7 +79,7 @@ def _write(run: RunDir, config: Config, data: DataFacts, store: Store) -> None:
 
 def _differences(saved: dict[str, Any], given: dict[str, Any]) -> Iterator[str]:
     for section, fields in given.items():
-        if section == "run":
+        if section in ("run", "guard"):
             continue
         for name, value in fields.items():
             if (section, name) != ("data", "store") and saved[section][name] != value:

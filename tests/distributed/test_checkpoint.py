@@ -22,7 +22,7 @@ from pmp_ds.model.parameters import parameter_table
 from pmp_ds.optim.schedule import learning_rate
 from pmp_ds.run_dir import RunDir
 from pmp_ds.ticket.mask import ParamMask
-from pmp_ds.train import checkpoint
+from pmp_ds.train import checkpoint, weight_files
 from pmp_ds.train.checkpoint import Position
 from pmp_ds.train.discover import random_ticket
 from pmp_ds.train.engine import Engine
@@ -64,7 +64,7 @@ def segment(
     model, done = tiny.model(), 0
     found = checkpoint.find(run) if resume else None
     if found:
-        checkpoint.load_weights(found[0] / "weights", model)
+        weight_files.load_weights(found[0] / "weights", model)
         done = found[1].step
     engine = Engine(model, config, json)
     engine.arm(mask)
@@ -131,9 +131,7 @@ def quick(cases: list[Any], chosen: Collection[Any]) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(
-    ("world_size", "stage", "precision", "masked"), quick(SAME_SHAPE, QUICK)
-)
+@pytest.mark.parametrize(("world_size", "stage", "precision", "masked"), quick(SAME_SHAPE, QUICK))
 def test_same_shape_to_the_bit(part, world_size, stage, precision, masked):
     """In bf16 as well: the fp32 master weights come back, not the rounded ones."""
     straight = part(world_size, stage, precision, masked, save=[4])
@@ -210,7 +208,7 @@ def newest(run: RunDir) -> Path:
 
 def test_private_whatever_the_umask(written):
     paths = [written / "private", *(written / "private").rglob("*")]
-    assert len([path for path in paths if path.is_file()]) == 3 * 5
+    assert len([path for path in paths if path.is_file()]) == 3 * 5 + 1
     for path in paths:
         wanted = 0o700 if path.is_dir() else 0o600
         assert stat.S_IMODE(path.stat().st_mode) == wanted, f"{path} is {path.stat().st_mode:o}"
@@ -223,14 +221,15 @@ def test_no_file_is_a_program(written):
             data = path.read_bytes()
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             assert header, path
-        elif path.is_file():
+        elif path.is_file() and path.name != "latest":
             assert path.suffix == ".json", path
             json.loads(path.read_text())
 
 
 def test_nothing_is_left_of_writing(written):
     names = {path.name for path in (written / "private" / "checkpoints").iterdir()}
-    assert names == {f"update-0000000{step}" for step in (1, 2, 3)}
+    assert names == {f"update-0000000{step}" for step in (1, 2, 3)} | {"latest"}
+    assert (written / "private/checkpoints/latest").read_text() == "update-00000003\n"
     assert not list(written.rglob("*incomplete*"))
 
 
@@ -292,6 +291,15 @@ def edit(**changes: Any) -> Callable[[Path], None]:
     return damage
 
 
+def swap(other: str) -> Callable[[Path], None]:
+    """Another checkpoint's content."""
+
+    def damage(folder: Path) -> None:
+        shutil.copytree(folder.with_name(other), folder, dirs_exist_ok=True)
+
+    return damage
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "weights": (flip("weights/model.safetensors"), "weights/model.safetensors"),
     "config": (flip("weights/config.json", 40), "weights/config.json"),
@@ -309,6 +317,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "files missing": (edit(files=None), "manifest.json"),
     "files a list": (edit(files=["a"]), "manifest.json"),
     "other format": (edit(format_version=99), "format"),
+    "position flipped": (edit(consumed_samples=4), "manifest.json"),
+    "under another name": (swap("update-00000002"), "it holds update-00000002"),
 }
 
 
@@ -348,9 +358,9 @@ def test_unfinished_ones_do_not_count(run):
 
 @pytest.mark.parametrize(("keep", "left"), [(1, [3]), (2, [2, 3]), (3, [1, 2, 3]), (9, [1, 2, 3])])
 def test_prune_keeps_the_newest(run, keep, left):
-    checkpoint.prune(run, keep)
+    checkpoint.prune(run, "train", keep)
     names = sorted(path.name for path in run.checkpoints.iterdir())
-    assert names == [f"update-{step:08d}" for step in left]
+    assert names == ["latest", *(f"update-{step:08d}" for step in left)]
 
 
 def test_goes_on_from_the_one_before_and_replaces_the_damaged_one(ranks2, run, written):
@@ -370,15 +380,15 @@ def test_goes_on_from_the_one_before_and_replaces_the_damaged_one(ranks2, run, w
 @pytest.mark.parametrize("config", [tiny.LLAMA, tiny.GPT2], ids=["llama", "gpt2"])
 def test_weights_are_a_hugging_face_folder(tmp_path, monkeypatch, shard_bytes, config):
     """One file or many: read by us and by transformers, bit for bit."""
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(weight_files, "SHARD_BYTES", shard_bytes)
     model = tiny.model(config).bfloat16()
     parameters = [(name, param.detach()) for name, param in model.named_parameters()]
-    checkpoint.save_weights(iter(parameters), model.config, tmp_path)
+    weight_files.save_weights(iter(parameters), model.config, tmp_path)
     files = sorted(tmp_path.glob("*.safetensors"))
     most = {1: len(parameters), 2 << 30: 1}
     assert len(files) == most.get(shard_bytes, len(files)) > 0
     loaded = tiny.model(config, key=b"x" * 32).bfloat16()
-    checkpoint.load_weights(tmp_path, loaded)
+    weight_files.load_weights(tmp_path, loaded)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     for name, param in parameters:
         assert torch.equal(loaded.get_parameter(name), param), name

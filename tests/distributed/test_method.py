@@ -12,7 +12,7 @@ from pmp_ds.config import Config, MaskConfig, Precision, TrainConfig
 from pmp_ds.model.parameters import num_params, parameter_table
 from pmp_ds.optim.schedule import learning_rate
 from pmp_ds.ticket.ticket import exact_k
-from pmp_ds.train.discover import discover
+from pmp_ds.train.discover import Discovery
 from pmp_ds.train.engine import Engine
 from tests.helpers import reference, tiny
 
@@ -37,7 +37,10 @@ def run_method(stage: int, precision: Precision) -> dict[str, Any] | None:
 
     engine = Engine(tiny.model(), config.train, ds_json)
     loader: Any = tiny.RepeatedLoader(MICRO, repeats)
-    ticket = discover(engine, loader, config, table, lambda step, loss, iou: trace.append(iou))
+    discovery = Discovery(engine, config, table)
+    while not discovery.over:
+        trace.append(discovery.update(loader.next())[1])
+    ticket = discovery.ticket()
     engine.close()
 
     engine = Engine(tiny.model(), config.train, ds_json)

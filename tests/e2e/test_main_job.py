@@ -18,8 +18,8 @@ from pmp_ds.model.parameters import parameter_table
 from pmp_ds.run_dir import RunDir
 from pmp_ds.ticket.ticket import Ticket, load_ticket
 from pmp_ds.train import theta0
-from pmp_ds.train.checkpoint import read_weights
 from pmp_ds.train.run_facts import load_config, read_data
+from pmp_ds.train.weight_files import read_weights
 from tests.e2e.conftest import MainRun
 from tests.helpers.commands import error_of, files_of, ok, run
 from tests.helpers.workplace import BLOCK, STEPS

@@ -1,6 +1,6 @@
 import pytest
 
-from pmp_ds.errors import UserError, exit_code
+from pmp_ds.errors import LostRankError, Stopped, UserError, exit_code
 
 
 def raising(error: BaseException):
@@ -37,9 +37,21 @@ def test_interrupt(capsys):
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("x"), AssertionError("x")])
-def test_our_own_mistakes_keep_their_traceback(error):
-    with pytest.raises(type(error)):
-        exit_code(raising(error))
+def test_our_own_mistakes_keep_their_traceback(capsys, error):
+    assert exit_code(raising(error)) == 70
+    assert capsys.readouterr().err.startswith("Traceback")
+
+
+def test_asked_to_stop(monkeypatch, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+    assert exit_code(raising(Stopped("SIGTERM: saved after update 7"))) == 75
+    assert capsys.readouterr().err == "stopped: SIGTERM: saved after update 7\n"
+
+
+def test_fault_is_told_by_every_rank(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "3")
+    assert exit_code(raising(LostRankError("another rank is gone"))) == 70
+    assert capsys.readouterr().err == "fault: rank 3: another rank is gone\n"
 
 
 def test_user_error_is_a_value_error():

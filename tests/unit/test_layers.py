@@ -14,7 +14,7 @@ REPO = Path(__file__).resolve().parents[2]
 # A name is a module or package directly below pmp_ds, with everything inside it.
 ROWS = (
     ("errors",),
-    ("config", "run_dir", "dist", "progress"),
+    ("config", "run_dir", "dist", "progress", "restarts"),
     ("data", "model", "ticket", "log", "cli"),
     ("optim",),
     ("train",),

@@ -1,0 +1,70 @@
+"""A rank that restarts after a fault: its process starts the real one and watches it.
+
+Each rank does so for itself, on any number of nodes and under any launcher. When one rank dies the
+others notice within seconds and end as well, and all of them meet again at the next port.
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from pmp_ds.errors import EXIT_MISTAKE, EXIT_REQUEUE
+
+CHILD = "PMP_RESTARTS_CHILD"
+"""Environment variable that tells the real process from the one that watches it."""
+
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_FINAL = (0, EXIT_MISTAKE, EXIT_REQUEUE)
+
+
+def is_child() -> bool:
+    """Whether this is the real process; it then ends with the one that watches it."""
+    if CHILD in os.environ:
+        _die_with_parent()
+    return CHILD in os.environ
+
+
+def run_with_restarts(command: Sequence[str], restarts: int) -> int:
+    """Run ``command`` until it is done, made a mistake or was asked to stop; after any other end
+    again, at most ``restarts`` times. Returns its last exit code, 128 + n after signal n."""
+    asked = False
+    child: subprocess.Popen[bytes] | None = None
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        if child is not None:
+            child.send_signal(number)
+
+    for number in _FORWARDED:
+        signal.signal(number, forward)
+    first_port = int(os.environ.get("MASTER_PORT", "29500"))
+    code = 0
+    for attempt in range(restarts + 1):
+        # Another port each time: whoever is still in the last attempt must not be met.
+        port = {"MASTER_PORT": str(first_port + attempt)} if "RANK" in os.environ else {}
+        child = subprocess.Popen(command, env={**os.environ, **port, CHILD: "1"})
+        code = child.wait()
+        if code in _FINAL or asked or attempt == restarts:
+            break
+        print(
+            f"restart {attempt + 1} of {restarts}: rank {os.environ.get('RANK', '0')} ended with "
+            f"{_describe(code)}",
+            file=sys.stderr,
+            flush=True,
+        )
+    return code if code >= 0 else 128 - code
+
+
+def _describe(code: int) -> str:
+    return f"code {code}" if code >= 0 else signal.Signals(-code).name
+
+
+def _die_with_parent() -> None:
+    """A killed watcher leaves no rank behind (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

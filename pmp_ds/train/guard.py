@@ -1,0 +1,168 @@
+"""Looks at every update for what should not be, and does what the settings say (GuardConfig).
+
+`skip` drops the batch: no weight, moment or step counter changes, the data and the schedule go on.
+`stop` ends the run; where the state is still good, it is saved first.
+"""
+
+import math
+import sys
+
+from pmp_ds import dist
+from pmp_ds.config import GuardConfig
+from pmp_ds.errors import UserError
+from pmp_ds.log import MetricsLog
+from pmp_ds.optim.drift import DriftProbe
+from pmp_ds.train.engine import Engine
+from pmp_ds.train.stop import StopRequest
+
+_DECAY, _WARM_UP = 0.98, 50  # of the running loss, and updates before it is believed
+_STRAGGLER_UPDATES = 20
+_INTACT = "the last checkpoint is intact"
+
+
+class BadUpdateError(UserError):
+    """An update that must not be applied; the state before it is good and can be saved."""
+
+
+class Guard:
+    """Of an armed engine. ``memory``: what an earlier guard of this run remembered."""
+
+    def __init__(
+        self,
+        config: GuardConfig,
+        engine: Engine,
+        log: MetricsLog,
+        stop: StopRequest,
+        channel: dist.SideChannel,
+        memory: dict[str, float],
+    ) -> None:
+        self._config, self._engine, self._log = config, engine, log
+        self._stop, self._channel = stop, channel
+        self._probe = DriftProbe(engine.shards, engine.optimizer)
+        self._norm: tuple[int, object] | None = None  # of the newest update, not looked at yet
+        self._seconds: list[float] = []
+        self.memory = {"count": 0.0, "mean": 0.0, "var": 0.0, "skipped": 0.0} | memory
+
+    def compare_tickets(self, ticket_id: str | None) -> None:
+        """Every rank reads the ticket for itself. Raises UserError when they read different ones.
+        Collective."""
+        ids = self._channel.all_gather(ticket_id)
+        other = [rank for rank, found in enumerate(ids) if found != ids[0]]
+        if other:
+            raise UserError(
+                f"rank {', '.join(map(str, other))} has another ticket than rank 0: run.root must "
+                "be one folder that all nodes share, with the same files on each"
+            )
+
+    def admits(self, step: int, loss: float) -> bool:
+        """Whether update ``step`` is to be applied, given the mean loss over all ranks of its
+        batch; called between backward and step. Collective. Raises BadUpdateError, and UserError
+        when an earlier update was already spoilt."""
+        self.settle()
+        problem, policy, way_out = self._problem(loss)
+        if problem is None:
+            self._learn(loss)
+            return True
+        text = f"update {step}: {problem}"
+        if policy == "stop":
+            raise BadUpdateError(f"{text}. {way_out}")
+        if policy == "skip":
+            self.memory["skipped"] += 1
+            self._log.write("train", step, skipped=self.memory["skipped"])
+        _say(f"{text}{'; the batch is skipped' if policy == 'skip' else ''}")
+        return policy != "skip"
+
+    def _problem(self, loss: float) -> tuple[str | None, str, str]:
+        config = self._config
+        if not math.isfinite(loss):
+            return f"the loss is {loss}", config.nonfinite, _WAY_OUT_NONFINITE
+        if config.nonfinite == "skip" and not self._engine.gradients_are_finite():
+            return "a gradient is not finite", config.nonfinite, _WAY_OUT_NONFINITE
+        mean, sigma = self.memory["mean"], math.sqrt(self.memory["var"])
+        if (
+            config.spike != "ignore"
+            and self.memory["count"] >= _WARM_UP
+            and loss > mean + config.spike_sigmas * sigma
+        ):
+            problem = (
+                f"the loss {loss:.4f} is {(loss - mean) / max(sigma, 1e-12):.1f} running standard "
+                f"deviations above its running mean {mean:.4f}"
+            )
+            return problem, config.spike, _WAY_OUT_SPIKE
+        return None, "", ""
+
+    def _learn(self, loss: float) -> None:
+        memory = self.memory
+        new = 1.0 - _DECAY if memory["count"] >= 1.0 / (1.0 - _DECAY) else 1 / (memory["count"] + 1)
+        delta = loss - memory["mean"]
+        memory["mean"] += new * delta
+        memory["var"] = (1.0 - new) * (memory["var"] + new * delta * delta)
+        memory["count"] += 1
+
+    def applied(self, step: int, norm: object, compute_seconds: float) -> None:
+        """Update ``step`` was applied with this gradient norm (a number, or a tensor that is not
+        waited for yet); ``compute_seconds`` of this rank for itself. Collective."""
+        self._norm = step, norm
+        self._seconds.append(compute_seconds)
+        if len(self._seconds) == _STRAGGLER_UPDATES:
+            self._look_for_straggler(step)
+            self._seconds.clear()
+        if step % self._config.drift_every == 0:
+            self.check_drift(step)
+
+    def settle(self) -> None:
+        """Look at the newest gradient norm. Raises UserError when that update spoilt the weights;
+        so call it before saving them."""
+        if self._norm is None:
+            return
+        step, norm = self._norm
+        self._norm = None
+        if not math.isfinite(float(norm)) and not self._engine.overflow_is_normal:  # type: ignore[arg-type]
+            raise UserError(
+                f"update {step}: the gradient norm is {float(norm)}; {_INTACT}. "  # type: ignore[arg-type]
+                f"{_WAY_OUT_NONFINITE}"
+            )
+
+    def check_drift(self, step: int) -> None:
+        """Raises UserError when frozen elements or the mask in memory changed. Collective."""
+        if self._config.drift == "ignore":
+            return
+        mine = [float(self._probe.changed()), float(not self._probe.mask_is_intact())]
+        changed = self._channel.all_gather_numbers(mine)
+        bad = changed.sum(dim=1).nonzero().view(-1).tolist()
+        if bad:
+            what = "the mask" if changed[:, 1].any() else "frozen elements"
+            raise UserError(
+                f"update {step}: {what} changed in the memory of rank {', '.join(map(str, bad))}; "
+                f"{_INTACT}. Run the same command again; if it comes back, suspect that machine"
+            )
+
+    def _look_for_straggler(self, step: int) -> None:
+        seconds = self._channel.all_gather_numbers([sum(self._seconds)]).view(-1)
+        if self._config.straggler == "ignore" or len(seconds) == 1:
+            return
+        slowest = int(seconds.argmax())
+        others = [float(value) for rank, value in enumerate(seconds) if rank != slowest]
+        usual = sorted(others)[len(others) // 2]
+        if float(seconds[slowest]) <= self._config.straggler_factor * usual:
+            return
+        text = (
+            f"rank {slowest} takes {float(seconds[slowest]) / usual:.1f} times as long as the "
+            f"others ({float(seconds[slowest]) / _STRAGGLER_UPDATES:.3f} s per update for itself)"
+        )
+        _say(f"update {step}: {text}")
+        if self._config.straggler == "stop":
+            self._stop.ask(text)
+
+
+_WAY_OUT_NONFINITE = (
+    "Lower train.lr, lengthen train.warmup_steps, or drop such batches with guard.nonfinite=skip"
+)
+_WAY_OUT_SPIKE = (
+    "Look at the data there, raise guard.spike_sigmas, or drop such batches with guard.spike=skip"
+)
+
+
+def _say(text: str) -> None:
+    if dist.rank() == 0:
+        print(f"warning: {text}", file=sys.stderr, flush=True)

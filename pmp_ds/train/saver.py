@@ -1,0 +1,107 @@
+"""Writes checkpoints while training goes on, one at a time.
+
+Training waits only for the copy to CPU memory; a thread writes, hashes and renames, and talks to
+those of the other ranks over a process group of its own.
+"""
+
+import sys
+import threading
+import time
+from typing import Any
+
+from pmp_ds import dist
+from pmp_ds.config import Config
+from pmp_ds.log import MetricsLog
+from pmp_ds.run_dir import RunDir
+from pmp_ds.ticket.mask import ParamMask
+from pmp_ds.train import checkpoint
+from pmp_ds.train.checkpoint import NotWrittenError, Position, Snapshot, Tensors
+from pmp_ds.train.engine import Engine
+
+
+class Saver:
+    """Of one run; collective like the engine."""
+
+    def __init__(self, run: RunDir, config: Config, log: MetricsLog) -> None:
+        self._run, self._config, self._log = run, config, log
+        self._channel = dist.SideChannel() if config.run.async_save else None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._under_way: tuple[Position, float] | None = None
+        self._write_seconds = 0.0
+        self.newest: str | None = None
+        """Name of the last checkpoint asked for."""
+
+    def save(
+        self,
+        engine: Engine,
+        mask: ParamMask | None,
+        position: Position,
+        *,
+        more: Tensors | None = None,
+        masks: Tensors | None = None,
+        must: bool = False,
+    ) -> float:
+        """Take a checkpoint and let it be written. Returns the seconds that training waited.
+
+        With ``must`` it is on disk on return, or NotWrittenError is raised; else one that cannot
+        be written is a warning or an error, as guard.disk says, when ``wait`` is next called.
+        """
+        start = time.perf_counter()
+        self.wait()
+        background = self._channel is not None
+        snapshot = checkpoint.take(
+            engine, mask, position, copy=background, more=more or {}, masks=masks or {}
+        )
+        self.newest = position.name
+        if background:
+            self._thread = threading.Thread(target=self._write, args=(snapshot,), name="saver")
+            self._thread.start()
+            if must:
+                self._thread.join()
+        else:
+            self._write(snapshot)
+        stall = time.perf_counter() - start
+        self._under_way = position, stall
+        if must or not background:
+            self.wait(must=must)
+        return stall
+
+    def wait(self, *, must: bool = False) -> None:
+        """Until nothing is being written; what went wrong is raised or told here."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        done, self._under_way = self._under_way, None
+        if error is None and done is not None:
+            position, stall = done
+            self._log.sync()
+            self._log.write(
+                position.phase, position.step, save_stall_seconds=stall,
+                save_seconds=self._write_seconds,
+            )  # fmt: skip
+        if isinstance(error, NotWrittenError) and not must and self._config.guard.disk == "warn":
+            if dist.rank() == 0:
+                print(f"warning: {error}. Training goes on", file=sys.stderr, flush=True)
+        elif error is not None:
+            raise error
+
+    def close(self) -> None:
+        """Let what is being written end; what went wrong with it is told, not raised."""
+        try:
+            self.wait()
+        except Exception as error:  # noqa: BLE001 - the run ends, or has failed already
+            print(f"warning: the last checkpoint: {error}", file=sys.stderr, flush=True)
+
+    def _write(self, snapshot: Snapshot) -> None:
+        start = time.perf_counter()
+        gather: Any = self._channel.all_gather if self._channel else dist.all_gather_object
+        try:
+            checkpoint.write(self._run, snapshot, gather)
+            if dist.rank() == 0:
+                run = self._config.run
+                checkpoint.prune(self._run, snapshot.position.phase, run.keep_last, run.keep_every)
+        except BaseException as error:  # noqa: BLE001 - raised by wait()
+            self._error = error
+        self._write_seconds = time.perf_counter() - start

@@ -1,0 +1,84 @@
+"""Asked to stop: by a signal, by the clock, or by the guard. All ranks stop after the same update.
+
+A scheduler sends SIGTERM (or SLURM's SIGUSR1, or a person Ctrl-C's SIGINT) and waits; the run
+finishes its update, saves and exits with code 75. Who signals again, cannot wait: the process ends
+at once, and the last complete checkpoint is what the next start finds.
+"""
+
+import os
+import signal
+import sys
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+from pmp_ds import dist
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+REPEAT_SECONDS = 1.0
+"""Launchers send two signals at once; only one that comes later than this is a second request."""
+
+
+class StopRequest:
+    """A context: within it, signals ask instead of kill.
+
+    ``seconds``: time until the run has to be over, counted from ``started`` (monotonic seconds).
+    """
+
+    def __init__(self, seconds: float, started: float, channel: dist.SideChannel) -> None:
+        self._limit, self._deadline = seconds, started + seconds
+        self._channel = channel
+        self._reason: str | None = None
+        self._asked_at = 0.0
+        self._longest_update = self._longest_save = 0.0
+        self._last = time.monotonic()
+        self._handlers: list[tuple[signal.Signals, Any]] = []
+
+    def ask(self, reason: str) -> None:
+        """Stop after this update, on all ranks."""
+        self._reason = self._reason or reason
+
+    def saved(self, seconds: float) -> None:
+        """A checkpoint took so long: the time limit leaves room for another."""
+        self._longest_save = max(self._longest_save, seconds)
+        self._last = time.monotonic()
+
+    def agreed(self) -> str | None:
+        """Called by every rank after every update: why to stop now, the same on all ranks."""
+        now = time.monotonic()
+        self._longest_update = max(self._longest_update, now - self._last)
+        self._last = now
+        if now + 2 * (self._longest_update + self._longest_save) > self._deadline:
+            self.ask(f"run.max_time={self._limit:g} s is nearly over")
+        asking = self._channel.all_gather_numbers([float(self._reason is not None)])
+        if not asking.any():
+            return None
+        reasons = self._channel.all_gather(self._reason)
+        return next(reason for reason in reasons if reason is not None)
+
+    def __enter__(self) -> "StopRequest":
+        for number in SIGNALS:
+            self._handlers.append((number, signal.signal(number, self._on_signal)))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._handlers:
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._asked_at and now - self._asked_at > REPEAT_SECONDS:
+            os.write(2, b"asked again: ending at once; the last complete checkpoint is intact\n")
+            os._exit(128 + number)
+        if not self._asked_at:
+            self._asked_at = now
+            name = signal.Signals(number).name
+            self.ask(name)
+            if os.environ.get("RANK", "0") == "0":
+                text = f"{name}: saving after this update; signal again to end at once\n"
+                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())

@@ -1,0 +1,86 @@
+"""Whole parameters as private safetensors files beside a config.json."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import PretrainedConfig, PreTrainedModel
+
+from pmp_ds import dist
+from pmp_ds.run_dir import write_json
+
+INDEX_FILE = "model.safetensors.index.json"
+SHARD_BYTES = 2 << 30
+
+
+def save_weights(
+    parameters: Iterable[tuple[str, torch.Tensor]], hf_config: PretrainedConfig, folder: Path
+) -> None:
+    """Write whole parameters as Hugging Face safetensors, with at most one file's share in memory.
+    Every rank consumes ``parameters`` to the end, also when rank 0, which writes, fails."""
+    rest = iter(parameters)
+    try:
+        if dist.rank() == 0:
+            _write_shards(rest, hf_config, folder)
+    finally:
+        for _ in rest:  # it may be collective
+            pass
+
+
+def _write_shards(
+    parameters: Iterator[tuple[str, torch.Tensor]], hf_config: PretrainedConfig, folder: Path
+) -> None:
+    shards: list[list[str]] = []
+    pending: dict[str, torch.Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        save_tensors(pending, folder / f"part-{len(shards)}")
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, tensor in parameters:
+        if pending and size + tensor.nbytes > SHARD_BYTES:
+            flush()
+            size = 0
+        pending[name] = tensor
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    flush()
+    count = len(shards)
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(shards):
+        part = "" if count == 1 else f"-{i + 1:05d}-of-{count:05d}"
+        file = f"model{part}.safetensors"
+        os.replace(folder / f"part-{i}", folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    if count > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / INDEX_FILE, index, private=True)
+    write_json(folder / "config.json", hf_config.to_dict(), private=True)
+
+
+def read_weights(folder: Path) -> Callable[[str], torch.Tensor]:
+    """A function from a parameter's name to its tensor in a ``weights/`` folder."""
+    files = [safe_open(path, "pt") for path in sorted(folder.glob("*.safetensors"))]
+    where = {key: file for file in files for key in file.keys()}  # noqa: SIM118 - not a dict
+    return lambda name: where[name].get_tensor(name)
+
+
+@torch.no_grad()
+def load_weights(folder: Path, model: PreTrainedModel) -> None:
+    """Fill a model's parameters from a ``weights/`` folder, cast to the model's dtype."""
+    stored = read_weights(folder)
+    for name, param in model.named_parameters():
+        param.copy_(stored(name))
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """safetensors, 0600 from the first byte, fsynced."""
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
+    save_file(tensors, path)
+    path.chmod(0o600)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
