@@ -40,6 +40,7 @@ FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 MASKS_FILE = "state/masks.safetensors"
 LATEST = "latest"
+_SPARE_BYTES = 1 << 20  # for headers, configuration and manifest
 Phase = Literal["discover", "train"]
 _NAMES: dict[Phase, str] = {"discover": "discover", "train": "update"}
 
@@ -76,6 +77,7 @@ class Snapshot:
     weights: Iterable[tuple[str, torch.Tensor]]
     state: Tensors | None  # None: another rank writes the same
     masks: Tensors
+    num_bytes: int  # that this rank will write
 
 
 class NotWrittenError(UserError):
@@ -95,7 +97,12 @@ def take(
     if dist.rank() == 0 or not engine.shards.replicated:
         state = engine.local_state(mask) | more
     full = Position(**vars(position) | {"counters": engine.counters()})
-    return Snapshot(full, engine.hf_config, list(weights) if copy else weights, state, masks)
+    num_bytes = sum(tensor.nbytes for tensor in (state or {}).values())
+    if dist.rank() == 0:
+        num_bytes += engine.weight_bytes + sum(bits.nbytes for bits in masks.values())
+    if copy:
+        weights = list(weights)
+    return Snapshot(full, engine.hf_config, weights, state, masks, num_bytes)
 
 
 def write(run: RunDir, snapshot: Snapshot, gather: Gather = dist.all_gather_object) -> None:
@@ -107,7 +114,8 @@ def write(run: RunDir, snapshot: Snapshot, gather: Gather = dist.all_gather_obje
     folder = final.with_name(final.name + ".incomplete")
     rank0 = dist.rank() == 0
     try:
-        _together(gather, lambda: _create(folder) if rank0 else None)
+        total = sum(gather(snapshot.num_bytes))
+        _together(gather, lambda: _create(folder, total) if rank0 else None)
         parts = _together(gather, lambda: _write_part(folder, snapshot))
         files = {name: digest for part in parts for name, digest in part.items()}
         _together(gather, lambda: _publish(folder, final, snapshot, files) if rank0 else None)
@@ -140,8 +148,12 @@ def _together(gather: Gather, action: Callable[[], T]) -> list[T]:
     return [value for value, _ in outcomes]
 
 
-def _create(folder: Path) -> None:
+def _create(folder: Path, num_bytes: int) -> None:
+    """Raises OSError before a byte is written when the disk has no room for all of them."""
     shutil.rmtree(folder, ignore_errors=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < num_bytes + _SPARE_BYTES:
+        raise OSError(f"it needs {num_bytes / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free")
     for part in (folder, folder / "weights", folder / "state"):
         make_private(part)
 

@@ -168,6 +168,14 @@ class Engine:
                 whole = param.detach().cpu().clone() if dist.rank() == 0 else torch.empty(0)
             yield name, whole
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of ``parameters``, on rank 0."""
+        return sum(
+            getattr(param, "ds_numel", param.numel()) * param.element_size()
+            for param in self._engine.module.parameters()
+        )
+
     def local_state(self, mask: ParamMask | None) -> dict[str, torch.Tensor]:
         """This rank's optimizer state in logical form, on CPU."""
         return collect(self.optimizer, self.shards, mask, master=self._sixteen_bit)

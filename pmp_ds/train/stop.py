@@ -2,15 +2,20 @@
 
 A scheduler sends SIGTERM (or SLURM's SIGUSR1, or a person Ctrl-C's SIGINT) and waits; the run
 finishes its update, saves and exits with code 75. Who signals again, cannot wait: the process ends
-at once, and the last complete checkpoint is what the next start finds.
+at once, and the last complete checkpoint is what the next start finds. A launcher that is gone
+counts as a signal: `deepspeed` on one node dies of SIGTERM and leaves its ranks to themselves.
 """
 
+import contextlib
 import os
 import signal
 import sys
 import time
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
+
+import psutil
 
 from pmp_ds import dist
 
@@ -32,6 +37,7 @@ class StopRequest:
         self._asked_at = 0.0
         self._longest_update = self._longest_save = 0.0
         self._last = time.monotonic()
+        self._launchers = [p for p in psutil.Process().parents() if _is_launcher(p)]
         self._handlers: list[tuple[signal.Signals, Any]] = []
 
     def ask(self, reason: str) -> None:
@@ -48,6 +54,8 @@ class StopRequest:
         now = time.monotonic()
         self._longest_update = max(self._longest_update, now - self._last)
         self._last = now
+        if not all(process.is_running() for process in self._launchers):
+            self.ask("the launcher is gone")
         if now + 2 * (self._longest_update + self._longest_save) > self._deadline:
             self.ask(f"run.max_time={self._limit:g} s is nearly over")
         asking = self._channel.all_gather_numbers([float(self._reason is not None)])
@@ -82,3 +90,13 @@ class StopRequest:
             if os.environ.get("RANK", "0") == "0":
                 text = f"{name}: saving after this update; signal again to end at once\n"
                 os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
+
+
+def _is_launcher(process: psutil.Process) -> bool:
+    """The `deepspeed` command, or what it starts on every node."""
+    with contextlib.suppress(psutil.Error):
+        command = process.cmdline()
+        return "deepspeed.launcher.launch" in command or any(
+            Path(word).name == "deepspeed" for word in command[:2]
+        )
+    return False
