@@ -15,44 +15,60 @@ from pmp_ds.ticket.mask import ParamMask
 
 MASTER = "master"
 
+Collected = Callable[[], dict[str, torch.Tensor]]
 # (kind, parameter, first kept element, count) -> (count,) fp32
 Read = Callable[[str, str, int, int], torch.Tensor]
 
 
-def _spans(
-    shards: ZeroShards, mask: ParamMask | None
-) -> Iterator[tuple[Fragment, int, slice, torch.Tensor]]:
-    """Per fragment: itself, its first kept element's number in the parameter, its span in the
-    flat's compact tensors, and (num_kept,) int64 positions of its kept elements in the flat."""
+def _spans(shards: ZeroShards, mask: ParamMask | None) -> Iterator[tuple[Fragment, int, slice]]:
+    """Per fragment: itself, its first kept element's number in the parameter, and its span in the
+    flat's compact tensors."""
     done = [0] * len(shards.flats)
     for f in shards.fragments:
-        if mask is None:
-            first, kept = f.start, torch.arange(f.numel)
-            span = slice(f.flat_start, f.flat_start + f.numel)  # nothing is left out, nor padding
+        if mask is None:  # nothing is left out, nor padding
+            yield f, f.start, slice(f.flat_start, f.flat_start + f.numel)
         else:
             first = mask.num_kept_before(f.name, f.start)
-            kept = mask.fragment(f.name, f.start, f.numel).nonzero().view(-1)
-            span = slice(done[f.flat], done[f.flat] + kept.numel())
-            done[f.flat] = span.stop
-        yield f, first, span, kept + f.flat_start
+            count = mask.num_kept_before(f.name, f.start + f.numel) - first
+            done[f.flat] += count
+            yield f, first, slice(done[f.flat] - count, done[f.flat])
+
+
+def _kept(f: Fragment, mask: ParamMask | None) -> torch.Tensor:
+    """(numel,) bool, on CPU."""
+    if mask is None:
+        return torch.ones(f.numel, dtype=torch.bool)
+    return mask.fragment(f.name, f.start, f.numel)
 
 
 def collect(
     optimizer: MaskedOptimizer, shards: ZeroShards, mask: ParamMask | None, *, master: bool
-) -> dict[str, torch.Tensor]:
-    """This rank's state on CPU, by `KIND/PARAMETER/FIRST`, (count,) fp32 each."""
-    tensors = {}
-    for f, first, span, positions in _spans(shards, mask):
-        flat = shards.flats[f.flat]
-        state = optimizer.state[flat]
-        for kind in optimizer.moments:
-            tensors[f"{kind}/{f.name}/{first}"] = state[kind][span].cpu().clone()
-        if optimizer.compact_master:
-            tensors[f"{MASTER}/{f.name}/{first}"] = state[MASTER][span].cpu().clone()
-        elif master:
-            values = flat.detach().view(-1)[positions.to(flat.device)]
-            tensors[f"{MASTER}/{f.name}/{first}"] = values.cpu()
-    return tensors
+) -> Collected:
+    """Copy this rank's state to CPU memory, and return what puts it into logical form, in any
+    thread: by `KIND/PARAMETER/FIRST`, (count,) fp32 each."""
+    kinds = optimizer.moments + (MASTER,) * optimizer.compact_master
+    compact = [
+        {kind: _copy(optimizer.state[flat][kind]) for kind in kinds} for flat in shards.flats
+    ]
+    dense = [
+        _copy(flat) if master and not optimizer.compact_master else None for flat in shards.flats
+    ]
+
+    def in_logical_form() -> dict[str, torch.Tensor]:
+        tensors = {}
+        for f, first, span in _spans(shards, mask):
+            for kind, values in compact[f.flat].items():
+                tensors[f"{kind}/{f.name}/{first}"] = values[span].clone()
+            if (master_of := dense[f.flat]) is not None:
+                whole = master_of[f.flat_start : f.flat_start + f.numel]
+                tensors[f"{MASTER}/{f.name}/{first}"] = whole[_kept(f, mask)]
+        return tensors
+
+    return in_logical_form
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().view(-1).to("cpu", copy=True)
 
 
 @torch.no_grad()
@@ -66,13 +82,14 @@ def restore(
     master: bool,
 ) -> None:
     """Fill this rank's share of an armed optimizer through ``read``."""
-    for f, first, span, positions in _spans(shards, mask):
+    for f, first, span in _spans(shards, mask):
         flat, count = shards.flats[f.flat], span.stop - span.start
         state = optimizer.state[flat]
         for kind in optimizer.moments + (MASTER,) * optimizer.compact_master:
             state[kind][span] = read(kind, f.name, first, count).to(flat.device)
         if master and not optimizer.compact_master:
             values = read(MASTER, f.name, first, count).to(flat.device)
-            flat.view(-1)[positions.to(flat.device)] = values
+            whole = flat.view(-1)[f.flat_start : f.flat_start + f.numel]
+            whole[_kept(f, mask).to(flat.device)] = values
     for state in optimizer.state.values():
         state["step"] = torch.full_like(state["step"], float(step))

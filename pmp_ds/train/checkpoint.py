@@ -75,7 +75,8 @@ class Snapshot:
     position: Position
     hf_config: PretrainedConfig
     weights: Iterable[tuple[str, torch.Tensor]]
-    state: Tensors | None  # None: another rank writes the same
+    state: Callable[[], Tensors] | None  # None: another rank writes the same
+    more: Tensors
     masks: Tensors
     num_bytes: int  # that this rank will write
 
@@ -93,16 +94,16 @@ def take(
     With ``copy`` training may go on; else ``write`` must follow first, and is collective too.
     """
     weights: Iterable[tuple[str, torch.Tensor]] = engine.parameters()
-    state = None
-    if dist.rank() == 0 or not engine.shards.replicated:
-        state = engine.local_state(mask) | more
+    writes = dist.rank() == 0 or not engine.shards.replicated
+    state = engine.local_state(mask) if writes else None
     full = Position(**vars(position) | {"counters": engine.counters()})
-    num_bytes = sum(tensor.nbytes for tensor in (state or {}).values())
+    num_bytes = sum(tensor.nbytes for tensor in more.values())
+    num_bytes += engine.state_bytes if writes else 0
     if dist.rank() == 0:
         num_bytes += engine.weight_bytes + sum(bits.nbytes for bits in masks.values())
     if copy:
         weights = list(weights)
-    return Snapshot(full, engine.hf_config, weights, state, masks, num_bytes)
+    return Snapshot(full, engine.hf_config, weights, state, more, masks, num_bytes)
 
 
 def write(run: RunDir, snapshot: Snapshot, gather: Gather = dist.all_gather_object) -> None:
@@ -164,7 +165,7 @@ def _write_part(folder: Path, snapshot: Snapshot) -> dict[str, str]:
     save_weights(snapshot.weights, snapshot.hf_config, folder / "weights")
     if snapshot.state is not None:
         written.append(folder / "state" / f"rank-{dist.rank():05d}.safetensors")
-        save_tensors(snapshot.state, written[-1])
+        save_tensors(snapshot.state() | snapshot.more, written[-1])
     if dist.rank() == 0:
         written += sorted((folder / "weights").iterdir())
         if snapshot.masks:

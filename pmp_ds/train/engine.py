@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from pmp_ds import dist
 from pmp_ds.config import TrainConfig
 from pmp_ds.optim.attach import arm, mask_gradients
-from pmp_ds.optim.logical_state import Read, collect, restore
+from pmp_ds.optim.logical_state import Collected, Read, collect, restore
 from pmp_ds.optim.masked import parameter_groups
 from pmp_ds.optim.masked_adamw import MaskedAdamW
 from pmp_ds.optim.zero_shards import shards_of
@@ -165,7 +165,8 @@ class Engine:
             partitioned = getattr(param, "ds_status", None) is not None
             with deepspeed.zero.GatheredParameters([param], enabled=partitioned):
                 assert not partitioned or param.ds_status == ZeroParamStatus.AVAILABLE
-                whole = param.detach().cpu().clone() if dist.rank() == 0 else torch.empty(0)
+                wanted = param.detach() if dist.rank() == 0 else torch.empty(0)
+                whole = wanted.to("cpu", copy=True)
             yield name, whole
 
     @property
@@ -176,8 +177,15 @@ class Engine:
             for param in self._engine.module.parameters()
         )
 
-    def local_state(self, mask: ParamMask | None) -> dict[str, torch.Tensor]:
-        """This rank's optimizer state in logical form, on CPU."""
+    @property
+    def state_bytes(self) -> int:
+        """Of ``local_state``, padding of dense state included."""
+        kinds = len(self.optimizer.moments) + self._sixteen_bit
+        moment = self.optimizer.moments[0]
+        return kinds * sum(state[moment].nbytes for state in self.optimizer.state.values())
+
+    def local_state(self, mask: ParamMask | None) -> Collected:
+        """A copy of this rank's optimizer state, which puts itself into logical form."""
         return collect(self.optimizer, self.shards, mask, master=self._sixteen_bit)
 
     def counters(self) -> dict[str, float]:
