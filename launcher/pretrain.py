@@ -110,6 +110,7 @@ def _run(config: Config, ds_config: dict[str, Any], store: Store, run: RunDir) -
 
 
 if __name__ == "__main__":
+    dist.adopt_slurm()
     code = exit_code(main)
     if code == EXIT_MISTAKE and os.environ.get("RANK", "0") != "0":
         time.sleep(OTHER_RANKS_WAIT)

@@ -19,6 +19,19 @@ from pmp_ds.errors import UserError
 T = TypeVar("T")
 
 
+_SLURM = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
+
+
+def adopt_slurm() -> None:
+    """Under `srun`, one task per rank, take the ranks from SLURM. It is meant when MASTER_ADDR is
+    set and no other launcher has set RANK."""
+    if "RANK" in os.environ or "MASTER_ADDR" not in os.environ:
+        return
+    if all(name in os.environ for name in _SLURM.values()):
+        os.environ.update({ours: os.environ[theirs] for ours, theirs in _SLURM.items()})
+        os.environ.setdefault("MASTER_PORT", "29500")
+
+
 def init(timeout_seconds: float = 1800.0) -> None:
     """Join the process group of the launcher, or make one of a single rank.
 

@@ -44,10 +44,14 @@ def run_with_restarts(command: Sequence[str], restarts: int) -> int:
         signal.signal(number, forward)
     first_port = int(os.environ.get("MASTER_PORT", "29500"))
     code = 0
+    environment = {**os.environ, CHILD: "1"}
     for attempt in range(restarts + 1):
-        # Another port each time: whoever is still in the last attempt must not be met.
-        port = {"MASTER_PORT": str(first_port + attempt)} if "RANK" in os.environ else {}
-        child = subprocess.Popen(command, env={**os.environ, **port, CHILD: "1"})
+        if attempt and "RANK" in environment:
+            # Another port each time: whoever is still in the last attempt must not be met. Nobody
+            # but rank 0 listens there, not torchrun's agent either.
+            environment["MASTER_PORT"] = str(first_port + attempt)
+            environment["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+        child = subprocess.Popen(command, env=environment)
         code = child.wait()
         if code in _FINAL or asked or attempt == restarts:
             break

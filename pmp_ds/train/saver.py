@@ -92,6 +92,8 @@ class Saver:
         try:
             self.wait()
         except Exception as error:  # noqa: BLE001 - the run ends, or has failed already
+            if dist.is_lost_rank(error):
+                return  # that is being told already
             print(f"warning: the last checkpoint: {error}", file=sys.stderr, flush=True)
 
     def _write(self, snapshot: Snapshot) -> None:
