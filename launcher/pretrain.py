@@ -14,6 +14,7 @@ from pmp_ds import dist
 from pmp_ds.cli import HIDDEN, parse
 from pmp_ds.config import Config
 from pmp_ds.data.arrow_store import Store
+from pmp_ds.data.mixed_store import MixedStore, open_data
 from pmp_ds.errors import exit_code
 from pmp_ds.run_dir import RunDir
 from pmp_ds.train import deepspeed_config
@@ -61,7 +62,7 @@ def main() -> None:
     # What every rank can find by itself is checked before they meet, the quick checks first.
     ds_config = deepspeed_config.read_json(Path(options["deepspeed_config"]))
     deepspeed_config.merge(ds_config, config.train, int(os.environ.get("WORLD_SIZE", "1")))
-    store = Store.open(config.data.store)
+    store = open_data(config.data.store)
     run = RunDir(Path(config.run.root) / config.run.name)
     from pmp_ds.train import pipeline  # imports transformers: seconds
 
@@ -75,7 +76,7 @@ def main() -> None:
         dist.shutdown()
 
 
-def _run(config: Config, ds_config: dict[str, Any], store: Store, run: RunDir) -> None:
+def _run(config: Config, ds_config: dict[str, Any], store: Store | MixedStore, run: RunDir) -> None:
     from pmp_ds.plots import plot_run  # imports matplotlib: a second
     from pmp_ds.train import pipeline, plan, run_facts
 

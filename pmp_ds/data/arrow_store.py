@@ -20,6 +20,8 @@ FORMAT = "pmp-ds packed tokens"
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
 COLUMN = "input_ids"
+MUST_AGREE = ("block_size", "dtype", "vocab_size", "eos_id")
+"""What stores that are read together have in common, beside the tokenizer."""
 SHARD_BLOCKS = 1 << 18
 """Most blocks in one shard: 128 MiB of 256 uint16 tokens."""
 
@@ -247,6 +249,18 @@ class Store:
         """Nats per predicted validation token of a model that knows only token frequencies."""
         return float(self.manifest["unigram_cross_entropy"])
 
+    def unlike(self, other: "Store") -> list[str]:
+        """Why blocks of the two do not go together, with both values; empty when they do."""
+        found = [
+            f"{key} is {self.manifest[key]} and {other.manifest[key]}"
+            for key in MUST_AGREE
+            if self.manifest[key] != other.manifest[key]
+        ]
+        prints = self.tokenizer_fingerprint, other.tokenizer_fingerprint
+        if prints[0] != prints[1]:
+            found.append(f"the tokenizer is {prints[0][:12]} and {prints[1][:12]}")
+        return found
+
     def _check_hash(self, shard: Mapping[str, Any]) -> None:
         path = self.folder / shard["file"]
         _check_size(path, shard["bytes"])
@@ -283,7 +297,8 @@ class Store:
         path = self.folder / shard["file"]
         try:
             _check_size(path, shard["bytes"])
-            with pa.ipc.open_stream(pa.memory_map(str(path))) as reader:
+            # Closed at once: the mapping stays, and thousands of shards need no descriptors.
+            with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
                 batch = reader.read_next_batch()
             batch.validate()
             column = batch.column(COLUMN)

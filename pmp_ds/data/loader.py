@@ -131,8 +131,11 @@ class BlockLoader:
         rank: int,
         world_size: int,
         consumed_samples: int = 0,
+        *,
+        pin_memory: bool = False,
     ) -> None:
-        """``global_batch_size`` sequences per ``next`` over all ranks; ``key`` of ``order_key``."""
+        """``global_batch_size`` sequences per ``next`` over all ranks; ``key`` of ``order_key``.
+        ``pin_memory``: batches in page-locked memory, which a GPU copies while others compute."""
         assert len(blocks) > 0
         assert global_batch_size % world_size == 0
         assert 0 <= rank < world_size
@@ -141,7 +144,7 @@ class BlockLoader:
         """Seconds that ``next`` spent waiting for a batch, since the start."""
         self._blocks, self._key = blocks, key
         self._global_batch_size, self._share = global_batch_size, global_batch_size // world_size
-        self._rank = rank
+        self._rank, self._pin_memory = rank, pin_memory
         self._chunk: Iterator[torch.Tensor] = iter(())
         self._ready: queue.Queue[torch.Tensor | BaseException] = queue.Queue(_READ_AHEAD)
         self._stop = threading.Event()
@@ -195,7 +198,9 @@ class BlockLoader:
             blocks = self._blocks.read(samples, self._key)
         else:
             blocks = shuffled(self._blocks, samples, self._key)
-        return torch.from_numpy(blocks.astype(np.int64)).view(num_batches, self._share, -1)
+        out = torch.empty(blocks.shape, dtype=torch.int64, pin_memory=self._pin_memory)
+        out.numpy()[:] = blocks
+        return out.view(num_batches, self._share, -1)
 
     def _read_ahead(self, first_sample: int) -> None:
         """Chunks of twice as many batches each time, so that the first does not wait for many."""

@@ -11,6 +11,7 @@ from pmp_ds import dist
 from pmp_ds.config import Config
 from pmp_ds.data.arrow_store import Blocks
 from pmp_ds.data.loader import BlockLoader
+from pmp_ds.data.mixture import InTurn
 from pmp_ds.errors import UserError
 from pmp_ds.log import MetricsLog
 from pmp_ds.optim.schedule import learning_rate
@@ -24,7 +25,7 @@ Save = Callable[[int, float | None], None]
 def train(
     engine: Engine,
     loader: BlockLoader,
-    validation: Blocks,
+    validation: Blocks | InTurn,
     config: Config,
     log: MetricsLog,
     bar: Progress,
@@ -71,7 +72,7 @@ def train(
             save(step, val_loss)
 
 
-def validate(engine: Engine, blocks: Blocks, num_blocks: int) -> float:
+def validate(engine: Engine, blocks: Blocks | InTurn, num_blocks: int) -> float:
     """Mean loss in nats per token of the first ``num_blocks`` blocks, shared out over the ranks.
 
     Every rank evaluates equally many (stage 3 gathers weights in step); surplus ones weigh 0.
