@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from pmp_ds.data.arrow_store import SPLITS, Blocks, Store, write_manifest, write_shard
 from pmp_ds.errors import UserError
+from tests.helpers.stores import write_store
 
 ROWS = {"train": (5, 3, 4), "validation": (2,)}
 T = 8
@@ -190,6 +191,24 @@ def test_unreadable_manifest(folder: Path, tmp_path: Path):
         Store.open(folder)
     with pytest.raises(UserError, match="none does not exist"):
         Store.open(tmp_path / "none")
+
+
+def test_more_shards_than_open_files(tmp_path: Path):
+    """Mapped shards keep no descriptor; in a process of its own, whose limit is lower."""
+    folder = write_store(tmp_path / "many", 0, 300, shard=1)
+    script = (
+        "import resource, sys, numpy as np\n"
+        "from pmp_ds.data.arrow_store import Store\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
+        "store = Store.open(sys.argv[1], verify=True)\n"
+        "blocks = store.split('train')\n"
+        "assert len(blocks.views) == 300\n"
+        "assert blocks.gather(np.arange(300))[:, 0].tolist() == list(range(300))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, folder], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_file_beside_the_shards_is_not_read(folder: Path):

@@ -14,6 +14,7 @@ from pmp_ds.data.prepare import prepare
 from pmp_ds.data.statistics import inspect_store, split_statistics
 from pmp_ds.data.units import unigram_cross_entropy
 from pmp_ds.errors import UserError
+from pmp_ds.train.run_facts import DataFacts
 from tests.unit.data.conftest import make_texts
 
 
@@ -53,6 +54,7 @@ def test_merged_store_is_both_in_order(two, tmp_path: Path):
     ]
     assert merged.unigram_cross_entropy == pytest.approx(unigram_cross_entropy(*counts), rel=1e-12)
     assert merged.manifest["rows"]["read"] == 150
+    assert DataFacts.of(merged).sources == (f"{two[0]}.jsonl", f"{two[1]}.jsonl")  # it trains
     assert [path.name for path in tmp_path.iterdir()] == ["both"]
 
 
