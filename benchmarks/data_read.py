@@ -1,26 +1,31 @@
 """Shuffled batches of 32 x 256 tokens as int64 tensors, per second of CPU: ours against others.
 
-    python -m benchmarks.data_read
+    python -m benchmarks.data_read --megatron /path/to/python
 
 Contenders read the same random tokens, made here, in the same kind of random order: a numpy memmap
-gather, which is the floor, our store through BlockLoader, and the same store through `datasets`.
-`cold` drops the file from the page cache first and counts wall time. Prints a table, then a line
-per figure; the exit code says only whether it ran.
+gather, which is the floor, our store through BlockLoader, the same store through `datasets`, and
+megatron-core's GPTDataset, run by the interpreter that --megatron names (it needs numpy, torch and
+megatron-core; without it the line says `did not run`). `cold` opens the files anew after dropping
+them from the page cache, both contenders taking turns, and counts wall time. Prints a table, then a
+line per figure; the exit code says only whether it ran.
 """
 
 import argparse
 import os
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from benchmarks.common import hardware, print_figure
-from pmp_ds.data.arrow_store import SHARD_BLOCKS, Store, write_manifest, write_shard
+from pmp_ds.data.arrow_store import SHARD_BLOCKS, Blocks, Store, write_manifest, write_shard
 from pmp_ds.data.loader import BlockLoader, order_key
 
 BATCH, BLOCK, VOCAB = 32, 256, 32_000
@@ -29,14 +34,12 @@ BATCH, BLOCK, VOCAB = 32, 256, 32_000
 def main(options: argparse.Namespace) -> None:
     print(f"hardware: {hardware(torch.device('cpu'))}")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        store = _make(Path(folder), options.blocks)
-        flat = Path(folder, "flat.bin")
-        blocks = store.split("train")
-        flat.write_bytes(b"".join(view.tobytes() for view in blocks.views))
+        flat = _make(Path(folder), options.blocks)
+        shards = sorted(Path(folder, "train").glob("*.arrow"))
         runs: dict[str, Callable[[int], None]] = {
-            "memmap": lambda steps: _memmap(flat, steps),
-            "ours": lambda steps: _ours(store, steps),
-            "datasets": lambda steps: _datasets(Path(folder), steps),
+            "memmap": partial(_memmap, _map(flat)),
+            "ours": partial(_ours, Store.open(folder).split("train")),
+            "datasets": partial(_datasets, Path(folder)),
         }
         steps = {"memmap": options.steps, "ours": options.steps, "datasets": options.steps // 10}
         rates = {name: _rate(runs[name], max(1, steps[name]), options.repeats) for name in runs}
@@ -44,20 +47,33 @@ def main(options: argparse.Namespace) -> None:
         print(f"{'':24}{'blocks per CPU second':>24}")
         for name, rate in rates.items():
             print(f"{name:24}{rate:24,.0f}")
-        cold = {}
-        for name, file in (("memmap", [flat]), ("ours", sorted(Path(folder, "train").glob("*")))):
-            _drop(file)
-            start = time.perf_counter()
-            runs[name](max(1, options.steps // 20))
-            rate = max(1, options.steps // 20) * BATCH / (time.perf_counter() - start)
-            cold[name] = rate
+        megatron = _megatron(options, flat, Path(folder))
+        print(f"{'megatron':24}{f'{megatron:,.0f}' if megatron else 'did not run':>24}")
+        cold_steps = max(1, options.steps // 20)
+        del runs  # what is mapped is not dropped
+        fresh: dict[str, tuple[list[Path], Callable[[], None]]] = {
+            "memmap": ([flat], lambda: _memmap(_map(flat), cold_steps)),
+            "ours": (shards, lambda: _ours(Store.open(folder).split("train"), cold_steps)),
+        }
+        samples: dict[str, list[float]] = {name: [] for name in fresh}
+        for _ in range(options.repeats):
+            for name, (files, run) in fresh.items():
+                _drop(files)
+                start = time.perf_counter()
+                run()
+                samples[name].append(cold_steps * BATCH / (time.perf_counter() - start))
+        cold = {name: statistics.median(rates) for name, rates in samples.items()}
+        for name, rate in cold.items():
             print(f"{name + ', cold':24}{rate:24,.0f} (per second of wall time)")
     print_figure("read_speed_vs_memmap", rates["ours"] / rates["memmap"], 0.35, at_least=True)
     print_figure("read_speed_vs_datasets", rates["ours"] / rates["datasets"], 10, at_least=True)
+    if megatron:
+        print_figure("read_speed_vs_megatron", rates["ours"] / megatron, 40, at_least=True)
     print_figure("cold_read_speed_vs_memmap", cold["ours"] / cold["memmap"], 1.0, at_least=True)
 
 
-def _make(folder: Path, num_blocks: int) -> Store:
+def _make(folder: Path, num_blocks: int) -> Path:
+    """A store at ``folder``, and its train blocks as one flat file, whose path is returned."""
     random = np.random.default_rng(0)
     shards = {"train": num_blocks, "validation": 1}
     entries = {}
@@ -76,7 +92,11 @@ def _make(folder: Path, num_blocks: int) -> Store:
             "splits": {split: {"shards": entries[split]} for split in shards},
         },
     )  # fmt: skip
-    return Store.open(folder)
+    flat = folder / "flat.bin"
+    with open(flat, "wb") as file:
+        for view in Store.open(folder).split("train").views:
+            file.write(view.data)
+    return flat
 
 
 def _rate(run: Callable[[int], None], steps: int, repeats: int) -> float:
@@ -90,16 +110,19 @@ def _rate(run: Callable[[int], None], steps: int, repeats: int) -> float:
     return statistics.median(rates)
 
 
-def _memmap(path: Path, steps: int) -> None:
-    blocks = np.memmap(path, np.uint16, "r").reshape(-1, BLOCK)
+def _map(path: Path) -> npt.NDArray[np.uint16]:
+    return np.memmap(path, np.uint16, "r").reshape(-1, BLOCK)
+
+
+def _memmap(blocks: npt.NDArray[np.uint16], steps: int) -> None:
     order = np.random.default_rng(1).permutation(len(blocks))
     for step in range(steps):
         chosen = order[np.arange(step * BATCH, (step + 1) * BATCH) % len(order)]
         torch.from_numpy(blocks[chosen].astype(np.int64))
 
 
-def _ours(store: Store, steps: int) -> None:
-    with BlockLoader(store.split("train"), order_key("benchmark", 1), BATCH, 0, 1) as loader:
+def _ours(blocks: Blocks, steps: int) -> None:
+    with BlockLoader(blocks, order_key("benchmark", 1), BATCH, 0, 1) as loader:
         for _ in range(steps):
             loader.next()
 
@@ -113,8 +136,21 @@ def _datasets(folder: Path, steps: int) -> None:
         rows[order[np.arange(step * BATCH, (step + 1) * BATCH) % len(order)].tolist()]["input_ids"]
 
 
+def _megatron(options: argparse.Namespace, flat: Path, folder: Path) -> float | None:
+    """Blocks per second of CPU; None when there is no interpreter for it."""
+    if options.megatron is None:
+        return None
+    (folder / "megatron").mkdir()
+    arguments = ("--steps", str(max(1, options.steps // 10)), "--repeats", str(options.repeats))
+    done = subprocess.run(
+        [options.megatron, "-m", "benchmarks.megatron_read", flat, folder / "megatron", *arguments],
+        stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
+    return float(done.stdout.split("rate ")[1])
+
+
 def _drop(paths: list[Path]) -> None:
-    """Forget the files' pages, if the system lets us."""
+    """Forget the files' pages; they must not be mapped."""
     for path in paths:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -127,4 +163,5 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", help="where the files go (default: the system's temporary one)")
+    parser.add_argument("--megatron", metavar="PYTHON", help="interpreter with megatron-core")
     main(parser.parse_args())

@@ -5,6 +5,7 @@ The format is described in tokenized_data/README.md. Imports without torch.
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pmp_ds.data.readahead import will_need
 from pmp_ds.errors import UserError
 from pmp_ds.run_dir import atomic_path, write_json
 
@@ -26,6 +28,9 @@ SHARD_BLOCKS = 1 << 18
 """Most blocks in one shard: 128 MiB of 256 uint16 tokens."""
 
 Tokens = npt.NDArray[np.unsignedinteger]
+
+COLD_SECONDS = 5e-6
+"""A block that takes longer came from a disk (10 to 100 microseconds), not from memory (one)."""
 
 _AGAIN = "run launcher/prepare_data.py again (delete the folder first)"
 
@@ -139,7 +144,9 @@ class Blocks:
         self.views = views
         """The blocks of every shard in order, each ``(rows, block_size)``, read-only."""
         self._ends = np.cumsum([len(view) for view in views])
+        self._starts = self._ends - [len(view) for view in views]
         self.block_size: int = views[0].shape[1]
+        self._cold = False
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -156,10 +163,14 @@ class Blocks:
             raise IndexError(f"block index outside [0, {len(self)})")
         out = np.empty((len(indices), self.block_size), self.views[0].dtype)
         shards = np.searchsorted(self._ends, indices, side="right")
-        for shard in np.unique(shards):
-            here = shards == shard
-            start = self._ends[shard] - len(self.views[shard])
-            out[here] = self.views[shard][indices[here] - start]
+        clock = time.perf_counter()
+        wanted = [(self.views[s], shards == s, self._starts[s]) for s in np.unique(shards)]
+        if self._cold:
+            for view, here, start in wanted:
+                will_need(view, indices[here] - start)
+        for view, here, start in wanted:
+            out[here] = view[indices[here] - start]
+        self._cold = time.perf_counter() - clock > COLD_SECONDS * len(indices)
         return out
 
     def largest(self) -> list[int]:

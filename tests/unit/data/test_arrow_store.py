@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pmp_ds.data import arrow_store, readahead
 from pmp_ds.data.arrow_store import SPLITS, Blocks, Store, write_manifest, write_shard
 from pmp_ds.errors import UserError
 from tests.helpers.stores import write_store
@@ -209,6 +210,28 @@ def test_more_shards_than_open_files(tmp_path: Path):
         [sys.executable, "-c", script, folder], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_cold_blocks_are_asked_for_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """After a gather that took long, the next one first asks for all of its blocks."""
+    folder = tmp_path / "cold"
+    write_store(folder, 0, 300_000, shard=200_000, vocab_size=1 << 20)
+    blocks = Store.open(folder).split("train")
+    asked = []
+
+    def will_need(view, rows):
+        asked.append((view, rows))
+        readahead.will_need(view, rows)
+
+    monkeypatch.setattr(arrow_store, "will_need", will_need)
+    indices = np.array([299_999, 7, 210_000])
+    for seconds, calls in ((0.0, 0), (1e9, 2), (0.0, 2)):  # slow, slow before it, fast before it
+        monkeypatch.setattr(arrow_store, "COLD_SECONDS", seconds)
+        assert blocks.gather(indices)[:, 0].tolist() == indices.tolist()
+        assert len(asked) == calls
+    for view, rows in asked:
+        assert rows.tolist() in ([7], [99_999, 10_000])
+        assert view is blocks.views[len(rows) - 1]
 
 
 def test_a_file_beside_the_shards_is_not_read(folder: Path):

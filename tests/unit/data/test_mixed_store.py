@@ -58,7 +58,7 @@ def test_places_and_spelling_do_not_matter(root, tmp_path):
     store = mixed(root, web=0.75, code=0.25)
     moved = tmp_path / "elsewhere"
     shutil.copytree(root / "web", moved)
-    other = open_data({str(root / "code"): 1, str(moved): 3})
+    other = MixedStore({str(root / "code"): 1, str(moved): 3})
     assert other.dataset_id == store.dataset_id
     assert ids(other, 500) == ids(store, 500)
 
@@ -66,7 +66,7 @@ def test_places_and_spelling_do_not_matter(root, tmp_path):
 def test_id_follows_parts_and_weights(root, tmp_path):
     write_store(tmp_path / "more", 5000, 9)
     stores = [mixed(root, web=3, code=1), mixed(root, web=1, code=3), mixed(root, web=1)]
-    stores.append(open_data({str(root / "web"): 3, str(tmp_path / "more"): 1}))
+    stores.append(MixedStore({str(root / "web"): 3, str(tmp_path / "more"): 1}))
     single = open_data(str(root / "web"))
     assert len({store.dataset_id for store in [*stores, single]}) == 5
 
