@@ -32,6 +32,9 @@ examples:
   the paper's model on the GPUs of this machine, states sharded over them
     deepspeed launcher/pretrain.py --config launcher/recipes/tinyllama-1.1b.yaml \\
         --deepspeed-config ds_configs/zero2.json --data.store tokenized_data/slimpajama
+  several stores in fixed proportions
+    deepspeed launcher/pretrain.py --config launcher/recipes/gpt2-small.yaml \\
+        --data.store '{tokenized_data/web: 0.7, tokenized_data/code: 0.3}'
   its control without a mask: an overlay, then a name of its own
     deepspeed launcher/pretrain.py --config launcher/recipes/demo.yaml \\
         --config launcher/recipes/base.yaml --run.name demo-base"""
