@@ -5,18 +5,19 @@
 Contenders read the same random tokens, made here, in the same kind of random order: a numpy memmap
 gather, which is the floor, our store through BlockLoader, the same store through `datasets`, and
 megatron-core's GPTDataset, run by the interpreter that --megatron names (it needs numpy, torch and
-megatron-core; without it the line says `did not run`). `cold` opens the files anew after dropping
-them from the page cache, both contenders taking turns, and counts wall time. Prints a table, then a
-line per figure; the exit code says only whether it ran.
+megatron-core; without it the line says `did not run`). All take turns. `cold` opens the files anew
+after dropping them from the page cache and counts wall time. Prints a table, then a line per
+figure; the exit code says only whether it ran.
 """
 
 import argparse
+import contextlib
 import os
 import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -33,43 +34,54 @@ BATCH, BLOCK, VOCAB = 32, 256, 32_000
 
 def main(options: argparse.Namespace) -> None:
     print(f"hardware: {hardware(torch.device('cpu'))}")
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        flat = _make(Path(folder), options.blocks)
-        shards = sorted(Path(folder, "train").glob("*.arrow"))
-        runs: dict[str, Callable[[int], None]] = {
-            "memmap": partial(_memmap, _map(flat)),
-            "ours": partial(_ours, Store.open(folder).split("train")),
-            "datasets": partial(_datasets, Path(folder)),
-        }
-        steps = {"memmap": options.steps, "ours": options.steps, "datasets": options.steps // 10}
-        rates = {name: _rate(runs[name], max(1, steps[name]), options.repeats) for name in runs}
+    with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
+        folder = Path(temporary)
+        flat = _make(folder, options.blocks)
+        rates = _warm(folder, flat, options)
         print(f"{options.blocks:,} blocks of {BLOCK}, batches of {BATCH}, warm")
         print(f"{'':24}{'blocks per CPU second':>24}")
-        for name, rate in rates.items():
-            print(f"{name:24}{rate:24,.0f}")
-        megatron = _megatron(options, flat, Path(folder))
-        print(f"{'megatron':24}{f'{megatron:,.0f}' if megatron else 'did not run':>24}")
-        cold_steps = max(1, options.steps // 20)
-        del runs  # what is mapped is not dropped
-        fresh: dict[str, tuple[list[Path], Callable[[], None]]] = {
-            "memmap": ([flat], lambda: _memmap(_map(flat), cold_steps)),
-            "ours": (shards, lambda: _ours(Store.open(folder).split("train"), cold_steps)),
-        }
-        samples: dict[str, list[float]] = {name: [] for name in fresh}
-        for _ in range(options.repeats):
-            for name, (files, run) in fresh.items():
-                _drop(files)
-                start = time.perf_counter()
-                run()
-                samples[name].append(cold_steps * BATCH / (time.perf_counter() - start))
-        cold = {name: statistics.median(rates) for name, rates in samples.items()}
+        for name in ("memmap", "ours", "datasets", "megatron"):
+            print(f"{name:24}{f'{rates[name]:,.0f}' if name in rates else 'did not run':>24}")
+        cold = _cold(folder, flat, options)
         for name, rate in cold.items():
             print(f"{name + ', cold':24}{rate:24,.0f} (per second of wall time)")
-    print_figure("read_speed_vs_memmap", rates["ours"] / rates["memmap"], 0.35, at_least=True)
-    print_figure("read_speed_vs_datasets", rates["ours"] / rates["datasets"], 10, at_least=True)
-    if megatron:
-        print_figure("read_speed_vs_megatron", rates["ours"] / megatron, 40, at_least=True)
+    for name, goal in (("memmap", 0.35), ("datasets", 10), ("megatron", 40)):
+        if name in rates:
+            print_figure(f"read_speed_vs_{name}", rates["ours"] / rates[name], goal, at_least=True)
     print_figure("cold_read_speed_vs_memmap", cold["ours"] / cold["memmap"], 1.0, at_least=True)
+
+
+def _warm(folder: Path, flat: Path, options: argparse.Namespace) -> dict[str, float]:
+    """Median blocks per CPU second of every contender, after a first round."""
+    steps, fewer = options.steps, max(1, options.steps // 10)
+    blocks = Store.open(folder).split("train")
+    runs: dict[str, Callable[[], float]] = {
+        "memmap": partial(_rate, partial(_memmap, _map(flat)), steps),
+        "ours": partial(_rate, partial(_ours, blocks), steps),
+        "datasets": partial(_rate, partial(_datasets, folder), fewer),
+    }
+    with contextlib.ExitStack() as stack:
+        if options.megatron:
+            runs["megatron"] = stack.enter_context(_megatron(options, flat, folder, fewer))
+        rounds = [{name: run() for name, run in runs.items()} for _ in range(options.repeats + 1)]
+    return {name: statistics.median(r[name] for r in rounds[1:]) for name in runs}
+
+
+def _cold(folder: Path, flat: Path, options: argparse.Namespace) -> dict[str, float]:
+    """Median blocks per second of wall time, opened anew each time; nothing may be mapped."""
+    steps = max(1, options.steps // 20)
+    runs: dict[str, Callable[[], None]] = {
+        "memmap": lambda: _memmap(_map(flat), steps),
+        "ours": lambda: _ours(Store.open(folder).split("train"), steps),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(options.repeats):
+        for name, run in runs.items():
+            _drop([flat, *sorted(folder.glob("train/*.arrow"))])
+            start = time.perf_counter()
+            run()
+            rates[name].append(steps * BATCH / (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in rates.items()}
 
 
 def _make(folder: Path, num_blocks: int) -> Path:
@@ -99,15 +111,11 @@ def _make(folder: Path, num_blocks: int) -> Path:
     return flat
 
 
-def _rate(run: Callable[[int], None], steps: int, repeats: int) -> float:
-    """Blocks per second of CPU time of this process, all threads; median, after a first round."""
-    rates = []
-    for number in range(repeats + 1):
-        start = time.process_time()
-        run(steps)
-        if number:
-            rates.append(steps * BATCH / max(1e-9, time.process_time() - start))
-    return statistics.median(rates)
+def _rate(run: Callable[[int], None], steps: int) -> float:
+    """Blocks per second of CPU time of this process, all threads."""
+    start = time.process_time()
+    run(steps)
+    return steps * BATCH / max(1e-9, time.process_time() - start)
 
 
 def _map(path: Path) -> npt.NDArray[np.uint16]:
@@ -136,17 +144,26 @@ def _datasets(folder: Path, steps: int) -> None:
         rows[order[np.arange(step * BATCH, (step + 1) * BATCH) % len(order)].tolist()]["input_ids"]
 
 
-def _megatron(options: argparse.Namespace, flat: Path, folder: Path) -> float | None:
-    """Blocks per second of CPU; None when there is no interpreter for it."""
-    if options.megatron is None:
-        return None
+@contextlib.contextmanager
+def _megatron(
+    options: argparse.Namespace, flat: Path, folder: Path, steps: int
+) -> Iterator[Callable[[], float]]:
+    """The other environment's process: a call has it read one round, for its blocks per second."""
     (folder / "megatron").mkdir()
-    arguments = ("--steps", str(max(1, options.steps // 10)), "--repeats", str(options.repeats))
-    done = subprocess.run(
-        [options.megatron, "-m", "benchmarks.megatron_read", flat, folder / "megatron", *arguments],
-        stdout=subprocess.PIPE, text=True, check=True,
-    )  # fmt: skip
-    return float(done.stdout.split("rate ")[1])
+    arguments = [str(flat), str(folder / "megatron"), str(steps)]
+    with subprocess.Popen(
+        [options.megatron, "-m", "benchmarks.megatron_read", *arguments],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as peer:  # fmt: skip
+        requests, answers = peer.stdin, peer.stdout
+        assert requests is not None
+        assert answers is not None
+
+        def read() -> float:
+            print(file=requests, flush=True)
+            return float(answers.readline().removeprefix("rate "))
+
+        yield read
 
 
 def _drop(paths: list[Path]) -> None:

@@ -1,14 +1,15 @@
 """The peer of data_read in an environment of its own: megatron-core's GPTDataset.
 
-    PYTHON -m benchmarks.megatron_read flat.bin FOLDER --steps N --repeats N
+    PYTHON -m benchmarks.megatron_read flat.bin FOLDER STEPS
 
 Writes the tokens of flat.bin (uint16) as documents of 200 to 2,000 tokens into Megatron's indexed
-format in FOLDER, then reads shuffled batches of 32 x 256 tokens; no attention masks are made.
-Prints blocks per second of CPU. Needs numpy, torch and megatron-core, nothing of pmp_ds.
+format in FOLDER. For every line of standard input it then reads STEPS shuffled batches of 32 x 256
+tokens, without attention masks, and prints its blocks per second of CPU: `rate NUMBER`. Needs
+numpy, torch and megatron-core, nothing of pmp_ds.
 """
 
 import argparse
-import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -31,15 +32,12 @@ class Tokenizer:
 
 def main(options: argparse.Namespace) -> None:
     dataset = _make(options.flat, options.folder / "peer", options.steps * BATCH)
-    rates = []
-    for number in range(options.repeats + 1):
+    for _ in sys.stdin:
         start = time.process_time()
         for first in range(0, options.steps * BATCH, BATCH):
             rows = [dataset[(first + i) % len(dataset)] for i in range(BATCH)]
             torch.utils.data.default_collate(rows)
-        if number:
-            rates.append(options.steps * BATCH / (time.process_time() - start))
-    print(f"rate {statistics.median(rates)}")
+        print(f"rate {options.steps * BATCH / (time.process_time() - start)}", flush=True)
 
 
 def _make(flat: Path, prefix: Path, num_samples: int) -> GPTDataset:
@@ -66,6 +64,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="megatron-core's GPTDataset, shuffled batches")
     parser.add_argument("flat", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("steps", type=int)
     main(parser.parse_args())

@@ -6,7 +6,7 @@ The format is described in tokenized_data/README.md. Imports without torch.
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -162,16 +162,26 @@ class Blocks:
         if len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):
             raise IndexError(f"block index outside [0, {len(self)})")
         out = np.empty((len(indices), self.block_size), self.views[0].dtype)
-        shards = np.searchsorted(self._ends, indices, side="right")
         clock = time.perf_counter()
-        wanted = [(self.views[s], shards == s, self._starts[s]) for s in np.unique(shards)]
+        wanted = list(self._by_shard(indices))
         if self._cold:
-            for view, here, start in wanted:
-                will_need(view, indices[here] - start)
-        for view, here, start in wanted:
-            out[here] = view[indices[here] - start]
+            for view, _, rows in wanted:
+                will_need(view, rows)
+        for view, here, rows in wanted:
+            out[here] = view[rows]
         self._cold = time.perf_counter() - clock > COLD_SECONDS * len(indices)
         return out
+
+    def _by_shard(
+        self, indices: npt.NDArray[np.integer]
+    ) -> Iterator[tuple[Tokens, npt.NDArray[np.integer], npt.NDArray[np.integer]]]:
+        """Of each shard concerned: its blocks, where in ``indices`` it is meant, and its rows."""
+        shards = np.searchsorted(self._ends, indices, side="right")
+        order = np.argsort(shards, kind="stable")
+        cuts = np.searchsorted(shards, np.arange(len(self.views) + 1), sorter=order)
+        for shard in np.flatnonzero(np.diff(cuts)):
+            here = order[cuts[shard] : cuts[shard + 1]]
+            yield self.views[shard], here, indices[here] - self._starts[shard]
 
     def largest(self) -> list[int]:
         """The largest id of every shard; reads all of them."""
