@@ -1,26 +1,32 @@
 """Shuffled batches of 32 x 256 tokens as int64 tensors, per second of CPU: ours against others.
 
-    python -m benchmarks.data_read
+    python -m benchmarks.data_read --megatron /path/to/python
 
 Contenders read the same random tokens, made here, in the same kind of random order: a numpy memmap
-gather, which is the floor, our store through BlockLoader, and the same store through `datasets`.
-`cold` drops the file from the page cache first and counts wall time. Prints a table, then a line
-per figure; the exit code says only whether it ran.
+gather, which is the floor, our store through BlockLoader, the same store through `datasets`, and
+megatron-core's GPTDataset, run by the interpreter that --megatron names (it needs numpy, torch and
+megatron-core; without it the line says `did not run`). All take turns. `cold` opens the files anew
+after dropping them from the page cache and counts wall time. Prints a table, then a line per
+figure; the exit code says only whether it ran.
 """
 
 import argparse
+import contextlib
 import os
 import statistics
+import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from benchmarks.common import hardware, print_figure
-from pmp_ds.data.arrow_store import SHARD_BLOCKS, Store, write_manifest, write_shard
+from pmp_ds.data.arrow_store import SHARD_BLOCKS, Blocks, Store, write_manifest, write_shard
 from pmp_ds.data.loader import BlockLoader, order_key
 
 BATCH, BLOCK, VOCAB = 32, 256, 32_000
@@ -28,36 +34,58 @@ BATCH, BLOCK, VOCAB = 32, 256, 32_000
 
 def main(options: argparse.Namespace) -> None:
     print(f"hardware: {hardware(torch.device('cpu'))}")
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        store = _make(Path(folder), options.blocks)
-        flat = Path(folder, "flat.bin")
-        blocks = store.split("train")
-        flat.write_bytes(b"".join(view.tobytes() for view in blocks.views))
-        runs: dict[str, Callable[[int], None]] = {
-            "memmap": lambda steps: _memmap(flat, steps),
-            "ours": lambda steps: _ours(store, steps),
-            "datasets": lambda steps: _datasets(Path(folder), steps),
-        }
-        steps = {"memmap": options.steps, "ours": options.steps, "datasets": options.steps // 10}
-        rates = {name: _rate(runs[name], max(1, steps[name]), options.repeats) for name in runs}
+    with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
+        folder = Path(temporary)
+        flat = _make(folder, options.blocks)
+        rates = _warm(folder, flat, options)
         print(f"{options.blocks:,} blocks of {BLOCK}, batches of {BATCH}, warm")
         print(f"{'':24}{'blocks per CPU second':>24}")
-        for name, rate in rates.items():
-            print(f"{name:24}{rate:24,.0f}")
-        cold = {}
-        for name, file in (("memmap", [flat]), ("ours", sorted(Path(folder, "train").glob("*")))):
-            _drop(file)
-            start = time.perf_counter()
-            runs[name](max(1, options.steps // 20))
-            rate = max(1, options.steps // 20) * BATCH / (time.perf_counter() - start)
-            cold[name] = rate
+        for name in ("memmap", "ours", "datasets", "megatron"):
+            print(f"{name:24}{f'{rates[name]:,.0f}' if name in rates else 'did not run':>24}")
+        cold = _cold(folder, flat, options)
+        for name, rate in cold.items():
             print(f"{name + ', cold':24}{rate:24,.0f} (per second of wall time)")
-    print_figure("read_speed_vs_memmap", rates["ours"] / rates["memmap"], 0.35, at_least=True)
-    print_figure("read_speed_vs_datasets", rates["ours"] / rates["datasets"], 10, at_least=True)
+    for name, goal in (("memmap", 0.35), ("datasets", 10), ("megatron", 40)):
+        if name in rates:
+            print_figure(f"read_speed_vs_{name}", rates["ours"] / rates[name], goal, at_least=True)
     print_figure("cold_read_speed_vs_memmap", cold["ours"] / cold["memmap"], 1.0, at_least=True)
 
 
-def _make(folder: Path, num_blocks: int) -> Store:
+def _warm(folder: Path, flat: Path, options: argparse.Namespace) -> dict[str, float]:
+    """Median blocks per CPU second of every contender, after a first round."""
+    steps, fewer = options.steps, max(1, options.steps // 10)
+    blocks = Store.open(folder).split("train")
+    runs: dict[str, Callable[[], float]] = {
+        "memmap": partial(_rate, partial(_memmap, _map(flat)), steps),
+        "ours": partial(_rate, partial(_ours, blocks), steps),
+        "datasets": partial(_rate, partial(_datasets, folder), fewer),
+    }
+    with contextlib.ExitStack() as stack:
+        if options.megatron:
+            runs["megatron"] = stack.enter_context(_megatron(options, flat, folder, fewer))
+        rounds = [{name: run() for name, run in runs.items()} for _ in range(options.repeats + 1)]
+    return {name: statistics.median(r[name] for r in rounds[1:]) for name in runs}
+
+
+def _cold(folder: Path, flat: Path, options: argparse.Namespace) -> dict[str, float]:
+    """Median blocks per second of wall time, opened anew each time; nothing may be mapped."""
+    steps = max(1, options.steps // 20)
+    runs: dict[str, Callable[[], None]] = {
+        "memmap": lambda: _memmap(_map(flat), steps),
+        "ours": lambda: _ours(Store.open(folder).split("train"), steps),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(options.repeats):
+        for name, run in runs.items():
+            _drop([flat, *sorted(folder.glob("train/*.arrow"))])
+            start = time.perf_counter()
+            run()
+            rates[name].append(steps * BATCH / (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in rates.items()}
+
+
+def _make(folder: Path, num_blocks: int) -> Path:
+    """A store at ``folder``, and its train blocks as one flat file, whose path is returned."""
     random = np.random.default_rng(0)
     shards = {"train": num_blocks, "validation": 1}
     entries = {}
@@ -76,30 +104,33 @@ def _make(folder: Path, num_blocks: int) -> Store:
             "splits": {split: {"shards": entries[split]} for split in shards},
         },
     )  # fmt: skip
-    return Store.open(folder)
+    flat = folder / "flat.bin"
+    with open(flat, "wb") as file:
+        for view in Store.open(folder).split("train").views:
+            file.write(view.data)
+    return flat
 
 
-def _rate(run: Callable[[int], None], steps: int, repeats: int) -> float:
-    """Blocks per second of CPU time of this process, all threads; median, after a first round."""
-    rates = []
-    for number in range(repeats + 1):
-        start = time.process_time()
-        run(steps)
-        if number:
-            rates.append(steps * BATCH / max(1e-9, time.process_time() - start))
-    return statistics.median(rates)
+def _rate(run: Callable[[int], None], steps: int) -> float:
+    """Blocks per second of CPU time of this process, all threads."""
+    start = time.process_time()
+    run(steps)
+    return steps * BATCH / max(1e-9, time.process_time() - start)
 
 
-def _memmap(path: Path, steps: int) -> None:
-    blocks = np.memmap(path, np.uint16, "r").reshape(-1, BLOCK)
+def _map(path: Path) -> npt.NDArray[np.uint16]:
+    return np.memmap(path, np.uint16, "r").reshape(-1, BLOCK)
+
+
+def _memmap(blocks: npt.NDArray[np.uint16], steps: int) -> None:
     order = np.random.default_rng(1).permutation(len(blocks))
     for step in range(steps):
         chosen = order[np.arange(step * BATCH, (step + 1) * BATCH) % len(order)]
         torch.from_numpy(blocks[chosen].astype(np.int64))
 
 
-def _ours(store: Store, steps: int) -> None:
-    with BlockLoader(store.split("train"), order_key("benchmark", 1), BATCH, 0, 1) as loader:
+def _ours(blocks: Blocks, steps: int) -> None:
+    with BlockLoader(blocks, order_key("benchmark", 1), BATCH, 0, 1) as loader:
         for _ in range(steps):
             loader.next()
 
@@ -113,8 +144,30 @@ def _datasets(folder: Path, steps: int) -> None:
         rows[order[np.arange(step * BATCH, (step + 1) * BATCH) % len(order)].tolist()]["input_ids"]
 
 
+@contextlib.contextmanager
+def _megatron(
+    options: argparse.Namespace, flat: Path, folder: Path, steps: int
+) -> Iterator[Callable[[], float]]:
+    """The other environment's process: a call has it read one round, for its blocks per second."""
+    (folder / "megatron").mkdir()
+    arguments = [str(flat), str(folder / "megatron"), str(steps)]
+    with subprocess.Popen(
+        [options.megatron, "-m", "benchmarks.megatron_read", *arguments],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as peer:  # fmt: skip
+        requests, answers = peer.stdin, peer.stdout
+        assert requests is not None
+        assert answers is not None
+
+        def read() -> float:
+            print(file=requests, flush=True)
+            return float(answers.readline().removeprefix("rate "))
+
+        yield read
+
+
 def _drop(paths: list[Path]) -> None:
-    """Forget the files' pages, if the system lets us."""
+    """Forget the files' pages; they must not be mapped."""
     for path in paths:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -127,4 +180,5 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", help="where the files go (default: the system's temporary one)")
+    parser.add_argument("--megatron", metavar="PYTHON", help="interpreter with megatron-core")
     main(parser.parse_args())

@@ -14,6 +14,7 @@ from pmp_ds import dist
 from pmp_ds.cli import HIDDEN, parse
 from pmp_ds.config import Config
 from pmp_ds.data.arrow_store import Store
+from pmp_ds.data.mixed_store import MixedStore, open_data
 from pmp_ds.errors import EXIT_MISTAKE, LostRankError, exit_code
 from pmp_ds.restarts import is_child, run_with_restarts
 from pmp_ds.run_dir import RunDir
@@ -32,6 +33,9 @@ examples:
   the paper's model on the GPUs of this machine, states sharded over them
     deepspeed launcher/pretrain.py --config launcher/recipes/tinyllama-1.1b.yaml \\
         --deepspeed-config ds_configs/zero2.json --data.store tokenized_data/slimpajama
+  several stores in fixed proportions
+    deepspeed launcher/pretrain.py --config launcher/recipes/gpt2-small.yaml \\
+        --data.store '{tokenized_data/web: 0.7, tokenized_data/code: 0.3}'
   its control without a mask: an overlay, then a name of its own
     deepspeed launcher/pretrain.py --config launcher/recipes/demo.yaml \\
         --config launcher/recipes/base.yaml --run.name demo-base"""
@@ -68,7 +72,7 @@ def main() -> None:
     # What every rank can find by itself is checked before they meet, the quick checks first.
     ds_config = deepspeed_config.read_json(Path(options["deepspeed_config"]))
     deepspeed_config.merge(ds_config, config.train, int(os.environ.get("WORLD_SIZE", "1")))
-    store = Store.open(config.data.store)
+    store = open_data(config.data.store)
     run = RunDir(Path(config.run.root) / config.run.name)
     from pmp_ds.train import pipeline  # imports transformers: seconds
 
@@ -88,7 +92,7 @@ def main() -> None:
         dist.shutdown()
 
 
-def _run(config: Config, ds_config: dict[str, Any], store: Store, run: RunDir) -> None:
+def _run(config: Config, ds_config: dict[str, Any], store: Store | MixedStore, run: RunDir) -> None:
     from pmp_ds.plots import plot_run  # imports matplotlib: a second
     from pmp_ds.train import pipeline, plan, run_facts
 

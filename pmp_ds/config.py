@@ -210,14 +210,33 @@ class ModelConfig:
 class DataConfig:
     """The packed tokens and their order."""
 
-    store: str = "tokenized_data/demo"
-    """Folder written by launcher/prepare_data.py."""
+    store: dict[str, float] | str = "tokenized_data/demo"
+    """Folder written by launcher/prepare_data.py; or a mixture of several, each with its weight:
+    {FOLDER: WEIGHT, FOLDER: WEIGHT}."""
+
+    separate_documents: bool = False
+    """Keep the documents in a block apart (`llama` and `gpt2`): positions start again after each
+    end-of-text token, attention does not cross it, and no loss is taken of what follows it. Off,
+    as in the paper, a block is one text."""
 
     seed: int = 0
     """Seed of the sample order of masked pretraining (discovery draws its own, secret order)."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**63, f"data.seed={self.seed} must be between 0 and 2^63 - 1")
+        if isinstance(self.store, str):
+            _require(
+                not self.store.startswith(("{", "[")) and self.store != "",
+                f"data.store={self.store} is neither a folder nor a mixture: write "
+                "{FOLDER: WEIGHT, FOLDER: WEIGHT} with numbers for the weights",
+            )
+            return
+        _require(len(self.store) > 0, "data.store={} names no folder")
+        for folder, weight in self.store.items():
+            _require(
+                0.0 < weight < float("inf"),
+                f"data.store: the weight of {folder} is {weight}; it must be positive",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,6 +387,13 @@ class Config:
     mask: MaskConfig = field(default_factory=MaskConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            not self.data.separate_documents or self.model.family != "auto",
+            "data.separate_documents=true needs model.family=llama or gpt2: not every architecture "
+            "of model.family=auto can keep documents apart",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,13 +2,16 @@
 
 from typing import Any
 
+from pmp_ds.config import Config
+from pmp_ds.data.loader import order_key
+from pmp_ds.data.mixture import realised
 from pmp_ds.log import read_metrics
 from pmp_ds.model.parameters import num_params, parameter_table
 from pmp_ds.release.export import generate_sample
 from pmp_ds.run_dir import RunDir
 from pmp_ds.ticket.ticket import Ticket, exact_k, has_ticket, load_ticket
 from pmp_ds.train import plain_weights, theta0
-from pmp_ds.train.run_facts import load_config, read_data
+from pmp_ds.train.run_facts import DataFacts, load_config, read_data
 
 
 def summarize(run: RunDir, prompt: str) -> str:
@@ -24,6 +27,8 @@ def summarize(run: RunDir, prompt: str) -> str:
         f"{data.tokens // data.block_size:,} blocks of {data.block_size}",
         "parameters": f"d = {d:,}",
     }
+    if data.parts:
+        rows["mixture"] = _mixture(config, data, weights.updates)
     if has_ticket(run.ticket):
         ticket = load_ticket(run.ticket)
         changed = plain_weights.complement_changes(weights, initial, ticket.mask)
@@ -47,6 +52,18 @@ def summarize(run: RunDir, prompt: str) -> str:
     else:
         rows["release"] = f"none yet: python launcher/export.py --run {run.root}"
     return "\n".join(f"  {name:<12}{text}" for name, text in rows.items())
+
+
+def _mixture(config: Config, data: DataFacts, updates: int) -> str:
+    """What every store really gave, one line each."""
+    samples = updates * config.train.global_batch_size
+    key = order_key("train", config.data.seed)
+    counts = realised([part.slots for part in data.parts], samples, key)
+    return f"\n{'':14}".join(
+        f"{count:,} of {samples:,} samples ({count / max(1, samples):.2%}, asked {part.share:.2%}) "
+        f"from {part.folder}"
+        for part, count in zip(data.parts, counts, strict=True)
+    )
 
 
 def _drawn(ticket: Ticket, records: list[dict[str, Any]]) -> str:

@@ -5,7 +5,8 @@ The format is described in tokenized_data/README.md. Imports without torch.
 
 import hashlib
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pmp_ds.data.readahead import will_need
 from pmp_ds.errors import UserError
 from pmp_ds.run_dir import atomic_path, write_json
 
@@ -20,10 +22,15 @@ FORMAT = "pmp-ds packed tokens"
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
 COLUMN = "input_ids"
+MUST_AGREE = ("block_size", "dtype", "vocab_size", "eos_id")
+"""What stores that are read together have in common, beside the tokenizer."""
 SHARD_BLOCKS = 1 << 18
 """Most blocks in one shard: 128 MiB of 256 uint16 tokens."""
 
 Tokens = npt.NDArray[np.unsignedinteger]
+
+COLD_SECONDS = 5e-6
+"""A block that takes longer came from a disk (10 to 100 microseconds), not from memory (one)."""
 
 _AGAIN = "run launcher/prepare_data.py again (delete the folder first)"
 
@@ -137,7 +144,9 @@ class Blocks:
         self.views = views
         """The blocks of every shard in order, each ``(rows, block_size)``, read-only."""
         self._ends = np.cumsum([len(view) for view in views])
+        self._starts = self._ends - [len(view) for view in views]
         self.block_size: int = views[0].shape[1]
+        self._cold = False
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -153,12 +162,26 @@ class Blocks:
         if len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):
             raise IndexError(f"block index outside [0, {len(self)})")
         out = np.empty((len(indices), self.block_size), self.views[0].dtype)
-        shards = np.searchsorted(self._ends, indices, side="right")
-        for shard in np.unique(shards):
-            here = shards == shard
-            start = self._ends[shard] - len(self.views[shard])
-            out[here] = self.views[shard][indices[here] - start]
+        clock = time.perf_counter()
+        wanted = list(self._by_shard(indices))
+        if self._cold:
+            for view, _, rows in wanted:
+                will_need(view, rows)
+        for view, here, rows in wanted:
+            out[here] = view[rows]
+        self._cold = time.perf_counter() - clock > COLD_SECONDS * len(indices)
         return out
+
+    def _by_shard(
+        self, indices: npt.NDArray[np.integer]
+    ) -> Iterator[tuple[Tokens, npt.NDArray[np.integer], npt.NDArray[np.integer]]]:
+        """Of each shard concerned: its blocks, where in ``indices`` it is meant, and its rows."""
+        shards = np.searchsorted(self._ends, indices, side="right")
+        order = np.argsort(shards, kind="stable")
+        cuts = np.searchsorted(shards, np.arange(len(self.views) + 1), sorter=order)
+        for shard in np.flatnonzero(np.diff(cuts)):
+            here = order[cuts[shard] : cuts[shard + 1]]
+            yield self.views[shard], here, indices[here] - self._starts[shard]
 
     def largest(self) -> list[int]:
         """The largest id of every shard; reads all of them."""
@@ -247,6 +270,18 @@ class Store:
         """Nats per predicted validation token of a model that knows only token frequencies."""
         return float(self.manifest["unigram_cross_entropy"])
 
+    def unlike(self, other: "Store") -> list[str]:
+        """Why blocks of the two do not go together, with both values; empty when they do."""
+        found = [
+            f"{key} is {self.manifest[key]} and {other.manifest[key]}"
+            for key in MUST_AGREE
+            if self.manifest[key] != other.manifest[key]
+        ]
+        prints = self.tokenizer_fingerprint, other.tokenizer_fingerprint
+        if prints[0] != prints[1]:
+            found.append(f"the tokenizer is {prints[0][:12]} and {prints[1][:12]}")
+        return found
+
     def _check_hash(self, shard: Mapping[str, Any]) -> None:
         path = self.folder / shard["file"]
         _check_size(path, shard["bytes"])
@@ -283,7 +318,8 @@ class Store:
         path = self.folder / shard["file"]
         try:
             _check_size(path, shard["bytes"])
-            with pa.ipc.open_stream(pa.memory_map(str(path))) as reader:
+            # Closed at once: the mapping stays, and thousands of shards need no descriptors.
+            with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
                 batch = reader.read_next_batch()
             batch.validate()
             column = batch.column(COLUMN)

@@ -19,7 +19,7 @@ import torch
 
 _ROUNDS = 4
 _READ_AHEAD = 2  # chunks waiting, besides the one being gathered
-_CHUNK_BLOCKS = 1024  # one gather of many blocks costs far less than many of one batch
+_CHUNK_BLOCKS = 2048  # one gather of many blocks costs far less than many of one batch
 
 
 class BlockSource(Protocol):
@@ -131,8 +131,11 @@ class BlockLoader:
         rank: int,
         world_size: int,
         consumed_samples: int = 0,
+        *,
+        pin_memory: bool = False,
     ) -> None:
-        """``global_batch_size`` sequences per ``next`` over all ranks; ``key`` of ``order_key``."""
+        """``global_batch_size`` sequences per ``next`` over all ranks; ``key`` of ``order_key``.
+        ``pin_memory``: batches in page-locked memory, which a GPU copies while others compute."""
         assert len(blocks) > 0
         assert global_batch_size % world_size == 0
         assert 0 <= rank < world_size
@@ -141,9 +144,9 @@ class BlockLoader:
         """Seconds that ``next`` spent waiting for a batch, since the start."""
         self._blocks, self._key = blocks, key
         self._global_batch_size, self._share = global_batch_size, global_batch_size // world_size
-        self._rank = rank
-        self._chunk: Iterator[torch.Tensor] = iter(())
-        self._ready: queue.Queue[torch.Tensor | BaseException] = queue.Queue(_READ_AHEAD)
+        self._rank, self._pin_memory = rank, pin_memory
+        self._chunk: Iterator[npt.NDArray[Any]] = iter(())
+        self._ready: queue.Queue[npt.NDArray[Any] | BaseException] = queue.Queue(_READ_AHEAD)
         self._stop = threading.Event()
         self._thread = threading.Thread(
             target=self._read_ahead, args=(consumed_samples,), name="block-loader", daemon=True
@@ -165,10 +168,13 @@ class BlockLoader:
             if isinstance(chunk, BaseException):
                 self.close()
                 raise chunk
-            self._chunk = iter(chunk.unbind())
+            self._chunk = iter(chunk)
             batch = next(self._chunk)
         self.consumed_samples += self._global_batch_size
-        return batch
+        # Widened here, a batch at a time: a chunk of int64 would be four times the memory to fill.
+        out = torch.empty(batch.shape, dtype=torch.int64, pin_memory=self._pin_memory)
+        out.numpy()[:] = batch
+        return out
 
     def close(self) -> None:
         """Stop the thread; may be called twice."""
@@ -184,9 +190,9 @@ class BlockLoader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read(self, first_sample: int, num_batches: int) -> torch.Tensor:
+    def _read(self, first_sample: int, num_batches: int) -> npt.NDArray[Any]:
         """This rank's share of the global batches from ``first_sample`` on,
-        ``(num_batches, global_batch_size // world_size, block_size)`` int64.
+        ``(num_batches, global_batch_size // world_size, block_size)``, as stored.
         """
         starts = first_sample + np.arange(num_batches, dtype=np.int64) * self._global_batch_size
         share = self._rank * self._share + np.arange(self._share, dtype=np.int64)
@@ -195,11 +201,11 @@ class BlockLoader:
             blocks = self._blocks.read(samples, self._key)
         else:
             blocks = shuffled(self._blocks, samples, self._key)
-        return torch.from_numpy(blocks.astype(np.int64)).view(num_batches, self._share, -1)
+        return blocks.reshape(num_batches, self._share, -1)
 
     def _read_ahead(self, first_sample: int) -> None:
         """Chunks of twice as many batches each time, so that the first does not wait for many."""
-        item: torch.Tensor | BaseException
+        item: npt.NDArray[Any] | BaseException
         num_batches, most = 1, max(1, _CHUNK_BLOCKS // self._share)
         while not self._stop.is_set():
             try:

@@ -9,12 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from pmp_ds.data.arrow_store import SPLITS, Store, write_manifest
+from pmp_ds.data.arrow_store import MUST_AGREE, SPLITS, Store, write_manifest
 from pmp_ds.data.units import unigram_cross_entropy
 from pmp_ds.errors import UserError
 from pmp_ds.run_dir import fsync_dir
-
-_SAME = ("block_size", "dtype", "vocab_size", "eos_id")
 
 
 def merge_stores(out: str | Path, folders: Sequence[str | Path]) -> Store:
@@ -43,9 +41,12 @@ def merge_stores(out: str | Path, folders: Sequence[str | Path]) -> Store:
         write_manifest(
             staging,
             {
-                **{key: first[key] for key in _SAME},
+                **{key: first[key] for key in MUST_AGREE},
                 "rows": _merge_rows(stores),
-                "settings": {"merged": [store.dataset_id for store in stores]},
+                "settings": {
+                    "merged": [store.dataset_id for store in stores],
+                    "input": [i for store in stores for i in store.manifest["settings"]["input"]],
+                },
                 "splits": splits,
                 "tokenizer": first["tokenizer"],
                 "unigram_cross_entropy": unigram_cross_entropy(*counts),
@@ -64,14 +65,7 @@ def merge_stores(out: str | Path, folders: Sequence[str | Path]) -> Store:
 def _check_alike(stores: Sequence[Store]) -> None:
     first = stores[0]
     for other in stores[1:]:
-        found = [
-            f"{key} is {first.manifest[key]} and {other.manifest[key]}"
-            for key in _SAME
-            if first.manifest[key] != other.manifest[key]
-        ]
-        if first.tokenizer_fingerprint != other.tokenizer_fingerprint:
-            found.append("their tokenizers are not the same")
-        if found:
+        if found := first.unlike(other):
             raise UserError(
                 f"{first.folder} and {other.folder} cannot be merged: {'; '.join(found)}; prepare "
                 f"one of them again (--tokenizer {first.tokenizer_dir})"

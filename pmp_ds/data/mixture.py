@@ -6,15 +6,20 @@ the samples consumed, is the whole state, as without a mixture.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from pmp_ds.data.arrow_store import Blocks
 from pmp_ds.data.loader import BlockSource, permute, shuffled
 from pmp_ds.errors import UserError
 
 PERIOD = 1 << 16
+
+Numbers = npt.NDArray[np.int64]
 
 
 class Mixture:
@@ -26,8 +31,8 @@ class Mixture:
         """Raises UserError for weights that are not positive or too small to occur."""
         assert len(names) == len(sources) == len(weights) > 0
         self.names, self._sources = tuple(names), tuple(sources)
-        self._quotas = _quotas(names, weights)
-        self._patterns: dict[bytes, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = {}
+        self.slots = slots_of(names, weights)
+        """Samples of each source in every 2^16."""
 
     def __len__(self) -> int:
         """Blocks in all sources together; an epoch of the mixture is not one of each."""
@@ -35,64 +40,102 @@ class Mixture:
 
     def read(
         self,
-        samples: npt.NDArray[np.int64],  # (m,) global sample numbers
+        samples: Numbers,  # (m,) global sample numbers
         key: bytes,
     ) -> npt.NDArray[np.unsignedinteger]:
         """The blocks of these samples, ``(m, block_size)``."""
         which, positions = self.locate(samples, key)
-        out: npt.NDArray[np.unsignedinteger] | None = None
-        for number, source in enumerate(self._sources):
-            here = which == number
-            if here.any():
-                blocks = shuffled(source, positions[here], _source_key(key, number))
-                if out is None:
-                    out = np.empty((len(samples), blocks.shape[1]), blocks.dtype)
-                out[here] = blocks
-        assert out is not None
-        return out
+        return _assemble(
+            which,
+            lambda number, here: shuffled(
+                self._sources[number], positions[here], _source_key(key, number)
+            ),
+        )
 
-    def locate(
-        self, samples: npt.NDArray[np.int64], key: bytes
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def locate(self, samples: Numbers, key: bytes) -> tuple[Numbers, Numbers]:
         """The source of every sample, and how many samples of that source come before it."""
-        pattern, ranks = self._pattern(key)
+        pattern, ranks = _pattern(self.slots, key)
         cycles, slots = samples // PERIOD, samples % PERIOD
         which = pattern[slots]
-        return which, cycles * self._quotas[which] + ranks[slots]
+        return which, cycles * np.array(self.slots)[which] + ranks[slots]
 
     def realised(self, consumed_samples: int, key: bytes) -> dict[str, int]:
         """How many of the first ``consumed_samples`` came from each source, exactly."""
-        cycles, rest = divmod(consumed_samples, PERIOD)
-        part = np.bincount(self._pattern(key)[0][:rest], minlength=len(self.names))
-        counts = cycles * self._quotas + part
-        return dict(zip(self.names, counts.tolist(), strict=True))
-
-    def _pattern(self, key: bytes) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """The source of every slot ``(PERIOD,)``, and its rank among that source's slots."""
-        if key not in self._patterns:
-            order = permute(np.arange(PERIOD), PERIOD, _source_key(key, -1), 0)
-            pattern = np.repeat(np.arange(len(self.names)), self._quotas)[order]
-            ranks = np.empty(PERIOD, np.int64)
-            for number in range(len(self.names)):
-                here = pattern == number
-                ranks[here] = np.arange(int(here.sum()))
-            self._patterns[key] = pattern, ranks
-        return self._patterns[key]
+        return dict(zip(self.names, realised(self.slots, consumed_samples, key), strict=True))
 
 
-def _quotas(names: Sequence[str], weights: Sequence[float]) -> npt.NDArray[np.int64]:
-    """Slots of each source in a period: largest remainders, ties to the first."""
+class InTurn:
+    """A finite source: blocks of several in their own order, every prefix in the proportions of
+    ``slots`` to within a block of each; it ends where the first of them does."""
+
+    def __init__(self, sources: Sequence[Blocks], slots: Sequence[int]) -> None:
+        self._sources, self.block_size = tuple(sources), sources[0].block_size
+        times = [(np.arange(len(s)) + 0.5) / q for s, q in zip(sources, slots, strict=True)]
+        end = min(len(s) / q for s, q in zip(sources, slots, strict=True))
+        times = [t[t < end] for t in times]
+        order = np.argsort(np.concatenate(times), kind="stable")
+        self._which = np.repeat(np.arange(len(times)), list(map(len, times)))[order]
+        self._positions = np.concatenate([np.arange(len(t)) for t in times])[order]
+
+    def __len__(self) -> int:
+        return len(self._which)
+
+    def gather(self, indices: npt.NDArray[np.integer]) -> npt.NDArray[Any]:
+        """Copy these blocks, in this order, into one ``(m, block_size)`` array."""
+        positions = self._positions[indices]
+        return _assemble(
+            self._which[indices],
+            lambda number, here: self._sources[number].gather(positions[here]),
+        )
+
+
+def slots_of(names: Sequence[str], weights: Sequence[float]) -> tuple[int, ...]:
+    """Samples of each source in every 2^16: largest remainders, ties to the first."""
     for name, weight in zip(names, weights, strict=True):
         if not 0.0 < weight < float("inf"):
             raise UserError(f"the weight of {name} is {weight}; it must be positive")
     exact = np.array(weights, np.float64) / sum(weights) * PERIOD
-    quotas = np.floor(exact).astype(np.int64)
-    missing = PERIOD - int(quotas.sum())
-    quotas[np.argsort(-(exact - quotas), kind="stable")[:missing]] += 1
-    for name, weight, quota in zip(names, weights, quotas, strict=True):
-        if quota == 0:
+    slots = np.floor(exact).astype(np.int64)
+    missing = PERIOD - int(slots.sum())
+    slots[np.argsort(-(exact - slots), kind="stable")[:missing]] += 1
+    for name, weight, count in zip(names, weights, slots, strict=True):
+        if count == 0:
             raise UserError(f"the weight of {name}, {weight}, is below 1/{PERIOD} of the mixture")
-    return quotas
+    return tuple(slots.tolist())
+
+
+def realised(slots: Sequence[int], consumed_samples: int, key: bytes) -> list[int]:
+    """How many of the first ``consumed_samples`` came from each source of a mixture, exactly."""
+    cycles, rest = divmod(consumed_samples, PERIOD)
+    part = np.bincount(_pattern(tuple(slots), key)[0][:rest], minlength=len(slots))
+    return (cycles * np.array(slots) + part).tolist()
+
+
+@lru_cache(maxsize=8)
+def _pattern(slots: tuple[int, ...], key: bytes) -> tuple[Numbers, Numbers]:
+    """The source of every slot ``(PERIOD,)``, and its rank among that source's slots."""
+    order = permute(np.arange(PERIOD), PERIOD, _source_key(key, -1), 0)
+    pattern = np.repeat(np.arange(len(slots)), slots)[order]
+    ranks = np.empty(PERIOD, np.int64)
+    for number, count in enumerate(slots):
+        ranks[pattern == number] = np.arange(count)
+    return pattern, ranks
+
+
+def _assemble(
+    which: Numbers,  # (m,) source of each row
+    read: Callable[[int, npt.NDArray[np.bool_]], npt.NDArray[Any]],
+) -> npt.NDArray[Any]:
+    """``(m, block_size)``: the rows that ``read(source, where)`` gives, each in its place."""
+    out: npt.NDArray[Any] | None = None
+    for number in np.unique(which):
+        here = which == number
+        blocks = read(int(number), here)
+        if out is None:
+            out = np.empty((len(which), blocks.shape[1]), blocks.dtype)
+        out[here] = blocks
+    assert out is not None
+    return out
 
 
 def _source_key(key: bytes, number: int) -> bytes:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from pmp_ds import dist
 from pmp_ds.config import TrainConfig
+from pmp_ds.data.documents import document_positions
 from pmp_ds.optim.attach import arm, mask_gradients
 from pmp_ds.optim.logical_state import Collected, Read, collect, restore
 from pmp_ds.optim.masked import parameter_groups
@@ -34,7 +35,11 @@ class Engine:
     """
 
     def __init__(
-        self, model: PreTrainedModel, config: TrainConfig, ds_config: dict[str, Any]
+        self,
+        model: PreTrainedModel,
+        config: TrainConfig,
+        ds_config: dict[str, Any],
+        separator_id: int | None = None,  # keep the documents apart that end with this token
     ) -> None:
         self.optimizer = MaskedAdamW(
             parameter_groups(model.named_parameters(), config.weight_decay),
@@ -44,6 +49,7 @@ class Engine:
             compact_master=wants_compact_master(ds_config),
         )
         self.hf_config = model.config
+        self._separator_id = separator_id
         self._micro_batch_size = config.micro_batch_size
         self._sixteen_bit = config.precision != "fp32"
         self._dynamic_scale = config.precision == "fp16"
@@ -70,12 +76,19 @@ class Engine:
 
     def block_losses(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Mean next-token cross-entropy in nats of each of (B, T) int64 blocks, (B,) fp32; labels
-        equal inputs."""
-        logits = self._engine(input_ids=input_ids, use_cache=False).logits
+        equal inputs. With documents apart, the mean is over the tokens that follow another of their
+        document."""
+        options = {}
+        if self._separator_id is not None:  # `transformers` keeps apart what starts at position 0
+            options["position_ids"] = document_positions(input_ids, self._separator_id)
+        logits = self._engine(input_ids=input_ids, use_cache=False, **options).logits
         losses = torch.nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten(), reduction="none"
-        )
-        return losses.view(input_ids.shape[0], -1).mean(dim=1)
+        ).view(input_ids.shape[0], -1)
+        if self._separator_id is None:
+            return losses.mean(dim=1)
+        counted = input_ids[:, :-1] != self._separator_id
+        return losses.where(counted, 0.0).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
 
     def backward(self, batch: torch.Tensor) -> torch.Tensor:
         """Gradients of this rank's share of one update, (B / world_size, T) int64; reduced over

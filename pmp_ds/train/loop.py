@@ -12,6 +12,7 @@ from pmp_ds import dist
 from pmp_ds.config import Config
 from pmp_ds.data.arrow_store import Blocks
 from pmp_ds.data.loader import BlockLoader
+from pmp_ds.data.mixture import InTurn
 from pmp_ds.errors import Stopped
 from pmp_ds.log import MetricsLog
 from pmp_ds.optim.schedule import learning_rate
@@ -38,7 +39,7 @@ class Watch:
 def train(
     engine: Engine,
     loader: BlockLoader,
-    validation: Blocks,
+    validation: Blocks | InTurn,
     config: Config,
     watch: Watch,
     guard: Guard,
@@ -112,7 +113,7 @@ class _Rates:
         return values
 
 
-def validate(engine: Engine, blocks: Blocks, num_blocks: int) -> float:
+def validate(engine: Engine, blocks: Blocks | InTurn, num_blocks: int) -> float:
     """Mean loss in nats per token of the first ``num_blocks`` blocks, shared out over the ranks.
 
     Every rank evaluates equally many (stage 3 gathers weights in step); surplus ones weigh 0.

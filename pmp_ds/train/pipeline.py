@@ -15,6 +15,7 @@ from pmp_ds import dist
 from pmp_ds.config import Config
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.loader import BlockLoader, order_key
+from pmp_ds.data.mixed_store import MixedStore
 from pmp_ds.errors import Stopped, UserError
 from pmp_ds.log import MetricsLog, rewind_metrics
 from pmp_ds.model.parameters import ParamInfo, digest, num_params, parameter_table
@@ -42,7 +43,7 @@ class Job:
     config: Config
     ds_config: dict[str, Any]
     run: RunDir
-    store: Store
+    store: Store | MixedStore
     init: theta0.Init
     table: tuple[ParamInfo, ...]
 
@@ -58,10 +59,17 @@ class Job:
             dist.rank(),
             dist.world_size(),
             consumed_samples,
+            pin_memory=dist.device().type == "cuda",
+        )
+
+    def engine(self, model: PreTrainedModel) -> Engine:
+        separate = self.config.data.separate_documents
+        return Engine(
+            model, self.config.train, self.ds_config, self.store.eos_id if separate else None
         )
 
 
-def check(config: Config, store: Store, run: RunDir) -> None:
+def check(config: Config, store: Store | MixedStore, run: RunDir) -> None:
     """Do model, data and a given ticket fit together? Raises UserError; writes nothing."""
     data = DataFacts.of(store)
     theta0.architecture(config, data)
@@ -76,7 +84,9 @@ def given_ticket(config: Config, run: RunDir) -> Path | None:
     return run.ticket if has_ticket(run.ticket) else Path(config.mask.file)
 
 
-def open_job(config: Config, ds_config: dict[str, Any], store: Store, run: RunDir) -> Job:
+def open_job(
+    config: Config, ds_config: dict[str, Any], store: Store | MixedStore, run: RunDir
+) -> Job:
     """Draw theta(0), or draw it again and check that it is the same. Collective."""
     init = theta0.init_of(run, config)
     model = theta0.draw(config, DataFacts.of(store), init)
@@ -112,7 +122,7 @@ def _discover(job: Job, watch: Watch, saver: Saver) -> Ticket:
     model = job.fresh_model()
     if found:
         weight_files.load_weights(found[0] / "weights", model)
-    engine = Engine(model, config.train, job.ds_config)
+    engine = job.engine(model)
     discovery = Discovery(engine, config, job.table)
     if found:
         discovery.restore(checkpoint.load_state(found[0], engine, None, found[1]), found[1])
@@ -206,7 +216,7 @@ def _train(
     model = job.fresh_model()
     if found:
         weight_files.load_weights(found[0] / "weights", model)
-    engine = Engine(model, config.train, job.ds_config)
+    engine = job.engine(model)
     engine.arm(mask)
     start = found[1] if found else None
     if found:
@@ -248,8 +258,8 @@ def _found(job: Job, phase: checkpoint.Phase) -> Found | None:
     found = dist.on_rank0(lambda: checkpoint.find(run, phase=phase))
     if found is not None and found[1].dataset_id != job.store.dataset_id:
         raise UserError(
-            f"the data at {job.store.folder} is not what this run was trained on: its dataset id "
-            "differs from the checkpoint's; bring the store back or start a new run.name"
+            f"data.store={job.config.data.store} is not what this run was trained on: its dataset "
+            "id differs from the checkpoint's; bring the data back or start a new run.name"
         )
     if found is not None and found[1].ticket_id is not None and not has_ticket(run.ticket):
         raise UserError(

@@ -4,6 +4,8 @@ from typing import Any
 
 from pmp_ds import dist
 from pmp_ds.config import Config
+from pmp_ds.data.arrow_store import Store
+from pmp_ds.data.loader import order_key
 from pmp_ds.model.parameters import num_params
 from pmp_ds.ticket.ticket import exact_k, load_ticket
 from pmp_ds.train.deepspeed_config import wants_compact_master, zero_stage
@@ -28,14 +30,12 @@ def describe(job: Job) -> str:
         k = load_ticket(folder).mask.num_kept
     accumulation = train.accumulation_steps(world)
     tokens = train.global_batch_size * job.store.block_size
-    blocks = len(job.store.split("train"))
-    epochs = train.steps * train.global_batch_size / blocks
     rows = {
         "batch": f"{train.micro_batch_size} sequences x {accumulation} accumulation steps x "
         f"{ranks} = {train.global_batch_size} sequences x {job.store.block_size} tokens = "
         f"{tokens:,} tokens per update",
-        "updates": f"{train.steps:,}, {train.steps * tokens:,} tokens, {epochs:.2f} epochs of "
-        f"{blocks:,} blocks",
+        "updates": f"{train.steps:,}, {train.steps * tokens:,} tokens, "
+        + _epochs(job, train.steps * train.global_batch_size),
         "parameters": f"d = {d:,}",
         "mask": _MASKS[mask.source].format(mask=mask),
         "ticket": f"k = {k:,} of {d:,}, density {k / d:.4f}",
@@ -49,6 +49,20 @@ def describe(job: Job) -> str:
         "secret)",
     }
     return "\n".join(f"  {name:<11}{text}" for name, text in rows.items())
+
+
+def _epochs(job: Job, samples: int) -> str:
+    """How often the blocks are read, of each store of a mixture."""
+    if isinstance(job.store, Store):
+        blocks = len(job.store.split("train"))
+        return f"{samples / blocks:.2f} epochs of {blocks:,} blocks"
+    key = order_key("train", job.config.data.seed)
+    counts = job.store.split("train").realised(samples, key).values()
+    return "a mixture of\n" + "\n".join(
+        f"{'':13}{part.share:.2%} {part.folder}: {count / len(store.split('train')):.2f} epochs of "
+        f"{len(store.split('train')):,} blocks"
+        for part, store, count in zip(job.store.parts, job.store.stores, counts, strict=True)
+    )
 
 
 def _memory(config: Config, ds_config: dict[str, Any], d: int, k: int, world: int) -> str:

@@ -2,20 +2,21 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from pmp_ds.cli import dump, parse
 from pmp_ds.config import Config
 from pmp_ds.data.arrow_store import Store
+from pmp_ds.data.mixed_store import MixedStore, Part
 from pmp_ds.errors import UserError
 from pmp_ds.run_dir import RunDir, write_json, write_text
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataFacts:
-    """The run's view of its token store; saved as data.json."""
+    """The run's view of its token store or mixture of stores; saved as data.json."""
 
     dataset_id: str
     vocab_size: int
@@ -25,10 +26,14 @@ class DataFacts:
     documents: int
     tokens: int
     sources: tuple[str, ...]
+    parts: tuple[Part, ...] = ()
+    """The stores of a mixture; empty for a single store."""
 
     @classmethod
-    def of(cls, store: Store) -> "DataFacts":
-        splits = store.manifest["splits"].values()
+    def of(cls, store: Store | MixedStore) -> "DataFacts":
+        stores = store.stores if isinstance(store, MixedStore) else [store]
+        manifests = [part.manifest for part in stores]
+        splits = [split for m in manifests for split in m["splits"].values()]
         return cls(
             dataset_id=store.dataset_id,
             vocab_size=store.vocab_size,
@@ -37,11 +42,12 @@ class DataFacts:
             unigram_cross_entropy=store.unigram_cross_entropy,
             documents=sum(split["documents"] for split in splits),
             tokens=sum(split["blocks"] for split in splits) * store.block_size,
-            sources=tuple(given["input"] for given in store.manifest["settings"]["input"]),
+            sources=tuple(given["input"] for m in manifests for given in m["settings"]["input"]),
+            parts=store.parts if isinstance(store, MixedStore) else (),
         )
 
 
-def claim(run: RunDir, config: Config, store: Store) -> None:
+def claim(run: RunDir, config: Config, store: Store | MixedStore) -> None:
     """Make ``run`` this configuration's folder, or check that it is. Rank 0 alone calls it.
 
     Raises UserError that lists what differs; run.*, guard.* and the path of the store may.
@@ -50,8 +56,10 @@ def claim(run: RunDir, config: Config, store: Store) -> None:
     if run.config.exists():
         saved = load_config(run)
         differences = list(_differences(asdict(saved), asdict(config)))
-        if read_data(run).dataset_id != data.dataset_id:
-            differences.append(f"data.store: {config.data.store} holds other data than the run's")
+        if (before := read_data(run)).dataset_id != data.dataset_id:
+            differences += _data_differences(before.parts, data.parts) or [
+                f"data.store: {config.data.store} holds other data than the run's"
+            ]
         if differences:
             raise UserError(
                 f"{run.root} holds a run with another configuration; repeat it with --config "
@@ -66,7 +74,21 @@ def claim(run: RunDir, config: Config, store: Store) -> None:
         ) from None
 
 
-def _write(run: RunDir, config: Config, data: DataFacts, store: Store) -> None:
+def _data_differences(saved: Sequence[Part], given: Sequence[Part]) -> list[str]:
+    """In what two mixtures differ; empty when one of them is a single store."""
+    if not (saved and given):
+        return []
+    before, now = ({part.dataset_id: part for part in parts} for parts in (saved, given))
+    found = [f"data.store: {before[i]}, not given" for i in before if i not in now]
+    found += [f"data.store: not in the run, {now[i]}" for i in now if i not in before]
+    return found + [
+        f"data.store, share of {now[i]}: {before[i].share:.4f}, {now[i].share:.4f}"
+        for i in now
+        if i in before and before[i].slots != now[i].slots
+    ]
+
+
+def _write(run: RunDir, config: Config, data: DataFacts, store: Store | MixedStore) -> None:
     run.create()
     if not run.config.exists():
         if not run.tokenizer.exists():
@@ -96,7 +118,8 @@ def load_config(run: RunDir) -> Config:
 
 def read_data(run: RunDir) -> DataFacts:
     values = json.loads(run.data.read_text(encoding="utf-8"))
-    return DataFacts(**values | {"sources": tuple(values["sources"])})
+    parts = tuple(Part(**part) for part in values.get("parts", ()))
+    return DataFacts(**values | {"sources": tuple(values["sources"]), "parts": parts})
 
 
 def export_facts(run: RunDir, step: int, val_loss: float | None) -> dict[str, Any]:
@@ -123,5 +146,6 @@ def export_facts(run: RunDir, step: int, val_loss: float | None) -> dict[str, An
         "data_description": (
             f"{data.documents:,} documents, {data.tokens:,} tokens, packed into blocks of "
             f"{data.block_size} tokens separated by the end-of-text token"
+            + (", each document read by itself" if config.data.separate_documents else "")
         ),
     }

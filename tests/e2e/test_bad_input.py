@@ -12,6 +12,7 @@ import yaml
 from pmp_ds.config import Config, PrepareConfig
 from tests.e2e.conftest import MainRun
 from tests.helpers.commands import RECIPES, error_of, files_of, ok, run
+from tests.helpers.stores import write_store
 from tests.helpers.workplace import PREPARE
 
 pytestmark = pytest.mark.e2e
@@ -40,6 +41,14 @@ def refused(work: Path, *arguments: str | Path, watched: tuple[Path, ...] = ()) 
         (("--mask.source", "file"), "mask.file=None does not go with mask.source='file'"),
         (("--train.global_batch_size", "7"), "7 is not a multiple of micro_batch_size x"),
         (("--data.store", "nowhere"), "the data folder nowhere does not exist"),
+        (("--data.store", "{store: 1, nowhere: 2}"), "the data folder nowhere does not exist"),
+        (("--data.store", "{store: 1, b: 0}"), "data.store: the weight of b is 0.0; it must be"),
+        (("--data.store", "{store: much}"), "write {FOLDER: WEIGHT, FOLDER: WEIGHT} with numbers"),
+        (("--data.store", "{}"), "data.store={} names no folder"),
+        (
+            ("--data.separate_documents", "true", "--model.family", "auto", "--model.path", "x"),
+            "data.separate_documents=true needs model.family=llama or gpt2",
+        ),
         (("--deepspeed-config", "nowhere.json"), "--deepspeed-config nowhere.json: no such file"),
         (("--model.vocab_size", "20"), "model.vocab_size=20 is smaller than the tokenizer's 400"),
         (
@@ -102,6 +111,25 @@ def test_truncated_shard(work: Path, copy_of_store: Path):
     os.truncate(shard, shard.stat().st_size - 100)
     message = refused(work, "--data.store", copy_of_store, watched=(copy_of_store,))
     assert f"data shard {shard} is damaged: it has" in message
+
+
+def test_missing_shard(work: Path, copy_of_store: Path):
+    shard = next((copy_of_store / "train").glob("*.arrow"))
+    shard.unlink()
+    message = refused(work, "--data.store", copy_of_store, watched=(copy_of_store,))
+    assert f"data shard {shard} is damaged: it is missing; run launcher/prepare_data.py" in message
+
+
+def test_swapped_shards(work: Path, tmp_path: Path):
+    """Two shards of one shape in each other's place: only their hashes tell."""
+    folder = write_store(tmp_path / "store", 0, 64, shard=32, vocab_size=400)
+    a, b = sorted((tmp_path / "store" / "train").glob("*.arrow"))
+    assert a.stat().st_size == b.stat().st_size
+    a.rename(tmp_path / "a")
+    b.rename(a)
+    (tmp_path / "a").rename(b)
+    message = refused(work, "--data.store", folder, watched=(tmp_path,))
+    assert f"data shard {a} is damaged: its content changed since it was written" in message
 
 
 def test_edited_tokenizer(work: Path, copy_of_store: Path):

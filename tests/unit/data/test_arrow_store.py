@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pmp_ds.data import arrow_store, readahead
 from pmp_ds.data.arrow_store import SPLITS, Blocks, Store, write_manifest, write_shard
 from pmp_ds.errors import UserError
+from tests.helpers.stores import write_store
 
 ROWS = {"train": (5, 3, 4), "validation": (2,)}
 T = 8
@@ -190,6 +192,46 @@ def test_unreadable_manifest(folder: Path, tmp_path: Path):
         Store.open(folder)
     with pytest.raises(UserError, match="none does not exist"):
         Store.open(tmp_path / "none")
+
+
+def test_more_shards_than_open_files(tmp_path: Path):
+    """Mapped shards keep no descriptor; in a process of its own, whose limit is lower."""
+    folder = write_store(tmp_path / "many", 0, 300, shard=1)
+    script = (
+        "import resource, sys, numpy as np\n"
+        "from pmp_ds.data.arrow_store import Store\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
+        "store = Store.open(sys.argv[1], verify=True)\n"
+        "blocks = store.split('train')\n"
+        "assert len(blocks.views) == 300\n"
+        "assert blocks.gather(np.arange(300))[:, 0].tolist() == list(range(300))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, folder], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_cold_blocks_are_asked_for_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """After a gather that took long, the next one first asks for all of its blocks."""
+    folder = tmp_path / "cold"
+    write_store(folder, 0, 300_000, shard=200_000, vocab_size=1 << 20)
+    blocks = Store.open(folder).split("train")
+    asked = []
+
+    def will_need(view, rows):
+        asked.append((view, rows))
+        readahead.will_need(view, rows)
+
+    monkeypatch.setattr(arrow_store, "will_need", will_need)
+    indices = np.array([299_999, 7, 210_000])
+    for seconds, calls in ((0.0, 0), (1e9, 2), (0.0, 2)):  # slow, slow before it, fast before it
+        monkeypatch.setattr(arrow_store, "COLD_SECONDS", seconds)
+        assert blocks.gather(indices)[:, 0].tolist() == indices.tolist()
+        assert len(asked) == calls
+    for view, rows in asked:
+        assert rows.tolist() in ([7], [99_999, 10_000])
+        assert view is blocks.views[len(rows) - 1]
 
 
 def test_a_file_beside_the_shards_is_not_read(folder: Path):

@@ -50,6 +50,12 @@ def test_bijection_for_every_small_n():
         assert sorted(permute(np.arange(n), n, KEY, epoch=n % 3)) == list(range(n)), n
 
 
+def test_bijection_around_powers_of_two():
+    """Where the number of bits changes, and where most results must be permuted again."""
+    for n in [2**bits + off for bits in range(9, 17) for off in (-1, 0, 1)] + [100_000]:
+        assert np.array_equal(np.sort(permute(np.arange(n), n, KEY, 1)), np.arange(n)), n
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 100_000), st.integers(0, 5), st.binary(min_size=32, max_size=32))
 def test_bijection(n: int, epoch: int, key: bytes):
@@ -136,6 +142,26 @@ def test_state_counts_returned_batches_not_those_read_ahead():
         assert loader.consumed_samples == 24
     assert batch.dtype == torch.int64
     assert batch.shape == (4, 2)
+
+
+def test_batches_are_not_page_locked_unless_asked():
+    with BlockLoader(Rows(100), KEY, 8, 0, 1) as loader:
+        assert not loader.next().is_pinned()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_page_locked_batches_hold_the_same_samples():
+    """The pinned chunk is reused only after its copy: many batches, in flight together."""
+    with BlockLoader(Rows(4096), KEY, 512, 0, 1, pin_memory=True) as loader:
+        batches = [loader.next() for _ in range(24)]
+        assert all(batch.is_pinned() for batch in batches)
+        copies = [batch.to("cuda", non_blocking=True) for batch in batches]
+        del batches
+        copies += [loader.next().to("cuda", non_blocking=True) for _ in range(24)]
+    torch.cuda.synchronize()
+    found = torch.cat(copies)[:, 0].tolist()
+    assert found == stream(4096, 512, 48)
 
 
 def test_reading_ahead_is_bounded():

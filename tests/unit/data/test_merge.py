@@ -14,6 +14,7 @@ from pmp_ds.data.prepare import prepare
 from pmp_ds.data.statistics import inspect_store, split_statistics
 from pmp_ds.data.units import unigram_cross_entropy
 from pmp_ds.errors import UserError
+from pmp_ds.train.run_facts import DataFacts
 from tests.unit.data.conftest import make_texts
 
 
@@ -53,6 +54,7 @@ def test_merged_store_is_both_in_order(two, tmp_path: Path):
     ]
     assert merged.unigram_cross_entropy == pytest.approx(unigram_cross_entropy(*counts), rel=1e-12)
     assert merged.manifest["rows"]["read"] == 150
+    assert DataFacts.of(merged).sources == (f"{two[0]}.jsonl", f"{two[1]}.jsonl")  # it trains
     assert [path.name for path in tmp_path.iterdir()] == ["both"]
 
 
@@ -64,7 +66,7 @@ def test_what_cannot_be_merged(two, tmp_path: Path, tokenizer_paths):
         tokenizer=str(tokenizer_paths["byte-bpe"]),
     )).folder  # fmt: skip
     for folders, message in (
-        ([two[0], other], "block_size is 16 and 8.*tokenizers are not the same"),
+        ([two[0], other], "block_size is 16 and 8.*the tokenizer is \\w{12} and"),
         ([two[0], two[0]], "each once"),
         ([two[0]], "two or more"),
         ([two[0], tmp_path / "none"], "does not exist"),

@@ -41,7 +41,7 @@ def test_proportions_are_the_weights():
         assert mix.realised(count, KEY) == dict(zip(["s0", "s1", "s2"], expected, strict=True))
     early = np.bincount(stream(mix, 2000)[:, 0]) / 2000
     assert np.abs(early - [0.5, 0.3, 0.2]).max() < 0.05
-    assert mixture(5, 3, 2)._quotas.tolist() == mix._quotas.tolist()
+    assert mixture(5, 3, 2).slots == mix.slots
 
 
 def test_every_source_runs_through_its_epochs():

@@ -35,6 +35,21 @@ def test_equals_reference_however_it_is_fed(documents, block_size: int, flush: i
     assert (found, dropped) == pack_ref(documents, block_size, 0)
 
 
+@given(
+    documents=st.lists(st.lists(st.integers(1, 60000), max_size=30), max_size=30),
+    block_size=st.integers(2, 40),
+)
+def test_every_token_and_every_eos_is_kept_in_order(documents, block_size: int):
+    packer = Packer(block_size, eos_id=0, dtype=U16)
+    parts = [packer.add([np.array(ids, np.int64)]) for ids in documents]
+    last, dropped = packer.finish()
+    packed = np.concatenate([*parts, last])
+    stream = [token for ids in documents for token in [*ids, 0]]
+    assert dropped == len(stream) % block_size
+    assert packed.reshape(-1).tolist() == stream[: len(stream) - dropped]
+    assert packed.shape[1] == block_size
+
+
 def test_finish_starts_over():
     packer = Packer(2, eos_id=9, dtype=U16)
     packer.add([np.array([1, 2])])

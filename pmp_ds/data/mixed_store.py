@@ -1,0 +1,126 @@
+"""What `data.store` names: one store, or several with weights that training reads as one.
+
+    store = open_data({"tokenized_data/web": 0.7, "tokenized_data/code": 0.3})
+
+A mixture has the order, the validation blocks and the dataset id that its parts' contents and
+weights give; where the parts lie and in which order they are written does not matter.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal, overload
+
+from pmp_ds.data.arrow_store import Store
+from pmp_ds.data.mixture import PERIOD, InTurn, Mixture, slots_of
+from pmp_ds.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One store of a mixture."""
+
+    folder: str
+    dataset_id: str
+    slots: int
+    """Its samples in every 65,536 of training."""
+
+    @property
+    def share(self) -> float:
+        return self.slots / PERIOD
+
+    def __str__(self) -> str:
+        return f"{self.folder} (dataset {self.dataset_id[:12]})"
+
+
+class MixedStore:
+    """Stores with weights, in the order of their dataset ids; to training it is a ``Store``."""
+
+    def __init__(self, weights: Mapping[str, float]) -> None:
+        """``weights`` by folder. Raises UserError as ``open_data`` does."""
+        opened = [(Store.open(folder), folder) for folder in weights]
+        opened.sort(key=lambda pair: pair[0].dataset_id)
+        self.stores = [store for store, _ in opened]
+        _check_together(self.stores)
+        names = [folder for _, folder in opened]
+        slots = slots_of(names, [weights[name] for name in names])
+        self.parts = tuple(
+            Part(folder=name, dataset_id=store.dataset_id, slots=count)
+            for name, store, count in zip(names, self.stores, slots, strict=True)
+        )
+        self._train = Mixture(names, [store.split("train") for store in self.stores], slots)
+        self._validation = InTurn([store.split("validation") for store in self.stores], slots)
+
+    @overload
+    def split(self, name: Literal["train"]) -> Mixture: ...
+
+    @overload
+    def split(self, name: Literal["validation"]) -> InTurn: ...
+
+    def split(self, name: str) -> Mixture | InTurn:
+        """``train``, or ``validation``: the parts' blocks in the proportions of the weights, as far
+        as they reach."""
+        return self._train if name == "train" else self._validation
+
+    def verify(self) -> int:
+        """What ``Store.verify`` does, for every part."""
+        return sum(store.verify() for store in self.stores)
+
+    @property
+    def dataset_id(self) -> str:
+        """sha256 over the parts' dataset ids and shares."""
+        content = [(part.dataset_id, part.slots) for part in self.parts]
+        return hashlib.sha256(json.dumps(["mixture", PERIOD, content]).encode()).hexdigest()
+
+    @property
+    def unigram_cross_entropy(self) -> float:
+        """The parts' own, weighted: what a model reaches that knows of each part the token
+        frequencies and nothing else."""
+        return sum(
+            part.share * store.unigram_cross_entropy
+            for part, store in zip(self.parts, self.stores, strict=True)
+        )
+
+    @property
+    def block_size(self) -> int:
+        return self.stores[0].block_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.stores[0].vocab_size
+
+    @property
+    def eos_id(self) -> int:
+        return self.stores[0].eos_id
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        return self.stores[0].tokenizer_dir
+
+
+def open_data(setting: Mapping[str, float] | str) -> Store | MixedStore:
+    """The store or the mixture of `data.store`.
+
+    Raises UserError as ``Store.open`` does, for stores that do not go together and for weights
+    that are too small.
+    """
+    return Store.open(setting) if isinstance(setting, str) else MixedStore(setting)
+
+
+def _check_together(stores: list[Store]) -> None:
+    first = stores[0]
+    for before, other in pairwise(stores):
+        if before.dataset_id == other.dataset_id:
+            raise UserError(
+                f"data.store: {before.folder} and {other.folder} hold the same blocks; name one of "
+                "them, with the sum of the weights"
+            )
+        if found := first.unlike(other):
+            raise UserError(
+                f"data.store: {first.folder} and {other.folder} cannot be mixed: "
+                f"{'; '.join(found)}; prepare one of them again "
+                f"(--tokenizer {first.tokenizer_dir})"
+            )

@@ -1,0 +1,37 @@
+"""Small stores whose blocks tell which they are."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pmp_ds.data.arrow_store import write_manifest, write_shard
+
+T = 4
+
+
+def write_store(
+    folder: Path, first: int, train: int, validation: int = 8, shard: int = 100, **manifest: Any
+) -> str:
+    """A store of ``train`` and ``validation`` blocks of T tokens, all of which are the block's own
+    number, from ``first`` on; ``shard`` blocks in a shard. Returns the folder."""
+    splits = {}
+    for split, count in (("train", train), ("validation", validation)):
+        (folder / split).mkdir(parents=True)
+        rows = np.repeat(np.arange(first, first + count, dtype=np.uint32)[:, None], T, axis=1)
+        shards = [
+            write_shard(folder, split, f"{i:05d}-000.arrow", rows[start : start + shard])
+            for i, start in enumerate(range(0, count, shard))
+        ]
+        splits[split] = {"blocks": count, "documents": 1, "dropped_tokens": 0, "shards": shards}
+        first += count
+    settings = {"input": [{"input": folder.name}]}
+    write_manifest(
+        folder,
+        {
+            "block_size": T, "dtype": "uint32", "vocab_size": 100_000, "eos_id": 2,
+            "tokenizer": {"fingerprint": "f" * 64}, "unigram_cross_entropy": 6.0,
+            "splits": splits, "settings": settings,
+        } | manifest,
+    )  # fmt: skip
+    return str(folder)
