@@ -80,6 +80,7 @@ def _child(options: argparse.Namespace) -> None:
 
 
 def _ours(options: argparse.Namespace) -> dict[str, Any]:
+    import awkward  # noqa: F401 - imported late by gigatoken
     import transformers.models.auto.tokenization_auto  # noqa: F401 - imported late by ours
 
     from pmp_ds.config import PrepareConfig
@@ -117,12 +118,13 @@ def _lines(options: argparse.Namespace) -> list[bytes]:
 
 def _engine(options: argparse.Namespace) -> dict[str, Any]:
     """The fast engine alone, on all cores, over text that is in memory."""
+    import awkward  # noqa: F401 - imported late by gigatoken
     import gigatoken
 
     from pmp_ds.data.tokenizer import load_tokenizer
 
     texts = _texts(options)
-    description = load_tokenizer(options.tokenizer).encoder_spec.fast
+    description = load_tokenizer(options.tokenizer).encoder.spec.fast
     assert description is not None
     engine = gigatoken.Tokenizer.from_json(description).backend
     start = time.perf_counter()

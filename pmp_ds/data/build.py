@@ -5,6 +5,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import numpy as np
 from pmp_ds.config import PrepareConfig
 from pmp_ds.data.arrow_store import SPLITS, read_manifest, write_manifest
 from pmp_ds.data.corpus import Rejects, Source, Unit, group_units
-from pmp_ds.data.encoder import choose_engine
+from pmp_ds.data.encoder import Encoder, choose_engine
 from pmp_ds.data.packing import token_dtype
-from pmp_ds.data.readers import read_documents
+from pmp_ds.data.readers import read_texts
 from pmp_ds.data.streams import spool_units
 from pmp_ds.data.tokenizer import Tokenizer, count_mismatches
 from pmp_ds.data.units import PackJob, UnitResult, finished_unit, unigram_cross_entropy
@@ -42,12 +43,13 @@ def build_store(
     Units that an earlier run finished there are kept after a look at their sha256.
     """
     sample = sample_texts(sources, config)
-    encoder, warning = choose_engine(tokenizer.encoder_spec, sample)
     if config.engine == "reference":
-        encoder, warning = dataclasses.replace(tokenizer.encoder_spec, fast=None), None
+        encoder, warning = tokenizer.encoder.without_fast(), None
+    else:
+        encoder, warning = choose_engine(tokenizer.encoder, sample)
     job = PackJob(
         folder=folder,
-        encoder=encoder,
+        encoder=encoder.spec,
         eos_id=tokenizer.eos_id,
         vocab_size=tokenizer.vocab_size,
         dtype=str(token_dtype(tokenizer.vocab_size)),
@@ -56,11 +58,14 @@ def build_store(
         val_fraction=config.val_fraction,
         max_malformed=config.max_malformed,
     )
-    total = _pack_all(job, sources, config.workers or available_cores())
-    total.rejects.check()
+    with ThreadPoolExecutor(1) as beside:
+        compared = beside.submit(count_mismatches, tokenizer, folder / "tokenizer", sample)
+        total = _pack_all(job, encoder, sources, config.workers or available_cores())
+    total.rejects.check()  # with the ledger in place: another max_malformed mends it
+    _remove_strays(folder, total)
     _check_not_empty(config, total)
     warnings = [] if warning is None else [warning]
-    warnings += _compare_saved(tokenizer, folder / "tokenizer", sample)
+    warnings += _about_saved(tokenizer, *compared.result())
     splits = {
         split: {
             "blocks": sum(shard["rows"] for shard in total.shards[split]),
@@ -85,7 +90,7 @@ def build_store(
             "settings": settings,
             "splits": splits,
             "tokenizer": {
-                "engine": encoder.engine,
+                "engine": job.encoder.engine,
                 "files": tokenizer_files,
                 "fingerprint": tokenizer.fingerprint,
                 "kind": tokenizer.kind,
@@ -105,7 +110,7 @@ def sample_texts(sources: Sequence[Source], config: PrepareConfig) -> list[str]:
     texts: list[str] = []
     for source in chosen:
         room = _SAMPLE_CHARS // len(chosen)
-        for text in read_documents(source, config.text_field, Rejects(max_malformed=1.0)):
+        for text in read_texts(source, config.text_field, Rejects(max_malformed=1.0)):
             texts.append(text[: min(room, _SAMPLE_DOCUMENT_CHARS)])
             room -= len(texts[-1])
             if room <= 0:
@@ -113,7 +118,9 @@ def sample_texts(sources: Sequence[Source], config: PrepareConfig) -> list[str]:
     return texts
 
 
-def _pack_all(job: PackJob, sources: Sequence[Source], workers: int) -> UnitResult:
+def _pack_all(
+    job: PackJob, encoder: Encoder, sources: Sequence[Source], workers: int
+) -> UnitResult:
     """Everything that the units gave, in their order."""
     streams = any(source.kind == "stream" for source in sources)
     total = None if streams else sum(source.num_bytes for source in sources)
@@ -138,7 +145,7 @@ def _pack_all(job: PackJob, sources: Sequence[Source], workers: int) -> UnitResu
 
         if not streams:
             workers = min(workers, len(group_units(sources)))
-        pack_units(job, missing(), max(workers, 1), on_done, bar.update)
+        pack_units(job, encoder, missing(), max(workers, 1), on_done, bar.update)
     merged = UnitResult(
         unigrams=np.zeros((len(SPLITS), job.vocab_size), np.int64),
         rejects=Rejects(max_malformed=job.max_malformed),
@@ -146,7 +153,6 @@ def _pack_all(job: PackJob, sources: Sequence[Source], workers: int) -> UnitResu
     for index in sorted(results):
         merged.add(results[index])
     merged.rejects.merge(rejects)
-    _remove_strays(job.folder, merged)
     return merged
 
 
@@ -209,9 +215,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> dict[str, str]:
     return digests
 
 
-def _compare_saved(tokenizer: Tokenizer, folder: Path, sample: Sequence[str]) -> list[str]:
-    """Warnings about the saved tokenizer; a trained one has to be exact."""
-    compared, other_ids, other_text = count_mismatches(tokenizer, folder, sample)
+def _about_saved(tokenizer: Tokenizer, compared: int, other_ids: int, other_text: int) -> list[str]:
+    """Warnings about the saved tokenizer (see ``count_mismatches``); a trained one is exact."""
     if tokenizer.kind == "trained" and other_ids:
         raise UserError(
             f"AutoTokenizer gives other ids on {other_ids} of {compared} documents than the "
@@ -220,7 +225,7 @@ def _compare_saved(tokenizer: Tokenizer, folder: Path, sample: Sequence[str]) ->
     warnings = []
     if other_ids:
         warnings.append(
-            f"AutoTokenizer on {folder.name}/ gives other ids than this {tokenizer.kind} tokenizer "
+            f"AutoTokenizer on tokenizer/ gives other ids than this {tokenizer.kind} tokenizer "
             f"on {other_ids} of {compared} sampled documents: a release would use the former"
         )
     if other_text:

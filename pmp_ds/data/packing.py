@@ -16,12 +16,12 @@ def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
-def is_validation(text: str, val_fraction: float) -> bool:
+def is_validation(document: bytes, val_fraction: float) -> bool:
     """Whether a document is held out: its sha256, read as a number in [0, 1), is below the share.
 
-    The choice depends on the text alone, so copies of a document land in the same split.
+    The choice depends on the text (UTF-8) alone, so copies of a document land in the same split.
     """
-    digest = hashlib.sha256(text.encode("utf-8")).digest()
+    digest = hashlib.sha256(document).digest()
     return int.from_bytes(digest[:8], "big") < val_fraction * 2.0**64
 
 

@@ -55,7 +55,7 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
         manifest = _matching_manifest(out, settings)
         return _summary(out, manifest, start, reused=True)
     try:
-        with _staging(out, _identity(settings, sources)) as folder:
+        with _staging(out, _identity(settings, sources, config.engine)) as folder:
             files = _saved_before(folder)
             if tokenizer is None:
                 there = folder / "tokenizer"
@@ -106,7 +106,7 @@ def _settings(
     }
 
 
-def _identity(settings: dict[str, Any], sources: Sequence[Source]) -> dict[str, Any]:
+def _identity(settings: dict[str, Any], sources: Sequence[Source], engine: str) -> dict[str, Any]:
     """What has to be the same for the finished parts of a killed run to be of use."""
     files = [(s.name, s.num_bytes, s.version) for s in sources]
     versions = {}
@@ -114,6 +114,7 @@ def _identity(settings: dict[str, Any], sources: Sequence[Source]) -> dict[str, 
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return {
+        "engine": engine,
         "format_version": FORMAT_VERSION,
         "inputs": hashlib.sha256(json.dumps(files).encode()).hexdigest(),
         "settings": settings,
@@ -155,8 +156,9 @@ def _matching_manifest(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
 def _staging(out: Path, identity: dict[str, Any]) -> Iterator[Path]:
     """`<out>.incomplete`, locked, to be renamed: empty, or as a run of equal ``identity`` left it.
 
-    A mistake of the user removes it; what a second attempt can mend (no space, a lost worker, an
-    interruption) leaves it for the next run.
+    A mistake of the user removes it, unless units are finished by then: with a setting mended that
+    their content does not depend on, the next run uses them. So it does after what a second attempt
+    can mend (no space, a lost worker, an interruption).
     """
     folder = out.with_name(out.name + ".incomplete")
     new_parent = not out.parent.exists()
@@ -182,7 +184,12 @@ def _staging(out: Path, identity: dict[str, Any]) -> Iterator[Path]:
             yield folder
         except Unfinished:
             raise
-        except UserError:
+        except UserError as error:
+            finished = len(list((folder / "units").glob("*.json")))
+            if finished:
+                raise Unfinished(
+                    f"{error}; {finished} finished parts are kept in {folder} for the next run"
+                ) from error
             shutil.rmtree(folder, ignore_errors=True)
             if new_parent:
                 with contextlib.suppress(OSError):  # somebody else uses it by now
@@ -227,12 +234,12 @@ def _training_texts(
             # A stream does not say how much there is.
             stream = source.kind == "stream"
             credit += TRAINING_BYTES if stream else share * source.num_bytes
-            for text in read_documents(source, config.text_field, rejects):
+            for document in read_documents(source, config.text_field, rejects):
                 if (stream or share < 1.0) and credit <= 0.0:
                     break
-                if not is_validation(text, config.val_fraction):
-                    credit -= len(text.encode("utf-8"))
-                    yield text
+                if not is_validation(document, config.val_fraction):
+                    credit -= len(document)
+                    yield document.decode("utf-8")
             bar.update(source.num_bytes)
 
 

@@ -5,15 +5,12 @@ cannot forge the boundary between two documents; and ``save_pretrained`` writes 
 plain ``AutoTokenizer`` reads.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
-
-from tokenizers import Tokenizer as FastTokenizer
 
 from pmp_ds.data.encoder import Encoder, EncoderSpec, Ids
 from pmp_ds.data.spm import fast_from_sentencepiece, parse_model, train_model
@@ -40,8 +37,8 @@ class Tokenizer(Protocol):
     fingerprint: str
     """sha256 over what determines the ids."""
 
-    encoder_spec: EncoderSpec
-    """How any process encodes as this tokenizer does."""
+    encoder: Encoder
+    """Encodes as this tokenizer does, and perhaps faster once ``choose_engine`` agreed."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """The ids ``(tokens,)`` of every text: no special tokens added, none recognised."""
@@ -95,18 +92,19 @@ class HuggingFaceTokenizer:
                 "eos": self.eos_id,
             }
         )
-        plain = _without_special(description, self.special_tokens)
         description.update(truncation=None, padding=None, post_processor=None)
-        self.encoder_spec = EncoderSpec(
-            library="tokenizers",
-            model=plain.to_str().encode(),
-            fast=json.dumps(description),
-            marked=_marked([*self.special_tokens, *(token["content"] for token in added)]),
+        plain = _without_special(description, self.special_tokens)
+        self.encoder = Encoder(
+            EncoderSpec(
+                library="tokenizers",
+                model=json.dumps(plain, ensure_ascii=False).encode("utf-8"),
+                fast=json.dumps(description, ensure_ascii=False),
+                marked=_marked([*self.special_tokens, *(token["content"] for token in added)]),
+            )
         )
-        self._reference = Encoder(dataclasses.replace(self.encoder_spec, fast=None))
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        return self._reference.encode_batch(texts)
+        return self.encoder.reference(texts)
 
     def save_pretrained(self, folder: Path) -> None:
         _save(self._tokenizer, folder)
@@ -154,19 +152,21 @@ class SentencePieceTokenizer:
         }
         added = (p.piece for p in proto.pieces if p.type == type(p).USER_DEFINED)
         bpe = proto.trainer_spec.model_type == type(proto.trainer_spec).BPE
-        self.encoder_spec = EncoderSpec(
-            library="sentencepiece",
-            model=plain,
-            fast=fast_from_sentencepiece(proto).to_str() if bpe else None,
-            marked=_marked([*self.special_tokens, *added]),
+        self._converted = fast_from_sentencepiece(proto)
+        self.encoder = Encoder(
+            EncoderSpec(
+                library="sentencepiece",
+                model=plain,
+                fast=self._converted.to_str() if bpe else None,
+                marked=_marked([*self.special_tokens, *added]),
+            )
         )
-        self._reference = Encoder(dataclasses.replace(self.encoder_spec, fast=None))
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        return self._reference.encode_batch(texts)
+        return self.encoder.reference(texts)
 
     def save_pretrained(self, folder: Path) -> None:
-        _save(_wrap(fast_from_sentencepiece(self._proto), self._proto), folder)
+        _save(_wrap(self._converted, self._proto), folder)
         (folder / MODEL_FILE).write_bytes(self._model)
 
 
@@ -237,32 +237,33 @@ def _load_huggingface(where: Path) -> Any:
     return tokenizer
 
 
-def _without_special(description: dict[str, Any], special: dict[str, int]) -> FastTokenizer:
-    """The same tokenizer with every special token renamed to something no text can contain.
+def _without_special(description: dict[str, Any], special: dict[str, int]) -> dict[str, Any]:
+    """The same tokenizer.json with every special token renamed to something no text can contain.
 
     The ids stay. `encode_special_tokens` is not enough: a Unigram, WordLevel or WordPiece
     vocabulary holds `</s>` as an ordinary entry and finds it in text.
     """
-    description = json.loads(json.dumps(description))
     secret = os.urandom(16).hex()  # a document cannot guess it
     renamed = {token: f"\U0010ffff{secret}:{index}" for token, index in special.items()}
-    model = description["model"]
+    model = dict(description["model"])
     if isinstance(model["vocab"], dict):
         model["vocab"] = {renamed.get(t, t): index for t, index in model["vocab"].items()}
     else:  # Unigram
         model["vocab"] = [[renamed.get(t, t), score] for t, score in model["vocab"]]
     if model.get("merges"):
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
         model["merges"] = [
-            merge
-            for merge in model["merges"]
-            if not {*_pair(merge), "".join(_pair(merge))} & renamed.keys()
+            [left, right]
+            for left, right in pairs
+            if left not in renamed and right not in renamed and left + right not in renamed
         ]
     if model.get("unk_token") in renamed:
         model["unk_token"] = renamed[model["unk_token"]]
-    for token in description["added_tokens"]:
-        token["content"] = renamed.get(token["content"], token["content"])
-    description.update(truncation=None, padding=None, post_processor=None)
-    return FastTokenizer.from_str(json.dumps(description))
+    added = [
+        token | {"content": renamed.get(token["content"], token["content"])}
+        for token in description["added_tokens"]
+    ]
+    return description | {"model": model, "added_tokens": added}
 
 
 def _marked(names: Iterable[str]) -> tuple[str, ...]:
@@ -270,11 +271,7 @@ def _marked(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted({name for name in names if name.strip()}))
 
 
-def _pair(merge: str | list[str]) -> list[str]:
-    return merge.split(" ") if isinstance(merge, str) else merge
-
-
-def _wrap(fast: FastTokenizer, proto: Any) -> Any:
+def _wrap(fast: Any, proto: Any) -> Any:
     """The `transformers` tokenizer around a converted sentencepiece model."""
     from transformers import PreTrainedTokenizerFast
 
