@@ -125,10 +125,13 @@ def _pack_all(
     streams = any(source.kind == "stream" for source in sources)
     total = None if streams else sum(source.num_bytes for source in sources)
     results: dict[int, UnitResult] = {}
+    unigrams = np.zeros((len(SPLITS), job.vocab_size), np.int64)
     rejects = Rejects(max_malformed=job.max_malformed)
     with Progress("tokenize and pack", "B", total, scale=True) as bar:
 
         def on_done(unit: Unit, result: UnitResult) -> None:
+            np.add(unigrams, result.unigrams, out=unigrams)
+            result.unigrams = unigrams  # one array for all: there may be 10,000 units
             results[unit.index] = result
             if unit.spooled:
                 unit.sources[0].path.unlink()
@@ -146,10 +149,7 @@ def _pack_all(
         if not streams:
             workers = min(workers, len(group_units(sources)))
         pack_units(job, encoder, missing(), max(workers, 1), on_done, bar.update)
-    merged = UnitResult(
-        unigrams=np.zeros((len(SPLITS), job.vocab_size), np.int64),
-        rejects=Rejects(max_malformed=job.max_malformed),
-    )
+    merged = UnitResult(unigrams=unigrams, rejects=Rejects(max_malformed=job.max_malformed))
     for index in sorted(results):
         merged.add(results[index])
     merged.rejects.merge(rejects)

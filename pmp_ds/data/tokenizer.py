@@ -195,7 +195,8 @@ def count_mismatches(
     """Compare ``tokenizer`` with a plain ``AutoTokenizer`` of the ``folder`` it was saved in.
 
     Returns (texts compared, texts with other ids, texts that ``decode`` does not give back), judged
-    by their first ``_COMPARED_CHARS``. Texts that spell a special token are left out: there the two differ on purpose.
+    by their first ``_COMPARED_CHARS``. Texts that spell a special token are left out: there the two
+    differ on purpose.
     """
     from transformers import AutoTokenizer
 

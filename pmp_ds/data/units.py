@@ -57,8 +57,7 @@ class UnitResult:
     )
 
     def add(self, other: "UnitResult") -> None:
-        """Append what the next unit gave."""
-        self.unigrams += other.unigrams
+        """Append what the next unit gave, all but its ``unigrams``."""
         self.rejects.merge(other.rejects)
         for split in SPLITS:
             self.documents[split] += other.documents[split]

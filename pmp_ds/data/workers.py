@@ -81,12 +81,18 @@ def _pack_all(
         for future in wait(pending, return_when=FIRST_COMPLETED).done:
             on_done(pending.pop(future), future.result())
 
-    for unit in units:
-        if len(pending) > workers:
-            collect()
-        pending[submit(unit)] = unit
+    broken_off = None
+    try:
+        for unit in units:
+            if len(pending) > workers:
+                collect()
+            pending[submit(unit)] = unit
+    except Unfinished as error:  # of a stream: what has arrived of it is packed
+        broken_off = error
     while pending:
         collect()
+    if broken_off is not None:
+        raise broken_off
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.corpus import Rejects, StreamOptions, Unfinished, group_units
 from pmp_ds.data.inputs import find_sources
 from pmp_ds.data.prepare import prepare
-from pmp_ds.data.readers import read_documents
+from pmp_ds.data.readers import read_documents, read_texts
 from pmp_ds.errors import UserError
 from tests.unit.data.conftest import make_texts
 
@@ -41,7 +41,7 @@ def write(folder: Path, name: str) -> Path:
 
 def documents(*inputs: str, field: str = "text", **options) -> list[str]:
     sources = find_sources(inputs, StreamOptions(**options))
-    return [text for s in sources for text in read_documents(s, field, Rejects())]
+    return [text for s in sources for text in read_texts(s, field, Rejects())]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
@@ -72,7 +72,7 @@ def test_parts_are_the_whole(tmp_path: Path, name: str, unit_bytes: int):
     seen: list[int] = []
     for unit in units:
         (part,) = unit.sources
-        found += read_documents(part, "text", Rejects(), seen.append)
+        found += [t.decode() for t in read_documents(part, "text", Rejects(), seen.append)]
     assert found == TEXTS
     assert sum(seen) == source[0].num_bytes
 
@@ -99,7 +99,7 @@ def test_bad_rows_of_a_parquet_file(tmp_path: Path):
     pq.write_table(pa.table({"text": bad}), path)
     rejects = Rejects(max_malformed=1.0)
     (source,) = find_sources([str(path)])
-    assert list(read_documents(source, "text", rejects)) == ["one"]
+    assert list(read_texts(source, "text", rejects)) == ["one"]
     assert rejects.examples == {
         "field 'text' is not a string": f"{path}:2",
         "invalid UTF-8": f"{path}:3:1",
@@ -120,7 +120,7 @@ def test_urls_of_any_file_system(tmp_path: Path):
     assert names == ["memory:///corpus/a.jsonl", "memory:///corpus/b.jsonl"]
     assert documents("memory://corpus/*.jsonl") == TEXTS * 2
     parts = group_units(find_sources(["memory://corpus/a.jsonl"]), 3000)
-    assert [t for u in parts for t in read_documents(u.sources[0], "text", Rejects())] == TEXTS
+    assert [t for u in parts for t in read_texts(u.sources[0], "text", Rejects())] == TEXTS
     for given, message in (
         ("memory://none.jsonl", "memory://none.jsonl cannot be read"),
         ("memory://corpus/c.md", "is not a .txt"),

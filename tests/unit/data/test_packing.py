@@ -60,7 +60,7 @@ def test_finish_starts_over():
 
 
 def test_split_depends_on_the_text_and_the_share_alone():
-    texts = [f"document {i}" for i in range(4000)]
+    texts = [f"document {i}".encode() for i in range(4000)]
     chosen = [is_validation(text, 0.1) for text in texts]
     assert 0.08 < np.mean(chosen) < 0.12
     assert chosen == [is_validation(text, 0.1) for text in texts]
