@@ -366,7 +366,8 @@ class PrepareConfig:
     above it the run stops."""
 
     workers: int | None = None
-    """Processes that tokenize; unset means one per core. The store does not depend on it."""
+    """Units packed at a time, up to two by threads, more by processes; unset means one per core.
+    The store does not depend on it."""
 
     def __post_init__(self) -> None:
         _require(len(self.input) > 0, "input is empty: name a file, a folder or `python`")
