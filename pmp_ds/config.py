@@ -358,6 +358,10 @@ class PrepareConfig:
     block_size: int = 256
     """Tokens per block."""
 
+    bos: Literal["none", "document"] = "none"
+    """Begin-of-text tokens: `none`, or one before every `document`. An end-of-text token follows
+    every document in either case."""
+
     val_fraction: float = 0.01
     """Share of the documents held out for validation, chosen by a hash of their text."""
 

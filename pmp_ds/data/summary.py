@@ -7,6 +7,13 @@ from typing import Any
 from pmp_ds.data.arrow_store import SPLITS
 
 
+def separators(manifest: dict[str, Any]) -> str:
+    """What stands between the documents, in words."""
+    bos = manifest.get("bos_id")
+    before = "no begin of text" if bos is None else f"begin of text {bos} before"
+    return f"{before}, end of text {manifest['eos_id']} after every document"
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrepareSummary:
     """What a store holds and what making it took; ``str()`` is the closing report."""
@@ -46,9 +53,9 @@ class PrepareSummary:
             )
         lines.append(
             f"  tokenizer      {manifest['tokenizer']['kind']}, {manifest['vocab_size']:,} ids "
-            f"({manifest['dtype']}), end of text {manifest['eos_id']}, encoded by "
-            f"{manifest['tokenizer']['engine']}"
+            f"({manifest['dtype']}), encoded by {manifest['tokenizer']['engine']}"
         )
+        lines.append(f"  separators     {separators(manifest)}")
         lines.append(
             f"  unigram        {self.manifest['unigram_cross_entropy']:.4f} nats per token "
             "(a model that learned only frequencies)"

@@ -12,6 +12,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.processors import TemplateProcessing
+
 from pmp_ds.data.encoder import Encoder, EncoderSpec, Ids
 from pmp_ds.data.spm import fast_from_sentencepiece, parse_model, train_model
 from pmp_ds.errors import UserError
@@ -32,6 +35,7 @@ class Tokenizer(Protocol):
     """One more than the largest id."""
 
     eos_id: int
+    bos_id: int | None
     special_tokens: dict[str, int]
     """Every special token, spelled as in text, and its id."""
 
@@ -77,6 +81,7 @@ class HuggingFaceTokenizer:
         if tokenizer.eos_token_id is None:
             raise UserError(_no_eos(name))
         self.eos_id: int = tokenizer.eos_token_id
+        self.bos_id: int | None = tokenizer.bos_token_id
         description = json.loads(tokenizer.backend_tokenizer.to_str())
         ids: dict[str, int] = tokenizer.get_vocab()
         self.vocab_size = max(ids.values()) + 1
@@ -142,6 +147,7 @@ class SentencePieceTokenizer:
         self.eos_id = processor.eos_id()
         if self.eos_id < 0:
             raise UserError(_no_eos(name))
+        self.bos_id = processor.bos_id() if processor.bos_id() >= 0 else None
         self._model = model
         self.vocab_size = processor.vocab_size()
         self.fingerprint = _fingerprint({"sha256": hashlib.sha256(model).hexdigest()})
@@ -210,6 +216,30 @@ def count_mismatches(
         other_ids += found != expected.tolist()
         other_text += reader.decode(expected.tolist()) != text
     return len(texts), other_ids, other_text
+
+
+def prepend_bos(folder: Path, bos_id: int) -> None:
+    """Let a plain ``AutoTokenizer`` of ``folder`` begin every text with ``bos_id``, unless it is
+    told ``add_special_tokens=False``.
+    """
+    path = folder / "tokenizer.json"
+    fast = FastTokenizer.from_file(str(path))
+    name = fast.id_to_token(bos_id)
+    fast.post_processor = TemplateProcessing(
+        single=f"{name} $A", pair=f"{name} $A $B:1", special_tokens=[(name, bos_id)]
+    )
+    fast.save(str(path))
+
+
+def ids_before(folder: Path) -> list[int]:
+    """The ids that a plain ``AutoTokenizer`` of ``folder`` puts before a text by itself."""
+    from transformers import AutoTokenizer
+
+    reader = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    ids: list[int] = reader.encode("a")
+    plain: list[int] = reader.encode("a", add_special_tokens=False)
+    starts = (i for i in range(len(ids)) if ids[i : i + len(plain)] == plain)
+    return ids[: next(starts, 0)]
 
 
 def _load_huggingface(where: Path) -> Any:

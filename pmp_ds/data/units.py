@@ -31,8 +31,14 @@ class PackJob:
     folder: Path
     """The store in the making."""
 
+    run: str
+    """sha256 over what all units depend on; parts that another run finished are of no use."""
+
     encoder: EncoderSpec
     eos_id: int
+    bos_id: int | None
+    """What leads every document, if anything."""
+
     vocab_size: int
     dtype: str
     text_field: str
@@ -72,14 +78,12 @@ def pack_unit(
     and the unit. Raises UserError for input that cannot be used, and what ``on_bytes`` raises; that
     hears how many more bytes of the unit are done, also of none.
     """
-    for path in (path for s in SPLITS for path in (job.folder / s).glob(f"{unit.index:05d}-*")):
-        path.unlink()  # of an unfinished attempt
     result = UnitResult(
         unigrams=np.zeros((len(SPLITS), job.vocab_size), np.int64),
         rejects=Rejects(max_malformed=job.max_malformed),
     )
     dtype = np.dtype(job.dtype)
-    packers = [Packer(job.block_size, job.eos_id, dtype) for _ in SPLITS]
+    packers = [Packer(job.block_size, job.eos_id, dtype, job.bos_id) for _ in SPLITS]
     writers = [_ShardWriter(job.folder, split, unit.index, result) for split in SPLITS]
     documents = (
         document
@@ -97,20 +101,21 @@ def pack_unit(
         blocks, result.dropped[split] = packer.finish()
         writer.add(blocks)
         writer.close()
-    _record(job.folder, unit, result)
+    _record(job, unit, result)
     return result
 
 
-def finished_unit(folder: Path, unit: Unit) -> UnitResult | None:
+def finished_unit(job: PackJob, unit: Unit) -> UnitResult | None:
     """What the ledger says of a unit, if it is finished and every shard has its sha256."""
-    entry_path, counts_path = _paths(folder, unit.index)
+    entry_path, counts_path = _paths(job.folder, unit.index)
     try:
         with open(entry_path, encoding="utf-8") as file:
             entry = json.load(file)
-        if (entry.pop("digest"), entry.pop("unigrams")) != (unit.digest, _sha256(counts_path)):
+        expected = (job.run, unit.digest, _sha256(counts_path))
+        if tuple(entry.pop(key) for key in ("run", "digest", "unigrams")) != expected:
             return None
         for shard in (shard for split in SPLITS for shard in entry["shards"][split]):
-            if _sha256(folder / shard["file"]) != shard["sha256"]:
+            if _sha256(job.folder / shard["file"]) != shard["sha256"]:
                 return None
         rejects = Rejects(**entry.pop("rejects"))
         rejects.counts = Counter(rejects.counts)
@@ -129,12 +134,13 @@ def unigram_cross_entropy(
     return float(-(validation_counts @ log_probabilities) / validation_counts.sum())
 
 
-def _record(folder: Path, unit: Unit, result: UnitResult) -> None:
-    entry_path, counts_path = _paths(folder, unit.index)
+def _record(job: PackJob, unit: Unit, result: UnitResult) -> None:
+    entry_path, counts_path = _paths(job.folder, unit.index)
     with atomic_path(counts_path) as temporary, open(temporary, "wb") as file:
         np.save(file, result.unigrams)
     entry = {
         **vars(result),
+        "run": job.run,
         "digest": unit.digest,
         "rejects": vars(result.rejects),
         "unigrams": _sha256(counts_path),
