@@ -17,7 +17,7 @@ from pmp_ds.errors import UserError
 
 pytest.importorskip("gigatoken")
 
-FAST = ("byte-bpe", "unspecial-eos", "sentencepiece-bpe-add_dummy_prefix",
+FAST = ("byte-bpe", "byte-bpe-bos", "unspecial-eos", "sentencepiece-bpe-add_dummy_prefix",
         "sentencepiece-bpe-user_defined_symbols")  # fmt: skip
 
 

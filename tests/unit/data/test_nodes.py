@@ -1,4 +1,4 @@
-"""Several nodes on one folder give the store of one machine, to the byte, whatever happens to them."""
+"""Several nodes on one folder give the store of one machine, to the byte, whatever happens."""
 
 import json
 import os
@@ -208,7 +208,7 @@ def test_late_node_of_another_plan_cannot_spoil_this_one(folder: Path, expected)
     nodes.plan(config("out"))  # other settings: starts over
     nodes.pack(Path("out"))
     pack_unit(late.job, Encoder(late.job.encoder), late.units[4])
-    with pytest.raises(UserError, match="1 of 6 units are missing in .*: 4;"):
+    with pytest.raises(UserError, match=r"1 of 6 units are missing in .*: 4;"):
         nodes.finish(Path("out"))
     nodes.pack(Path("out"))
     nodes.finish(Path("out"))
