@@ -264,7 +264,7 @@ def test_recipe_runs_on_a_dataset_laid_out_like_it(tmp_path: Path, tokenizer_pat
     shuffled = [row["text"] for row in rows.shuffle(seed=0, buffer_size=50_000)]
     assert sorted(shuffled) == sorted(texts[:280])
     assert shuffled != texts[:280]
-    chosen = [text for text in shuffled if not is_validation(text, 0.1)]
+    chosen = [text for text in shuffled if not is_validation(text.encode(), 0.1)]
     reference = load_tokenizer(tokenizer)
     ids = [ids.tolist() for ids in reference.encode_batch(chosen)]
     blocks, _ = pack_ref(ids, 256, reference.eos_id)

@@ -102,7 +102,7 @@ def test_begin_of_text_leads_every_document(kind: str, tokenizer_paths, write):
     tokenizer = load_tokenizer(str(where))
     assert store.bos_id == tokenizer.bos_id is not None
     for split in SPLITS:
-        chosen = [t for t in texts if is_validation(t, 0.2) == (split == "validation")]
+        chosen = [t for t in texts if is_validation(t.encode(), 0.2) == (split == "validation")]
         ids = [ids.tolist() for ids in tokenizer.encode_batch(chosen)]
         expected, dropped = pack_ref(ids, 2, store.eos_id, store.bos_id)
         assert blocks(store, split).tolist() == expected
