@@ -12,7 +12,6 @@ repeated, late, or the same twice.
 import dataclasses
 import functools
 import json
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -157,10 +156,9 @@ def finish(out: Path) -> PrepareSummary:
     Raises UserError that names the units still missing, or for bad rows as ``prepare`` does; what
     is packed stays.
     """
-    start = time.monotonic()
     if exists(out) and not staging_folder(out).exists():
         remove_leftovers(out)
-        return summarize(out, Store.open(out).manifest, start, reused=True)
+        return summarize(out, Store.open(out).manifest, None, reused=True)
     planned = _read_plan(out)
     folder = planned.job.folder
     try:
@@ -176,7 +174,7 @@ def finish(out: Path) -> PrepareSummary:
             publish(folder, out)
     except OSError as error:
         raise UserError(f"out={out} cannot be written: {error}") from error
-    return summarize(out, manifest, start, reused=False)
+    return summarize(out, manifest, None, reused=False)
 
 
 def _all_results(out: Path, planned: _Planned) -> Sequence[UnitResult]:

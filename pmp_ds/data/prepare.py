@@ -46,7 +46,7 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
     if exists(out):
         manifest = matching_manifest(out, request.settings)
         remove_leftovers(out)
-        return summarize(out, manifest, start, reused=True)
+        return summarize(out, manifest, None, reused=True)
     try:
         with staging(out, request.identity) as folder:
             tokenizer, files = ready_tokenizer(folder, request)
@@ -54,7 +54,7 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
             publish(folder, out)
     except OSError as error:
         raise UserError(f"out={out} cannot be written: {error}") from error
-    return summarize(out, manifest, start, reused=False)
+    return summarize(out, manifest, time.monotonic() - start, reused=False)
 
 
 def ready_tokenizer(folder: Path, request: Request) -> tuple[Tokenizer, dict[str, str]]:
@@ -103,12 +103,14 @@ def _training_texts(
             bar.update(source.num_bytes)
 
 
-def summarize(out: Path, manifest: dict[str, Any], start: float, *, reused: bool) -> PrepareSummary:
-    """The closing report of work that began at ``start``, by the monotonic clock."""
+def summarize(
+    out: Path, manifest: dict[str, Any], seconds: float | None, *, reused: bool
+) -> PrepareSummary:
+    """The closing report."""
     return PrepareSummary(
         folder=out,
         reused=reused,
         manifest=manifest,
         warnings=tuple(manifest["warnings"]),
-        seconds=time.monotonic() - start,
+        seconds=seconds,
     )

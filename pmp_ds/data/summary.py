@@ -24,7 +24,9 @@ class PrepareSummary:
 
     manifest: dict[str, Any]
     warnings: tuple[str, ...]
-    seconds: float
+
+    seconds: float | None
+    """None: it was there already, or several machines made it."""
 
     @property
     def tokens(self) -> int:
@@ -61,7 +63,7 @@ class PrepareSummary:
             "(a model that learned only frequencies)"
         )
         lines.append(f"  dataset id     {manifest['dataset_id'][:16]}")
-        if not self.reused:
+        if self.seconds is not None:
             lines.append(
                 f"  time           {self.seconds:.1f} s, {self.tokens / self.seconds:,.0f} tokens/s"
             )

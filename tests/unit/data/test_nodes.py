@@ -193,7 +193,10 @@ def test_late_commands_change_nothing(folder: Path, expected):
     nodes.pack(Path("out"))
     assert nodes.plan(config("out")) == 6  # once more: everything is kept
     assert nodes.pack(Path("out")).packed == 0
-    nodes.finish(Path("out"))
+    shard = (folder / "out.incomplete/train/00003-000.arrow").stat().st_ino
+    summary = nodes.finish(Path("out"))
+    assert "tokens/s" not in str(summary)  # nobody took the time of all nodes together
+    assert (folder / "out/train/00003-000.arrow").stat().st_ino == shard  # named, not written again
     assert nodes.plan(config("out")) == 0
     assert str(nodes.pack(Path("out"), 1, 2)).startswith("packed: 0 units")
     assert nodes.finish(Path("out")).reused
