@@ -12,23 +12,23 @@ repeated, late, or the same twice.
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pmp_ds.config import PrepareConfig
-from pmp_ds.data.arrow_store import Store
+from pmp_ds.data.arrow_store import SPLITS, Store
 from pmp_ds.data.build import (
     about_saved,
-    add_up,
     complete_store,
     packing_job,
     ready_encoder,
     sample_texts,
 )
-from pmp_ds.data.corpus import Unfinished, Unit, group_units
+from pmp_ds.data.corpus import Rejects, Unfinished, Unit, group_units
 from pmp_ds.data.encoder import Encoder
 from pmp_ds.data.prepare import ready_tokenizer, summarize
 from pmp_ds.data.staging import (
@@ -165,7 +165,7 @@ def finish(out: Path) -> PrepareSummary:
         with locked(folder):
             manifest = complete_store(
                 planned.job,
-                add_up(planned.job, _all_results(out, planned)),
+                _add_up(out, planned),
                 planned.request,
                 planned.tokenizer,
                 planned.tokenizer_files,
@@ -177,19 +177,30 @@ def finish(out: Path) -> PrepareSummary:
     return summarize(out, manifest, None, reused=False)
 
 
-def _all_results(out: Path, planned: _Planned) -> Sequence[UnitResult]:
-    with ThreadPoolExecutor(available_cores()) as pool:  # hashing needs no interpreter
-        found = list(pool.map(functools.partial(finished_unit, planned.job), planned.units))
-    results = [result for result in found if result is not None]
-    missing = [str(i) for i, result in enumerate(found) if result is None]
+def _add_up(out: Path, planned: _Planned) -> UnitResult:
+    """What all units gave together; one at a time in memory, for there may be 10,000."""
+    job = planned.job
+    total = UnitResult(
+        unigrams=np.zeros((len(SPLITS), job.vocab_size), np.int64),
+        rejects=Rejects(max_malformed=job.max_malformed),
+    )
+    missing = []
+    with ThreadPoolExecutor(available_cores()) as pool:  # hashing leaves the interpreter
+        found = pool.map(functools.partial(finished_unit, job), planned.units)
+        for unit, result in zip(planned.units, found, strict=True):
+            if result is None:
+                missing.append(str(unit.index))
+            else:
+                total.unigrams += result.unigrams
+                total.add(result)
     if missing:
         more = "" if len(missing) <= _NAMED else f" and {len(missing) - _NAMED} more"
         raise Unfinished(
-            f"{len(missing)} of {len(found)} units are missing in {planned.job.folder}: "
+            f"{len(missing)} of {len(planned.units)} units are missing in {job.folder}: "
             f"{', '.join(missing[:_NAMED])}{more}; repeat the nodes that did not end, or pack all "
             f"that is missing here: python launcher/prepare_data.py pack {out}"
         )
-    return results
+    return total
 
 
 def _read_plan(out: Path) -> _Planned:
