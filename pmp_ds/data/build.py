@@ -12,7 +12,7 @@ import numpy as np
 
 from pmp_ds.config import PrepareConfig
 from pmp_ds.data.arrow_store import SPLITS, read_manifest, write_manifest
-from pmp_ds.data.corpus import Rejects, Source, Unit, group_units
+from pmp_ds.data.corpus import EmptySplit, Rejects, Source, Unit, group_units
 from pmp_ds.data.encoder import Encoder, EncoderSpec, choose_engine
 from pmp_ds.data.packing import token_dtype
 from pmp_ds.data.readers import read_texts
@@ -209,14 +209,14 @@ def _remove_strays(folder: Path, result: UnitResult) -> None:
 
 def _check_not_empty(config: PrepareConfig, total: UnitResult) -> None:
     if not sum(total.documents.values()):
-        raise UserError(no_document(config))
+        raise EmptySplit(no_document(config))
     inputs = ", ".join(config.input)
     for split, way_out in (
         ("train", "add text, or lower val_fraction or block_size"),
         ("validation", "add text, raise val_fraction, or lower block_size"),
     ):
         if not total.shards[split]:
-            raise UserError(
+            raise EmptySplit(
                 f"the {split} split of input {inputs} is empty: its {total.documents[split]} "
                 f"documents have {total.dropped[split]} tokens and one block takes "
                 f"block_size={config.block_size} (val_fraction={config.val_fraction}); {way_out}"

@@ -23,7 +23,7 @@ from typing import Any
 
 from pmp_ds.config import PrepareConfig
 from pmp_ds.data.arrow_store import FORMAT_VERSION, SPLITS, Store, read_manifest
-from pmp_ds.data.corpus import Source, StreamOptions, Unfinished
+from pmp_ds.data.corpus import EmptySplit, Source, StreamOptions, Unfinished
 from pmp_ds.data.inputs import find_sources
 from pmp_ds.data.tokenizer import Tokenizer, load_tokenizer
 from pmp_ds.errors import UserError
@@ -122,7 +122,7 @@ def staging(out: Path, identity: dict[str, Any]) -> Iterator[Path]:
             raise
         except UserError as error:
             finished = len(list((folder / "units").glob("*.json")))
-            if finished:
+            if finished and not isinstance(error, EmptySplit):
                 raise Unfinished(
                     f"{error}; {finished} finished parts are kept in {folder} for the next run"
                 ) from error
