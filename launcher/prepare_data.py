@@ -8,11 +8,13 @@ from pathlib import Path
 
 from pmp_ds.cli import PlainParser, parse
 from pmp_ds.config import PrepareConfig
+from pmp_ds.data import nodes
 from pmp_ds.data.arrow_store import SPLITS, Store
 from pmp_ds.data.merge import merge_stores
 from pmp_ds.data.prepare import prepare
 from pmp_ds.data.statistics import inspect_store
-from pmp_ds.errors import exit_code
+from pmp_ds.data.summary import PrepareSummary
+from pmp_ds.errors import UserError, exit_code
 
 DESCRIPTION = """\
 Turn text into the packed token blocks that training reads, once: documents are tokenized, joined
@@ -22,7 +24,12 @@ returns at once when the folder is complete.
   python launcher/prepare_data.py [options]          make a folder
   python launcher/prepare_data.py verify DIR         check every byte of one
   python launcher/prepare_data.py inspect DIR        statistics, samples, a picture of lengths
-  python launcher/prepare_data.py merge OUT DIR ...  one of several, without rewriting them"""
+  python launcher/prepare_data.py merge OUT DIR ...  one of several, without rewriting them
+
+  on several machines that share a disk, under any scheduler:
+  python launcher/prepare_data.py plan [options]     once, first
+  python launcher/prepare_data.py pack OUT --node I --nodes N      on every machine
+  python launcher/prepare_data.py finish OUT         once, last"""
 
 EPILOG = """\
 examples:
@@ -49,16 +56,68 @@ examples:
 
 def main() -> None:
     argv = sys.argv[1:]
-    verbs = {"verify": _verify, "inspect": _inspect, "merge": _merge}
+    verbs = {
+        "verify": _verify,
+        "inspect": _inspect,
+        "merge": _merge,
+        "plan": _plan,
+        "pack": _pack,
+        "finish": _finish,
+    }
     if argv[:1] and argv[0] in verbs:
         verbs[argv[0]](argv[1:])
         return
+    _report(prepare(_parse(argv)))
+
+
+def _parse(argv: list[str]) -> PrepareConfig:
     config, _ = parse(
         PrepareConfig, argv, prog="prepare_data.py", description=DESCRIPTION, epilog=EPILOG
     )
-    summary = prepare(config)
+    return config
+
+
+def _report(summary: PrepareSummary) -> None:
     print(summary)
     print(f"  next           train on it with --data.store {summary.folder}")
+
+
+def _plan(arguments: list[str]) -> None:
+    config = _parse(arguments)
+    units = nodes.plan(config)
+    if not units:
+        print(f"already complete: {config.out}")
+        return
+    print(
+        f"planned: {config.out}: {units} units\n"
+        f"  next           python launcher/prepare_data.py pack {config.out} --node I --nodes N "
+        f"for I from 0 to N - 1, with N up to {units},\n"
+        f"                 then python launcher/prepare_data.py finish {config.out}"
+    )
+
+
+def _pack(arguments: list[str]) -> None:
+    parser = PlainParser(
+        "prepare_data.py pack",
+        "Pack this node's share of a plan: what is missing of units I, I + N, I + 2 N, ...\n"
+        "Without --node and --nodes: of all units.",
+    )
+    parser.add_argument("out", metavar="OUT", type=Path)
+    parser.add_argument("--node", metavar="I", type=int, default=0, help="number of this node")
+    parser.add_argument("--nodes", metavar="N", type=int, default=1, help="how many there are")
+    parser.add_argument("--workers", type=int, help="processes (default: as planned, or per core)")
+    options = parser.parse_args(arguments)
+    if options.workers is not None and options.workers < 1:
+        raise UserError(f"--workers {options.workers} must be at least 1")
+    print(nodes.pack(options.out, options.node, options.nodes, options.workers))
+
+
+def _finish(arguments: list[str]) -> None:
+    parser = PlainParser(
+        "prepare_data.py finish", "Check that all units of a plan are packed, and make the folder."
+    )
+    parser.add_argument("out", metavar="OUT", type=Path)
+    _report(nodes.finish(parser.parse_args(arguments).out))
 
 
 def _verify(arguments: list[str]) -> None:

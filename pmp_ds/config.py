@@ -440,6 +440,10 @@ class PrepareConfig:
     block_size: int = 256
     """Tokens per block."""
 
+    bos: Literal["none", "document"] = "none"
+    """Begin-of-text tokens: `none`, or one before every `document`. An end-of-text token follows
+    every document in either case."""
+
     val_fraction: float = 0.01
     """Share of the documents held out for validation, chosen by a hash of their text."""
 
@@ -448,7 +452,8 @@ class PrepareConfig:
     above it the run stops."""
 
     workers: int | None = None
-    """Processes that tokenize; unset means one per core. The store does not depend on it."""
+    """Units packed at a time, up to two by threads, more by processes; unset means one per core.
+    The store does not depend on it."""
 
     def __post_init__(self) -> None:
         _require(len(self.input) > 0, "input is empty: name a file, a folder or `python`")

@@ -8,6 +8,7 @@
 import contextlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,9 +99,10 @@ def fsync_dir(folder: Path) -> None:
 def atomic_path(path: Path, *, private: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success fsync it and rename it to ``path``.
 
-    With ``private`` the file exists as 0600 before its first byte. On an error nothing is left.
+    With ``private`` the file exists as 0600 before its first byte. On an error nothing is left. Two
+    machines may write the same path at once: one of the files stays, whole.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.incomplete")
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o644))
     try:
         yield temporary

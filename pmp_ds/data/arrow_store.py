@@ -22,7 +22,7 @@ FORMAT = "pmp-ds packed tokens"
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
 COLUMN = "input_ids"
-MUST_AGREE = ("block_size", "dtype", "vocab_size", "eos_id")
+MUST_AGREE = ("block_size", "dtype", "vocab_size", "eos_id", "bos_id")
 """What stores that are read together have in common, beside the tokenizer."""
 SHARD_BLOCKS = 1 << 18
 """Most blocks in one shard: 128 MiB of 256 uint16 tokens."""
@@ -81,7 +81,8 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Complete the store: the files `datasets` wants, then ``manifest.json`` with its dataset id.
 
     ``manifest`` needs ``splits`` (shards as ``write_shard`` returns them), ``block_size``,
-    ``dtype``, ``vocab_size``, ``eos_id``, ``tokenizer`` and ``unigram_cross_entropy``.
+    ``dtype``, ``vocab_size``, ``eos_id``, ``tokenizer`` and ``unigram_cross_entropy``; a ``bos_id``
+    where one leads every document.
     """
     dataset_id = _dataset_id(manifest)
     item = {"dtype": manifest["dtype"], "_type": "Value"}
@@ -252,6 +253,12 @@ class Store:
         return int(self.manifest["eos_id"])
 
     @property
+    def bos_id(self) -> int | None:
+        """The id that leads every document, if one does."""
+        found: int | None = self.manifest.get("bos_id")
+        return found
+
+    @property
     def dataset_id(self) -> str:
         """sha256 over everything that decides which tokens are where."""
         return str(self.manifest["dataset_id"])
@@ -273,9 +280,9 @@ class Store:
     def unlike(self, other: "Store") -> list[str]:
         """Why blocks of the two do not go together, with both values; empty when they do."""
         found = [
-            f"{key} is {self.manifest[key]} and {other.manifest[key]}"
+            f"{key} is {self.manifest.get(key)} and {other.manifest.get(key)}"
             for key in MUST_AGREE
-            if self.manifest[key] != other.manifest[key]
+            if self.manifest.get(key) != other.manifest.get(key)
         ]
         prints = self.tokenizer_fingerprint, other.tokenizer_fingerprint
         if prints[0] != prints[1]:
@@ -351,7 +358,7 @@ def _damaged(path: Path, what: str) -> NoReturn:
 
 
 def _dataset_id(manifest: Mapping[str, Any]) -> str:
-    content = {
+    content: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "block_size": manifest["block_size"],
         "dtype": manifest["dtype"],
@@ -365,4 +372,6 @@ def _dataset_id(manifest: Mapping[str, Any]) -> str:
             for split in SPLITS
         },
     }
+    if manifest.get("bos_id") is not None:
+        content["bos_id"] = manifest["bos_id"]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

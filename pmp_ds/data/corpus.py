@@ -35,6 +35,10 @@ class Unfinished(UserError):
     """What another attempt may mend (a lost process or connection); finished units stay."""
 
 
+class EmptySplit(UserError):
+    """The settings leave a split without a block: what is packed is of no use to others."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StreamOptions:
     """How a dataset of the Hugging Face hub, or a folder that `datasets` reads, is streamed."""

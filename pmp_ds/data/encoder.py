@@ -1,10 +1,12 @@
 """Text to ids in any process: the reference library, and a faster engine with the same ids.
 
-An ``EncoderSpec`` comes from a ``Tokenizer``, passes ``choose_engine`` once, and is sent to every
-worker, which makes an ``Encoder`` of it. Imports neither torch nor transformers.
+An ``Encoder`` comes from a ``Tokenizer`` and passes ``choose_engine`` once; its ``EncoderSpec`` is
+sent to worker processes, which make encoders of it. Imports neither torch nor transformers.
 """
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -18,7 +20,7 @@ from pmp_ds.errors import UserError
 Ids = npt.NDArray[np.integer]
 
 _FAST = "gigatoken"
-_SPOT_CHARS = 4000
+_SPOT_BYTES = 4000
 _EDGES = (
     "a", " ", "\n", "  two  spaces\n\n\n\tand a tab ", "\r\n\r\n x\u00a0y\u3000z\u200b\u2028",
     "don't WE'LL 'tis 1234567.89 ___ --- ((( ==", "\u00e9 e\u0301 \u4e2d\u6587 \u0661\u00b2\u00bd",
@@ -50,32 +52,59 @@ class EncoderSpec:
 
 
 class Encoder:
-    """Encodes as the spec's reference does, with the engine that the spec names."""
+    """Encodes as the spec's reference does, with the engine that the spec names.
+
+    One thread at a time uses it; both libraries are loaded when they are first needed.
+    """
 
     def __init__(self, spec: EncoderSpec) -> None:
         self.spec = spec
-        self._model = _load_reference(spec)
-        self._fast = None if spec.fast is None else _load_fast(spec.fast)
-        self._openings = {name[:2] for name in spec.marked}
+        self._marked = [name.encode("utf-8") for name in spec.marked]
+        self._openings = {name[:1] for name in self._marked}
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """The ids ``(tokens,)`` of every text, none of them special.
+    @functools.cached_property
+    def _model(self) -> Any:
+        return _load_reference(self.spec)
 
-        The start of one text of every batch is encoded by the reference too. Raises UserError when
-        the ids differ.
+    @functools.cached_property
+    def _fast(self) -> Any:
+        assert self.spec.fast is not None
+        return _load_fast(self.spec.fast)
+
+    def twin(self) -> "Encoder":
+        """The same for another thread: an engine of its own, the reference shared."""
+        twin = Encoder(self.spec)
+        twin._model = self._model
+        return twin
+
+    def without_fast(self) -> "Encoder":
+        """The same, by the reference alone."""
+        twin = self.twin()
+        twin.spec = dataclasses.replace(self.spec, fast=None)
+        return twin
+
+    def encode_batch(
+        self,
+        documents: Sequence[bytes],  # UTF-8: the engine trusts that
+    ) -> list[Ids]:
+        """The ids ``(tokens,)`` of every document, none of them special.
+
+        The start of one document of every batch is encoded by the reference too. Raises UserError
+        when the ids differ.
         """
-        if self._fast is None:
-            return self.reference(texts)
-        out: list[Ids] = [np.empty(0, np.uint32)] * len(texts)
-        marked = [i for i, text in enumerate(texts) if self._is_marked(text)]
-        for i, ids in zip(marked, self.reference([texts[i] for i in marked]), strict=True):
+        if self.spec.fast is None:
+            return self.reference([document.decode("utf-8") for document in documents])
+        out: list[Ids] = [np.empty(0, np.uint32)] * len(documents)
+        marked = [i for i, document in enumerate(documents) if self._is_marked(document)]
+        texts = [documents[i].decode("utf-8") for i in marked]
+        for i, ids in zip(marked, self.reference(texts), strict=True):
             out[i] = ids
         left_out = set(marked)
-        plain = [i for i in range(len(texts)) if i not in left_out]
-        for i, ids in zip(plain, self._encode_fast([texts[i] for i in plain]), strict=True):
+        plain = [i for i in range(len(documents)) if i not in left_out]
+        for i, ids in zip(plain, self._encode_fast([documents[i] for i in plain]), strict=True):
             out[i] = ids
         if plain:
-            self._spot_check(texts[plain[0]][:_SPOT_CHARS])
+            self._spot_check(documents[plain[0]][:_SPOT_BYTES].decode("utf-8", "ignore"))
         return out
 
     def reference(self, texts: Sequence[str]) -> list[Ids]:
@@ -89,22 +118,23 @@ class Encoder:
 
     def count_differences(self, texts: Sequence[str]) -> int:
         """How many of the texts the fast engine encodes otherwise than the reference."""
-        texts = [text for text in texts if not self._is_marked(text)]
-        pairs = zip(self._encode_fast(texts), self.reference(texts), strict=True)
+        documents = [text.encode("utf-8") for text in texts]
+        plain = [i for i, document in enumerate(documents) if not self._is_marked(document)]
+        found = self._encode_fast([documents[i] for i in plain])
+        pairs = zip(found, self.reference([texts[i] for i in plain]), strict=True)
         return sum(not np.array_equal(found, expected) for found, expected in pairs)
 
-    def _encode_fast(self, texts: Sequence[str]) -> list[Ids]:
-        if not texts:
+    def _encode_fast(self, documents: list[bytes]) -> list[Ids]:
+        if not documents:
             return []
-        assert self._fast is not None
-        layout = self._fast.encode_batch(list(texts), parallel=False).layout
-        ids, ends = layout.content.data, layout.offsets.data
-        return [ids[ends[i] : ends[i + 1]] for i in range(len(texts))]
+        layout = self._fast.encode_batch(documents, parallel=False).layout
+        ids, ends = layout.content.data, layout.offsets.data.tolist()
+        return [ids[start:end] for start, end in itertools.pairwise(ends)]
 
-    def _is_marked(self, text: str) -> bool:
-        if not any(opening in text for opening in self._openings):
+    def _is_marked(self, document: bytes) -> bool:
+        if not any(opening in document for opening in self._openings):
             return False
-        return any(name in text for name in self.spec.marked)
+        return any(name in document for name in self._marked)
 
     def _spot_check(self, text: str) -> None:
         if self.count_differences([text]):
@@ -115,31 +145,31 @@ class Encoder:
             )
 
 
-def choose_engine(spec: EncoderSpec, sample: Sequence[str]) -> tuple[EncoderSpec, str | None]:
-    """The spec with the fast engine if that is installed, reads this tokenizer and gives the
-    reference's ids on ``sample``; else without, and the warning to show.
+def choose_engine(encoder: Encoder, sample: Sequence[str]) -> tuple[Encoder, str | None]:
+    """The encoder if its fast engine is installed, reads this tokenizer and gives the reference's
+    ids on ``sample``; else one without it, and the warning to show.
     """
-    slow = dataclasses.replace(spec, fast=None)
-    if spec.fast is None:
-        return slow, None
+    if encoder.spec.fast is None:
+        return encoder, None
+    slow = encoder.without_fast()
+    name = slow.spec.engine
     try:
-        encoder = Encoder(spec)
         differences = encoder.count_differences([*_EDGES, *sample])
     except ImportError as error:
-        return slow, f"encoding with {slow.engine}, which is slower: {_FAST} is missing ({error})"
+        return slow, f"encoding with {name}, which is slower: {_FAST} is missing ({error})"
     except BaseException as error:
         # A panic of the engine is a BaseException of its own.
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         why = f"{_FAST} does not read this tokenizer ({reason})"
-        return slow, f"encoding with {slow.engine}, which is slower: {why}"
+        return slow, f"encoding with {name}, which is slower: {why}"
     if differences:
         return slow, (
-            f"encoding with {slow.engine}, which is slower: {_FAST} gives other ids on "
+            f"encoding with {name}, which is slower: {_FAST} gives other ids on "
             f"{differences} of {len(sample) + len(_EDGES)} sampled texts"
         )
-    return spec, None
+    return encoder, None
 
 
 def _load_reference(spec: EncoderSpec) -> Any:

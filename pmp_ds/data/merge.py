@@ -41,11 +41,11 @@ def merge_stores(out: str | Path, folders: Sequence[str | Path]) -> Store:
         write_manifest(
             staging,
             {
-                **{key: first[key] for key in MUST_AGREE},
+                **{key: first.get(key) for key in MUST_AGREE},
                 "rows": _merge_rows(stores),
                 "settings": {
                     "merged": [store.dataset_id for store in stores],
-                    "input": [i for store in stores for i in store.manifest["settings"]["input"]],
+                    "input": _inputs(stores),
                 },
                 "splits": splits,
                 "tokenizer": first["tokenizer"],
@@ -96,6 +96,10 @@ def _count(stores: Sequence[Store], split: str) -> Any:
                 blocks = view[start : start + (1 << 14), 0 if split == "train" else 1 :]
                 counts += np.bincount(blocks.reshape(-1), minlength=len(counts))
     return counts
+
+
+def _inputs(stores: Sequence[Store]) -> list[Any]:
+    return [given for store in stores for given in store.manifest["settings"].get("input", [])]
 
 
 def _merge_rows(stores: Sequence[Store]) -> dict[str, Any]:

@@ -97,6 +97,10 @@ class MixedStore:
         return self.stores[0].eos_id
 
     @property
+    def bos_id(self) -> int | None:
+        return self.stores[0].bos_id
+
+    @property
     def tokenizer_dir(self) -> Path:
         return self.stores[0].tokenizer_dir
 

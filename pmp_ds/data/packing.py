@@ -1,4 +1,6 @@
-"""Token arrays to fixed blocks: one EOS behind every document, cut every ``block_size``."""
+"""Token arrays to fixed blocks: one EOS behind every document, a BOS before it if wanted, cut every
+``block_size``.
+"""
 
 import hashlib
 from collections.abc import Iterable
@@ -16,20 +18,29 @@ def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
-def is_validation(text: str, val_fraction: float) -> bool:
+def is_validation(document: bytes, val_fraction: float) -> bool:
     """Whether a document is held out: its sha256, read as a number in [0, 1), is below the share.
 
-    The choice depends on the text alone, so copies of a document land in the same split.
+    The choice depends on the text (UTF-8) alone, so copies of a document land in the same split.
     """
-    digest = hashlib.sha256(text.encode("utf-8")).digest()
+    digest = hashlib.sha256(document).digest()
     return int.from_bytes(digest[:8], "big") < val_fraction * 2.0**64
 
 
 class Packer:
-    """Cuts one stream of documents into blocks; every document is followed by ``eos_id``."""
+    """Cuts one stream of documents into blocks; every document is followed by ``eos_id``, and led
+    by ``bos_id`` unless that is None.
+    """
 
-    def __init__(self, block_size: int, eos_id: int, dtype: np.dtype[np.unsignedinteger]) -> None:
+    def __init__(
+        self,
+        block_size: int,
+        eos_id: int,
+        dtype: np.dtype[np.unsignedinteger],
+        bos_id: int | None = None,
+    ) -> None:
         self.block_size = block_size
+        self._bos = np.array([] if bos_id is None else [bos_id], dtype)
         self._eos = np.array([eos_id], dtype)
         self._pending: list[Tokens] = []
         self._num_pending = 0
@@ -40,8 +51,8 @@ class Packer:
         Returns ``(n, block_size)``; n is 0 while little has come in, to keep copies large.
         """
         for ids in documents:
-            self._pending += (ids.astype(self._eos.dtype, copy=False), self._eos)
-            self._num_pending += len(ids) + 1
+            self._pending += (self._bos, ids.astype(self._eos.dtype, copy=False), self._eos)
+            self._num_pending += len(self._bos) + len(ids) + 1
         if self._num_pending < max(_FLUSH_TOKENS, self.block_size):
             return self._eos[:0].reshape(0, self.block_size)
         return self._cut()
@@ -60,11 +71,11 @@ class Packer:
 
 
 def pack_ref(
-    documents: Iterable[Iterable[int]], block_size: int, eos_id: int
+    documents: Iterable[Iterable[int]], block_size: int, eos_id: int, bos_id: int | None = None
 ) -> tuple[list[list[int]], int]:
     """What ``Packer`` does, token by token: (blocks, dropped tokens)."""
     stream: list[int] = []
     for ids in documents:
-        stream += [*ids, eos_id]
+        stream += [*ids, eos_id] if bos_id is None else [bos_id, *ids, eos_id]
     full = len(stream) // block_size * block_size
     return [stream[i : i + block_size] for i in range(0, full, block_size)], len(stream) - full

@@ -1,5 +1,6 @@
 """The documents of one source, and the rows in it that are none. Imports without torch."""
 
+import codecs
 import functools
 import gzip
 import io
@@ -8,12 +9,14 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, cast
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.json
 
 from pmp_ds.data.corpus import PYTHON, Rejects, Source
 from pmp_ds.errors import UserError
 
-_REPORT_BYTES = 1 << 18
+_CHUNK_BYTES = 4 << 20
 _PARQUET_ROWS = 256
 
 
@@ -22,8 +25,8 @@ def read_documents(
     text_field: str,
     rejects: Rejects,
     on_bytes: Callable[[int], None] = lambda _: None,
-) -> Iterator[str]:
-    """The documents of one source in order, never empty, always encodable as UTF-8.
+) -> Iterator[bytes]:
+    """The documents of one source in order, as valid UTF-8, none of them empty.
 
     Rows that are no document are counted in ``rejects``; ``on_bytes`` hears how many more bytes of
     the source are done. Raises UserError for one that cannot be read or decompressed.
@@ -35,7 +38,8 @@ def read_documents(
         elif source.kind == "stream":
             from pmp_ds.data.streams import read_stream
 
-            yield from read_stream(source, text_field, rejects, shuffle=False)
+            texts = read_stream(source, text_field, rejects, shuffle=False)
+            yield from (text.encode("utf-8") for text in texts)
         else:
             with open_source(source) as raw:
                 if source.kind == "text":
@@ -48,6 +52,11 @@ def read_documents(
                     yield from _json_documents(source, raw, text_field, rejects, on_bytes)
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         raise UserError(f"input {source.url or source.path} cannot be read: {error}") from error
+
+
+def read_texts(source: Source, text_field: str, rejects: Rejects) -> Iterator[str]:
+    """``read_documents``, decoded."""
+    return (document.decode("utf-8") for document in read_documents(source, text_field, rejects))
 
 
 def open_source(source: Source) -> BinaryIO:
@@ -82,7 +91,7 @@ def parse_row(row: Any, text_field: str) -> tuple[str | None, str]:
     return text, ""
 
 
-def _accepted(rows: Iterable[tuple[str, bytes]], rejects: Rejects) -> Iterator[str]:
+def _accepted(rows: Iterable[tuple[str, bytes]], rejects: Rejects) -> Iterator[bytes]:
     """Rows that are a document as they are."""
     for where, raw in rows:
         rejects.rows += 1
@@ -93,7 +102,7 @@ def _accepted(rows: Iterable[tuple[str, bytes]], rejects: Rejects) -> Iterator[s
             rejects.add("invalid UTF-8", f"{where}:{line}")
             continue
         if text.strip():
-            yield text
+            yield raw.removeprefix(codecs.BOM_UTF8)
         else:
             rejects.add_empty(where)
 
@@ -104,40 +113,107 @@ def _json_documents(
     text_field: str,
     rejects: Rejects,
     on_bytes: Callable[[int], None],
-) -> Iterator[str]:
+) -> Iterator[bytes]:
     """The lines that begin in the source's part of the file."""
-    start, end = source.first_byte, source.first_byte + source.num_bytes
-    lines: Iterable[bytes] = raw
+    file: BinaryIO = raw
     if source.name.endswith(".gz"):
-        lines = gzip.GzipFile(fileobj=raw)
+        file = cast(BinaryIO, gzip.GzipFile(fileobj=raw))
     elif source.name.endswith(".zst"):
         # PythonFile closes what it wraps, like every reader here.
-        lines = io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd"))
+        stream = pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd")
+        file = cast(BinaryIO, io.BufferedReader(stream))
+    start, end = source.first_byte, source.first_byte + source.num_bytes
     if start:
         raw.seek(start - 1)
         start = start - 1 + len(raw.readline())
-    done, position = source.first_byte, start
-    for number, line in enumerate(lines, start=1):
-        if source.num_parts > 1:
-            if position >= end:
-                break
-            position += len(line)
-        if raw.tell() - done > _REPORT_BYTES:
-            on_bytes(raw.tell() - done)
-            done = raw.tell()
-        if not line.strip():
-            continue
-        rejects.rows += 1
-        text, reason = _parse_line(line, text_field)
-        if text is not None and text.strip():
-            yield text
-            continue
-        where = f"{source.name}:{number + (_lines_before(source, start) if start else 0)}"
-        if text is None:
-            rejects.add(reason, where)
+    whole = source.num_parts == 1
+    done, lines = source.first_byte, 0
+
+    def where(line: int) -> str:
+        return f"{source.name}:{line + (_lines_before(source, start) if start else 0)}"
+
+    for chunk in _chunks(file, None if whole else end - start):
+        documents = parse_chunk(chunk, text_field)
+        if documents is not None:
+            rejects.rows += len(documents)
+            for line_number, document in enumerate(documents, start=lines + 1):
+                if _is_blank(document):
+                    rejects.add_empty(where(line_number))
+                else:
+                    yield document
+            lines += len(documents)
         else:
-            rejects.add_empty(where)
+            for line in io.BytesIO(chunk):
+                lines += 1
+                if not line.strip():
+                    continue
+                rejects.rows += 1
+                text, reason = _parse_line(line, text_field)
+                if text is not None and text.strip():
+                    yield text.encode("utf-8")
+                    continue
+                if text is None:
+                    rejects.add(reason, where(lines))
+                else:
+                    rejects.add_empty(where(lines))
+        position = min(raw.tell(), end)
+        on_bytes(position - done)
+        done = position
     on_bytes(end - done)
+
+
+def _chunks(file: BinaryIO, num_bytes: int | None) -> Iterator[bytes]:
+    """Whole lines together, about ``_CHUNK_BYTES`` at a time: those that begin within the next
+    ``num_bytes``, or all.
+    """
+    while num_bytes is None or num_bytes > 0:
+        chunk = file.read(_CHUNK_BYTES if num_bytes is None else min(_CHUNK_BYTES, num_bytes))
+        if not chunk:
+            return
+        if not chunk.endswith(b"\n"):
+            chunk += file.readline()
+        if num_bytes is not None:
+            num_bytes -= len(chunk)
+        yield chunk
+
+
+def parse_chunk(chunk: bytes, text_field: str) -> list[bytes] | None:
+    """The texts of whole JSON lines by Arrow's parser, in a third of the time of one by one.
+
+    None unless every line is plainly one object with a text: then the lines have to be looked at
+    one by one.
+    """
+    if len(chunk) > 1 << 30:
+        return None
+    data = np.frombuffer(chunk, np.uint8)
+    ends = np.flatnonzero(data == ord("\n"))
+    if not chunk.endswith(b"\n"):
+        ends = np.append(ends, len(chunk))
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    # No object spans two such lines: between `}` and `{` there would have to be a comma.
+    if not ((data[starts] == ord("{")) & (data[ends - 1] == ord("}"))).all():
+        return None
+    try:
+        offsets = pa.py_buffer(np.array([0, len(chunk)], np.int32))
+        pa.StringArray.from_buffers(1, offsets, pa.py_buffer(chunk)).validate(full=True)
+        table = pyarrow.json.read_json(
+            pa.BufferReader(chunk),
+            pyarrow.json.ReadOptions(use_threads=False, block_size=len(chunk) + 1),
+            pyarrow.json.ParseOptions(
+                explicit_schema=pa.schema([(text_field, pa.string())]),
+                unexpected_field_behavior="ignore",
+            ),
+        )
+    except pa.ArrowException:
+        return None
+    column = table.column(0)
+    if len(column) != len(ends) or column.null_count:
+        return None
+    return [text for part in column.chunks for text in part.cast(pa.binary()).to_pylist()]
+
+
+def _is_blank(document: bytes) -> bool:
+    return not b"!" <= document[:1] <= b"~" and not document.decode("utf-8").strip()
 
 
 def _parse_line(line: bytes, text_field: str) -> tuple[str | None, str]:
@@ -163,7 +239,7 @@ def _lines_before(source: Source, position: int) -> int:
 
 def _parquet_documents(
     source: Source, raw: BinaryIO, text_field: str, rejects: Rejects
-) -> Iterator[str]:
+) -> Iterator[bytes]:
     """The rows of the source's part of the row groups."""
     import pyarrow.parquet as pq
 

@@ -124,11 +124,14 @@ def _merges(pieces: list[tuple[str, float]], ordinary: dict[str, int]) -> list[t
     """Every way to make an ordinary piece of two, best score first."""
     merges: list[tuple[str, str]] = []
     for piece, _ in sorted(ordinary.items(), key=lambda item: (-pieces[item[1]][1], item[1])):
-        pairs = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
-        merges += sorted(
-            (pair for pair in pairs if pair[0] in ordinary and pair[1] in ordinary),
-            key=lambda pair: (ordinary[pair[0]], ordinary[pair[1]]),
-        )
+        pairs = [
+            (piece[:cut], piece[cut:])
+            for cut in range(1, len(piece))
+            if piece[:cut] in ordinary and piece[cut:] in ordinary
+        ]
+        if len(pairs) > 1:
+            pairs.sort(key=lambda pair: (ordinary[pair[0]], ordinary[pair[1]]))
+        merges += pairs
     return merges
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pmp_ds.data.arrow_store import SPLITS, Store
+from pmp_ds.data.summary import separators
 
 _CHUNK_BLOCKS = 1 << 14
 
@@ -24,7 +25,7 @@ class SplitStatistics:
 
     distinct_tokens: int
     lengths: npt.NDArray[np.int64]
-    """``(documents that end in the blocks,)``: tokens of each, its end-of-text included."""
+    """``(documents that end in the blocks,)``: tokens of each, begin and end of text included."""
 
     def __str__(self) -> str:
         lengths = self.lengths if len(self.lengths) else np.zeros(1, np.int64)
@@ -75,7 +76,8 @@ def inspect_store(store: Store, picture: Path, samples: int = 3) -> str:
     lines = [
         f"{store.folder}: blocks of {store.block_size} {manifest['dtype']}",
         f"  dataset id     {store.dataset_id}",
-        f"  tokenizer      {kind}, {store.vocab_size:,} ids, end of text {store.eos_id}, {engine}",
+        f"  tokenizer      {kind}, {store.vocab_size:,} ids, {engine}",
+        f"  separators     {separators(manifest)}",
         *map(str, found),
         f"  unigram        {store.unigram_cross_entropy:.4f} nats per token",
         *(f"  warning: {warning}" for warning in manifest["warnings"]),

@@ -7,6 +7,13 @@ from typing import Any
 from pmp_ds.data.arrow_store import SPLITS
 
 
+def separators(manifest: dict[str, Any]) -> str:
+    """What stands between the documents, in words."""
+    bos = manifest.get("bos_id")
+    before = "no begin of text" if bos is None else f"begin of text {bos} before"
+    return f"{before}, end of text {manifest['eos_id']} after every document"
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrepareSummary:
     """What a store holds and what making it took; ``str()`` is the closing report."""
@@ -17,7 +24,9 @@ class PrepareSummary:
 
     manifest: dict[str, Any]
     warnings: tuple[str, ...]
-    seconds: float
+
+    seconds: float | None
+    """None: it was there already, or several machines made it."""
 
     @property
     def tokens(self) -> int:
@@ -46,15 +55,15 @@ class PrepareSummary:
             )
         lines.append(
             f"  tokenizer      {manifest['tokenizer']['kind']}, {manifest['vocab_size']:,} ids "
-            f"({manifest['dtype']}), end of text {manifest['eos_id']}, encoded by "
-            f"{manifest['tokenizer']['engine']}"
+            f"({manifest['dtype']}), encoded by {manifest['tokenizer']['engine']}"
         )
+        lines.append(f"  separators     {separators(manifest)}")
         lines.append(
             f"  unigram        {self.manifest['unigram_cross_entropy']:.4f} nats per token "
             "(a model that learned only frequencies)"
         )
         lines.append(f"  dataset id     {manifest['dataset_id'][:16]}")
-        if not self.reused:
+        if self.seconds is not None:
             lines.append(
                 f"  time           {self.seconds:.1f} s, {self.tokens / self.seconds:,.0f} tokens/s"
             )

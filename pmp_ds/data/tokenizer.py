@@ -5,7 +5,6 @@ cannot forge the boundary between two documents; and ``save_pretrained`` writes 
 plain ``AutoTokenizer`` reads.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.processors import TemplateProcessing
 
 from pmp_ds.data.encoder import Encoder, EncoderSpec, Ids
 from pmp_ds.data.spm import fast_from_sentencepiece, parse_model, train_model
@@ -21,6 +21,7 @@ from pmp_ds.errors import UserError
 from pmp_ds.run_dir import write_json
 
 MODEL_FILE = "tokenizer.model"
+_COMPARED_CHARS = 1000
 _EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[EOS]")
 
 
@@ -34,14 +35,15 @@ class Tokenizer(Protocol):
     """One more than the largest id."""
 
     eos_id: int
+    bos_id: int | None
     special_tokens: dict[str, int]
     """Every special token, spelled as in text, and its id."""
 
     fingerprint: str
     """sha256 over what determines the ids."""
 
-    encoder_spec: EncoderSpec
-    """How any process encodes as this tokenizer does."""
+    encoder: Encoder
+    """Encodes as this tokenizer does, and perhaps faster once ``choose_engine`` agreed."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """The ids ``(tokens,)`` of every text: no special tokens added, none recognised."""
@@ -79,6 +81,7 @@ class HuggingFaceTokenizer:
         if tokenizer.eos_token_id is None:
             raise UserError(_no_eos(name))
         self.eos_id: int = tokenizer.eos_token_id
+        self.bos_id: int | None = tokenizer.bos_token_id
         description = json.loads(tokenizer.backend_tokenizer.to_str())
         ids: dict[str, int] = tokenizer.get_vocab()
         self.vocab_size = max(ids.values()) + 1
@@ -95,18 +98,19 @@ class HuggingFaceTokenizer:
                 "eos": self.eos_id,
             }
         )
-        plain = _without_special(description, self.special_tokens)
         description.update(truncation=None, padding=None, post_processor=None)
-        self.encoder_spec = EncoderSpec(
-            library="tokenizers",
-            model=plain.to_str().encode(),
-            fast=json.dumps(description),
-            marked=_marked([*self.special_tokens, *(token["content"] for token in added)]),
+        plain = json.dumps(_without_special(description, self.special_tokens))
+        self.encoder = Encoder(
+            EncoderSpec(
+                library="tokenizers",
+                model=plain.encode("utf-8"),
+                fast=plain,
+                marked=_marked([*self.special_tokens, *(token["content"] for token in added)]),
+            )
         )
-        self._reference = Encoder(dataclasses.replace(self.encoder_spec, fast=None))
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        return self._reference.encode_batch(texts)
+        return self.encoder.reference(texts)
 
     def save_pretrained(self, folder: Path) -> None:
         _save(self._tokenizer, folder)
@@ -143,6 +147,7 @@ class SentencePieceTokenizer:
         self.eos_id = processor.eos_id()
         if self.eos_id < 0:
             raise UserError(_no_eos(name))
+        self.bos_id = processor.bos_id() if processor.bos_id() >= 0 else None
         self._model = model
         self.vocab_size = processor.vocab_size()
         self.fingerprint = _fingerprint({"sha256": hashlib.sha256(model).hexdigest()})
@@ -154,19 +159,21 @@ class SentencePieceTokenizer:
         }
         added = (p.piece for p in proto.pieces if p.type == type(p).USER_DEFINED)
         bpe = proto.trainer_spec.model_type == type(proto.trainer_spec).BPE
-        self.encoder_spec = EncoderSpec(
-            library="sentencepiece",
-            model=plain,
-            fast=fast_from_sentencepiece(proto).to_str() if bpe else None,
-            marked=_marked([*self.special_tokens, *added]),
+        self._converted = fast_from_sentencepiece(proto)
+        self.encoder = Encoder(
+            EncoderSpec(
+                library="sentencepiece",
+                model=plain,
+                fast=self._converted.to_str() if bpe else None,
+                marked=_marked([*self.special_tokens, *added]),
+            )
         )
-        self._reference = Encoder(dataclasses.replace(self.encoder_spec, fast=None))
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        return self._reference.encode_batch(texts)
+        return self.encoder.reference(texts)
 
     def save_pretrained(self, folder: Path) -> None:
-        _save(_wrap(fast_from_sentencepiece(self._proto), self._proto), folder)
+        _save(_wrap(self._converted, self._proto), folder)
         (folder / MODEL_FILE).write_bytes(self._model)
 
 
@@ -193,13 +200,15 @@ def count_mismatches(
 ) -> tuple[int, int, int]:
     """Compare ``tokenizer`` with a plain ``AutoTokenizer`` of the ``folder`` it was saved in.
 
-    Returns (texts compared, texts with other ids, texts that ``decode`` does not give back).
-    Texts that spell a special token are left out: there the two differ on purpose.
+    Returns (texts compared, texts with other ids, texts that ``decode`` does not give back), judged
+    by their first ``_COMPARED_CHARS``. Texts that spell a special token are left out: there the two
+    differ on purpose.
     """
     from transformers import AutoTokenizer
 
     reader = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     reader.model_max_length = 1 << 62  # long documents are fine here; it would warn
+    texts = [text[:_COMPARED_CHARS] for text in texts]
     texts = [text for text in texts if not any(name in text for name in tokenizer.special_tokens)]
     other_ids = other_text = 0
     for text, expected in zip(texts, tokenizer.encode_batch(texts), strict=True):
@@ -207,6 +216,30 @@ def count_mismatches(
         other_ids += found != expected.tolist()
         other_text += reader.decode(expected.tolist()) != text
     return len(texts), other_ids, other_text
+
+
+def prepend_bos(folder: Path, bos_id: int) -> None:
+    """Let a plain ``AutoTokenizer`` of ``folder`` begin every text with ``bos_id``, unless it is
+    told ``add_special_tokens=False``.
+    """
+    path = folder / "tokenizer.json"
+    fast = FastTokenizer.from_file(str(path))
+    name = fast.id_to_token(bos_id)
+    fast.post_processor = TemplateProcessing(
+        single=f"{name} $A", pair=f"{name} $A $B:1", special_tokens=[(name, bos_id)]
+    )
+    fast.save(str(path))
+
+
+def ids_before(folder: Path) -> list[int]:
+    """The ids that a plain ``AutoTokenizer`` of ``folder`` puts before a text by itself."""
+    from transformers import AutoTokenizer
+
+    reader = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    ids: list[int] = reader.encode("a")
+    plain: list[int] = reader.encode("a", add_special_tokens=False)
+    starts = (i for i in range(len(ids)) if ids[i : i + len(plain)] == plain)
+    return ids[: next(starts, 0)]
 
 
 def _load_huggingface(where: Path) -> Any:
@@ -219,8 +252,8 @@ def _load_huggingface(where: Path) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         else:
             tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(where))
-            known = set(tokenizer.get_vocab())
-            names = [name for name in _EOS_NAMES if name in known]
+            number = tokenizer.backend_tokenizer.token_to_id
+            names = [name for name in _EOS_NAMES if number(name) is not None]
             if len(names) == 1:
                 tokenizer.eos_token = names[0]
     except Exception as error:  # whatever transformers raises for a folder it cannot read
@@ -237,32 +270,33 @@ def _load_huggingface(where: Path) -> Any:
     return tokenizer
 
 
-def _without_special(description: dict[str, Any], special: dict[str, int]) -> FastTokenizer:
-    """The same tokenizer with every special token renamed to something no text can contain.
+def _without_special(description: dict[str, Any], special: dict[str, int]) -> dict[str, Any]:
+    """The same tokenizer.json with every special token renamed to something no text can contain.
 
     The ids stay. `encode_special_tokens` is not enough: a Unigram, WordLevel or WordPiece
     vocabulary holds `</s>` as an ordinary entry and finds it in text.
     """
-    description = json.loads(json.dumps(description))
     secret = os.urandom(16).hex()  # a document cannot guess it
     renamed = {token: f"\U0010ffff{secret}:{index}" for token, index in special.items()}
-    model = description["model"]
+    model = dict(description["model"])
     if isinstance(model["vocab"], dict):
         model["vocab"] = {renamed.get(t, t): index for t, index in model["vocab"].items()}
     else:  # Unigram
         model["vocab"] = [[renamed.get(t, t), score] for t, score in model["vocab"]]
     if model.get("merges"):
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
         model["merges"] = [
-            merge
-            for merge in model["merges"]
-            if not {*_pair(merge), "".join(_pair(merge))} & renamed.keys()
+            [left, right]
+            for left, right in pairs
+            if left not in renamed and right not in renamed and left + right not in renamed
         ]
     if model.get("unk_token") in renamed:
         model["unk_token"] = renamed[model["unk_token"]]
-    for token in description["added_tokens"]:
-        token["content"] = renamed.get(token["content"], token["content"])
-    description.update(truncation=None, padding=None, post_processor=None)
-    return FastTokenizer.from_str(json.dumps(description))
+    added = [
+        token | {"content": renamed.get(token["content"], token["content"])}
+        for token in description["added_tokens"]
+    ]
+    return description | {"model": model, "added_tokens": added}
 
 
 def _marked(names: Iterable[str]) -> tuple[str, ...]:
@@ -270,11 +304,7 @@ def _marked(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted({name for name in names if name.strip()}))
 
 
-def _pair(merge: str | list[str]) -> list[str]:
-    return merge.split(" ") if isinstance(merge, str) else merge
-
-
-def _wrap(fast: FastTokenizer, proto: Any) -> Any:
+def _wrap(fast: Any, proto: Any) -> Any:
     """The `transformers` tokenizer around a converted sentencepiece model."""
     from transformers import PreTrainedTokenizerFast
 

@@ -19,8 +19,9 @@ from pmp_ds.data.packing import Packer, Tokens, is_validation
 from pmp_ds.data.readers import read_documents
 from pmp_ds.run_dir import atomic_path, write_json
 
-_BATCH_CHARS = 1 << 22
+_BATCH_BYTES = 4 << 20
 _BATCH_DOCUMENTS = 2048
+_COUNTED_TOKENS = 1 << 18  # at a time: counting makes them int64 first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +31,14 @@ class PackJob:
     folder: Path
     """The store in the making."""
 
+    run: str
+    """sha256 over what all units depend on; parts that another run finished are of no use."""
+
     encoder: EncoderSpec
     eos_id: int
+    bos_id: int | None
+    """What leads every document, if anything."""
+
     vocab_size: int
     dtype: str
     text_field: str
@@ -56,8 +63,7 @@ class UnitResult:
     )
 
     def add(self, other: "UnitResult") -> None:
-        """Append what the next unit gave."""
-        self.unigrams += other.unigrams
+        """Append what the next unit gave, all but its ``unigrams``."""
         self.rejects.merge(other.rejects)
         for split in SPLITS:
             self.documents[split] += other.documents[split]
@@ -69,46 +75,47 @@ def pack_unit(
     job: PackJob, encoder: Encoder, unit: Unit, on_bytes: Callable[[int], None] = lambda _: None
 ) -> UnitResult:
     """Write the shards of one unit, then its entry in the ledger. Depends on nothing but the job
-    and the unit. Raises UserError for input that cannot be used.
+    and the unit. Raises UserError for input that cannot be used, and what ``on_bytes`` raises; that
+    hears how many more bytes of the unit are done, also of none.
     """
-    for path in (path for s in SPLITS for path in (job.folder / s).glob(f"{unit.index:05d}-*")):
-        path.unlink()  # of an unfinished attempt
     result = UnitResult(
         unigrams=np.zeros((len(SPLITS), job.vocab_size), np.int64),
         rejects=Rejects(max_malformed=job.max_malformed),
     )
     dtype = np.dtype(job.dtype)
-    packers = [Packer(job.block_size, job.eos_id, dtype) for _ in SPLITS]
+    packers = [Packer(job.block_size, job.eos_id, dtype, job.bos_id) for _ in SPLITS]
     writers = [_ShardWriter(job.folder, split, unit.index, result) for split in SPLITS]
     documents = (
-        text
+        document
         for source in unit.sources
-        for text in read_documents(source, job.text_field, result.rejects, on_bytes)
+        for document in read_documents(source, job.text_field, result.rejects, on_bytes)
     )
-    for texts in _batches(documents):
-        held_out = np.array([is_validation(text, job.val_fraction) for text in texts])
-        ids = encoder.encode_batch(texts)
+    for batch in _batches(documents):
+        held_out = np.array([is_validation(document, job.val_fraction) for document in batch])
+        ids = encoder.encode_batch(batch)
         for number, chosen in enumerate((~held_out, held_out)):
             result.documents[SPLITS[number]] += int(chosen.sum())
             writers[number].add(packers[number].add(ids[i] for i in np.flatnonzero(chosen)))
+        on_bytes(0)
     for split, packer, writer in zip(SPLITS, packers, writers, strict=True):
         blocks, result.dropped[split] = packer.finish()
         writer.add(blocks)
         writer.close()
-    _record(job.folder, unit, result)
+    _record(job, unit, result)
     return result
 
 
-def finished_unit(folder: Path, unit: Unit) -> UnitResult | None:
+def finished_unit(job: PackJob, unit: Unit) -> UnitResult | None:
     """What the ledger says of a unit, if it is finished and every shard has its sha256."""
-    entry_path, counts_path = _paths(folder, unit.index)
+    entry_path, counts_path = _paths(job.folder, unit.index)
     try:
         with open(entry_path, encoding="utf-8") as file:
             entry = json.load(file)
-        if (entry.pop("digest"), entry.pop("unigrams")) != (unit.digest, _sha256(counts_path)):
+        expected = (job.run, unit.digest, _sha256(counts_path))
+        if tuple(entry.pop(key) for key in ("run", "digest", "unigrams")) != expected:
             return None
         for shard in (shard for split in SPLITS for shard in entry["shards"][split]):
-            if _sha256(folder / shard["file"]) != shard["sha256"]:
+            if _sha256(job.folder / shard["file"]) != shard["sha256"]:
                 return None
         rejects = Rejects(**entry.pop("rejects"))
         rejects.counts = Counter(rejects.counts)
@@ -127,12 +134,13 @@ def unigram_cross_entropy(
     return float(-(validation_counts @ log_probabilities) / validation_counts.sum())
 
 
-def _record(folder: Path, unit: Unit, result: UnitResult) -> None:
-    entry_path, counts_path = _paths(folder, unit.index)
+def _record(job: PackJob, unit: Unit, result: UnitResult) -> None:
+    entry_path, counts_path = _paths(job.folder, unit.index)
     with atomic_path(counts_path) as temporary, open(temporary, "wb") as file:
         np.save(file, result.unigrams)
     entry = {
         **vars(result),
+        "run": job.run,
         "digest": unit.digest,
         "rejects": vars(result.rejects),
         "unigrams": _sha256(counts_path),
@@ -160,8 +168,10 @@ class _ShardWriter:
 
     def add(self, blocks: Tokens) -> None:
         """Append ``(n, block_size)``."""
-        predicted = blocks if self._split == "train" else blocks[:, 1:]
-        self._counts += np.bincount(predicted.reshape(-1), minlength=len(self._counts))
+        predicted = (blocks if self._split == "train" else blocks[:, 1:]).reshape(-1)
+        for start in range(0, len(predicted), _COUNTED_TOKENS):
+            some = predicted[start : start + _COUNTED_TOKENS]
+            self._counts += np.bincount(some, minlength=len(self._counts))
         self._pending.append(blocks)
         self._num_pending += len(blocks)
         while self._num_pending >= SHARD_BLOCKS:
@@ -179,14 +189,14 @@ class _ShardWriter:
         self._num_pending = len(everything) - rows
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    chars = 0
-    for text in documents:
-        batch.append(text)
-        chars += len(text)
-        if chars >= _BATCH_CHARS or len(batch) >= _BATCH_DOCUMENTS:
+def _batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
+    batch: list[bytes] = []
+    num_bytes = 0
+    for document in documents:
+        batch.append(document)
+        num_bytes += len(document)
+        if num_bytes >= _BATCH_BYTES or len(batch) >= _BATCH_DOCUMENTS:
             yield batch
-            batch, chars = [], 0
+            batch, num_bytes = [], 0
     if batch:
         yield batch

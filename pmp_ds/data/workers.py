@@ -1,16 +1,25 @@
-"""Pack units in several processes. The store is the same for any number of them.
+"""Pack several units at a time. The store is the same for any number of workers.
 
-Processes are spawned, never forked: the tokenizer libraries have threads. A worker whose parent is
-gone ends itself, so a killed run leaves nobody writing.
+Up to two workers are threads of this process: reading, tokenizing and hashing leave the interpreter
+to the other one, and a process of its own costs half a second and its own copy of everything. More
+are processes, spawned and never forked: the tokenizer libraries have threads. A worker process
+whose parent is gone ends itself, so a killed run leaves nobody writing.
 """
 
 import contextlib
 import multiprocessing
 import os
+import queue
 import signal
 import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for
 
@@ -18,7 +27,15 @@ from pmp_ds.data.corpus import Unfinished, Unit
 from pmp_ds.data.encoder import Encoder
 from pmp_ds.data.units import PackJob, UnitResult, pack_unit
 
+MOST_THREADS = 2
+
+Submit = Callable[[Unit], Future[UnitResult]]
+
 _worker: tuple[PackJob, Encoder] | None = None
+
+
+class _StoppedError(Exception):
+    """Another unit failed, or the user stopped the run."""
 
 
 def available_cores() -> int:
@@ -28,40 +45,94 @@ def available_cores() -> int:
 
 def pack_units(
     job: PackJob,
+    encoder: Encoder,
     units: Iterable[Unit],
     workers: int,
     on_done: Callable[[Unit, UnitResult], None],
     on_bytes: Callable[[int], None],
 ) -> None:
-    """Pack every unit and call ``on_done`` as each is finished, in any order.
+    """Pack every unit and call ``on_done`` here as each is finished, in any order.
 
-    One worker means this process, where ``on_bytes`` hears of bytes as they are read; otherwise
-    when a unit is finished. Every process holds one unit at a time. Raises what a unit raised,
-    ``Unfinished`` when a process died.
+    ``on_bytes`` hears of bytes as threads read them, or when a process has finished a unit. Every
+    worker holds one unit at a time. Raises what a unit raised, ``Unfinished`` when a process died.
     """
-    if workers == 1:
-        encoder = Encoder(job.encoder)
-        for unit in units:
-            on_done(unit, pack_unit(job, encoder, unit, on_bytes))
+    if workers <= MOST_THREADS:
+        with _threads(job, encoder, workers, on_bytes) as submit:
+            _pack_all(submit, units, workers, on_done)
         return
-    before = set(multiprocessing.active_children())
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(job,))
+
+    def on_finished(unit: Unit, result: UnitResult) -> None:
+        on_done(unit, result)
+        on_bytes(unit.num_bytes)
+
+    with _processes(job, workers) as submit:
+        _pack_all(submit, units, workers, on_finished)
+
+
+def _pack_all(
+    submit: Submit,
+    units: Iterable[Unit],
+    workers: int,
+    on_done: Callable[[Unit, UnitResult], None],
+) -> None:
     pending: dict[Future[UnitResult], Unit] = {}
 
     def collect() -> None:
         for future in wait(pending, return_when=FIRST_COMPLETED).done:
-            unit = pending.pop(future)
-            on_done(unit, future.result())
-            on_bytes(unit.num_bytes)
+            on_done(pending.pop(future), future.result())
 
+    broken_off = None
     try:
         for unit in units:
             if len(pending) > workers:
                 collect()
-            pending[pool.submit(_pack, unit)] = unit
-        while pending:
-            collect()
+            pending[submit(unit)] = unit
+    except Unfinished as error:  # of a stream: what has arrived of it is packed
+        broken_off = error
+    while pending:
+        collect()
+    if broken_off is not None:
+        raise broken_off
+
+
+@contextlib.contextmanager
+def _threads(
+    job: PackJob, encoder: Encoder, workers: int, on_bytes: Callable[[int], None]
+) -> Iterator[Submit]:
+    """At the end, threads that are still packing stop at their next batch."""
+    encoders: queue.SimpleQueue[Encoder] = queue.SimpleQueue()
+    for i in range(workers):
+        encoders.put(encoder.twin() if i else encoder)
+    stopped, one_at_a_time = threading.Event(), threading.Lock()
+
+    def hear(num_bytes: int) -> None:
+        if stopped.is_set():
+            raise _StoppedError
+        with one_at_a_time:
+            on_bytes(num_bytes)
+
+    def pack(unit: Unit) -> UnitResult:
+        mine = encoders.get()
+        try:
+            return pack_unit(job, mine, unit, hear)
+        finally:
+            encoders.put(mine)
+
+    pool = ThreadPoolExecutor(workers)
+    try:
+        yield lambda unit: pool.submit(pack, unit)
+    finally:
+        stopped.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _processes(job: PackJob, workers: int) -> Iterator[Submit]:
+    before = set(multiprocessing.active_children())
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(job,))
+    try:
+        yield lambda unit: pool.submit(_pack, unit)
     except BaseException as error:
         for process in set(multiprocessing.active_children()) - before:
             process.kill()  # their units are repeated

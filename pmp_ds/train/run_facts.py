@@ -28,6 +28,8 @@ class DataFacts:
     sources: tuple[str, ...]
     parts: tuple[Part, ...] = ()
     """The stores of a mixture; empty for a single store."""
+    bos_id: int | None = None
+    """What leads every document, if anything."""
 
     @classmethod
     def of(cls, store: Store | MixedStore) -> "DataFacts":
@@ -38,6 +40,7 @@ class DataFacts:
             dataset_id=store.dataset_id,
             vocab_size=store.vocab_size,
             eos_id=store.eos_id,
+            bos_id=store.bos_id,
             block_size=store.block_size,
             unigram_cross_entropy=store.unigram_cross_entropy,
             documents=sum(split["documents"] for split in splits),

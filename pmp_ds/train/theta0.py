@@ -24,7 +24,7 @@ def architecture(config: Config, data: DataFacts) -> PreTrainedConfig:
         config.model,
         vocab_size=data.vocab_size,
         eos_id=data.eos_id,
-        bos_id=None,
+        bos_id=data.bos_id,
         block_size=data.block_size,
     )
 

@@ -65,9 +65,15 @@ def test_preparation_benchmark(tmp_path: Path):
     path.write_text("\n".join(json.dumps({"text": text}) for text in make_texts(3000)))
     output = run_benchmark(
         "benchmarks.data_prepare", "--input", str(path), "--tokenizer",
-        str(tmp_path / "tokenizer"), "--workers", "1", "--proof", "--peers", "datasets",
+        str(tmp_path / "tokenizer"), "--workers", "1", "--proof", "--peers", "nonsense", "datasets",
     )  # fmt: skip
     assert AT_LEAST.findall(output) == [
         "prepare_speed_vs_engine", "prepare_speed_vs_reference", "prepare_speed_vs_datasets"
     ]  # fmt: skip
     assert "made the same store as tokenizers" in output
+    assert re.search("^nonsense +did not run: ", output, re.MULTILINE)
+    output = run_benchmark(
+        "benchmarks.data_memory", "--input", str(path), "--gigabytes", "0.005", "--tokenizer",
+        str(tmp_path / "tokenizer"), "--folder", str(tmp_path),
+    )  # fmt: skip
+    assert FIGURE.findall(output) == ["prepare_peak_gigabytes"]

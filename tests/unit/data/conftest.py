@@ -6,13 +6,25 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from pmp_ds.data.tokenizer import TrainedTokenizer, train_tokenizer
 
 TEXT = "the tree of a river and stone keeps its own time while rain falls on every leaf"
 WORDS = TEXT.split()
+SPECIAL = {
+    "unk_token": "<unk>", "bos_token": "<s>", "pad_token": "<pad>", "cls_token": "[CLS]",
+    "sep_token": "[SEP]", "mask_token": "<mask>",
+}  # fmt: skip
 
 
 def make_texts(count: int) -> list[str]:
@@ -79,6 +91,22 @@ def _huggingface(root: Path, texts: list[str]) -> Iterator[tuple[str, Path]]:
     )
     bytes_bpe.train_from_iterator(texts, trainer)
     yield "byte-bpe", _save(bytes_bpe, root / "byte-bpe", "<|endoftext|>", pad_token="<pad>")
+
+    # Every special token there is, and a BOS before every text by default, as Llama 3 has it.
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=[*SPECIAL.values(), "</s>", "<|extra|>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    bytes_bos = Tokenizer(models.BPE())
+    bytes_bos.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_bos.decoder = decoders.ByteLevel()
+    bytes_bos.train_from_iterator(texts, trainer)
+    bytes_bos.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    yield "byte-bpe-bos", _save(bytes_bos, root / "byte-bpe-bos", "</s>", **SPECIAL)
 
     # An EOS that the file does not call special: `encode_special_tokens` overlooks it.
     unspecial = Tokenizer.from_str(bytes_bpe.to_str())

@@ -174,6 +174,7 @@ def test_token_outside_the_vocabulary(tmp_path: Path):
         ({"block_size": 4}, r"holds \(5, 8\) uint16, the manifest says \(5, 4\)"),
         ({"dtype": "uint32"}, "the manifest says"),
         ({"eos_id": 3}, "manifest.json was altered"),
+        ({"bos_id": 1}, "manifest.json was altered"),
     ],
 )
 def test_changed_manifest(folder: Path, change: dict, message: str):

@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from pmp_ds.data import readers
 from pmp_ds.data.corpus import PYTHON, Rejects, Source, group_units
 from pmp_ds.data.inputs import find_sources
-from pmp_ds.data.readers import read_documents
+from pmp_ds.data.readers import read_documents, read_texts
 from pmp_ds.errors import UserError
 
 
 def read(path: Path, field: str = "text") -> tuple[list[str], Rejects]:
     rejects = Rejects()
     (source,) = find_sources([str(path)])
-    return list(read_documents(source, field, rejects)), rejects
+    return list(read_texts(source, field, rejects)), rejects
 
 
 def test_folder_is_read_recursively_in_sorted_order(tmp_path: Path):
@@ -65,6 +66,64 @@ def test_every_kind_of_bad_row_is_counted_with_its_line(tmp_path: Path):
     assert rejects.examples["half of a surrogate pair"] == f"{path}:7"
     with pytest.raises(UserError, match=r"7 of 9 rows are malformed.*a\.jsonl:2"):
         rejects.check()
+
+
+ODD_LINES = (
+    b'{"text": "a"}',
+    b'{"text": "a\\u00e9\\ud83d\\ude00\\n"}',
+    b'{"te\\u0078t": "a"}',
+    b'{"text": "2020-01-01"}',
+    b'{"text": "a", "x": [[{}], NaN, 1e999]}',
+    b'{"text": 1, "text": "a"}',
+    b'{"text": "a", "text": 1}',
+    b'{"text": null}',
+    b'{"x": {"text": "a"}}',
+    b'{"text": ["a"]}',
+    b'{"text": "\\udc00"}',
+    b'{"text": "a\x00b"}',
+    b'{"text": "a", "x": "\xff"}',
+    b'{"text": "a\tb"}',
+    b'{"text": "\\u0000"}',
+    b'{"text": "a", "x": 01}',
+    b'{"text": "a",}',
+    b'{"text": "a"}\x00}',
+    b'{"text": "a"} //}',
+    b'{"text": "a"}{"text": "b"}',
+    b'{"text": "a"},{"text": "b"}',
+    b'{"text":\n"a"}',
+    b'{"text": "a"}{"text": "b"}\n{"text":\n"c"}',
+    b'{"text": "\\x41"}',
+    b'{"text": "a"}\r',
+    b'\xef\xbb\xbf{"text": "a"}',
+    b'{"text": "\xef\xbb\xbfa"}',
+    b"{}",
+    b'{"text": "\\u2003\\u001c"}',
+    b'{"text": ""}',
+    b"",
+    b"{'text': 'a'}",
+    b'{"text": "a" "x": 1}',
+)
+
+
+@pytest.mark.parametrize("line", ODD_LINES)
+def test_many_lines_at_once_are_the_lines_one_by_one(tmp_path: Path, line: bytes, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    good = b'{"text": "good", "id": 1}'
+    path.write_bytes(b"\n".join([good, line, good]))
+    together = read(path)
+    monkeypatch.setattr(readers, "parse_chunk", lambda *_: None)
+    assert together == read(path)
+
+
+def test_plain_lines_are_parsed_at_once(monkeypatch, tmp_path: Path):
+    """Chunks of any size end at line ends."""
+    rows = [f"row {i} é\n" for i in range(50)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"id": i, "text": row}) for i, row in enumerate(rows)))
+    monkeypatch.setattr(readers, "_parse_line", None)
+    for size in (1, 7, 100, 10_000):
+        monkeypatch.setattr(readers, "_CHUNK_BYTES", size)
+        assert read(path)[0] == rows
 
 
 def test_invalid_text_file_names_the_line(tmp_path: Path):
@@ -137,7 +196,7 @@ def test_embedded_corpus_is_the_interpreters_own():
     assert names[1:] == sorted(names[1:])
     skipped = ("test/", "idlelib/", "site-packages/", "__pycache__/", "/test", "/tests/")
     assert not [n for n in names if n.startswith(tuple(f"python:{s}" for s in skipped[:4]))]
-    topics = list(read_documents(sources[0], "text", Rejects()))
+    topics = list(read_texts(sources[0], "text", Rejects()))
     assert len(topics) > 50
     assert sum(len(t) for t in topics) > 300_000
     assert any('The "with" statement' in text for text in topics)

@@ -17,7 +17,7 @@ from pmp_ds.errors import UserError
 
 pytest.importorskip("gigatoken")
 
-FAST = ("byte-bpe", "unspecial-eos", "sentencepiece-bpe-add_dummy_prefix",
+FAST = ("byte-bpe", "byte-bpe-bos", "unspecial-eos", "sentencepiece-bpe-add_dummy_prefix",
         "sentencepiece-bpe-user_defined_symbols")  # fmt: skip
 
 
@@ -25,10 +25,15 @@ def same(found, expected) -> bool:
     return len(found) == len(expected) and all(map(np.array_equal, found, expected))
 
 
+def encode(encoder: Encoder, texts):
+    return encoder.encode_batch([text.encode() for text in texts])
+
+
 @pytest.mark.parametrize("kind", FAST)
 def test_fast_engine_is_chosen_and_equal(kind: str, tokenizer_paths, texts):
     tokenizer = load_tokenizer(str(tokenizer_paths[kind]))
-    spec, warning = choose_engine(tokenizer.encoder_spec, texts)
+    chosen, warning = choose_engine(tokenizer.encoder, texts)
+    spec = chosen.spec
     if spec.fast is None:  # allowed, never silent
         assert warning
         assert "slower" in warning
@@ -36,28 +41,28 @@ def test_fast_engine_is_chosen_and_equal(kind: str, tokenizer_paths, texts):
     encoder = Encoder(pickle.loads(pickle.dumps(spec)))
     names = [*tokenizer.special_tokens, *spec.marked]
     sample = [*texts, *names, *(f"a tree{name}of rain" for name in names), "".join(names)]
-    assert same(encoder.encode_batch(sample), tokenizer.encode_batch(sample))
+    assert same(encode(encoder, sample), tokenizer.encode_batch(sample))
     forbidden = set(tokenizer.special_tokens.values()) - {tokenizer.special_tokens.get("<unk>")}
-    assert not forbidden & {int(i) for ids in encoder.encode_batch(sample) for i in ids}
+    assert not forbidden & {int(i) for ids in encode(encoder, sample) for i in ids}
 
 
 def test_trained_tokenizer_uses_the_fast_engine(trained: TrainedTokenizer, texts):
-    spec, warning = choose_engine(trained.encoder_spec, texts)
+    encoder, warning = choose_engine(trained.encoder, texts)
     assert warning is None
-    assert spec.engine.startswith("gigatoken 0.")
-    assert dataclasses.replace(spec, fast=None).engine.startswith("tokenizers ")
+    assert encoder.spec.engine.startswith("gigatoken 0.")
+    assert encoder.without_fast().spec.engine.startswith("tokenizers ")
 
 
 @pytest.fixture(scope="module")
 def encoder(trained: TrainedTokenizer) -> Encoder:
-    return Encoder(trained.encoder_spec)
+    return Encoder(trained.encoder.spec)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.text(max_size=40), max_size=4))
 def test_any_text(encoder: Encoder, texts: list[str]):
     texts = [text for text in texts if text and not any("\ud800" <= c <= "\udfff" for c in text)]
-    assert same(encoder.encode_batch(texts), encoder.reference(texts))
+    assert same(encode(encoder, texts), encoder.reference(texts))
 
 
 def test_engine_that_differs_on_the_sample_is_not_used(trained: TrainedTokenizer, monkeypatch):
@@ -66,35 +71,35 @@ def test_engine_that_differs_on_the_sample_is_not_used(trained: TrainedTokenizer
             raise RuntimeError("cannot do this\nat all")
 
     monkeypatch.setattr(module, "_load_fast", lambda _: Wrong())
-    spec, warning = choose_engine(trained.encoder_spec, ["x"])
-    assert spec.fast is None
+    encoder, warning = choose_engine(Encoder(trained.encoder.spec), ["x"])
+    assert encoder.spec.fast is None
     assert warning is not None
     assert "does not read this tokenizer (cannot do this)" in warning
     monkeypatch.undo()
-    other = dataclasses.replace(trained.encoder_spec, model=_reversed_merges(trained))
-    spec, warning = choose_engine(other, ["the tree of a river"])
-    assert spec.fast is None
+    other = dataclasses.replace(trained.encoder.spec, model=_reversed_merges(trained))
+    encoder, warning = choose_engine(Encoder(other), ["the tree of a river"])
+    assert encoder.spec.fast is None
     assert warning is not None
     assert "gives other ids on" in warning
 
 
 def test_missing_engine_is_a_warning(trained: TrainedTokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "gigatoken", None)
-    spec, warning = choose_engine(trained.encoder_spec, ["x"])
-    assert spec.engine.startswith("tokenizers")
+    encoder, warning = choose_engine(Encoder(trained.encoder.spec), ["x"])
+    assert encoder.spec.engine.startswith("tokenizers")
     assert "gigatoken is missing" in str(warning)
 
 
 def test_difference_behind_the_sample_stops(trained: TrainedTokenizer):
-    spec = dataclasses.replace(trained.encoder_spec, model=_reversed_merges(trained))
+    spec = dataclasses.replace(trained.encoder.spec, model=_reversed_merges(trained))
     with pytest.raises(UserError, match="engine: reference"):
-        Encoder(spec).encode_batch(["the tree of a river and stone"])
+        encode(Encoder(spec), ["the tree of a river and stone"])
 
 
 def _reversed_merges(trained: TrainedTokenizer) -> bytes:
     import json
 
-    description = json.loads(trained.encoder_spec.model)
+    description = json.loads(trained.encoder.spec.model)
     description["model"]["merges"] = []
     return json.dumps(description).encode()
 

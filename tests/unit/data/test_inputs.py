@@ -4,7 +4,9 @@ import gzip
 import json
 from pathlib import Path
 
+import datasets
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,8 +17,10 @@ from pmp_ds.data import streams
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.corpus import Rejects, StreamOptions, Unfinished, group_units
 from pmp_ds.data.inputs import find_sources
+from pmp_ds.data.packing import is_validation, pack_ref
 from pmp_ds.data.prepare import prepare
-from pmp_ds.data.readers import read_documents
+from pmp_ds.data.readers import read_documents, read_texts
+from pmp_ds.data.tokenizer import load_tokenizer
 from pmp_ds.errors import UserError
 from tests.unit.data.conftest import make_texts
 
@@ -41,7 +45,7 @@ def write(folder: Path, name: str) -> Path:
 
 def documents(*inputs: str, field: str = "text", **options) -> list[str]:
     sources = find_sources(inputs, StreamOptions(**options))
-    return [text for s in sources for text in read_documents(s, field, Rejects())]
+    return [text for s in sources for text in read_texts(s, field, Rejects())]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
@@ -72,7 +76,7 @@ def test_parts_are_the_whole(tmp_path: Path, name: str, unit_bytes: int):
     seen: list[int] = []
     for unit in units:
         (part,) = unit.sources
-        found += read_documents(part, "text", Rejects(), seen.append)
+        found += [t.decode() for t in read_documents(part, "text", Rejects(), seen.append)]
     assert found == TEXTS
     assert sum(seen) == source[0].num_bytes
 
@@ -99,7 +103,7 @@ def test_bad_rows_of_a_parquet_file(tmp_path: Path):
     pq.write_table(pa.table({"text": bad}), path)
     rejects = Rejects(max_malformed=1.0)
     (source,) = find_sources([str(path)])
-    assert list(read_documents(source, "text", rejects)) == ["one"]
+    assert list(read_texts(source, "text", rejects)) == ["one"]
     assert rejects.examples == {
         "field 'text' is not a string": f"{path}:2",
         "invalid UTF-8": f"{path}:3:1",
@@ -120,7 +124,7 @@ def test_urls_of_any_file_system(tmp_path: Path):
     assert names == ["memory:///corpus/a.jsonl", "memory:///corpus/b.jsonl"]
     assert documents("memory://corpus/*.jsonl") == TEXTS * 2
     parts = group_units(find_sources(["memory://corpus/a.jsonl"]), 3000)
-    assert [t for u in parts for t in read_documents(u.sources[0], "text", Rejects())] == TEXTS
+    assert [t for u in parts for t in read_texts(u.sources[0], "text", Rejects())] == TEXTS
     for given, message in (
         ("memory://none.jsonl", "memory://none.jsonl cannot be read"),
         ("memory://corpus/c.md", "is not a .txt"),
@@ -193,6 +197,23 @@ def test_stream_that_breaks_off_goes_on(dataset: str, tmp_path: Path, monkeypatc
     assert summary.manifest == reference.manifest
 
 
+def test_bad_rows_of_a_stream_count_and_stop(tmp_path: Path):
+    (tmp_path / "dataset").mkdir()
+    rows = [{"text": text} for text in TEXTS] + [{"text": None}, {"text": " "}, {"other": 1}]
+    (tmp_path / "dataset" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    dataset = f"hf:{tmp_path}/dataset"
+    with pytest.raises(UserError, match=r"2 of 63 rows are malformed.*2 x field 'text' is not a"):
+        prepare(config(dataset, tmp_path, shuffle_buffer=0))
+    summary = prepare(config(dataset, tmp_path, shuffle_buffer=0, max_malformed=0.04))
+    assert summary.manifest["rows"] == {
+        "read": 63, "malformed": 2, "empty": 1,
+        "rejected": [
+            f"2 x field 'text' is not a string (first: {dataset}:61)",
+            f"1 x empty document (first: {dataset}:62)",
+        ],
+    }  # fmt: skip
+
+
 def test_unknown_dataset_is_one_line(tmp_path: Path, dataset: str):
     with pytest.raises(UserError, match=r"hf:.*none cannot be opened"):
         documents(f"hf:{tmp_path}/none")
@@ -212,8 +233,40 @@ def test_threshold_is_the_users(tmp_path: Path):
     assert summary.manifest["rows"]["malformed"] == 3
 
 
+RECIPE = Path(__file__).parents[3] / "launcher/recipes/data-slimpajama-6b.yaml"
+
+
 def test_recipe_of_the_papers_corpus():
-    recipe = Path(__file__).parents[3] / "launcher/recipes/data-slimpajama-6b.yaml"
-    found, _ = parse(PrepareConfig, ["--config", str(recipe), "--tokenizer", "llama"])
+    found, _ = parse(PrepareConfig, ["--config", str(RECIPE), "--tokenizer", "llama"])
     assert found.input == ("hf:DKYoon/SlimPajama-6B",)
     assert (found.shuffle_buffer, found.block_size, found.text_field) == (50_000, 256, "text")
+
+
+def test_recipe_runs_on_a_dataset_laid_out_like_it(tmp_path: Path, tokenizer_paths):
+    """The command of the recipe, but for the dataset's name; as many splits, columns and files."""
+    folder = tmp_path / "SlimPajama-6B" / "data"
+    folder.mkdir(parents=True)
+    texts = make_texts(300)
+    for number, (split, part) in enumerate(
+        [("train", texts[:100]), ("train", texts[100:280]), ("validation", texts[280:290]),
+         ("test", texts[290:])]
+    ):  # fmt: skip
+        table = pa.table({
+            "text": part, "meta": [{"redpajama_set_name": "RedPajamaC4"}] * len(part),
+            "__index_level_0__": range(len(part)),
+        })  # fmt: skip
+        pq.write_table(table, folder / f"{split}-{number:05d}-of-00004-0123456789abcdef.parquet")
+    name, tokenizer = str(folder.parent), str(tokenizer_paths["byte-bpe"])
+    arguments = ["--config", str(RECIPE), "--input", f"hf:{name}", "--tokenizer", tokenizer,
+                 "--out", str(tmp_path / "out"), "--val_fraction", "0.1"]  # fmt: skip
+    summary = prepare(parse(PrepareConfig, arguments)[0])
+    rows = datasets.load_dataset(name, split="train", streaming=True)
+    shuffled = [row["text"] for row in rows.shuffle(seed=0, buffer_size=50_000)]
+    assert sorted(shuffled) == sorted(texts[:280])
+    assert shuffled != texts[:280]
+    chosen = [text for text in shuffled if not is_validation(text.encode(), 0.1)]
+    reference = load_tokenizer(tokenizer)
+    ids = [ids.tolist() for ids in reference.encode_batch(chosen)]
+    blocks, _ = pack_ref(ids, 256, reference.eos_id)
+    found = Store.open(summary.folder, verify=True).split("train")
+    assert found.gather(np.arange(len(found))).tolist() == blocks

@@ -20,19 +20,28 @@ def test_by_hand():
     assert blocks.dtype == np.uint16
 
 
+def test_begin_of_text_by_hand():
+    packer = Packer(4, eos_id=0, dtype=U16, bos_id=9)
+    packer.add([np.array([1, 2]), np.array([], int), np.array([3])])
+    blocks, dropped = packer.finish()
+    assert blocks.tolist() == [[9, 1, 2, 0], [9, 0, 9, 3]]
+    assert dropped == 1
+
+
 @given(
     documents=st.lists(st.lists(st.integers(1, 60000), max_size=30), max_size=30),
     block_size=st.integers(2, 9),
     flush=st.integers(1, 50),
+    bos_id=st.none() | st.just(60001),
 )
-def test_equals_reference_however_it_is_fed(documents, block_size: int, flush: int):
+def test_equals_reference_however_it_is_fed(documents, block_size: int, flush: int, bos_id):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "_FLUSH_TOKENS", flush)
-        packer = Packer(block_size, eos_id=0, dtype=U16)
+        packer = Packer(block_size, eos_id=0, dtype=U16, bos_id=bos_id)
         parts = [packer.add([np.array(ids, np.int32)]) for ids in documents]
         last, dropped = packer.finish()
     found = np.concatenate([*parts, last]).tolist()
-    assert (found, dropped) == pack_ref(documents, block_size, 0)
+    assert (found, dropped) == pack_ref(documents, block_size, 0, bos_id)
 
 
 @given(
@@ -60,7 +69,7 @@ def test_finish_starts_over():
 
 
 def test_split_depends_on_the_text_and_the_share_alone():
-    texts = [f"document {i}" for i in range(4000)]
+    texts = [f"document {i}".encode() for i in range(4000)]
     chosen = [is_validation(text, 0.1) for text in texts]
     assert 0.08 < np.mean(chosen) < 0.12
     assert chosen == [is_validation(text, 0.1) for text in texts]

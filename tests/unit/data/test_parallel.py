@@ -1,5 +1,6 @@
 """The store is the same for any number of workers, and after a kill at any moment."""
 
+import dataclasses
 import json
 import os
 import random
@@ -7,14 +8,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from pmp_ds.config import PrepareConfig
 from pmp_ds.data import build
 from pmp_ds.data import units as units_module
+from pmp_ds.data import workers as workers_module
+from pmp_ds.data.corpus import Unit
 from pmp_ds.data.prepare import prepare
 from pmp_ds.errors import UserError
 from tests.unit.data.conftest import make_texts
@@ -84,8 +89,8 @@ def test_killed_ten_times_gives_the_same_bytes(corpus: Path, one_worker):
     chance = random.Random(0)
     arguments = settings(corpus, "killed", workers=2)
     kills = 0
-    while kills < 10:
-        process = start(corpus.parent, arguments)
+    while kills < 10:  # threads and processes in turn
+        process = start(corpus.parent, arguments | {"workers": 2 + kills % 2})
         try:
             process.wait(timeout=chance.uniform(0.5, 3.0))
             shutil.rmtree(corpus.parent / "killed")  # too fast for the killer: from the start
@@ -151,8 +156,55 @@ def test_changed_input_starts_over(corpus: Path, one_worker, monkeypatch):
     assert contents(corpus.parent / "stopped") == one_worker
 
 
+def test_another_engine_starts_over(corpus: Path, one_worker, monkeypatch):
+    config = dataclasses.replace(run_until(corpus, monkeypatch, 4), engine="reference")
+    seen = spy_on_units(monkeypatch)
+    prepare(config)
+    assert seen == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_raised_max_malformed_goes_on_with_what_is_packed(
+    corpus: Path, one_worker, monkeypatch, workers: int
+):
+    arguments = settings(corpus, "mended", workers=workers)
+    config = PrepareConfig(**arguments | {"input": tuple(arguments["input"])})
+    with pytest.raises(UserError, match=r"1 of 241 rows .* 6 finished parts are kept in .*mended"):
+        prepare(dataclasses.replace(config, max_malformed=0.001))
+    seen = spy_on_units(monkeypatch)
+    prepare(config)
+    assert seen == []
+    assert contents(corpus.parent / "mended") == one_worker
+
+
+def test_a_failed_unit_stops_the_other_thread(monkeypatch):
+    """At its next batch, not at the end of its unit."""
+    stopped = threading.Event()
+    other_runs = threading.Event()
+
+    def packing(job, encoder, unit, on_bytes):
+        if unit.index == 0:
+            assert other_runs.wait(60)
+            raise OSError(28, "No space left on device")
+        deadline = time.monotonic() + 60
+        try:
+            while time.monotonic() < deadline:
+                on_bytes(0)
+                other_runs.set()
+        except Exception:
+            stopped.set()
+            raise
+
+    monkeypatch.setattr(workers_module, "pack_unit", packing)
+    units = [Unit(index=i, sources=()) for i in range(9)]
+    encoder = SimpleNamespace(twin=lambda: None)
+    with pytest.raises(OSError, match="No space left"):
+        workers_module.pack_units(None, encoder, units, 2, print, lambda _: None)  # type: ignore[arg-type]
+    assert stopped.is_set()
+
+
 def test_lost_worker_is_named_and_keeps_what_is_finished(corpus: Path, one_worker):
-    arguments = settings(corpus, "lost", workers=2)
+    arguments = settings(corpus, "lost", workers=3)
     script = SCRIPT.replace(
         "if __name__",
         "import os\npack = workers.pack_unit\n"
@@ -174,7 +226,7 @@ def test_lost_worker_is_named_and_keeps_what_is_finished(corpus: Path, one_worke
 
 
 def test_workers_end_with_their_parent(corpus: Path):
-    process = start(corpus.parent, settings(corpus, "orphans", workers=2))
+    process = start(corpus.parent, settings(corpus, "orphans", workers=3))
     children: list[int] = []
     deadline = time.monotonic() + 60
     while process.poll() is None and len(children) < 2 and time.monotonic() < deadline:

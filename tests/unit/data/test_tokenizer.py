@@ -26,6 +26,7 @@ from pmp_ds.errors import UserError
 
 KINDS = (
     "byte-bpe",
+    "byte-bpe-bos",
     "unspecial-eos",
     "unigram",
     "word-level",

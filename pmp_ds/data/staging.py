@@ -1,0 +1,253 @@
+"""`<out>.incomplete`, where a store is made, and when a later process may go on there.
+
+    run.json        the identity: what has to be the same for finished units to be of use
+    tokenizer.json  sha256 of the files in tokenizer/
+    plan.json       for several machines: what `nodes.pack` needs to know
+    units/  spool/  the ledger of finished units; units of a stream that wait to be packed
+
+The rest is the store itself.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pmp_ds.config import PrepareConfig
+from pmp_ds.data.arrow_store import FORMAT_VERSION, SPLITS, Store, read_manifest
+from pmp_ds.data.corpus import EmptySplit, Source, StreamOptions, Unfinished
+from pmp_ds.data.inputs import find_sources
+from pmp_ds.data.tokenizer import Tokenizer, load_tokenizer
+from pmp_ds.errors import UserError
+from pmp_ds.run_dir import fsync_dir, write_json
+
+TOKENIZER = "tokenizer.json"
+PLAN = "plan.json"
+_IDENTITY = "run.json"
+_FOLDERS = (*SPLITS, "tokenizer", "units", "spool")
+_NOT_OF_THE_STORE = (_IDENTITY, TOKENIZER, PLAN, "units", "spool")
+_ENTRIES = {*_FOLDERS, *_NOT_OF_THE_STORE, "dataset_dict.json", "manifest.json"}
+_LIBRARIES = ("gigatoken", "pyarrow", "sentencepiece", "tokenizers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What somebody wants prepared, as far as it is known before text is read."""
+
+    config: PrepareConfig
+    sources: list[Source]
+
+    tokenizer: Tokenizer | None
+    """None: to be trained on the sources."""
+
+    settings: dict[str, Any]
+    """What the content of the store depends on."""
+
+    @classmethod
+    def of(cls, config: PrepareConfig) -> "Request":
+        """Find the sources and load the tokenizer; UserError when one cannot be used."""
+        sources = find_sources(config.input, _stream_options(config))
+        tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
+        return cls(
+            config=config,
+            sources=sources,
+            tokenizer=tokenizer,
+            settings=_settings(config, sources, tokenizer),
+        )
+
+    @property
+    def out(self) -> Path:
+        return Path(self.config.out)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What has to be the same for the finished parts of a killed run to be of use."""
+        files = [(s.name, s.num_bytes, s.version) for s in self.sources]
+        versions = {}
+        for name in _LIBRARIES:
+            with contextlib.suppress(metadata.PackageNotFoundError):
+                versions[name] = metadata.version(name)
+        return {
+            "engine": self.config.engine,
+            "format_version": FORMAT_VERSION,
+            "inputs": hashlib.sha256(json.dumps(files).encode()).hexdigest(),
+            "settings": self.settings,
+            "versions": versions,
+        }
+
+    @property
+    def run(self) -> str:
+        """sha256 of the identity."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+
+def staging_folder(out: Path) -> Path:
+    return out.with_name(out.name + ".incomplete")
+
+
+@contextlib.contextmanager
+def staging(out: Path, identity: dict[str, Any]) -> Iterator[Path]:
+    """`<out>.incomplete`, locked, to be renamed: empty, or as a run of equal ``identity`` left it.
+
+    A mistake of the user removes it, unless units are finished by then: with a setting mended that
+    their content does not depend on, the next run uses them. So it does after what a second attempt
+    can mend (no space, a lost worker, an interruption).
+    """
+    folder = staging_folder(out)
+    new_parent = not out.parent.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        foreign = {p.name for p in folder.iterdir() if not p.name.endswith(".incomplete")}
+        foreign -= _ENTRIES
+        if foreign:
+            raise UserError(
+                f"{folder} holds {sorted(foreign)[0]!r}, which no killed run left; move it away"
+            )
+        try:
+            if read_identity(folder) != json.loads(json.dumps(identity)):
+                _clear(folder)
+            for name in _FOLDERS:
+                (folder / name).mkdir(exist_ok=True)
+            write_json(folder / _IDENTITY, identity)
+            yield folder
+        except Unfinished:
+            raise
+        except UserError as error:
+            finished = len(list((folder / "units").glob("*.json")))
+            if finished and not isinstance(error, EmptySplit):
+                raise Unfinished(
+                    f"{error}; {finished} finished parts are kept in {folder} for the next run"
+                ) from error
+            shutil.rmtree(folder, ignore_errors=True)
+            if new_parent:
+                with contextlib.suppress(OSError):  # somebody else uses it by now
+                    out.parent.rmdir()
+            raise
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other runs on this machine out of ``folder``; UserError when one is there."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise UserError(f"{folder} is being written by another run; wait for it") from error
+    except OSError:  # NFS has no locks on folders; there, renames and the ledger protect alone
+        pass
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def read_identity(folder: Path) -> dict[str, Any] | None:
+    """What the run that wrote ``folder`` depended on; None when that cannot be read."""
+    try:
+        found: dict[str, Any] = json.loads((folder / _IDENTITY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found
+
+
+def saved_tokenizer_files(folder: Path) -> dict[str, str] | None:
+    """The sha256 of the tokenizer files that were saved, if they are there to the byte."""
+    try:
+        files: dict[str, str] = json.loads((folder / TOKENIZER).read_text(encoding="utf-8"))
+        for name, digest in files.items():
+            if hashlib.sha256((folder / "tokenizer" / name).read_bytes()).hexdigest() != digest:
+                return None
+    except (OSError, ValueError):
+        return None
+    return files
+
+
+def publish(folder: Path, out: Path) -> None:
+    """Give a complete store its name, then remove what only its making needed."""
+    os.replace(folder, out)
+    fsync_dir(out.parent)
+    remove_leftovers(out)
+
+
+def remove_leftovers(out: Path) -> None:
+    """What a run leaves in the store that is killed right behind the renaming."""
+    for name in _NOT_OF_THE_STORE:
+        _remove(out / name)
+
+
+def exists(out: Path) -> bool:
+    """Whether there is something under the store's name; an empty folder is nothing."""
+    return out.exists() and (not out.is_dir() or any(out.iterdir()))
+
+
+def matching_manifest(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of the store that is already there; UserError when it is not this one."""
+    way_out = "choose another out or delete the folder"
+    if not (out / "manifest.json").is_file():
+        raise UserError(f"out={out} exists and is not a packed store; {way_out}")
+    manifest = read_manifest(out)
+    there = {"bos": "none", **manifest.get("settings", {})}  # older stores do not say
+    if there != settings:
+        differences = [
+            f"{name} is {there.get(name)!r} there and {value!r} now"
+            for name, value in settings.items()
+            if there.get(name) != value
+        ]
+        raise UserError(f"out={out} holds another store ({'; '.join(differences)}); {way_out}")
+    Store.open(out)  # complete, or an error that names what is missing
+    return manifest
+
+
+def _stream_options(config: PrepareConfig) -> StreamOptions:
+    return StreamOptions(
+        split=config.hf_split,
+        config=config.hf_config,
+        revision=config.hf_revision,
+        shuffle_buffer=config.shuffle_buffer,
+        seed=config.shuffle_seed,
+    )
+
+
+def _settings(
+    config: PrepareConfig, sources: Sequence[Source], tokenizer: Tokenizer | None
+) -> dict[str, Any]:
+    inputs = []
+    for given in config.input:
+        files = [(s.name, s.num_bytes) for s in sources if s.given == given]
+        digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+        inputs.append({"input": given, "files": len(files), "names_and_sizes": digest})
+    trained = f"trained here with train_vocab_size={config.train_vocab_size}"
+    stream = {}
+    if any(source.kind == "stream" for source in sources):
+        stream = {"stream": dataclasses.asdict(_stream_options(config))}
+    return {
+        **stream,
+        "input": inputs,
+        "text_field": config.text_field,
+        "tokenizer": trained if tokenizer is None else tokenizer.fingerprint,
+        "block_size": config.block_size,
+        "bos": config.bos,
+        "val_fraction": config.val_fraction,
+    }
+
+
+def _clear(folder: Path) -> None:
+    (folder / PLAN).unlink(missing_ok=True)  # first: no node may begin from here on
+    for path in folder.iterdir():
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
