@@ -68,7 +68,8 @@ def test_preparation_benchmark(tmp_path: Path):
         str(tmp_path / "tokenizer"), "--workers", "1", "--proof", "--peers", "nonsense", "datasets",
     )  # fmt: skip
     assert AT_LEAST.findall(output) == [
-        "prepare_speed_vs_engine", "prepare_speed_vs_reference", "prepare_speed_vs_datasets"
+        "prepare_speed_vs_engine", "prepare_speed_vs_engine_on_files", "prepare_speed_vs_reference",
+        "prepare_speed_vs_datasets",
     ]  # fmt: skip
     assert "made the same store as tokenizers" in output
     assert re.search("^nonsense +did not run: ", output, re.MULTILINE)
