@@ -55,7 +55,8 @@ def main(options: argparse.Namespace) -> None:
         assert runs["ours"]["dataset_id"] == runs["reference"]["dataset_id"]
         print(f"{runs['ours']['engine']} made the same store as {runs['reference']['engine']}")
     goals = {
-        "engine": 0.6, "engine_on_files": 0.6, "reference": 1.0, "datatrove": 5.0, "megatron": 5.0, "datasets": 20.0,
+        "engine": 0.6, "engine_on_files": 0.6, "reference": 1.0, "datatrove": 5.0,
+        "megatron": 5.0, "datasets": 20.0,
     }  # fmt: skip
     for name in (name for name in goals if name in runs):
         ratio = runs[name]["seconds"] / runs["ours"]["seconds"]
