@@ -10,8 +10,8 @@ names the ticket. It has been loaded in a fresh process before it gets its name.
 
 import argparse
 import datetime
+import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 from pmp_ds.cli import PlainParser
@@ -64,9 +64,11 @@ def main(argv: list[str] | None = None) -> None:
 
     out = args.out or run.release
     require_absent(out)
-    with tempfile.TemporaryDirectory(dir=run.private, prefix="export-") as scratch:
+    scratch = run.init / ".weights.incomplete"  # swept by the next pretrain.py too, after a kill
+    try:
         if initial:
-            weights = plain_weights.of_init(run, Path(scratch) / "weights")
+            shutil.rmtree(scratch, ignore_errors=True)
+            weights = plain_weights.of_init(run, scratch)
         else:
             step = None if args.checkpoint == "latest" else int(args.checkpoint)
             weights = plain_weights.of_checkpoint(run, step)
@@ -84,6 +86,8 @@ def main(argv: list[str] | None = None) -> None:
             max_shard_size=args.max_shard_size,
             private=initial,
         )
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     print(
         f"{summary.out}: {summary.num_params:,} parameters, {summary.total_bytes / 1e6:,.1f} MB "
         f"in {summary.dtype}, {len(summary.files)} files"

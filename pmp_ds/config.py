@@ -50,7 +50,7 @@ class RunConfig:
     """Write checkpoints in the background; training waits only until their content is copied to
     CPU memory (on rank 0 that is the whole model). Without it, until the files are safe."""
 
-    max_time: str | None = None
+    max_time: float | str | None = None
     """Time that this job may take, as HH:MM:SS or seconds: it saves and stops in time, with exit
     code 75. Unset means no limit."""
 

@@ -3,15 +3,17 @@
 Only rank 0 writes. Nothing here may depend on which elements are in the ticket.
 """
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard.writer import SummaryWriter
 
+from pmp_ds.errors import UserError
 from pmp_ds.run_dir import RunDir, write_text
 
 TIMINGS = {
@@ -21,12 +23,13 @@ TIMINGS = {
 
 
 class MetricsLog:
-    """Appends records; with ``enabled`` false it does nothing."""
+    """Appends records; with ``enabled`` false it does nothing. Raises UserError for a full disk."""
 
     def __init__(self, run: RunDir, *, enabled: bool) -> None:
         self._enabled = enabled
         if enabled:
-            self._file = open(run.metrics, "a", encoding="utf-8")  # noqa: SIM115
+            self._path = run.metrics
+            self._file = os.open(run.metrics, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             self._board = SummaryWriter(str(run.tensorboard))
 
     def write(self, phase: str, step: int, **values: float) -> None:
@@ -36,20 +39,29 @@ class MetricsLog:
             return
         record: dict[str, Any] = {"phase": phase, "step": step}
         record |= {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(f"{phase}/{name}", value, step)
+        with self._told():
+            os.write(self._file, (json.dumps(record) + "\n").encode())
+            for name, value in values.items():
+                self._board.add_scalar(f"{phase}/{name}", value, step)
 
     def sync(self) -> None:
         """Make the records so far survive a power cut, as the checkpoint beside them does."""
         if self._enabled:
-            os.fsync(self._file.fileno())
+            with self._told():
+                os.fsync(self._file)
 
     def close(self) -> None:
         if self._enabled:
-            self._file.close()
-            self._board.close()
+            os.close(self._file)
+            with contextlib.suppress(OSError):  # of a full disk: told by write
+                self._board.close()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self._path} cannot be written: {error}. Make room there") from None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

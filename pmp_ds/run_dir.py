@@ -9,10 +9,13 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pmp_ds.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,16 @@ class RunDir:
             make_private(folder)
 
 
+def sweep(run: RunDir) -> None:
+    """Remove what killed processes left half written; nobody else may be writing to ``run``. The
+    release is left to the next export."""
+    for path in [*run.root.rglob(".*.incomplete"), *run.checkpoints.glob("*.incomplete")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def make_private(folder: Path) -> None:
     """Create ``folder`` as 0700; an existing one is closed to others."""
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -124,3 +137,14 @@ def write_text(path: Path, text: str, *, private: bool = False) -> None:
 def write_json(path: Path, value: Any, *, private: bool = False) -> None:
     """Write ``value`` with sorted keys, so that equal values are equal files."""
     write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n", private=private)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What ``write_json`` wrote of a dict. Raises UserError when it is damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: bring it back from a backup")
+    return value

@@ -51,8 +51,9 @@ def verify_reload(source: Source, folder: Path, dtype: torch.dtype) -> float:
     vocab = source.config.vocab_size
     input_ids = (torch.arange(2 * length) * 7919 % vocab).view(2, length)
     wanted = _reference_logits(source, input_ids, dtype)
-    with tempfile.TemporaryDirectory() as scratch:
-        result = Path(scratch) / "answer.safetensors"
+    # Inside the folder: when this process is killed, the next export removes both.
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        result = Path(scratch).resolve() / "answer.safetensors"
         run_alone(
             action="check",
             folder=str(folder.resolve()),

@@ -174,6 +174,15 @@ def _write_part(folder: Path, snapshot: Snapshot) -> dict[str, str]:
     return {str(path.relative_to(folder)): _sha256(path) for path in written}
 
 
+def mend(run: RunDir) -> None:
+    """Name the newest one again, where a process was killed between a checkpoint and its name."""
+    names = [folder.name for phase in _NAMES for folder in _folders(run, phase)]
+    newest = max(names, default=None)  # `update` sorts after `discover`
+    latest = run.checkpoints / LATEST
+    if newest is not None and (not latest.exists() or latest.read_text() != newest + "\n"):
+        write_text(latest, newest + "\n", private=True)
+
+
 def _publish(folder: Path, final: Path, snapshot: Snapshot, files: dict[str, str]) -> None:
     content = asdict(snapshot.position) | {"format_version": FORMAT_VERSION, "files": files}
     manifest = content | {"sha256": _manifest_digest(content)}
@@ -192,19 +201,14 @@ def _manifest_digest(content: dict[str, Any]) -> str:
 
 def prune(run: RunDir, phase: Phase, keep_last: int, keep_every: int = 0) -> None:
     """Delete a phase's checkpoints but the newest ``keep_last`` and those of every
-    ``keep_every``-th update; and what killed processes left half written."""
+    ``keep_every``-th update."""
     folders = _folders(run, phase)
     for folder in folders[keep_last:]:
         if not keep_every or _step(folder) % keep_every:
-            shutil.rmtree(folder)
+            # Killed in the middle, it must not look like a checkpoint.
+            shutil.rmtree(folder.replace(folder.with_name(folder.name + ".incomplete")))
     if not folders[:keep_last]:
         (run.checkpoints / LATEST).unlink(missing_ok=True)
-
-
-def sweep(run: RunDir) -> None:
-    """Remove what a killed process left half written; nobody else may be writing."""
-    for path in run.checkpoints.glob("*.incomplete/"):
-        shutil.rmtree(path)
 
 
 def find(
@@ -248,7 +252,13 @@ def _verified(folder: Path) -> Position:
             raise UserError(f"checkpoint {folder} has a format that this version does not read")
         if manifest.pop("sha256") != _manifest_digest(manifest):
             raise UserError(f"checkpoint {folder} is damaged: {MANIFEST_FILE}")
-        for name, digest in manifest.pop("files").items():
+        files = manifest.pop("files")
+        there = {str(p.relative_to(folder)) for p in folder.rglob("[!.]*") if p.is_file()}
+        for name in sorted(there - {*files, MANIFEST_FILE}):  # readers look at all that is there
+            raise UserError(
+                f"checkpoint {folder} is damaged: it has {name}, which its manifest does not list"
+            )
+        for name, digest in files.items():
             if not (folder / name).exists() or _sha256(folder / name) != digest:
                 raise UserError(f"checkpoint {folder} is damaged: {name}")
         manifest.pop("format_version")

@@ -21,7 +21,7 @@ from pmp_ds.log import MetricsLog, rewind_metrics
 from pmp_ds.model.parameters import ParamInfo, digest, num_params, parameter_table
 from pmp_ds.model.secret_init import derive
 from pmp_ds.progress import Progress
-from pmp_ds.run_dir import RunDir
+from pmp_ds.run_dir import RunDir, sweep
 from pmp_ds.ticket.ticket import Ticket, has_ticket, load_ticket, save_ticket
 from pmp_ds.train import checkpoint, plain_weights, theta0, weight_files
 from pmp_ds.train.discover import Discovery, random_ticket
@@ -181,11 +181,13 @@ def pretrain(job: Job, started: float) -> Outcome:
     config, run = job.config, job.run
     found = _found(job, "train")
     step = found[1].step if found else 0
+    if dist.rank() == 0:
+        sweep(run)
+        checkpoint.mend(run)
     if step == config.train.steps:
         _say(f"already finished: {step:,} of {step:,} updates")
         return dist.on_rank0(lambda: _outcome(job))
     if dist.rank() == 0:
-        checkpoint.sweep(run)
         _rewind_metrics(job, step)
     log = MetricsLog(run, enabled=dist.rank() == 0)
     channel = dist.SideChannel()

@@ -1,6 +1,5 @@
 """What a run folder remembers of its configuration and data, and what export may know of a run."""
 
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +10,7 @@ from pmp_ds.config import Config
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.mixed_store import MixedStore, Part
 from pmp_ds.errors import UserError
-from pmp_ds.run_dir import RunDir, write_json, write_text
+from pmp_ds.run_dir import RunDir, read_json, write_json, write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +119,12 @@ def load_config(run: RunDir) -> Config:
 
 
 def read_data(run: RunDir) -> DataFacts:
-    values = json.loads(run.data.read_text(encoding="utf-8"))
-    parts = tuple(Part(**part) for part in values.get("parts", ()))
-    return DataFacts(**values | {"sources": tuple(values["sources"]), "parts": parts})
+    values = read_json(run.data)
+    try:
+        parts = tuple(Part(**part) for part in values.get("parts", ()))
+        return DataFacts(**values | {"sources": tuple(values["sources"]), "parts": parts})
+    except (KeyError, TypeError):
+        raise UserError(f"{run.data} is damaged: bring it back from a backup") from None
 
 
 def export_facts(run: RunDir, step: int, val_loss: float | None) -> dict[str, Any]:

@@ -9,7 +9,9 @@ counts as a signal: `deepspeed` on one node dies of SIGTERM and leaves its ranks
 import contextlib
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -34,7 +36,6 @@ class StopRequest:
         self._limit, self._deadline = seconds, started + seconds
         self._channel = channel
         self._reason: str | None = None
-        self._asked_at = 0.0
         self._longest_update = self._longest_save = 0.0
         self._last = time.monotonic()
         self._launchers = [p for p in psutil.Process().parents() if _is_launcher(p)]
@@ -54,7 +55,7 @@ class StopRequest:
         now = time.monotonic()
         self._longest_update = max(self._longest_update, now - self._last)
         self._last = now
-        if not all(process.is_running() for process in self._launchers):
+        if not all(_is_alive(process) for process in self._launchers):
             self.ask("the launcher is gone")
         if now + 2 * (self._longest_update + self._longest_save) > self._deadline:
             self.ask(f"run.max_time={self._limit:g} s is nearly over")
@@ -65,8 +66,12 @@ class StopRequest:
         return next(reason for reason in reasons if reason is not None)
 
     def __enter__(self) -> "StopRequest":
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for number in SIGNALS:
             self._handlers.append((number, signal.signal(number, self._on_signal)))
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
         return self
 
     def __exit__(
@@ -77,19 +82,39 @@ class StopRequest:
     ) -> None:
         for number, handler in self._handlers:
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        self._writer.close()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self._asked_at and now - self._asked_at > REPEAT_SECONDS:
-            os.write(2, b"asked again: ending at once; the last complete checkpoint is intact\n")
-            os._exit(128 + number)
-        if not self._asked_at:
-            self._asked_at = now
-            name = signal.Signals(number).name
-            self.ask(name)
-            if os.environ.get("RANK", "0") == "0":
-                text = f"{name}: saving after this update; signal again to end at once\n"
-                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
+        self.ask(signal.Signals(number).name)
+
+    def _listen(self) -> None:
+        """Hear signals also while the main thread waits in a collective, where no handler runs."""
+        first = 0.0
+        with self._reader:
+            while numbers := self._reader.recv(1):
+                if numbers[0] not in SIGNALS:
+                    continue
+                now, name = time.monotonic(), signal.Signals(numbers[0]).name
+                if first and now - first > REPEAT_SECONDS:
+                    _tell("asked again: ending at once; the last complete checkpoint is intact")
+                    os._exit(128 + numbers[0])
+                if not first:
+                    first = now
+                    self.ask(name)
+                    if os.environ.get("RANK", "0") == "0":
+                        _tell(f"{name}: saving after this update; signal again to end at once")
+
+
+def _tell(text: str) -> None:
+    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{text}\n".encode())
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    """False also for one that nobody has waited for yet."""
+    with contextlib.suppress(psutil.Error):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 def _is_launcher(process: psutil.Process) -> bool:

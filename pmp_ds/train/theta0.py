@@ -1,7 +1,6 @@
 """theta(0), the initial weights of a run: drawn from its secret key or public seed, again and again
 the same bits."""
 
-import json
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -12,7 +11,7 @@ from pmp_ds.errors import UserError
 from pmp_ds.model.build import build_model, model_config
 from pmp_ds.model.parameters import ParamInfo, digest, weights_digest
 from pmp_ds.model.secret_init import Secret, initialize, load_or_create_key
-from pmp_ds.run_dir import RunDir, write_json
+from pmp_ds.run_dir import RunDir, read_json, write_json
 from pmp_ds.train.run_facts import DataFacts
 
 Init = Secret | int  # a key, or the public seed of paper mode
@@ -57,7 +56,7 @@ def check(run: RunDir, model: PreTrainedModel) -> None:
     path, found = run.init / "theta0.json", weights_digest(model)
     if not path.exists():
         write_json(path, {"sha256": found}, private=True)
-    elif json.loads(path.read_text())["sha256"] != found:
+    elif read_json(path).get("sha256") != found:
         raise UserError(
             f"theta(0) drawn again differs from the one that {path} remembers: the key or the "
             "seed was changed, or this version of transformers builds another model; use what the "
