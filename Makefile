@@ -3,6 +3,7 @@
 #   PYTHON=python3.12    the interpreter that .venv is made from
 #   TORCH_INDEX=URL      take torch, and only torch, from this index (see `make help`)
 #   PYTEST_ARGS="-k x"   passed on to pytest
+#   TORTURE_ARGS="--seed 7"   the same kills again
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -12,6 +13,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+TORTURE_ARGS ?=
 VENV := .venv
 STAMP := $(VENV)/.installed
 # The commands below find python, the deepspeed launcher and ninja there.
@@ -32,6 +34,7 @@ help:
 	@echo 'make demo    tokenize a small corpus, find a ticket, pretrain, export and report (CPU or GPU)'
 	@echo 'make test    ruff, mypy and all tests: what CI runs'
 	@echo 'make test-matrix   every supported combination of stage, precision, offload and ranks'
+	@echo 'make torture       SIGKILL a run 50 times in all of its phases; it must come to the same bits'
 	@echo 'make lint    ruff and mypy alone'
 	@echo 'make setup   only the installation into .venv; the others do it when it is missing or old'
 	@echo 'make clean   remove caches and build leftovers; runs/, tokenized_data/ and .venv stay'
@@ -79,6 +82,10 @@ test: lint
 .PHONY: test-matrix
 test-matrix: $(STAMP)
 	pytest tests/distributed/test_matrix.py tests/distributed/test_checkpoint.py $(PYTEST_ARGS)
+
+.PHONY: torture
+torture: $(STAMP)
+	python -m tests.helpers.torture --kills 50 $(TORTURE_ARGS)
 
 .PHONY: clean
 clean:

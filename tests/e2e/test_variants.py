@@ -92,3 +92,14 @@ def test_tied_gpt2_at_stage_3_in_bf16(work: Path):
     assert answer["params"] == ticket.mask.num_params
     wanted = logits_of_run(folder, 6, answer["ids"])
     torch.testing.assert_close(torch.tensor(answer["logits"]), wanted, atol=0.05, rtol=2**-6)
+
+
+def test_unstable_ticket_is_reported(work: Path):
+    ok(run(
+        "pretrain.py", "--config", "tiny.yaml", "--run.name", "unstable", *SHORT,
+        "--mask.iou_threshold", "1.0", "--mask.on_unstable", "last", "--deepspeed-config",
+        "zero1.json", cwd=work,
+    ))  # fmt: skip
+    report = ok(run("report.py", "--run", "runs/unstable", cwd=work)).stdout
+    assert "after update 30 of discovery, NOT STABLE" in report
+    assert "none yet: python launcher/export.py --run runs/unstable" in report

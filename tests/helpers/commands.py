@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tests.helpers.distributed import REPO, free_port
@@ -26,10 +26,15 @@ Done = subprocess.CompletedProcess[str]
 
 
 def run(
-    launcher: str, *arguments: str | Path, cwd: Path, ranks: int | None = None, timeout: float = 240
+    launcher: str,
+    *arguments: str | Path,
+    cwd: Path,
+    ranks: int | None = None,
+    timeout: float = 240,
+    env: Mapping[str, str] | None = None,
 ) -> Done:
     """``launcher`` with ``arguments`` to its end: plain python, or ``ranks`` CPU ranks."""
-    process = start(launcher, *arguments, cwd=cwd, ranks=ranks)
+    process = start(launcher, *arguments, cwd=cwd, ranks=ranks, env=env)
     try:
         out, err = process.communicate(timeout=timeout)
     except BaseException as error:
@@ -41,9 +46,13 @@ def run(
 
 
 def start(
-    launcher: str, *arguments: str | Path, cwd: Path, ranks: int | None = None
+    launcher: str,
+    *arguments: str | Path,
+    cwd: Path,
+    ranks: int | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[str]:
-    """``run`` without waiting for the end."""
+    """``run`` without waiting for the end. ``env`` is added to the environment."""
     command = [sys.executable]
     if ranks is not None:
         deepspeed = Path(sys.executable).with_name("deepspeed")
@@ -52,7 +61,7 @@ def start(
     return subprocess.Popen(
         [*command, str(LAUNCHER / launcher), *map(str, arguments)],
         cwd=cwd,
-        env=_environment(),
+        env=_environment() | dict(env or {}),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

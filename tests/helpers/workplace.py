@@ -17,7 +17,7 @@ run: {{name: main, val_every: 10, val_blocks: 32, checkpoint_every: 10}}
 model: {{hidden_size: 32, num_layers: 2, num_heads: 4, num_kv_heads: 2, intermediate_size: 48,
         max_positions: 64}}
 data: {{store: store}}
-mask: {{iou_threshold: 0.9, patience: 2, max_steps: 30}}
+mask: {{iou_threshold: 0.9, patience: 8, max_steps: 30}}
 train: {{steps: {STEPS}, global_batch_size: 8, micro_batch_size: 2, precision: fp32, lr: 1.0e-2,
         warmup_steps: 4, min_lr_ratio: 0.1, weight_decay: 0.1}}
 """

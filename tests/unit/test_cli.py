@@ -69,7 +69,8 @@ def test_dump_reads_back(write, capsys):
         parse(Config, [*argv, "--print_config"])
     assert stop.value.code == 0
     assert capsys.readouterr().out == dump(config)
-    assert list(yaml.safe_load(dump(config))) == ["run", "init", "model", "data", "mask", "train"]
+    sections = ["run", "init", "model", "data", "mask", "train", "guard"]
+    assert list(yaml.safe_load(dump(config))) == sections
 
 
 @pytest.mark.parametrize(

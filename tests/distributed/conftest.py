@@ -1,0 +1,47 @@
+"""What the tests of whole lives share: a place to work in and a run that nobody disturbed."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pmp_ds.run_dir import RunDir
+from tests.helpers.distributed import RankPool
+from tests.helpers.lives import Life, live
+from tests.helpers.workplace import furnish
+
+Living = Callable[..., list[Life]]
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a store, a recipe and DeepSpeed JSONs (helpers/workplace.py)."""
+    folder = tmp_path_factory.mktemp("place")
+    furnish(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def calm(work: Path, ranks2: RankPool) -> RunDir:
+    """An undisturbed run with the settings of helpers/lives.py."""
+    lives = ranks2.run(live, str(work), ["--run.root", str(work / "calm"), "--init.seed", "1"])
+    assert [one.code for one in lives] == [0, 0], lives[0]
+    assert "warning" not in lives[0].err
+    return RunDir(work / "calm" / "main")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """The run that ``lives`` lead."""
+    return RunDir(tmp_path / "main")
+
+
+@pytest.fixture
+def lives(work: Path, ranks2: RankPool, tmp_path: Path) -> Living:
+    """One life of ``run`` on two ranks: ``lives(*flags, fault=..., given=(...), stage=1)``."""
+
+    def lead(*flags: str, fault=None, given=(), stage=1, pool: RankPool = ranks2) -> list[Life]:
+        settings = ["--run.root", str(tmp_path), "--init.seed", "1", *flags]
+        return pool.run(live, str(work), settings, fault, given, stage)
+
+    return lead

@@ -1,0 +1,155 @@
+"""Files of a run that are torn, flipped or gone: what the next start does about each."""
+
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pmp_ds.run_dir import RunDir
+from pmp_ds.train import checkpoint
+from tests.helpers.faults import seen
+from tests.helpers.lives import checkpoints, same_end
+
+pytestmark = pytest.mark.distributed
+
+
+def tear(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.fixture
+def ended(calm: RunDir, run: RunDir) -> RunDir:
+    """A copy of the undisturbed run."""
+    shutil.copytree(calm.root, run.root)
+    return run
+
+
+@pytest.fixture
+def halfway(ended: RunDir) -> RunDir:
+    """The same after update 8."""
+    shutil.rmtree(ended.checkpoints / "update-00000012")
+    return ended
+
+
+FILES = ("manifest.json", "state/rank-00000.safetensors", "state/rank-00001.safetensors",
+         "weights/config.json", "weights/model.safetensors")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fault", "damage"), [("torn write", tear), ("bit flip", flip), ("missing shard", Path.unlink)]
+)
+def test_checkpoint(lives, ended, calm, capsys, fault, damage: Callable[[Path], None]):
+    """Every file of it; a whole life for the last."""
+    newest = ended.checkpoints / "update-00000012"
+    assert sorted(str(p.relative_to(newest)) for p in newest.rglob("*.*")) == list(FILES)
+    for name in FILES:
+        intact = (newest / name).read_bytes()
+        damage(newest / name)
+        found = checkpoint.find(ended)
+        assert found is not None
+        assert found[1].step == 8
+        # Without its manifest a folder is no checkpoint: nobody looks at the rest.
+        assert (newest / "manifest.json").exists() == (name in capsys.readouterr().out)
+        if name != FILES[-1]:
+            (newest / name).write_bytes(intact)
+    one, _ = lives()
+    seen(fault, one.code, one.out)
+    assert "resuming after update 8" in one.out
+    same_end(calm, ended)
+
+
+class _Program:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize(
+    "name", ["weights/pytorch_model.bin", "weights/model-2.safetensors",
+             "state/rank-00002.safetensors", "state/zero_pp_rank_0_optim_states.pt"],
+)  # fmt: skip
+def test_program_in_a_checkpoint(lives, ended, calm, tmp_path, name):
+    """A file whose hash is not in the manifest is not opened, let alone unpickled."""
+    mark, newest = tmp_path / "was run", ended.checkpoints / "update-00000012"
+    (newest / name).write_bytes(pickle.dumps(_Program(mark)))
+    one, _ = lives()
+    seen("foreign file", one.code, one.out)
+    assert not mark.exists()
+    same_end(calm, ended)
+    assert not (newest / name).exists()
+
+
+@pytest.mark.parametrize("text", ["", None])
+def test_latest(lives, ended, text):
+    latest = ended.checkpoints / "latest"
+    latest.unlink()
+    if text is not None:
+        latest.write_text(text)
+    one, _ = lives()
+    seen("latest", one.code, one.err)
+    assert "already finished" in one.out
+    assert latest.read_text() == "update-00000012\n"
+
+
+@pytest.mark.parametrize("name", ["ticket.json", "mask.safetensors"])
+@pytest.mark.parametrize("damage", [tear, flip])
+def test_ticket(lives, halfway, damage, name):
+    damage(halfway.ticket / name)
+    one, _ = lives()
+    seen("ticket", one.code, one.err)
+    assert checkpoints(halfway) == [8]
+
+
+def test_key(lives, run):
+    secret = ("--init.seed", "null", "--train.steps", "4", "--train.warmup_steps", "0")
+    assert lives(*secret)[0].code == 0
+    flip(run.init / "key")
+    one, _ = lives(*secret)
+    seen("key", one.code, one.err)
+
+
+@pytest.mark.parametrize("damage", [tear, flip, Path.unlink])
+def test_store(lives, halfway, work, tmp_path, damage):
+    store = Path(shutil.copytree(work / "store", tmp_path / "store"))
+    damage(next((store / "train").glob("*.arrow")))
+    one, _ = lives("--data.store", str(store))
+    seen("store", one.code, one.err)
+    assert checkpoints(halfway) == [8]
+
+
+def test_metrics(lives, halfway, calm):
+    text = halfway.metrics.read_text()
+    halfway.metrics.write_text(text[: text.index('"step": 10') + 8])
+    one, _ = lives()
+    seen("metrics", one.code, one.err)
+    same_end(calm, halfway)
+
+
+def test_what_killed_processes_left_is_swept(lives, halfway, calm):
+    """Half-written files of every kind; none is taken for anything."""
+    shutil.copytree(halfway.checkpoints / "update-00000008",
+                    halfway.checkpoints / "update-00000011.incomplete")  # fmt: skip
+    for folder in (halfway.root, halfway.ticket, halfway.init, halfway.checkpoints):
+        (folder / ".name.123.incomplete").write_text("half")
+    assert lives()[0].code == 0
+    same_end(calm, halfway)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "data.json", "private/init/theta0.json"])
+@pytest.mark.parametrize("damage", [tear, flip])
+def test_facts(lives, halfway, damage, name):
+    damage(halfway.root / name)
+    one, _ = lives()
+    seen("facts", one.code, one.err)
+    assert checkpoints(halfway) == [8]

@@ -1,0 +1,243 @@
+"""Every fault that the guard looks for, provoked in a real run, under each policy."""
+
+import json
+import math
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from pmp_ds import dist
+from pmp_ds.config import MaskConfig, Precision, TrainConfig
+from pmp_ds.log import read_metrics
+from pmp_ds.model.parameters import parameter_table
+from pmp_ds.run_dir import RunDir
+from pmp_ds.ticket.ticket import Ticket, load_ticket
+from pmp_ds.train import pipeline
+from pmp_ds.train.discover import random_ticket
+from pmp_ds.train.engine import Engine
+from tests.helpers import tiny
+from tests.helpers.faults import seen
+from tests.helpers.lives import act, checkpoints, infinite_gradient, same_end, scaled_loss, slow
+
+pytestmark = pytest.mark.distributed
+
+LONG = ("--train.steps", "56", "--run.val_every", "56", "--run.checkpoint_every", "28")
+
+
+def position(run: RunDir, step: int) -> Any:
+    return json.loads((run.checkpoints / f"update-{step:08d}/manifest.json").read_text())
+
+
+def test_nan_stops_with_what_is_good(lives, run, calm):
+    one, other = lives(fault=scaled_loss, given=(6, math.nan))
+    seen("nan", one.code, one.err)
+    assert other.code == 1
+    assert checkpoints(run) == [4, 5]
+    assert lives()[0].code == 0
+    same_end(calm, run)
+
+
+def test_nan_is_skipped(lives, run):
+    one, _ = lives("--guard.nonfinite", "skip", fault=scaled_loss, given=(6, math.nan))
+    seen("nan, skip", one.code, one.err)
+    assert position(run, 12)["counters"]["optimizer_step"] == 11
+    assert position(run, 12)["memory"]["skipped"] == 1
+    records = [r for r in read_metrics(run.metrics) if r["step"] == 6]
+    assert records == [{"phase": "train", "step": 6, "skipped": 1.0}]
+
+
+def test_infinite_gradient_stops(lives, run, calm):
+    one, other = lives(fault=infinite_gradient, given=(6,))
+    seen("inf", one.code, one.err)
+    assert other.code == 1
+    assert checkpoints(run) == [4]
+    assert lives()[0].code == 0
+    same_end(calm, run)
+
+
+@pytest.mark.parametrize("update", [4, 12])
+def test_infinite_gradient_just_before_a_save(lives, run, update):
+    """What it spoilt is not saved."""
+    one, _ = lives(fault=infinite_gradient, given=(update,))
+    assert (one.code, checkpoints(run)) == (1, list(range(4, update, 4)))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_infinite_gradient_is_skipped(lives, run, stage):
+    one, _ = lives("--guard.nonfinite", "skip", fault=infinite_gradient, given=(6,), stage=stage)
+    seen("inf, skip", one.code, one.err)
+    assert position(run, 12)["counters"]["optimizer_step"] == 11
+    assert all(math.isfinite(r.get("loss", 0.0)) for r in read_metrics(run.metrics))
+
+
+@pytest.mark.parametrize(
+    ("policy", "fault"), [("warn", "spike"), ("skip", "spike, skip"), ("stop", "spike, stop")]
+)
+def test_spike(lives, run, policy, fault):
+    one, _ = lives(*LONG, "--guard.spike", policy, fault=scaled_loss, given=(54, 100.0))
+    seen(fault, one.code, one.err)
+    assert checkpoints(run)[-1] == (53 if policy == "stop" else 56)
+    if policy != "stop":
+        applied = 55 if policy == "skip" else 56
+        assert position(run, 56)["counters"]["optimizer_step"] == applied
+
+
+def test_spike_that_is_ignored_and_statistics_that_survive(lives, run, tmp_path):
+    """The statistics of a run in two lives are those of one life, to the bit."""
+    one, _ = lives(*LONG, "--guard.spike", "ignore", fault=scaled_loss, given=(54, 100.0))
+    assert (one.code, one.err.count("warning")) == (0, 0)
+    whole = position(run, 56)
+    assert whole["memory"]["count"] == 56
+    name = ("--run.name", "divided")
+    stopped, _ = lives(*LONG, *name, fault=scaled_loss, given=(40, math.nan))
+    assert stopped.code == 1
+    one, _ = lives(*LONG, *name, "--guard.spike", "ignore", fault=scaled_loss, given=(54, 100.0))
+    assert one.code == 0
+    assert position(RunDir(tmp_path / "divided"), 56) == whole
+
+
+def flip_frozen(engine: Engine) -> None:
+    """The highest bit of the frozen ones among 1,024 neighbours of this rank's share."""
+    for flat in engine.shards.flats:
+        if (bits := engine.optimizer.bits(flat)) is None:
+            continue
+        place = torch.arange(1024)
+        frozen = place[(bits[place // 8] >> (place % 8).to(torch.uint8)) & 1 == 0]
+        flat.data.view(-1)[frozen] *= -1
+        return
+
+
+def flip_mask(engine: Engine) -> None:
+    bits = next(b for flat in engine.shards.flats if (b := engine.optimizer.bits(flat)) is not None)
+    bits[100] ^= 4
+
+
+@pytest.mark.parametrize(("action", "fault"), [(flip_frozen, "drift"), (flip_mask, "mask drift")])
+@pytest.mark.parametrize("every", ["1", "100"])
+def test_drift(lives, run, calm, action, fault, every):
+    """Found at the next look; when there is none before the save, then."""
+    one, other = lives("--guard.drift_every", every, fault=act, given=(6, 1, action))
+    seen(fault, one.code, one.err)
+    assert f"update {6 if every == '1' else 8}:" in one.err
+    assert (other.code, checkpoints(run)) == (1, [4])
+    if every == "1":
+        assert lives()[0].code == 0
+        same_end(calm, run)
+
+
+def test_drift_that_is_ignored(lives):
+    assert lives("--guard.drift", "ignore", fault=act, given=(6, 1, flip_frozen))[0].code == 0
+
+
+def other_ticket(rank: int) -> Any:
+    """A rank that reads a ticket with one bit moved."""
+
+    def load(folder: Path, **options: Any) -> Ticket:
+        ticket = load_ticket(folder, **options)
+        if dist.rank() == rank:
+            name, bits = next(iter(ticket.mask.bits.items()))
+            moved = {**ticket.mask.bits, name: bits.roll(1)}
+            return replace(ticket, mask=replace(ticket.mask, bits=moved))
+        return ticket
+
+    return mock.patch.object(pipeline, "load_ticket", load)
+
+
+def test_ranks_with_different_tickets(lives, run):
+    one, other = lives(fault=other_ticket, given=(1,))
+    seen("other ticket", one.code, one.err)
+    assert (other.code, checkpoints(run)) == (1, [])
+
+
+STRAGGLING = ("--train.steps", "24", "--run.val_every", "24")
+
+
+def test_straggler_is_named(lives):
+    one, _ = lives(*STRAGGLING, fault=slow, given=(0.1, 1))
+    seen("straggler", one.code, one.err)
+
+
+def test_straggler_stops(lives, run):
+    one, other = lives(*STRAGGLING, "--guard.straggler", "stop", fault=slow, given=(0.1, 1))
+    seen("straggler, stop", one.code, one.err)
+    assert (other.code, checkpoints(run)[-1]) == (75, 20)
+
+
+def test_straggler_is_ignored(lives):
+    one, _ = lives(*STRAGGLING, "--guard.straggler", "ignore", fault=slow, given=(0.1, 1))
+    assert (one.code, one.err.count("times as long")) == (0, 0)
+
+
+def jumping_clock(updates: tuple[int, int]) -> Any:
+    """The wall clock: a year ahead at one update, then two years back."""
+    true, year = time.time, 365 * 86400.0
+    offset = [0.0]
+
+    def jump(engine: Engine, seconds: float) -> None:
+        offset[0] += seconds
+
+    def clock() -> float:
+        return true() + offset[0]
+
+    stack = ExitStack()
+    stack.enter_context(mock.patch.object(time, "time", clock))
+    stack.enter_context(act(updates[0], 0, jump, year))
+    stack.enter_context(act(updates[1], 0, jump, -2 * year))
+    return stack
+
+
+def test_clock_jump(lives, run, calm):
+    flags = ("--run.max_time", "3600", "--guard.hang_seconds", "600")
+    one, _ = lives(*flags, fault=jumping_clock, given=((3, 7),))
+    seen("clock jump", one.code, one.err)
+    assert "warning" not in one.err
+    same_end(calm, run)
+
+
+TRAIN = TrainConfig(
+    steps=6, warmup_steps=1, lr=1e-3, weight_decay=0.1, clip_norm=0.5, global_batch_size=8,
+    micro_batch_size=2,
+)  # fmt: skip
+
+
+def skipping(stage: int, precision: Precision, with_backward: bool) -> dict[str, torch.Tensor]:
+    """Six updates without the third: dropped by the engine, or one that there never was."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True  # CPU computes it, DeepSpeed denies it
+    config = replace(TRAIN, precision=precision)
+    engine = Engine(tiny.model(), config, tiny.ds_json(stage))
+    mask = random_ticket(b"m" * 32, MaskConfig(), parameter_table(tiny.model())).mask
+    engine.arm(mask)
+    share = 8 // dist.world_size()
+    for step in range(1, 7):
+        batch = tiny.batch(step, 8)[dist.rank() * share :][:share]
+        if step == 3 and not with_backward:
+            continue
+        engine.backward(batch * 0 if step == 3 else batch)
+        if step == 3:
+            engine.skip()
+        else:
+            engine.step(1e-3)
+    found = dict(engine.parameters()) | engine.local_state(mask)()
+    found |= {"counters": torch.tensor(list(engine.counters().values()))}
+    engine.close()
+    return found
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_skipped_update_leaves_no_trace(ranks2, stage, precision):
+    """Weights, master, moments and counters are those of a run that never had the update."""
+    skipped = ranks2.run(skipping, stage, precision, True)
+    without = ranks2.run(skipping, stage, precision, False)
+    for one, other in zip(skipped, without, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            assert torch.equal(one[name], other[name]), name

@@ -1,0 +1,115 @@
+"""Checkpoints while training goes on: the same bytes as when it waits, and a disk without room."""
+
+import shutil
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from pmp_ds.log import read_metrics
+from pmp_ds.run_dir import RunDir
+from tests.helpers.faults import seen
+from tests.helpers.lives import checkpoints, comparable, little_room, read_only, same_end
+
+pytestmark = pytest.mark.distributed
+
+KEEP = ("--run.keep_last", "9", "--mask.source", "earlybird", "--mask.max_steps", "5",
+        "--mask.on_unstable", "last", "--run.checkpoint_every", "3")  # fmt: skip
+
+
+def files(run: RunDir) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(run.private)): path.read_bytes()
+        for path in run.private.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_background_and_foreground_write_the_same_bytes(lives, tmp_path, stage):
+    found = []
+    for background in ("true", "false"):
+        flags = (*KEEP, "--run.async_save", background, "--run.name", background)
+        assert lives(*flags, stage=stage)[0].code == 0
+        found.append(RunDir(tmp_path / background))
+    one, two = map(files, found)
+    assert len([name for name in one if name.endswith("manifest.json")]) == 4
+    assert one == two
+    assert comparable(found[0].metrics) == comparable(found[1].metrics)
+
+
+def test_time_of_saves_is_recorded(calm):
+    records = [r for r in read_metrics(calm.metrics) if "save_seconds" in r]
+    assert sorted(r["step"] for r in records) == [4, 8, 12]
+    assert all(0 <= r["save_stall_seconds"] < 60 for r in records)
+
+
+@pytest.mark.parametrize(("every", "kept"), [("0", [10, 12]), ("6", [6, 10, 12])])
+def test_every_nth_is_kept(lives, run, every, kept):
+    flags = ("--run.checkpoint_every", "2", "--run.keep_every", every)
+    assert lives(*flags)[0].code == 0
+    assert checkpoints(run) == kept
+    assert (run.checkpoints / "latest").read_text() == "update-00000012\n"
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_disk_full(lives, run, calm, background):
+    """Told, and training goes on; the next checkpoint finds room again."""
+    flags = ("--run.async_save", background)
+    one, other = lives(*flags, fault=little_room, given=(1, range(7, 11)))
+    seen("disk full", one.code, one.err)
+    assert (other.code, other.err.count("warning")) == (0, 0)
+    assert checkpoints(run) == [4, 12]
+    same_end(calm, run)
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_disk_full_stops(lives, run, calm, background):
+    flags = ("--guard.disk", "stop", "--run.async_save", background)
+    one, other = lives(*flags, fault=little_room, given=(1, range(7, 11)))
+    seen("disk full, stop", one.code, one.err)
+    assert (other.code, checkpoints(run)) == (1, [4])
+    assert not list(run.checkpoints.glob("*.incomplete"))
+    assert lives()[0].code == 0
+    same_end(calm, run)
+
+
+def test_disk_full_at_the_end(lives, run, calm):
+    one, other = lives(fault=little_room, given=(1, range(10, 13)))
+    seen("disk full at the end", one.code, one.err)
+    assert (other.code, checkpoints(run)) == (1, [4, 8])
+    assert lives()[0].code == 0
+    same_end(calm, run)
+
+
+def test_disk_nearly_full(lives, run):
+    one, _ = lives(fault=nearly_full_once)
+    seen("disk nearly full", one.code, one.err)
+    assert checkpoints(run) == [4, 12]
+
+
+def nearly_full_once() -> Any:
+    """The second time that somebody looks, there is hardly any room."""
+    usage, calls = shutil.disk_usage, []
+
+    def of(path: Any) -> Any:
+        calls.append(path)
+        return SimpleNamespace(free=1000) if len(calls) == 2 else usage(path)
+
+    return mock.patch.object(shutil, "disk_usage", of)
+
+
+def test_metrics_on_a_full_disk(lives, run, ranks1):
+    """One rank: with more, the launcher ends the others."""
+    flags = ("--train.micro_batch_size", "8")
+    one, = lives(*flags, fault=little_room, given=(0, range(6, 13), 300), pool=ranks1)
+    seen("metrics on a full disk", one.code, one.err)
+    assert checkpoints(run) == [4]
+
+
+def test_read_only_folder(lives, run, calm):
+    one, _ = lives(fault=read_only, given=(str(run.checkpoints), range(6, 11)))
+    seen("read-only folder", one.code, one.err)
+    assert checkpoints(run) == [4, 12]
+    same_end(calm, run)

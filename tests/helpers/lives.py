@@ -1,0 +1,273 @@
+"""The main job inside a rank that is kept (helpers/distributed.py), with a fault put in from
+outside: real files, real engines, real collectives, without the seconds of a new process.
+
+    lives = ranks2.run(live, str(work), ["--run.root", str(tmp_path)], nan_loss, (3,))
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import resource
+import signal
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from pmp_ds import dist
+from pmp_ds.cli import parse
+from pmp_ds.config import Config
+from pmp_ds.data.loader import BlockLoader
+from pmp_ds.data.mixed_store import open_data
+from pmp_ds.errors import exit_code
+from pmp_ds.log import TIMINGS, read_metrics
+from pmp_ds.run_dir import RunDir
+from pmp_ds.train import pipeline, run_facts
+from pmp_ds.train.deepspeed_config import read_json
+from pmp_ds.train.engine import Engine
+from tests.helpers import capabilities, tiny
+
+SETTINGS = (
+    "--mask.source", "random", "--train.steps", "12", "--train.warmup_steps", "2",
+    "--train.micro_batch_size", "4", "--run.val_every", "12", "--run.checkpoint_every", "4",
+    "--run.val_blocks", "8",
+)  # fmt: skip
+"""Short lives: checkpoints after updates 4, 8 and 12."""
+
+
+@dataclass(frozen=True)
+class Life:
+    """How it ended on one rank."""
+
+    code: int
+    out: str
+    err: str
+
+
+def live(
+    work: str,
+    arguments: Sequence[str],
+    fault: Callable[..., AbstractContextManager[None]] | None = None,
+    given: Sequence[Any] = (),
+    stage: int = 1,
+) -> Life:
+    """launcher/pretrain.py from its process group on, in ``work`` (helpers/workplace.py), under
+    ``fault(*given)``."""
+    folder = Path(work)
+    recipe = ("--config", str(folder / "tiny.yaml"), "--data.store", str(folder / "store"))
+
+    def main() -> None:
+        config, _ = parse(Config, [*recipe, *SETTINGS, *arguments])
+        store, run = open_data(config.data.store), RunDir(Path(config.run.root) / config.run.name)
+        pipeline.check(config, store, run)
+        dist.on_rank0(lambda: store.verify() and None)
+        dist.on_rank0(lambda: run_facts.claim(run, config, store))
+        ds_config = read_json(folder / f"zero{stage}.json")
+        job = pipeline.open_job(config, ds_config, store, run)
+        pipeline.pretrain(job, time.monotonic())
+
+    out, err = io.StringIO(), io.StringIO()
+    dump = signal.getsignal(signal.SIGUSR1)
+    with (
+        contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+        fault(*given) if fault else contextlib.nullcontext(),
+    ):  # fmt: skip
+        code = exit_code(main)
+    assert signal.getsignal(signal.SIGUSR1) == dump
+    return Life(code, out.getvalue(), err.getvalue())
+
+
+# Faults. Each is a context; `update` counts from 1, `rank` is the one that is hit.
+
+
+@contextlib.contextmanager
+def _around_losses(
+    change: Callable[[Engine, int, torch.Tensor], torch.Tensor],
+) -> Iterator[None]:
+    """``change(engine, update, losses)`` instead of the losses of every training micro-batch."""
+    original = Engine.block_losses
+
+    def changed(self: Engine, input_ids: torch.Tensor) -> torch.Tensor:
+        losses = original(self, input_ids)
+        if not torch.is_grad_enabled():
+            return losses
+        return change(self, self._engine.global_steps + 1, losses)
+
+    with mock.patch.object(Engine, "block_losses", changed):
+        yield
+
+
+def scaled_loss(update: int, factor: float, rank: int = 1) -> AbstractContextManager[None]:
+    """The loss of a rank's share times ``factor``, which may be NaN or infinite."""
+
+    def change(engine: Engine, now: int, losses: torch.Tensor) -> torch.Tensor:
+        return losses * factor if (now, dist.rank()) == (update, rank) else losses
+
+    return _around_losses(change)
+
+
+class _InfiniteGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, losses: torch.Tensor) -> torch.Tensor:
+        return losses.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * torch.inf
+
+
+def infinite_gradient(update: int, rank: int = 1) -> AbstractContextManager[None]:
+    """A finite loss with a gradient that is not."""
+
+    def change(engine: Engine, now: int, losses: torch.Tensor) -> torch.Tensor:
+        if (now, dist.rank()) != (update, rank):
+            return losses
+        return _InfiniteGradient.apply(losses)
+
+    return _around_losses(change)
+
+
+def act(
+    update: int, rank: int, action: Callable[..., None], *given: Any
+) -> AbstractContextManager[None]:
+    """``action(engine, *given)`` within an update of one rank."""
+
+    def change(engine: Engine, now: int, losses: torch.Tensor) -> torch.Tensor:
+        if (now, dist.rank()) == (update, rank):
+            action(engine, *given)
+        return losses
+
+    return _around_losses(change)
+
+
+def slow(seconds: float, rank: int) -> AbstractContextManager[None]:
+    """A rank that takes ``seconds`` longer in every forward pass."""
+
+    def change(engine: Engine, now: int, losses: torch.Tensor) -> torch.Tensor:
+        if dist.rank() == rank:
+            time.sleep(seconds)
+        return losses
+
+    return _around_losses(change)
+
+
+@contextlib.contextmanager
+def little_room(rank: int, updates: range, num_bytes: int = 4096) -> Iterator[None]:
+    """During these updates no file of a rank can grow beyond ``num_bytes``: writes end half way, as
+    on a full disk."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(engine: Engine, now: int, losses: torch.Tensor) -> torch.Tensor:
+        if dist.rank() == rank:
+            soft = num_bytes if now in updates else old[0]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, old[1]))
+        return losses
+
+    try:
+        with _around_losses(limit):
+            yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+@contextlib.contextmanager
+def read_only(folder: str, updates: range) -> Iterator[None]:
+    """During these updates, mode 0500; root, who may write there nevertheless, gives that up."""
+
+    def close(engine: Engine, now: int, losses: torch.Tensor) -> torch.Tensor:
+        if dist.rank() == 0 and now in (updates.start, updates.stop):
+            os.chmod(folder, 0o500 if now in updates else 0o700)
+        return losses
+
+    with capabilities.without_dac_override(), _around_losses(close):
+        yield
+
+
+@contextlib.contextmanager
+def recorded_samples(folder: str) -> Iterator[None]:
+    """Every batch that training gets, as JSON lines of (stream, samples before, digests)."""
+    original = BlockLoader.next
+    path = Path(folder) / f"{uuid.uuid4()}.jsonl"
+
+    def next_batch(self: BlockLoader) -> torch.Tensor:
+        before = self.consumed_samples
+        batch = original(self)
+        digests = [hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16] for row in batch]
+        with open(path, "a") as file:
+            file.write(json.dumps([self._key.hex(), before, dist.rank(), digests]) + "\n")
+        return batch
+
+    with mock.patch.object(BlockLoader, "next", next_batch):
+        yield
+
+
+@contextlib.contextmanager
+def repeated_batches(micro_batch_size: int) -> Iterator[None]:
+    """Every micro-batch of an update is the same one: gradients are then the same to the bit for 1,
+    2 or 4 ranks."""
+
+    class Loader(tiny.RepeatedLoader):
+        wait_seconds = 0.0
+
+        def __enter__(self) -> "Loader":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    def loader(self: pipeline.Job, purpose: str, secret: Any, consumed_samples: int = 0) -> Loader:
+        size = self.config.train.global_batch_size
+        made = Loader(micro_batch_size, size // dist.world_size() // micro_batch_size)
+        made._step = consumed_samples // size
+        return made
+
+    with mock.patch.object(pipeline.Job, "loader", loader):
+        yield
+
+
+@contextlib.contextmanager
+def all_of(*faults: tuple[Callable[..., AbstractContextManager[None]], Sequence[Any]]) -> Any:
+    """Several at once."""
+    with contextlib.ExitStack() as stack:
+        for fault, given in faults:
+            stack.enter_context(fault(*given))
+        yield
+
+
+def raise_signal(engine: Engine, number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+# What is on disk after a life.
+
+
+def checkpoints(run: RunDir, kind: str = "update") -> list[int]:
+    """Updates whose checkpoints are there."""
+    return sorted(int(path.name.split("-")[1]) for path in run.checkpoints.glob(f"{kind}-*"))
+
+
+def same_end(calm: RunDir, other: RunDir) -> None:
+    """Ticket and last checkpoint byte for byte, the metrics but for timings, and nothing left of
+    half-written files."""
+    last = f"private/checkpoints/update-{checkpoints(calm)[-1]:08d}"
+    for folder in ("private/ticket", last):
+        names = sorted(p.relative_to(calm.root) for p in (calm.root / folder).rglob("*.*"))
+        assert names
+        for name in names:
+            assert (calm.root / name).read_bytes() == (other.root / name).read_bytes(), name
+    assert comparable(calm.metrics) == comparable(other.metrics)
+    assert list(other.root.rglob("*incomplete*")) == []
+
+
+def comparable(path: Path) -> list[dict[str, Any]]:
+    """The records of a run without what differs between two runs of the same command."""
+    records = [{k: v for k, v in r.items() if k not in TIMINGS} for r in read_metrics(path)]
+    return [record for record in records if set(record) > {"phase", "step"}]

@@ -1,0 +1,23 @@
+"""The list of faults is what the tests provoke, and what the documentation says."""
+
+import re
+from pathlib import Path
+
+from tests.helpers.faults import FAULTS, document
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def test_document_is_up_to_date():
+    found = (REPO / "docs" / "FAULTS.md").read_text()
+    assert found == document(), "python -m tests.helpers.faults > docs/FAULTS.md"
+
+
+def test_every_fault_is_provoked_and_in_the_list():
+    """By a call of ``seen`` with its name, or with a parameter that has it."""
+    sources = [p.read_text() for d in ("distributed", "e2e") for p in (REPO / "tests" / d).glob("*")
+               if p.suffix == ".py" and "seen(" in p.read_text()]  # fmt: skip
+    named = {name for text in sources for name in re.findall(r'seen\(\s*"([^"]+)"', text)}
+    assert named <= FAULTS.keys()
+    for name in FAULTS.keys() - named:
+        assert any(re.search(rf'[(\s]"{re.escape(name)}"\)?[,)]', t) for t in sources), name
