@@ -271,8 +271,8 @@ A run goes on at any number of ranks and ZeRO stage. From 2 ranks and ZeRO 1 to 
 to 1 rank and ZeRO 2, against a run of one shape (`tests/distributed/test_elastic.py`): the same
 samples in the same updates, the same ticket where discovery was not divided, the complement to the
 bit, and training and validation losses within 1e-5 in fp32 (measured: 1e-6 in 12 updates) and 2e-2
-in bf16: a sum over more ranks is rounded in another order. Where the gradients are the same to the bit, a discovery divided over
-these shapes gives the same ticket.""".splitlines()
+in bf16: a sum over more ranks is rounded in another order. Where the gradients are the same to the
+bit, a discovery divided over these shapes gives the same ticket.""".splitlines()
 
 
 if __name__ == "__main__":
