@@ -19,7 +19,7 @@ from tests.helpers.faults import seen
 from tests.helpers.lives import checkpoints, same_end
 from tests.helpers.torture import Place, finish
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
 Process = subprocess.Popen[str]
 

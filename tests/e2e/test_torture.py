@@ -11,7 +11,7 @@ from tests.e2e.conftest import MainRun
 from tests.helpers.faults import seen
 from tests.helpers.torture import Phase, Place, comparable, plan, torture
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
 KILLS: dict[Phase, int] = {
     "discovery": 1, "saving in discovery": 1, "training": 1, "saving in training": 1, "export": 1,
