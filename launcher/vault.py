@@ -192,17 +192,21 @@ def _report(evidence: Mapping[str, Any]) -> None:
     for who, found in sorted(evidence.items(), key=lambda item: item[1].log10_p):
         print(
             f"{who}: lacks {found.num_lacking} of {found.num_marks} marks, {found.expected:.1f} "
-            f"expected by chance, p = 10^{found.log10_p:.1f}"
+            f"expected by chance, p = {_power(found.log10_p)}"
         )
     for who in (guilty := named(evidence)):
         print(
             f"verdict: the copy of {who}. The chance that this accuses an innocent one of "
-            f"{len(evidence)} recipients is 10^{corrected(evidence, who):.1f}"
+            f"{len(evidence)} recipients is {_power(corrected(evidence, who))}"
         )
     if len(guilty) > 1:
         print("several are named: what leaked was made from all of their copies")
     if not guilty:
         print("verdict: nobody. The evidence is too weak to name a recipient")
+
+
+def _power(log10: float) -> str:
+    return f"{10**log10:.2g}" if log10 > -3 else f"10^{log10:.1f}"
 
 
 def _watermark(run: RunDir, name: str) -> tuple[bytes, str]:
