@@ -9,6 +9,7 @@ import subprocess
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyrage
 import pytest
@@ -123,7 +124,7 @@ def test_equal_tickets_are_equal_archives(tmp_path):
     assert both[0] == both[1]
 
 
-SSH_KEYS = {
+SSH_KEYS: dict[str, Any] = {
     "ed25519": ed25519.Ed25519PrivateKey.generate,
     "rsa": lambda: rsa.generate_private_key(65537, 2048),
     "ecdsa": lambda: ec.generate_private_key(ec.SECP256R1()),

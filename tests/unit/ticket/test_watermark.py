@@ -94,7 +94,7 @@ def test_a_ticket_that_cannot_be_marked(of):
 def test_what_is_no_copy():
     own = ticket()
     more = ParamMask(
-        bits=own.mask.bits | {"proj": pack(torch.ones(8000).bool())}, shapes=SHAPES
+        bits=dict(own.mask.bits) | {"proj": pack(torch.ones(8000).bool())}, shapes=SHAPES
     )
     for other in (ticket(seed=1), ticket(0.6), copy_for(2, copy_for(1, own)), ticket(shapes={
         "x": (3, 3)}), Ticket(**vars(own) | {"mask": more})):  # fmt: skip
