@@ -78,10 +78,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if getattr(args, "run", None) is not None and not RunDir(args.run).private.is_dir():
         raise UserError(f"--run {args.run} is not a run: it has no private folder")
-    {
+    commands = {
         "keygen": keygen, "seal": seal, "open": open_, "verify": verify, "list": list_,
         "trace": trace,
-    }[args.command](args)  # fmt: skip
+    }  # fmt: skip
+    try:
+        commands[args.command](args)
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}") from None
 
 
 def keygen(args: argparse.Namespace) -> None:

@@ -162,28 +162,23 @@ def test_several_keys_open_one_file(tmp_path):
         assert decrypt(sealed, identities(key), key) == b"hello"
 
 
-def test_passphrase(tmp_path, monkeypatch):
-    answers = iter(["word", "word", "word", "other"])
-    monkeypatch.setattr("getpass.getpass", lambda prompt: next(answers))
-    phrase = read_passphrase(None, confirm=True)
-    assert "word" not in repr(phrase) + str(phrase)
-    sealed = encrypt(b"hello", phrase)
-    with pytest.raises(UserError, match="two passphrases differ"):
-        read_passphrase(None, confirm=True)
-    read, write = os.pipe()
-    os.write(write, b"word\nnot this\n")
-    os.close(write)
-    given = read_passphrase(Path(f"/dev/fd/{read}"), confirm=False)
-    os.close(read)
-    assert decrypt(sealed, given, Path("x")) == b"hello"
+def test_wrong_passphrase(tmp_path):
     with pytest.raises(UserError, match="x does not open: the passphrase is wrong"):
         decrypt(AGE_BY_PASSPHRASE, Passphrase("wrong"), Path("x"))
     key, _ = make_key(tmp_path)
     with pytest.raises(UserError, match="for another one, or with a passphrase"):
-        decrypt(sealed, identities(key), Path("x"))
+        decrypt(AGE_BY_PASSPHRASE, identities(key), Path("x"))
     (tmp_path / "empty").write_text("\n")
     with pytest.raises(UserError, match="empty is empty"):
         read_passphrase(tmp_path / "empty", confirm=False)
+
+
+def test_a_file_that_would_keep_the_machine_busy():
+    """scrypt's work is the sender's to choose: 2^30 is refused before it starts."""
+    header = b"age-encryption.org/v1\n-> scrypt SNU0IaFO0jZ/YdkNJi4V+A 30\n%b\n--- %b\n"
+    sealed = header % (b"A" * 43, b"A" * 43) + bytes(100)
+    with pytest.raises(UserError, match="asks for more work than a passphrase should"):
+        decrypt(sealed, Passphrase("x"), Path("x"))
 
 
 def flip(at: int):
@@ -198,7 +193,10 @@ DAMAGES = {
     "longer": (lambda d: d + b"x", "damaged or cut off"),
     "a bit of the content": (flip(-100), "damaged or cut off"),
     "a bit of the first byte": (flip(0), "is no sealed file"),
-    "a bit of the key's line": (flip(60), "does not open with this key"),
+    "a letter of the key's line": (
+        lambda d: d[:60] + (b"B" if d[60:61] == b"A" else b"A") + d[61:],
+        "does not open with this key",
+    ),
     "not age": (lambda d: b"PK\3\4" * 50, "is no sealed file"),
 }
 
@@ -372,6 +370,26 @@ def test_each_recipient_gets_a_copy_of_their_own(run, tmp_path, capsys):
     assert loose(run.private) == []
 
 
+def test_passphrase(run, tmp_path, monkeypatch, capsys):
+    """Typed twice to seal, read from a descriptor to open, never shown."""
+    out, opened = tmp_path / "a.age", tmp_path / "opened"
+    to_seal = ["seal", "--run", str(run.root), "--name", "A", "--out", str(out), "--passphrase"]
+    answers = iter(["open sesame", "open sesam", "open sesame", "open sesame"])
+    monkeypatch.setattr("getpass.getpass", lambda prompt: next(answers))
+    with pytest.raises(UserError, match="two passphrases differ"):
+        main(to_seal)
+    main(to_seal)
+    read, write = os.pipe()
+    os.write(write, b"open sesame\nnot this\n")
+    os.close(write)
+    main(["open", str(out), "--passphrase-file", f"/dev/fd/{read}", "--out", str(opened)])
+    os.close(read)
+    assert load_ticket(opened).mask.num_params == ticket().mask.num_params
+    assert loose(opened, out) == []
+    shown = "".join(capsys.readouterr()) + (run.vault / "sealed.jsonl").read_text()
+    assert "sesame" not in shown + repr(Passphrase("open sesame"))
+
+
 def test_a_public_run_has_a_watermark_key_of_its_own(run, tmp_path):
     write_text(run.config, dump(Config(init=InitConfig(seed=42))))
     (run.init / "key").unlink()
@@ -421,6 +439,7 @@ def test_mistakes_of_the_command_line(run, tmp_path):
         (["open", str(sealed), "--out", out], "--identity KEY or --passphrase"),
         (["open", str(tmp_path / "gone"), "--identity", str(key), "--out", out], "gone cannot be"),
         (["open", str(sealed), "--identity", str(key), "--out", root], "exists already"),
+        (["open", str(sealed), "--identity", str(key), "--out", "/proc/new"], "/proc/new: No such"),
         (["verify", str(sealed)], "verify against what"),
         (["verify", str(sealed), "--run", root], "is a sealed file: give --identity"),
         (["verify", str(tmp_path / "foreign"), "--run", root], "foreign is no copy of the run's"),
