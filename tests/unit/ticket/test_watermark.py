@@ -58,7 +58,7 @@ def dense(t: Ticket) -> torch.Tensor:
 @settings(deadline=None, max_examples=60)
 @given(st.integers(150, 400), st.integers(10, 95), st.integers(0, 2**64), st.integers(0, 9))
 def test_a_copy_lacks_a_thousandth_and_nothing_else_changes(rows, percent, number, seed):
-    own = ticket(percent / 100, {"a": (rows, 50), "norm": (50,), "b": (rows, 30)}, seed)
+    own = ticket(percent / 100, {"a": (rows, 50), "norm": (2000,), "b": (rows, 30)}, seed)
     marked = copy_for(number, own)
     before, after = dense(own), dense(marked)
     assert not (after & ~before).any(), "an element was added"
