@@ -2,7 +2,7 @@
 
     runs/NAME/config.yaml  data.json  tokenizer/  metrics.jsonl  tensorboard/  plots/  stacks/
     runs/NAME/release/     the only folder that leaves
-    runs/NAME/private/     ticket/  init/  checkpoints/           0700, files 0600
+    runs/NAME/private/     ticket/  init/  checkpoints/  vault/   0700, files 0600
 """
 
 import contextlib
@@ -75,6 +75,11 @@ class RunDir:
     def checkpoints(self) -> Path:
         return self.private / "checkpoints"
 
+    @property
+    def vault(self) -> Path:
+        """Which sealed copies of the ticket went to whom."""
+        return self.private / "vault"
+
     def create(self) -> None:
         """Make the folders; the private ones are readable by their owner alone from the start."""
         self.root.mkdir(parents=True, exist_ok=True)
@@ -129,9 +134,13 @@ def atomic_path(path: Path, *, private: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str, *, private: bool = False) -> None:
+def write_bytes(path: Path, content: bytes, *, private: bool = False) -> None:
     with atomic_path(path, private=private) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
+
+
+def write_text(path: Path, text: str, *, private: bool = False) -> None:
+    write_bytes(path, text.encode(), private=private)
 
 
 def write_json(path: Path, value: Any, *, private: bool = False) -> None:

@@ -6,15 +6,16 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 
 from pmp_ds.errors import UserError
-from pmp_ds.run_dir import atomic_path, make_private
+from pmp_ds.run_dir import make_private, write_bytes
 from pmp_ds.ticket.mask import ParamMask
 
 FORMAT_VERSION = 1
@@ -49,11 +50,8 @@ class Ticket:
         return digest.hexdigest()
 
 
-def save_ticket(ticket: Ticket, folder: Path) -> None:
-    """Write ``folder`` (0700, files 0600); the manifest comes last and makes it complete."""
-    make_private(folder)
-    with atomic_path(folder / MASK_FILE, private=True) as path:
-        save_file(dict(ticket.mask.bits), path)
+def to_files(ticket: Ticket) -> dict[str, bytes]:
+    """The ticket's files by name, the same bytes for the same ticket; the manifest is last."""
     manifest = {name: getattr(ticket, name) for name in _ORIGIN} | {
         "format_version": FORMAT_VERSION,
         "id": ticket.id,
@@ -61,9 +59,16 @@ def save_ticket(ticket: Ticket, folder: Path) -> None:
         "num_params": ticket.mask.num_params,
         "parameters": {name: list(shape) for name, shape in ticket.mask.shapes.items()},
     }
-    # Not write_json: the order of the parameters is the global element order.
-    with atomic_path(folder / MANIFEST_FILE, private=True) as path:
-        path.write_text(json.dumps(manifest, indent=1) + "\n")
+    # Unsorted: the order of the parameters is the global element order.
+    text = json.dumps(manifest, indent=1) + "\n"
+    return {MASK_FILE: save(dict(ticket.mask.bits)), MANIFEST_FILE: text.encode()}
+
+
+def save_ticket(ticket: Ticket, folder: Path) -> None:
+    """Write ``folder`` (0700, files 0600); the manifest comes last and makes it complete."""
+    make_private(folder)
+    for name, content in to_files(ticket).items():
+        write_bytes(folder / name, content, private=True)
 
 
 def has_ticket(folder: Path) -> bool:
@@ -74,31 +79,39 @@ def load_ticket(folder: Path, *, model_digest: str | None = None) -> Ticket:
     """Read and check a ticket. Raises UserError when it is missing, damaged, of an unknown format,
     or, where ``model_digest`` is given, of another model."""
     try:
-        manifest = json.loads((folder / MANIFEST_FILE).read_text())
-        if manifest["format_version"] != FORMAT_VERSION:
-            raise UserError(
-                f"ticket {folder} has format version {manifest['format_version']}; this version "
-                f"reads {FORMAT_VERSION}"
-            )
-        shapes = {name: tuple(shape) for name, shape in manifest["parameters"].items()}
-        bits = load_file(folder / MASK_FILE)
-        ticket = Ticket(
-            mask=ParamMask(bits={name: bits[name] for name in shapes}, shapes=shapes),
-            **{name: manifest[name] for name in _ORIGIN},
-        )
-        intact = ticket.id == manifest["id"] and ticket.mask.num_kept == manifest["num_kept"]
-    except FileNotFoundError:
+        ticket = from_files(lambda name: (folder / name).read_bytes(), folder)
+    except (FileNotFoundError, NotADirectoryError):
         missing = MASK_FILE if has_ticket(folder) else MANIFEST_FILE
         raise UserError(f"no ticket at {folder}: {missing} is missing") from None
-    except _DAMAGE as error:
-        raise UserError(f"the ticket at {folder} is damaged ({type(error).__name__})") from None
-    if not intact:
-        raise UserError(f"the ticket at {folder} is damaged: its bits do not match its id")
     if model_digest is not None and ticket.model_digest != model_digest:
         raise UserError(
             f"the ticket at {folder} belongs to a model with other parameters: their names or "
             "shapes differ from those of the configured model"
         )
+    return ticket
+
+
+def from_files(read: Callable[[str], bytes], where: Path) -> Ticket:
+    """The ticket whose files ``read`` gives by name. Raises UserError, which says ``where``, when
+    they are damaged or of an unknown format."""
+    try:
+        manifest = json.loads(read(MANIFEST_FILE))
+        if manifest["format_version"] != FORMAT_VERSION:
+            raise UserError(
+                f"ticket {where} has format version {manifest['format_version']}; this version "
+                f"reads {FORMAT_VERSION}"
+            )
+        shapes = {name: tuple(shape) for name, shape in manifest["parameters"].items()}
+        bits = load(read(MASK_FILE))
+        ticket = Ticket(
+            mask=ParamMask(bits={name: bits[name] for name in shapes}, shapes=shapes),
+            **{name: manifest[name] for name in _ORIGIN},
+        )
+        intact = ticket.id == manifest["id"] and ticket.mask.num_kept == manifest["num_kept"]
+    except _DAMAGE as error:
+        raise UserError(f"the ticket at {where} is damaged ({type(error).__name__})") from None
+    if not intact:
+        raise UserError(f"the ticket at {where} is damaged: its bits do not match its id")
     return ticket
 
 

@@ -1,0 +1,255 @@
+"""Hand tickets to partners: sealed for their keys, marked, and traced when one leaks.
+
+    python launcher/vault.py keygen --out key.txt > partner.pub             # the partner
+    python launcher/vault.py seal --run runs/x --name "Partner A" --to partner.pub --out a.age
+    python launcher/vault.py open a.age --identity key.txt --out ticket     # the partner
+    python launcher/vault.py verify ticket --model release
+    python launcher/vault.py list --run runs/x
+    python launcher/vault.py trace --run runs/x --ticket LEAKED
+    python launcher/vault.py trace --run runs/x --model FINE_TUNED --base runs/x/release
+
+Keys are those of the `age` command, or ssh-ed25519 and ssh-rsa keys. docs/VAULT.md has the rest.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pmp_ds.cli import PlainParser
+from pmp_ds.errors import UserError, exit_code
+from pmp_ds.run_dir import RunDir, write_bytes
+from pmp_ds.ticket import keys, vault
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = PlainParser("vault.py", __doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str) -> Any:
+        return commands.add_parser(name, help=text, description=text).add_argument
+
+    add = command("keygen", "make a secret key; its public key is printed")
+    add("--out", type=Path, required=True, metavar="FILE", help="a new file, readable by you alone")
+
+    add = command("seal", "seal a run's ticket for one recipient, with a watermark")
+    add("--run", type=Path, required=True, metavar="FOLDER", help="a run's folder, runs/NAME")
+    add("--name", required=True, help="the recipient, as trace will name them")
+    add("--to", nargs="+", default=[], metavar="KEY",
+        help="public keys, or files with one on each line; any of them opens the file")  # fmt: skip
+    add("--out", type=Path, required=True, metavar="FILE", help="a new file")
+    add("--no-watermark", action="store_true", help="a copy that cannot be traced, for yourself")
+    _passphrase(add)
+
+    add = command("open", "write the ticket in a sealed file as a folder")
+    add("file", type=Path, metavar="FILE")
+    add("--identity", type=Path, metavar="KEY", help="your secret key: age's or ssh's")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="a new folder, yours alone")
+    _passphrase(add)
+
+    add = command("verify", "does a ticket fit a model, and does it come from a run?")
+    add("file", type=Path, metavar="FILE|FOLDER", help="a sealed file, or a ticket's folder")
+    add("--identity", type=Path, metavar="KEY", help="what opens the sealed file")
+    add("--model", type=Path, metavar="FOLDER", help="a release: names and shapes must be equal")
+    add("--run", type=Path, metavar="FOLDER", help="the owner's run it should come from")
+    _passphrase(add)
+
+    add = command("list", "the copies of a run's ticket that were sealed")
+    add("--run", type=Path, required=True, metavar="FOLDER")
+
+    add = command("trace", "name the recipient whose copy leaked, or nobody")
+    add("--run", type=Path, required=True, metavar="FOLDER")
+    add("--ticket", type=Path, metavar="FOLDER", help="the leaked ticket")
+    add("--model", type=Path, metavar="FOLDER", help="a model that was fine-tuned with it")
+    add("--base", type=Path, metavar="FOLDER",
+        help="what --model was fine-tuned from. Default: the run's release")  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def _passphrase(add: Any) -> None:
+    add("--passphrase", action="store_true", help="ask for a passphrase; it stands for a key")
+    add("--passphrase-file", type=Path, metavar="FILE",
+        help="read it from a file's first line; /dev/fd/N reads a descriptor")  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    if getattr(args, "run", None) is not None and not RunDir(args.run).private.is_dir():
+        raise UserError(f"--run {args.run} is not a run: it has no private folder")
+    commands = {
+        "keygen": keygen, "seal": seal, "open": open_, "verify": verify, "list": list_,
+        "trace": trace,
+    }  # fmt: skip
+    try:
+        commands[args.command](args)
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}") from None
+
+
+def keygen(args: argparse.Namespace) -> None:
+    print(keys.new_identity(args.out))
+
+
+def seal(args: argparse.Namespace) -> None:
+    run, name = RunDir(args.run), " ".join(args.name.split())
+    if not name:
+        raise UserError("--name is empty: write whom the copy is for")
+    _require_absent(args.out)
+    by_passphrase = args.passphrase or args.passphrase_file is not None
+    if bool(args.to) == by_passphrase:
+        raise UserError("give --to KEY, or a passphrase, and not both: age allows either")
+    _warn(run.ticket, run.vault, run.init)
+    known = vault.records(run.vault)
+    to = [] if by_passphrase else keys.public_keys(args.to)
+    vault.check_recipient(known, name, to)
+    ticket = vault.any_ticket(run.ticket, None)
+    number = None
+    if not args.no_watermark:
+        from pmp_ds.ticket import watermark
+
+        key, number = _watermark(run, name)
+        ticket = watermark.without(ticket, watermark.draw_marks(ticket.mask, key))
+    labels = tuple(key.label for key in to)
+    phrase = keys.read_passphrase(args.passphrase_file, confirm=True) if by_passphrase else None
+    sealed = vault.seal(ticket, phrase or to)
+    date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    vault.remember(  # before the file exists: no copy without its line
+        run.vault,
+        vault.Record(name=name, keys=labels, date=date, watermark=number, file=str(args.out)),
+    )
+    write_bytes(args.out, sealed, private=True)
+    marked = "without a watermark" if number is None else f"watermark {number}"
+    print(f"{args.out}: sealed for {name} ({', '.join(labels) or 'a passphrase'}), {marked}")
+
+
+def open_(args: argparse.Namespace) -> None:
+    from pmp_ds.ticket.ticket import save_ticket
+
+    _require_absent(args.out)
+    opener = _opener(args)
+    if opener is None:
+        raise UserError(f"what opens {args.file}? Give --identity KEY or --passphrase")
+    ticket = vault.open_sealed(args.file, opener)
+    save_ticket(ticket, args.out)
+    print(f"{args.out}: a ticket for a model of {ticket.mask.num_params:,} parameters")
+    print("keep it private: whoever has it can fine-tune the model, and it names you")
+
+
+def verify(args: argparse.Namespace) -> None:
+    from pmp_ds.ticket.trace import require_fit
+    from pmp_ds.ticket.watermark import missing_from
+
+    if args.model is None and args.run is None:
+        raise UserError("verify against what? Give --model FOLDER, --run FOLDER, or both")
+    ticket = vault.any_ticket(args.file, _opener(args))
+    if args.file.is_dir():
+        _warn(args.file)
+    if args.model is not None:
+        require_fit(ticket.mask, args.model)
+        print(f"fits {args.model}: {len(ticket.mask.shapes)} parameters, same names and shapes")
+    if args.run is not None:
+        own = vault.any_ticket(RunDir(args.run).ticket, None)
+        dropped = missing_from(ticket, own, args.file)
+        print(f"comes from {args.run}: its ticket" + (" less a watermark" if dropped else ""))
+
+
+def list_(args: argparse.Namespace) -> None:
+    run = RunDir(args.run)
+    _warn(run.vault)
+    found = vault.records(run.vault)
+    for record in found:
+        opens = ", ".join(record.keys) or "a passphrase"
+        print(f"{record.date}  {record.watermark or 'unmarked':16}  {record.name}  {opens}")
+    print(f"{len(found)} copies sealed")
+
+
+def trace(args: argparse.Namespace) -> None:
+    from pmp_ds.ticket import trace, watermark
+
+    run = RunDir(args.run)
+    if (args.ticket is None) == (args.model is None):
+        raise UserError("trace what? Give --ticket FOLDER or --model FOLDER")
+    own = vault.any_ticket(run.ticket, None)
+    copies = vault.records(run.vault)
+    names = {r.watermark: r.name for r in copies if r.watermark is not None}
+    if not names:
+        raise UserError(f"no copy of this ticket was sealed with a watermark ({run.vault})")
+    marks = {n: watermark.draw_marks(own.mask, _watermark(run, n)[0]) for n in names.values()}
+    if args.ticket is not None:
+        leaked = vault.any_ticket(args.ticket, None)
+        if leaked.mask.shapes != own.mask.shapes:
+            raise UserError(f"the ticket at {args.ticket} belongs to another model than the run's")
+        observed = trace.of_ticket(leaked.mask)
+    else:
+        observed = trace.of_model(args.base or run.release, args.model, own.mask)
+    _report(trace.weigh(own.mask, marks, observed))
+    if any(record.watermark is None for record in copies):
+        print("note: copies without a watermark were sealed too; they cannot be traced")
+
+
+def _report(evidence: Mapping[str, Any]) -> None:
+    """A line for each recipient, the strongest evidence first, then the verdict."""
+    from pmp_ds.ticket.trace import corrected, named
+
+    for who, found in sorted(evidence.items(), key=lambda item: item[1].log10_p):
+        print(
+            f"{who}: lacks {found.num_lacking} of {found.num_marks} marks, {found.expected:.1f} "
+            f"expected by chance, p = {_power(found.log10_p)}"
+        )
+    for who in (guilty := named(evidence)):
+        print(
+            f"verdict: the copy of {who}. The chance that this accuses an innocent one of "
+            f"{len(evidence)} recipients is {_power(corrected(evidence, who))}"
+        )
+    if len(guilty) > 1:
+        print("several are named: what leaked was made from all of their copies")
+    if not guilty:
+        print("verdict: nobody. The evidence is too weak to name a recipient")
+
+
+def _power(log10: float) -> str:
+    return f"{10**log10:.2g}" if log10 > -3 else f"10^{log10:.1f}"
+
+
+def _watermark(run: RunDir, name: str) -> tuple[bytes, str]:
+    """The recipient's key and a number for it; the same name gives the same copy again."""
+    from pmp_ds.model.secret_init import derive, load_or_create_key
+    from pmp_ds.train.run_facts import load_config
+
+    public = load_config(run).init.seed is not None
+    if not public and not (run.init / "key").exists():
+        raise UserError(f"{run.init / 'key'} is missing: watermarks are drawn from it")
+    secret = load_or_create_key(run.vault if public else run.init)
+    purpose = f"vault/{name.casefold()}"
+    return derive(secret, f"{purpose}/marks"), bytes(derive(secret, f"{purpose}/number"))[:8].hex()
+
+
+def _opener(args: argparse.Namespace) -> Any:
+    """Identities, a passphrase, or None."""
+    by_passphrase = args.passphrase or args.passphrase_file is not None
+    if by_passphrase and args.identity is not None:
+        raise UserError("--identity and a passphrase are two ways to open a file: give one")
+    if by_passphrase:
+        return keys.read_passphrase(args.passphrase_file, confirm=False)
+    if args.identity is None:
+        return None
+    _warn(args.identity)
+    return keys.identities(args.identity)
+
+
+def _warn(*paths: Path) -> None:
+    for line in vault.loose(*paths):
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def _require_absent(out: Path) -> None:
+    if out.exists():
+        raise UserError(f"--out {out} exists already: name a new one")
+    if not out.resolve().parent.is_dir():
+        raise UserError(f"--out {out}: the folder {out.parent} does not exist")
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main))

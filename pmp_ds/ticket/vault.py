@@ -1,0 +1,141 @@
+"""Sealed tickets: a ticket's folder as one file that only its recipient can open.
+
+    sealed = seal(ticket, public_keys(["partner.pub"]))
+    ticket = open_sealed(Path("partner.age"), identities(Path("key.txt")))
+
+Inside the age file is a plain tar of `ticket/`, so standard tools open it too:
+`age -d -i key.txt partner.age | tar x`. Equal tickets give equal archives. Who got which copy is
+in a run's private/vault/sealed.jsonl, one line for each.
+"""
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pmp_ds.errors import UserError
+from pmp_ds.run_dir import make_private
+from pmp_ds.ticket.keys import Passphrase, PublicKey, decrypt, encrypt
+from pmp_ds.ticket.ticket import Ticket, from_files, load_ticket, to_files
+
+FOLDER = "ticket"
+RECORDS_FILE = "sealed.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One line of the registry: a copy that was sealed."""
+
+    name: str  # of the recipient
+    keys: tuple[str, ...]  # labels of the public keys; none for a passphrase
+    date: str  # UTC, to the second
+    watermark: str | None  # number of the watermark in hex, None: an unmarked copy
+    file: str  # where the sealed file was written
+
+
+def seal(ticket: Ticket, to: Sequence[PublicKey] | Passphrase) -> bytes:
+    """The file for the holders of ``to``."""
+    return encrypt(_archive(to_files(ticket)), to)
+
+
+def open_sealed(file: Path, by: Sequence[Any] | Passphrase) -> Ticket:
+    """The ticket in a sealed file. Raises UserError for a wrong key and a damaged or foreign
+    file, without a word of what is in it."""
+    try:
+        sealed = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    members = _members(decrypt(sealed, by, file), file)
+    return from_files(members.__getitem__, file)
+
+
+def any_ticket(path: Path, by: Sequence[Any] | Passphrase | None) -> Ticket:
+    """The ticket in a folder, or in a sealed file with what opens it."""
+    if path.is_dir():
+        return load_ticket(path)
+    if by is None and path.exists():
+        raise UserError(f"{path} is a sealed file: give --identity KEY or --passphrase")
+    return load_ticket(path) if by is None else open_sealed(path, by)
+
+
+def remember(vault: Path, record: Record) -> None:
+    """Append ``record`` to the registry in ``vault``, on disk when this returns."""
+    make_private(vault)
+    line = json.dumps(asdict(record), ensure_ascii=False) + "\n"
+    fd = os.open(vault / RECORDS_FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        os.write(fd, line.encode())
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def records(vault: Path) -> list[Record]:
+    """All copies that were sealed, oldest first. Raises UserError that names a damaged line."""
+    path, found = vault / RECORDS_FILE, []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            values = json.loads(line)
+            found.append(Record(**values | {"keys": tuple(values["keys"])}))
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{path}, line {number} is damaged: mend it, or delete it") from None
+    return found
+
+
+def same_name(one: str, other: str) -> bool:
+    return one.casefold() == other.casefold()
+
+
+def check_recipient(known: Sequence[Record], name: str, keys: Sequence[PublicKey]) -> None:
+    """UserError when one of ``keys`` belongs to a recipient of another name: who holds copies with
+    two watermarks sees both where they differ."""
+    labels = {key.label for key in keys}
+    for record in known:
+        if (shared := labels & set(record.keys)) and not same_name(record.name, name):
+            raise UserError(
+                f"--name {name}: a copy for the key {min(shared)} was sealed under the name "
+                f"{record.name!r}; use that name, since two watermarks in one hand show themselves"
+            )
+
+
+def loose(*paths: Path) -> list[str]:
+    """A line for each existing file or folder, and what is in it, that others than its owner can
+    use: folders should be 0700 and files 0600."""
+    found = []
+    for path in (p for given in paths for p in [given, *sorted(given.rglob("*"))]):
+        if path.exists() and (mode := path.stat().st_mode & 0o777) & 0o077:
+            wanted = "700" if path.is_dir() else "600"
+            found.append(f"{path} is open to others (mode {mode:o}): chmod {wanted} {path}")
+    return found
+
+
+def _archive(files: dict[str, bytes]) -> bytes:
+    """A tar without times and owners."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        folder = tarfile.TarInfo(FOLDER)
+        folder.type, folder.mode = tarfile.DIRTYPE, 0o700
+        tar.addfile(folder)
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"{FOLDER}/{name}")
+            info.size, info.mode = len(content), 0o600
+            tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def _members(archive: bytes, where: Path) -> dict[str, bytes]:
+    """The files in a tar by name, in whatever folder; nothing is written anywhere."""
+    try:
+        with tarfile.open(fileobj=io.BytesIO(archive), mode="r:") as tar:
+            return {
+                Path(member.name).name: file.read()
+                for member in tar
+                if member.type == tarfile.REGTYPE and (file := tar.extractfile(member))
+            }
+    except (tarfile.TarError, EOFError):
+        raise UserError(f"{where} opens with this key, but holds no ticket") from None

@@ -1,0 +1,72 @@
+"""A ticket goes to a partner: sealed, opened elsewhere, trained with, traced when it leaks."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from launcher import vault
+from pmp_ds.ticket.keys import identities, new_identity
+from pmp_ds.ticket.vault import open_sealed
+from tests.e2e.conftest import MainRun
+from tests.helpers.commands import ok, run
+from tests.helpers.distributed import REPO
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def partner(main_run: MainRun, work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The partner's machine: a key of their own, the release and the sealed file, nothing else."""
+    home = tmp_path_factory.mktemp("partner")
+    public = ok(run("vault.py", "keygen", "--out", "key.txt", cwd=home)).stdout
+    (work / "a.pub").write_text(public)
+    ok(run("vault.py", "seal", "--run", "runs/main", "--name", "Partner A", "--to", "a.pub",
+           "--out", "a.age", cwd=work))  # fmt: skip
+    vault.main(["seal", "--run", str(main_run.run.root), "--name", "Partner B", "--to",
+                new_identity(work / "b.key"), "--out", str(work / "b.age")])  # fmt: skip
+    (work / "a.age").rename(home / "partner-a.age")
+    shutil.copytree(main_run.run.release, home / "release")
+    return home
+
+
+@pytest.fixture(scope="module")
+def tuned(partner: Path) -> Path:
+    """The lines of docs/VAULT.md as they stand there, in a process of the partner's own."""
+    text = (REPO / "docs" / "VAULT.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    batches = "batches = torch.arange(8 * 4 * 32).mul(7919).remainder(300).view(8, 4, 32)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import torch\n{batches}{code}"], cwd=partner, timeout=200,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return partner / "tuned"
+
+
+def test_a_partner_trains_the_ticket_alone(partner: Path, tuned: Path):
+    mask = open_sealed(partner / "partner-a.age", identities(partner / "key.txt")).mask
+    before = load_file(partner / "release" / "model.safetensors")
+    after = load_file(tuned / "model.safetensors")
+    assert before.keys() == after.keys() == mask.shapes.keys()
+    for name, weight in after.items():
+        kept, old = mask.full(name), before[name].to(weight.dtype)
+        assert torch.equal(weight[~kept], old[~kept]), "the complement changed"
+        assert not torch.equal(weight[kept], old[kept])
+
+
+def test_a_leak_names_its_recipient(main_run: MainRun, work: Path, partner: Path, tuned: Path):
+    ok(run("vault.py", "open", "partner-a.age", "--identity", "key.txt", "--out", "ticket",
+           cwd=partner))  # fmt: skip
+    fits = ok(run("vault.py", "verify", "ticket", "--model", "release", cwd=partner))
+    assert "same names and shapes" in fits.stdout
+    told = ok(run("vault.py", "trace", "--run", "runs/main", "--model", tuned, cwd=work)).stdout
+    verdicts = re.findall("^verdict: .*", told, re.MULTILINE)
+    assert len(verdicts) == 1
+    assert verdicts[0].startswith("verdict: the copy of Partner A."), told
+    assert main_run.run.vault.stat().st_mode & 0o777 == 0o700
