@@ -1,0 +1,109 @@
+"""Attacks that need the released weights alone."""
+
+import torch
+
+from pmp_ds.audit.attack import Attack, Finding
+from pmp_ds.audit.case import Case
+
+_BINS = 60
+_WIDEST = 3.0  # standard deviations of the initial weights
+_CENTRE = 2.0  # bins below it estimate how many weights never moved
+
+
+def magnitudes(case: Case) -> Finding:
+    """Training makes weights larger."""
+    scores = case.gather(lambda name: case.release.tensor(name).abs())
+    return Finding(note="largest |w| of all", scores=scores)
+
+
+def magnitudes_by_tensor(case: Case) -> Finding:
+    """How many weights of a magnitude there are beyond what the initial distribution gives: each
+    tensor's own probability that a weight was trained."""
+    std = float(getattr(case.release.config, "initializer_range", 0.02))
+
+    def score(name: str) -> torch.Tensor:
+        stored = case.release.tensor(name).float()
+        return _trained_probability(stored, std) if stored.ndim > 1 else torch.ones_like(stored)
+
+    note = f"each tensor against a normal distribution of standard deviation {std:g}"
+    return Finding(note=note, scores=case.gather(score))
+
+
+def _trained_probability(weights: torch.Tensor, std: float) -> torch.Tensor:
+    """1 - p x N(w) / f(w): N the initial density, f the tensor's own, p the largest share of frozen
+    weights that f allows."""
+    size = weights.abs() / std
+    edges = torch.linspace(0.0, _WIDEST, _BINS + 1)
+    cumulative = torch.erf(edges / 2**0.5)
+    expected = (cumulative[1:] - cumulative[:-1]) * size.numel()
+    which = torch.bucketize(size, edges, right=True) - 1
+    found = torch.bincount(which.clamp(max=_BINS).reshape(-1), minlength=_BINS + 1)[:_BINS].float()
+    ratio = found.clamp(min=1.0) / expected
+    frozen = float(ratio[edges[:-1] < _CENTRE].min().clamp(max=1.0))
+    trained = torch.cat([1.0 - (frozen / ratio).clamp(0.0, 1.0), torch.ones(1)])
+    return trained[which.clamp(max=_BINS)]
+
+
+def constants(case: Case) -> Finding:
+    """Norms and biases start as 0 or 1: one that is exactly so never moved."""
+    flags, moved = [], []
+    spikes = []
+    for name in case.release.shapes:
+        stored = case.release.tensor(name)
+        positions = case.positions(name)
+        start = _start_value(stored)
+        here = stored.reshape(-1)[positions].float()
+        flags.append(torch.full(here.shape, start is not None))
+        moved.append((here != start).float() if start is not None else torch.ones_like(here))
+        if start is not None and _has_spike(stored, start):
+            spikes.append(name)
+    only = torch.cat(flags)
+    unmoved = int((torch.cat(moved)[only] == 0).sum())
+    note = f"{unmoved:,} of {int(only.sum()):,} norm and bias elements are exactly as they started"
+    if spikes:
+        note += f"; some moved far and others not at all in {len(spikes)} tensors"
+    return Finding(
+        note=note, scores=torch.cat(moved), evidence=bool(spikes), only=only if only.any() else None
+    )
+
+
+def _start_value(stored: torch.Tensor) -> float | None:
+    """1 for gains, 0 for biases, None for what starts at random."""
+    if stored.ndim != 1:
+        return None
+    return 1.0 if float(stored.float().median()) > 0.5 else 0.0
+
+
+def _has_spike(stored: torch.Tensor, start: float) -> bool:
+    """Far more elements stand exactly at the start than close to it, and others went far."""
+    away = (stored.float() - start).abs()
+    typical = float(away[away > 0].median()) if bool((away > 0).any()) else 0.0
+    exact = int((away == 0).sum())
+    close = int(((away > 0) & (away <= 0.25 * typical)).sum())
+    return 0 < exact < stored.numel() and exact > 4 * close + 4 and typical > 0.016
+
+
+ATTACKS = (
+    Attack(
+        name="norm and bias constants",
+        needs="nothing",
+        run=constants,
+        preventable=True,
+        countermeasure="mask.always_train: constants always train",
+        use_quota=False,
+    ),
+    Attack(
+        name="magnitudes",
+        needs="nothing",
+        run=magnitudes,
+        preventable=False,
+        countermeasure="mask.quota and mask.random_fraction weaken it",
+    ),
+    Attack(
+        name="magnitudes by tensor",
+        needs="the initial distribution",
+        run=magnitudes_by_tensor,
+        preventable=False,
+        countermeasure="mask.quota and mask.random_fraction weaken it",
+    ),
+)
