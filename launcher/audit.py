@@ -24,7 +24,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = PlainParser("audit.py", __doc__)
     add = parser.add_argument
     add("--release", type=Path, required=True, metavar="FOLDER", help="what is attacked")
-    add("--ticket", type=Path, metavar="FOLDER", help="the true ticket, to measure against")
+    add("--ticket", type=Path, metavar="TICKET", help="the true ticket, to measure against")
     add("--config", metavar="FILE", help="the recipe as the attacker knows it, with its init.seed")
     add("--base", type=Path, metavar="FOLDER", help="another revision of the same run")
     add("--derivative", type=Path, metavar="FOLDER", help="a model tuned with the ticket")
@@ -51,6 +51,8 @@ def main(argv: list[str] | None = None) -> None:
         path = getattr(args, name)
         if path is not None and not path.exists():
             raise UserError(f"--{name} {path} does not exist")
+    if args.ticket and not args.ticket.is_dir():
+        args.ticket = args.ticket.parent  # one of the ticket's two files
     out = args.out or (args.ticket.resolve().parent / "audit" if args.ticket else Path("audit"))
     if out.resolve().is_relative_to(args.release.resolve()):
         raise UserError(
@@ -65,13 +67,14 @@ def main(argv: list[str] | None = None) -> None:
     from pmp_ds.progress import Progress
     from pmp_ds.ticket.ticket import load_ticket
 
+    mask = load_ticket(args.ticket).mask if args.ticket else None
     shadow = None
     if args.shadow:
         run = RunDir(args.shadow)
         shadow = Shadow(Weights.open(run.release), load_ticket(run.ticket).mask)
     case = Case(
         release=Weights.open(args.release),
-        mask=load_ticket(args.ticket).mask if args.ticket else None,
+        mask=mask,
         config=config,
         base=Weights.open(args.base) if args.base else None,
         derivative=Weights.open(args.derivative) if args.derivative else None,
@@ -90,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     make_private(out)
     write(out, case, results)
     leaks = [result.attack for result in results if result.verdict == "leak"]
-    print(f"written to {out}/: audit.json, audit.png" if case.mask else f"written to {out}/")
+    print(f"written to {out}/")
     if leaks:
         print(f"leak that can be prevented: {', '.join(leaks)}", file=sys.stderr)
         raise SystemExit(EXIT_LEAK)

@@ -55,6 +55,7 @@ def decay(case: Case) -> Finding:
     smooth = torch.nn.functional.avg_pool1d(counts[None, None], 9, 1, padding=4)[0, 0] * 9
     place = int(smooth.argmax())
     mode = -_WIDEST + (place + 0.5) * _BIN
+    mode = float(logs[usable & ((logs - mode).abs() < 5 * _BIN)].median())
     share = float(smooth[place]) / len(logs)
     spike = share > _SPIKE and mode < -_STILL
     factor = math.exp(mode)

@@ -20,9 +20,8 @@ _MIXED = 0.01  # by chance 2^-16 of fp32 numbers have 16 low bits of zero
 def dtypes(case: Case) -> Finding:
     """fp32 weights of which a part was once rounded to bf16 show which part was trained since."""
     kinds = {str(case.release.tensor(n).dtype).removeprefix("torch.") for n in case.release.shapes}
-    if "float32" not in kinds:
-        note = f"all weights are {' and '.join(sorted(kinds))}"
-        return Finding(note=note, evidence=len(kinds) > 1)
+    if kinds != {"float32"}:
+        return Finding(note=f"weights in {' and '.join(sorted(kinds))}", evidence=len(kinds) > 1)
     fine = case.gather(lambda name: _has_low_bits(case.release.tensor(name)))
     share = 1.0 - float(fine.mean())
     note = f"fp32 with 16 low bits of zero in {share:.2%} of the elements"

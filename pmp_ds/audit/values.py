@@ -5,9 +5,11 @@ import torch
 from pmp_ds.audit.attack import Attack, Finding
 from pmp_ds.audit.case import Case
 
-_BINS = 60
+_BINS = 12  # few: their smallest count estimates the frozen share
 _WIDEST = 3.0  # standard deviations of the initial weights
 _CENTRE = 2.0  # bins below it estimate how many weights never moved
+_ROUNDING = 0.012  # three halves of bf16's distance between numbers above 1
+_FAR = 0.05  # a typical constant that moved less may stand still by rounding
 
 
 def magnitudes(case: Case) -> Finding:
@@ -46,25 +48,21 @@ def _trained_probability(weights: torch.Tensor, std: float) -> torch.Tensor:
 
 def constants(case: Case) -> Finding:
     """Norms and biases start as 0 or 1: one that is exactly so never moved."""
-    flags, moved = [], []
-    spikes = []
+    only, moved, away = [], [], [torch.empty(0)]
     for name in case.release.shapes:
-        stored = case.release.tensor(name)
-        positions = case.positions(name)
-        start = _start_value(stored)
-        here = stored.reshape(-1)[positions].float()
-        flags.append(torch.full(here.shape, start is not None))
+        here = case.release.tensor(name).reshape(-1)[case.positions(name)].float()
+        start = _start_value(case.release.tensor(name))
+        only.append(torch.full(here.shape, start is not None))
         moved.append((here != start).float() if start is not None else torch.ones_like(here))
-        if start is not None and _has_spike(stored, start):
-            spikes.append(name)
-    only = torch.cat(flags)
-    unmoved = int((torch.cat(moved)[only] == 0).sum())
-    note = f"{unmoved:,} of {int(only.sum()):,} norm and bias elements are exactly as they started"
-    if spikes:
-        note += f"; some moved far and others not at all in {len(spikes)} tensors"
-    return Finding(
-        note=note, scores=torch.cat(moved), evidence=bool(spikes), only=only if only.any() else None
-    )
+        if start is not None:
+            away.append((here - start).abs())
+    distance = torch.cat(away)
+    unmoved = int((distance == 0).sum())
+    note = f"{unmoved:,} of {len(distance):,} norm and bias elements are exactly as they started"
+    spike = _has_spike(distance)
+    if spike:
+        note += ", and hardly one is close to it"
+    return Finding(note=note, scores=torch.cat(moved), evidence=spike, only=torch.cat(only))
 
 
 def _start_value(stored: torch.Tensor) -> float | None:
@@ -74,13 +72,12 @@ def _start_value(stored: torch.Tensor) -> float | None:
     return 1.0 if float(stored.float().median()) > 0.5 else 0.0
 
 
-def _has_spike(stored: torch.Tensor, start: float) -> bool:
+def _has_spike(distance: torch.Tensor) -> bool:
     """Far more elements stand exactly at the start than close to it, and others went far."""
-    away = (stored.float() - start).abs()
-    typical = float(away[away > 0].median()) if bool((away > 0).any()) else 0.0
-    exact = int((away == 0).sum())
-    close = int(((away > 0) & (away <= 0.25 * typical)).sum())
-    return 0 < exact < stored.numel() and exact > 4 * close + 4 and typical > 0.016
+    moved = distance[distance > 0]
+    typical = float(moved.median()) if len(moved) else 0.0
+    close = int((moved <= max(0.1 * typical, _ROUNDING)).sum())
+    return typical > _FAR and len(distance) - len(moved) > 4 * close + 4
 
 
 ATTACKS = (
