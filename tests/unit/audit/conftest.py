@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from pmp_ds.audit.attack import Attack, Result, run_attacks
+from pmp_ds.audit.attack import Attack, run_attacks
 from pmp_ds.audit.case import Case, Weights
 from pmp_ds.audit.report import ATTACKS
 from pmp_ds.model.build import build_model, model_config
@@ -96,7 +97,7 @@ def make(tmp_path: Path) -> Callable[..., Made]:
     return made
 
 
-def run_one(name: str, case: Case) -> Result:
-    """The result of one attack."""
+def run_one(name: str, case: Case) -> Any:
+    """The `Result` of one attack."""
     attack: Attack = next(attack for attack in ATTACKS if attack.name == name)
     return next(run_attacks([attack], case))
