@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pmp_ds import dist
+from pmp_ds.cli import parse
 from pmp_ds.config import Config, MaskConfig
 from pmp_ds.errors import UserError
 from pmp_ds.model.parameters import ParamInfo, parameter_table
@@ -21,6 +22,7 @@ from pmp_ds.train.selection import Selector, proportional
 from tests.distributed.test_method import CONFIG
 from tests.distributed.test_topk import SIZES, fragments, synthetic
 from tests.helpers import tiny
+from tests.helpers.commands import RECIPES
 
 pytestmark = pytest.mark.distributed
 
@@ -147,3 +149,16 @@ def test_hardened_ticket_is_the_same_for_stages_and_ranks(ranks1, ranks2, ranks4
     for info in table:
         share = kept[info.name] / info.numel
         assert share == 1.0 if info.constant else abs(share - 0.7) < 0.01
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.1])
+def test_random_fraction_out_of_range(fraction):
+    with pytest.raises(UserError, match=rf"mask\.random_fraction={fraction} must be in \[0, 1\]"):
+        MaskConfig(random_fraction=fraction)
+
+
+def test_hardened_overlay():
+    files = [str(RECIPES / f"{name}.yaml") for name in ("demo", "hardened")]
+    config, _ = parse(Config, [word for file in files for word in ("--config", file)])
+    assert (config.mask.quota, config.mask.random_fraction) == ("per_tensor", 0.5)
+    assert config.mask.density == 0.7

@@ -107,7 +107,7 @@ def test_without_the_ticket(main_run: MainRun, public: Path):
         (["--release", "store", "--seeds", "0:4294967297"], "uses 32 bits"),
         (["--release", "store", "--seconds", "0"], "--seconds 0.0 must be positive"),
         (["--release", "store", "--out", "store/audit"], "is inside --release store"),
-        (["--release", "store", "--ticket", "corpus.jsonl"], "no ticket at .: ticket.json is missing"),
+        (["--release", "store", "--ticket", "corpus.jsonl"], "no ticket at .: ticket.json"),
         (["--release", "store", "--config", "corpus.jsonl"], "--config corpus.jsonl"),
     ],
 )
