@@ -34,7 +34,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--seeds", default="0:4294967296", metavar="FIRST:END",
         help="range of the brute force; it stops after --seconds. Default: all 2^32",
     )  # fmt: skip
-    add("--seconds", type=float, default=30.0, help="longest search or training of one attack")
+    add("--seconds", type=float, default=15.0, help="longest search or training of one attack")
     add(
         "--out", type=Path, metavar="FOLDER",
         help="where audit.json and audit.png go. Default: `audit` beside the ticket, else here",

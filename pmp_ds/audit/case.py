@@ -114,7 +114,7 @@ class Case:
     text: Store | None = None
     shadow: Shadow | None = None
     seeds: range = range(1 << 32)
-    seconds: float = 30.0
+    seconds: float = 15.0
     """Longest search or training of one attack."""
 
     sample_size: int = SAMPLE
