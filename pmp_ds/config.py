@@ -274,6 +274,14 @@ class MaskConfig:
     """Keep every tensor that starts as a constant (norms, biases) in the ticket: a constant that
     never moved would show that it was frozen."""
 
+    quota: Literal["global", "per_tensor"] = "global"
+    """`global`: the highest scores of all parameters together (the paper). `per_tensor`: every
+    tensor keeps the same share, so that its size alone tells nothing about its elements."""
+
+    random_fraction: float = 0.0
+    """Share of the ticket that is drawn uniformly with the secret key instead of by score, in
+    [0, 1]: what an attacker's scores cannot recover."""
+
     file: str | None = None
     """For `source: file`: a ticket folder."""
 
@@ -288,6 +296,10 @@ class MaskConfig:
         _require(
             0.0 < self.iou_threshold <= 1.0,
             f"mask.iou_threshold={self.iou_threshold} must be in (0, 1]",
+        )
+        _require(
+            0.0 <= self.random_fraction <= 1.0,
+            f"mask.random_fraction={self.random_fraction} must be in [0, 1]",
         )
         for name in ("patience", "max_steps"):
             value = getattr(self, name)

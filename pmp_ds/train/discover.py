@@ -24,6 +24,7 @@ from pmp_ds.ticket.ticket import Ticket, exact_k
 from pmp_ds.ticket.topk import select_top_k
 from pmp_ds.train.checkpoint import Position, StateReader
 from pmp_ds.train.engine import Engine
+from pmp_ds.train.selection import Selector
 
 Table = Sequence[ParamInfo]
 
@@ -35,13 +36,16 @@ class Discovery:
     checkpoint, whose optimizer state is then loaded before ``restore``.
     """
 
-    def __init__(self, engine: Engine, config: Config, table: Table) -> None:
+    def __init__(self, engine: Engine, config: Config, table: Table, key: bytes = b"") -> None:
+        """``key``: 32 bytes that draw the elements of ``mask.random_fraction``. Collective."""
         self.step = 0
         self.stable = False
         self._engine, self._table = engine, table
         self._train, self._mask = config.train, config.mask
         self._fragments = engine.shards.fragments
-        self._starts, self._keep_all = _placement(self._fragments, table, self._mask.always_train)
+        self._selector = Selector(
+            self._fragments, table, self._mask, key, replicated=engine.shards.replicated
+        )
         self._k = exact_k(self._mask.density, num_params(table))
         self._scores = Scores(self._mask.score, self._mask.score_decay)
         self._early_bird = EarlyBird(self._mask.iou_threshold, self._mask.patience)
@@ -60,13 +64,8 @@ class Discovery:
         if engine.overflowed():  # fp16: DeepSpeed skips the update and lowers the loss scale
             engine.step(lr)
             return _mean(loss), None
-        candidate = select_top_k(
-            self._scores.update(engine.shards.gradients(), engine.loss_scale),
-            self._starts,
-            [fragment.name for fragment in self._fragments],
-            self._k,
-            keep_all=self._keep_all,
-            replicated=engine.shards.replicated,
+        candidate = self._selector.select(
+            self._scores.update(engine.shards.gradients(), engine.loss_scale)
         )
         agreement = None
         if self._newest is not None:

@@ -51,6 +51,12 @@ class Job:
         """A fresh model at theta(0), fp32 on CPU; the same bits at every call and on every rank."""
         return theta0.draw(self.config, DataFacts.of(self.store), self.init)
 
+    def key(self, purpose: str) -> bytes:
+        """32 bytes: of the secret, or of the public seed in paper mode."""
+        if isinstance(self.init, bytes):
+            return derive(self.init, purpose)
+        return order_key(purpose, self.init)
+
     def loader(self, purpose: str, secret: int | bytes, consumed_samples: int = 0) -> BlockLoader:
         return BlockLoader(
             self.store.split("train"),
@@ -105,8 +111,7 @@ def obtain_ticket(job: Job, watch: Watch, saver: Saver) -> Ticket | None:
             assert mask.file is not None
             ticket = load_ticket(Path(mask.file), model_digest=digest(job.table))
         elif mask.source == "random":
-            key = derive(job.init, "random mask") if isinstance(job.init, bytes) else None
-            ticket = random_ticket(key or order_key("random mask", job.init), mask, job.table)
+            ticket = random_ticket(job.key("random mask"), mask, job.table)
         else:
             ticket = _discover(job, watch, saver)
         dist.on_rank0(lambda: save_ticket(ticket, folder))
@@ -123,7 +128,7 @@ def _discover(job: Job, watch: Watch, saver: Saver) -> Ticket:
     if found:
         weight_files.load_weights(found[0] / "weights", model)
     engine = job.engine(model)
-    discovery = Discovery(engine, config, job.table)
+    discovery = Discovery(engine, config, job.table, job.key("random fraction"))
     if found:
         discovery.restore(checkpoint.load_state(found[0], engine, None, found[1]), found[1])
         _say(f"resuming discovery after update {discovery.step:,}")

@@ -19,7 +19,7 @@ ROWS = (
     ("optim",),
     ("train",),
     ("finetune", "release", "plots"),
-    ("summary",),
+    ("summary", "audit"),
     ("launcher",),
 )
 FREE_FOR_ALL = {"errors", "progress", "__version__"}  # any row may import these

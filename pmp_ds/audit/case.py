@@ -1,0 +1,180 @@
+"""What an audit looks at: the release, what the attacker is assumed to have, and the answer.
+
+Scores are compared on a sample of the elements (all of them in small models), spread evenly over
+the global element order, so that the audit of a large release stays short.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from pmp_ds.config import Config
+from pmp_ds.data.arrow_store import Store
+from pmp_ds.errors import UserError
+from pmp_ds.ticket.mask import ParamMask
+
+SAMPLE = 1 << 21  # elements
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A Hugging Face folder of safetensors; ``shapes`` are the model's, in its own order."""
+
+    folder: Path
+    config: PreTrainedConfig
+    shapes: Mapping[str, tuple[int, ...]]
+    embeddings: frozenset[str]
+    """Input and output embeddings."""
+
+    handles: Mapping[str, Any]
+    """The open file of each tensor, others than the model's included."""
+
+    @classmethod
+    def open(cls, folder: Path) -> "Weights":
+        """Raises UserError when it is no such folder or lacks a parameter."""
+        config = _config(folder)
+        handles: dict[str, Any] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            try:
+                handle = safe_open(path, "pt")
+                handles.update(dict.fromkeys(handle.keys(), handle))
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{path} is damaged ({error}): export it again") from error
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
+        for name, shape in shapes.items():
+            if name not in handles:
+                raise UserError(f"{folder} lacks {name}: it is no whole release")
+            found = tuple(handles[name].get_slice(name).get_shape())
+            if found != shape:
+                raise UserError(
+                    f"{folder}: {name} has shape {found} and its config.json needs {shape}"
+                )
+        return cls(folder, config, shapes, _embeddings(model), handles)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """As stored."""
+        found: torch.Tensor = self.handles[name].get_tensor(name)
+        return found
+
+    @property
+    def num_params(self) -> int:
+        return sum(torch.Size(shape).numel() for shape in self.shapes.values())
+
+    def model(self) -> PreTrainedModel:
+        """The model with these weights, fp32 on CPU."""
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+        with torch.no_grad():
+            for name, param in model.named_parameters():
+                param.copy_(self.tensor(name))
+        return model
+
+
+def _config(folder: Path) -> PreTrainedConfig:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is no release: it has no config.json")
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise UserError(f"{folder / 'config.json'} is not readable: {error}") from error
+
+
+def _embeddings(model: nn.Module) -> frozenset[str]:
+    inside = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    known = {id(weight) for weight in [*inside, *([head.weight] if head is not None else [])]}
+    return frozenset(name for name, param in model.named_parameters() if id(param) in known)
+
+
+@dataclass(frozen=True)
+class Shadow:
+    """The attacker's own run of the same recipe, whose ticket he knows."""
+
+    weights: Weights
+    mask: ParamMask
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """The release under attack and all that was given for it."""
+
+    release: Weights
+    mask: ParamMask | None = None
+    config: Config | None = None
+    base: Weights | None = None
+    derivative: Weights | None = None
+    text: Store | None = None
+    shadow: Shadow | None = None
+    seeds: range = range(1 << 32)
+    seconds: float = 15.0
+    """Longest search or training of one attack."""
+
+    sample_size: int = SAMPLE
+
+    def __post_init__(self) -> None:
+        shapes = dict(self.release.shapes)
+        others: dict[str, Weights | ParamMask | None] = {
+            "the ticket": self.mask,
+            "--base": self.base,
+            "--derivative": self.derivative,
+        }
+        if self.shadow is not None:
+            others |= {"--shadow": self.shadow.weights, "its ticket": self.shadow.mask}
+        for what, other in others.items():
+            if other is not None and dict(other.shapes) != shapes:
+                raise UserError(
+                    f"{what} is of another model than the release {self.release.folder}: names or "
+                    "shapes of their parameters differ"
+                )
+
+    def positions(self, name: str) -> torch.Tensor:
+        """(n,) int64: the sampled elements of a parameter, row-major, ascending."""
+        numel = torch.Size(self.release.shapes[name]).numel()
+        stride = max(1, -(-self.release.num_params // self.sample_size))
+        if stride == 1:
+            return torch.arange(numel)
+        generator = torch.Generator().manual_seed(numel)
+        first = torch.arange(0, numel, stride)
+        jitter = torch.randint(stride, first.shape, generator=generator)
+        return (first + jitter).clamp_(max=numel - 1)
+
+    def gather(self, tensor: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        """(n,) fp32: the sampled elements of ``tensor(name)`` of every parameter, in order."""
+        parts = [tensor(n).reshape(-1)[self.positions(n)].float() for n in self.release.shapes]
+        return torch.cat(parts)
+
+    def sizes(self) -> list[int]:
+        """Sampled elements of each parameter."""
+        return [len(self.positions(name)) for name in self.release.shapes]
+
+    def labels(self, mask: ParamMask) -> torch.Tensor:
+        """(n,) bool: which sampled elements are in the ticket."""
+        return self.gather(mask.full) > 0.5
+
+    def outside_embeddings(self) -> torch.Tensor:
+        """(n,) bool."""
+        flags = [name not in self.release.embeddings for name in self.release.shapes]
+        return torch.tensor(flags).repeat_interleave(torch.tensor(self.sizes()))
+
+    def by_tensor(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores as ranks inside their tensor, for a recipe in which every tensor keeps the same
+        share (``mask.quota: per_tensor``); otherwise unchanged."""
+        if self.config is None or self.config.mask.quota != "per_tensor":
+            return scores
+        return torch.cat([_percentiles(part) for part in scores.split(self.sizes())])
+
+
+def _percentiles(scores: torch.Tensor) -> torch.Tensor:
+    if len(scores) == 0 or bool((scores == scores[0]).all()):
+        return torch.ones_like(scores)
+    ranks = torch.empty_like(scores)
+    ranks[scores.argsort()] = torch.arange(len(scores), dtype=scores.dtype) / len(scores)
+    return ranks

@@ -1,0 +1,41 @@
+"""How well scores tell the ticket from the rest: AUC, and IoU at the true density."""
+
+import torch
+
+
+def auc(scores: torch.Tensor, labels: torch.Tensor) -> float | None:
+    """Chance that a kept element scores above another, ties half: (n,) float, (n,) bool. None when
+    one of the two kinds is missing."""
+    num_kept = int(labels.sum())
+    num_rest = labels.numel() - num_kept
+    if not num_kept or not num_rest:
+        return None
+    kept, rest = _counts(scores, labels)
+    above = rest.cumsum(0) - rest
+    won = (kept.double() * (above.double() + 0.5 * rest.double())).sum()
+    return float(won / (num_kept * num_rest))
+
+
+def recovered_iou(scores: torch.Tensor, labels: torch.Tensor) -> float:
+    """IoU of the ticket with as many highest scores; of ties, the expected share."""
+    k = int(labels.sum())
+    kept, rest = _counts(scores, labels)
+    kept, rest = kept.flip(0), rest.flip(0)
+    sizes = (kept + rest).double()
+    taken = (k - (sizes.cumsum(0) - sizes)).clamp(min=0).minimum(sizes)
+    common = float((taken * kept.double() / sizes).sum())
+    return common / (2 * k - common) if k else 1.0
+
+
+def chance_iou(labels: torch.Tensor) -> float:
+    """Expected IoU of the ticket with a uniform mask of its density."""
+    density = float(labels.double().mean())
+    return density / (2.0 - density)
+
+
+def _counts(scores: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each distinct score, ascending: how many kept elements have it, and how many others."""
+    _, group = scores.unique(return_inverse=True)
+    num_groups = int(group.max()) + 1 if group.numel() else 0
+    kept = torch.bincount(group[labels], minlength=num_groups)
+    return kept, torch.bincount(group, minlength=num_groups) - kept

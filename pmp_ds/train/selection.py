@@ -1,0 +1,131 @@
+"""Which elements a candidate mask keeps under ``mask.quota`` and ``mask.random_fraction``.
+
+Elements compete in *pools*: all parameters together (`global`), or each for itself (`per_tensor`,
+with a share of k in proportion to its size). What is always trained is a pool that is kept whole.
+In any other pool of k elements the floor(random_fraction x k) highest of a keyed uniform draw are
+kept whatever they score, the rest by score. Both make a mask harder to guess: docs/SECURITY.md.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+
+from pmp_ds.config import MaskConfig
+from pmp_ds.errors import UserError
+from pmp_ds.model.parameters import ParamInfo, num_params
+from pmp_ds.model.stream import uniforms
+from pmp_ds.optim.zero_shards import Fragment
+from pmp_ds.ticket.mask import unpack
+from pmp_ds.ticket.ticket import exact_k
+from pmp_ds.ticket.topk import select_top_k
+
+_CHUNK = 1 << 20  # elements drawn at once: 8 MiB of float64
+
+
+@dataclass(frozen=True)
+class _Pool:
+    members: list[int]  # indices of this rank's fragments
+    k: int  # kept, over all ranks
+    num_drawn: int  # of them without regard to their score
+
+
+class Selector:
+    """Draws candidates of exactly k elements over all ranks; the same for any sharding."""
+
+    def __init__(
+        self,
+        fragments: Sequence[Fragment],
+        table: Sequence[ParamInfo],
+        config: MaskConfig,
+        key: bytes,  # 32 bytes; used when random_fraction > 0
+        *,
+        replicated: bool = False,  # every rank holds all fragments
+    ) -> None:
+        """Collective when ``random_fraction`` is not 0. Raises UserError when the parameters that
+        are always trained leave no room for others."""
+        infos = {info.name: info for info in table}
+        self._fragments, self._replicated = fragments, replicated
+        self._starts = [infos[f.name].start + f.start for f in fragments]
+        self._pools = [self._pool(*share) for share in _shares(table, config)]
+        self._drawn: list[torch.Tensor] | None = None  # packed bits of each fragment
+        if config.random_fraction > 0.0:
+            draws = [
+                _uniform(key, start, f.numel)
+                for f, start in zip(fragments, self._starts, strict=True)
+            ]
+            self._drawn = self._top(draws, [pool.num_drawn for pool in self._pools])
+
+    def select(self, scores: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Packed masks (ticket/mask.py) of the fragments, whose ``scores`` are (numel,) each and
+        rank by magnitude. Collective; raises UserError as ``select_top_k`` does."""
+        if self._drawn is not None:
+            scores = [_lifted(s, bits) for s, bits in zip(scores, self._drawn, strict=True)]
+        return self._top(scores, [pool.k for pool in self._pools])
+
+    def _pool(self, names: set[str], k: int, num_drawn: int) -> _Pool:
+        return _Pool([i for i, f in enumerate(self._fragments) if f.name in names], k, num_drawn)
+
+    def _top(self, scores: Sequence[torch.Tensor], counts: Sequence[int]) -> list[torch.Tensor]:
+        """The ``counts[i]`` highest of pool i."""
+        bits: list[torch.Tensor] = [torch.empty(0)] * len(scores)
+        for pool, count in zip(self._pools, counts, strict=True):
+            found = select_top_k(
+                [scores[i] for i in pool.members],
+                [self._starts[i] for i in pool.members],
+                [self._fragments[i].name for i in pool.members],
+                count,
+                replicated=self._replicated,
+            )
+            for i, packed in zip(pool.members, found, strict=True):
+                bits[i] = packed
+        return bits
+
+
+def _shares(table: Sequence[ParamInfo], config: MaskConfig) -> list[tuple[set[str], int, int]]:
+    """Of each pool: the parameters, how many elements it keeps, and how many of them are drawn."""
+    total = num_params(table)
+    k = exact_k(config.density, total)
+    whole = {i.name: i.numel for i in table if config.always_train and i.constant}
+    ranked = {i.name: i.numel for i in table if i.name not in whole}
+    num_whole = sum(whole.values())
+    if not 0 <= k - num_whole <= sum(ranked.values()):
+        raise UserError(
+            f"the ticket keeps k={k} elements, but {num_whole} of {total} are always trained "
+            "(mask.always_train): choose a mask.density that leaves room, or switch "
+            "mask.always_train off"
+        )
+    if config.quota == "global":
+        shares = [(set(ranked), k - num_whole)]
+    else:
+        shares = [({name}, n) for name, n in proportional(k - num_whole, ranked).items()]
+    fraction = Fraction(repr(config.random_fraction))  # the decimal that the user wrote
+    pools = [(names, n, int(fraction * n)) for names, n in shares]
+    return [(set(whole), num_whole, 0), *pools] if whole else pools
+
+
+def proportional(k: int, sizes: Mapping[str, int]) -> dict[str, int]:
+    """``k`` shared in proportion to ``sizes``: rounded down, and what is left over one by one to
+    the largest remainders, ties in order. No share exceeds its size when k <= sum of sizes."""
+    total = sum(sizes.values())
+    shares = {name: k * size // total for name, size in sizes.items()}
+    rest = sorted(sizes, key=lambda name: -(k * sizes[name] % total))  # stable: ties in order
+    for name in rest[: k - sum(shares.values())]:
+        shares[name] += 1
+    return shares
+
+
+def _uniform(key: bytes, start: int, numel: int) -> torch.Tensor:
+    """(numel,) fp32 on CPU: the draws of global elements ``start .. start + numel``."""
+    parts = [
+        torch.from_numpy(uniforms(key, low, min(_CHUNK, start + numel - low))).float()
+        for low in range(start, start + numel, _CHUNK)
+    ]
+    return torch.cat(parts) if parts else torch.empty(0)
+
+
+def _lifted(score: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+    """A copy whose drawn elements rank above all others; what is not finite stays so."""
+    drawn = unpack(bits.to(score.device), score.numel())
+    return score.masked_fill(drawn & score.isfinite(), torch.finfo(score.dtype).max)
