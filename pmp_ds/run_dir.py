@@ -2,7 +2,7 @@
 
     runs/NAME/config.yaml  data.json  tokenizer/  metrics.jsonl  tensorboard/  plots/  stacks/
     runs/NAME/release/     the only folder that leaves
-    runs/NAME/private/     ticket/  init/  checkpoints/           0700, files 0600
+    runs/NAME/private/     ticket/  init/  checkpoints/  ledger.jsonl      0700, files 0600
 """
 
 import contextlib
@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+LEDGER = "ledger.jsonl"
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,11 @@ class RunDir:
     @property
     def checkpoints(self) -> Path:
         return self.private / "checkpoints"
+
+    @property
+    def ledger(self) -> Path:
+        """What has left of this run."""
+        return self.private / LEDGER
 
     def create(self) -> None:
         """Make the folders; the private ones are readable by their owner alone from the start."""
