@@ -6,7 +6,7 @@ import torch
 
 from pmp_ds.audit.attack import Attack, Finding
 from pmp_ds.audit.case import Case
-from pmp_ds.release.metadata import TOKENIZER_FILES
+from pmp_ds.release.tokenizer_files import TOKENIZER_FILES
 
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _ALLOWED = {
