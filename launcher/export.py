@@ -1,29 +1,49 @@
 """Turn a run into a mask-free Hugging Face folder.
 
     python launcher/export.py --run runs/demo
-    python launcher/export.py --run runs/demo --checkpoint 500 --out /tmp/step-500
     python launcher/export.py --run runs/demo --prompt "def main("
+    python launcher/export.py --run runs/demo --checkpoint 500 --private --out /tmp/step-500
+    python launcher/export.py --check runs/demo/release
+    python launcher/export.py --derivative tuned --base runs/demo/release \\
+        --ticket runs/demo/private/ticket --store tokenized_data/demo --out tuned-release
 
 The folder holds dense weights, config, tokenizer, model card and SHA256SUMS, and nothing that
-names the ticket. It has been loaded in a fresh process before it gets its name.
+names the ticket. It has been loaded in a fresh process before it gets its name. What has left is
+remembered in private/ledger.jsonl: a second revision would show the mask, and is refused.
 """
 
 import argparse
 import datetime
+import re
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pmp_ds.cli import PlainParser
 from pmp_ds.errors import UserError, exit_code
-from pmp_ds.run_dir import RunDir, make_private
-from pmp_ds.train.run_facts import export_facts, load_config
+from pmp_ds.run_dir import LEDGER, RunDir, make_private
+from pmp_ds.train.run_facts import export_facts, load_config, read_data
+
+if TYPE_CHECKING:
+    from pmp_ds.release.export import ExportSummary
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = PlainParser("export.py", __doc__)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--run", type=Path, metavar="FOLDER", help="a run's folder, runs/NAME")
+    what.add_argument(
+        "--derivative",
+        type=Path,
+        metavar="FOLDER",
+        help="a Hugging Face folder, fine-tuned from --base with --ticket: its frozen elements "
+        "get changes like the ticket's, so that the two together do not show the mask",
+    )
+    what.add_argument(
+        "--check", type=Path, metavar="FOLDER", help="only hold a finished folder against the list"
+    )
     add = parser.add_argument
-    add("--run", type=Path, required=True, metavar="FOLDER", help="a run's folder, runs/NAME")
     add(
         "--checkpoint",
         default="latest",
@@ -32,10 +52,25 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "(private, for research; needs --out). Default: latest",
     )
     add("--out", type=Path, metavar="FOLDER", help="a new folder. Default: runs/NAME/release")
-    add("--dtype", choices=("bf16", "fp32"), default="bf16", help="fp32: only of fp32 runs")
+    add("--private", action="store_true", help="not to leave: 0700, any update, not in the ledger")
+    add(
+        "--dtype", choices=("bf16", "fp16", "fp32"), default="bf16",
+        help="fp32: only of fp32 runs; fp16: of fp16 or fp32 runs",
+    )  # fmt: skip
     add("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file, such as 5GB")
     add("--license", metavar="ID", help="licence for the model card, such as apache-2.0")
+    add("--sign", type=Path, metavar="PEM", help="private key: sign the folder (extra `sign`)")
     add("--prompt", metavar="TEXT", help="let the release continue TEXT at the end")
+    add("--base", type=Path, metavar="FOLDER", help="of --derivative: the release it came from")
+    add("--ticket", type=Path, metavar="FOLDER", help="of --derivative: the ticket it was given")
+    add("--store", type=Path, help="of --derivative: measure the loss on its validation blocks")
+    add("--blocks", type=int, default=64, metavar="N", help="of --store. Default: 64")
+    add(
+        "--another-revision",
+        metavar="REASON",
+        help="let a second release of the same initial weights or an intermediate one leave, "
+        "although it can show the mask; REASON goes into the ledger",
+    )
     add(
         "--allow-public-mask",
         action="store_true",
@@ -47,20 +82,52 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    if args.check is not None:
+        from pmp_ds.release.allow_list import require_clean
+
+        require_clean(args.check)
+        print(f"{args.check}: nothing in it but what a release may hold")
+        return
+    if args.sign is not None:
+        from pmp_ds.release.signing import require_signing
+
+        require_signing(args.sign)
+    summary = _export_run(args) if args.run is not None else _export_derivative(args)
+    print(
+        f"{summary.out}: {summary.num_params:,} parameters, {summary.total_bytes / 1e6:,.1f} MB "
+        f"in {summary.dtype}, {len(summary.files)} files"
+    )
+    same = "the same logits" if summary.logits_difference == 0 else "logits within rounding"
+    print(f"loaded in a fresh process without pmp_ds: same bytes, {same}")
+    if args.checkpoint == "init" or args.private:
+        print(
+            "warning: these weights and those of another update together are the mask: keep them "
+            "private",
+            file=sys.stderr,
+        )
+    if args.prompt is not None:
+        from pmp_ds.release.export import generate_sample
+
+        print(generate_sample(summary.out, args.prompt))
+
+
+def _export_run(args: argparse.Namespace) -> "ExportSummary":
     run = RunDir(args.run)
-    _check(args, run)
+    _check_run(args, run)
     initial = args.checkpoint == "init"
+    private = initial or args.private
     config = load_config(run)
     public = config.init.seed is not None and config.mask.source != "none"
-    if public and not (args.allow_public_mask or initial):
+    if public and not (args.allow_public_mask or private):
         raise UserError(
             f"{args.run} started from the public seed init.seed, so anyone can compute its mask: "
             "train with init.seed unset, or pass --allow-public-mask to release it as it is"
         )
     # Slow imports come after the quick checks.
-    from pmp_ds.release.export import export, generate_sample, require_absent
+    from pmp_ds.release.export import export, require_absent
+    from pmp_ds.release.ledger import Claim
     from pmp_ds.release.model_card import CardFacts
-    from pmp_ds.train import plain_weights
+    from pmp_ds.train import plain_weights, theta0
 
     out = args.out or run.release
     require_absent(out)
@@ -72,51 +139,100 @@ def main(argv: list[str] | None = None) -> None:
         else:
             step = None if args.checkpoint == "latest" else int(args.checkpoint)
             weights = plain_weights.of_checkpoint(run, step)
-        card = CardFacts(
-            **export_facts(run, weights.updates, weights.val_loss),
-            date=datetime.datetime.now(datetime.UTC).date().isoformat(),
-            license=args.license,
-        )
-        summary = export(
+        facts = export_facts(run, weights.updates, weights.val_loss)
+        card = CardFacts(**facts, date=_today(), license=args.license)
+        claim = None
+        if config.mask.source != "none" and not (public or private):
+            claim = Claim(
+                path=run.ledger,
+                lineage=theta0.lineage(run),
+                kind="final" if weights.updates >= config.train.steps else "intermediate",
+                updates=weights.updates,
+                date=card.date,
+                reason=args.another_revision,
+            )
+        return export(
             weights.folder,
             out,
             tokenizer_dir=run.tokenizer,
             card=card,
-            dtype=args.dtype,
-            max_shard_size=args.max_shard_size,
-            private=initial,
+            private=private,
+            vocab_size=read_data(run).vocab_size,
+            claim=claim,
+            **_form(args),
         )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    print(
-        f"{summary.out}: {summary.num_params:,} parameters, {summary.total_bytes / 1e6:,.1f} MB "
-        f"in {summary.dtype}, {len(summary.files)} files"
-    )
-    same = "the same logits" if summary.logits_difference == 0 else "logits within rounding"
-    print(f"loaded in a fresh process without pmp_ds: same bytes, {same}")
-    if initial:
-        print(
-            "warning: these initial weights and the trained ones together are the mask: keep them "
-            "private",
-            file=sys.stderr,
+
+
+def _export_derivative(args: argparse.Namespace) -> "ExportSummary":
+    for flag in ("base", "ticket", "out"):
+        if getattr(args, flag) is None:
+            raise UserError(f"--derivative needs --{flag}")
+    from pmp_ds.release.export import export, require_absent
+    from pmp_ds.release.ledger import Claim, lineage_of, read
+    from pmp_ds.release.model_card import DerivativeFacts
+    from pmp_ds.release.source import open_source
+    from pmp_ds.train.derivative import loss_on, write_dithered
+
+    require_absent(args.out)
+    ledger = args.ticket.resolve().parent / LEDGER
+    base = open_source(args.base)
+    lineage = lineage_of(read(ledger), base.digest())
+    base.close()
+    title = re.search(r"^# (.+)$", (args.base / "README.md").read_text("utf-8"), re.MULTILINE)
+    name = title[1] if title else args.base.resolve().name
+    tokenizer = args.derivative if list(args.derivative.glob("tokenizer.*")) else args.base
+    with tempfile.TemporaryDirectory(dir=args.ticket, prefix=".dither-") as scratch:
+        weights = Path(scratch) / "weights"
+        write_dithered(args.derivative, args.base, args.ticket, weights)
+        if args.store is None:
+            print("what the dither costs in loss was not measured: name a --store")
+        else:
+            before, after = (
+                loss_on(folder, args.store, args.blocks) for folder in (args.derivative, weights)
+            )
+            print(
+                f"dither: {before:.4f} -> {after:.4f} nats per token ({after - before:+.4f}) on "
+                f"{args.blocks} validation blocks of {args.store}"
+            )
+        today = _today()
+        card = DerivativeFacts(name=args.out.name, base=name, date=today, license=args.license)
+        claim = Claim(
+            path=ledger, lineage=lineage, kind="derivative", updates=None, date=today,
+            reason=args.another_revision,
+        )  # fmt: skip
+        return export(
+            weights, args.out, tokenizer_dir=tokenizer, card=card, claim=claim, **_form(args)
         )
-    if args.prompt is not None:
-        print(generate_sample(out, args.prompt))
 
 
-def _check(args: argparse.Namespace, run: RunDir) -> None:
+def _form(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "dtype": args.dtype,
+        "max_shard_size": args.max_shard_size,
+        "signing_key": args.sign,
+    }
+
+
+def _today() -> str:
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
+
+
+def _check_run(args: argparse.Namespace, run: RunDir) -> None:
     if not run.private.is_dir():
         raise UserError(f"--run {args.run} is not a run: {run.private} does not exist")
     make_private(run.private)
     which = args.checkpoint
     if which not in ("latest", "init") and not which.isdecimal():
         raise UserError(f"--checkpoint {which} is neither `latest`, an update's number, nor `init`")
-    if which == "init":
+    if which == "init" or args.private:
+        given = "--private" if args.private else "--checkpoint init"
         release = run.release.resolve()
         if args.out is None:
             raise UserError(
-                "--checkpoint init needs --out: initial weights beside a release show its mask, "
-                "so they never go to the release folder by default"
+                f"{given} needs --out: such weights beside a release show its mask, so they never "
+                "go to the release folder by default"
             )
         target = args.out.resolve()
         if target == release or release in target.parents:

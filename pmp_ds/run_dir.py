@@ -2,7 +2,7 @@
 
     runs/NAME/config.yaml  data.json  tokenizer/  metrics.jsonl  tensorboard/  plots/  stacks/
     runs/NAME/release/     the only folder that leaves
-    runs/NAME/private/     ticket/  init/  checkpoints/  vault/   0700, files 0600
+    runs/NAME/private/     ticket/  init/  checkpoints/  vault/  ledger.jsonl   0700, files 0600
 """
 
 import contextlib
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from pmp_ds.errors import UserError
+
+LEDGER = "ledger.jsonl"
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,11 @@ class RunDir:
     def vault(self) -> Path:
         """Which sealed copies of the ticket went to whom."""
         return self.private / "vault"
+
+    @property
+    def ledger(self) -> Path:
+        """What has left of this run."""
+        return self.private / LEDGER
 
     def create(self) -> None:
         """Make the folders; the private ones are readable by their owner alone from the start."""

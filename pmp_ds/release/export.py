@@ -1,13 +1,13 @@
 """Plain private weights in, a mask-free Hugging Face folder out.
 
     release/  model.safetensors (or shards and an index)  config.json  generation_config.json
-              tokenizer files  README.md  SHA256SUMS
+              tokenizer files  README.md  SHA256SUMS  (model.sig)
 
-Nothing else is ever written there. The folder is built as ``release.incomplete``, read back,
-loaded in a fresh process that has no pmp_ds, and only then gets its name.
+Nothing else is ever written there. The folder is built as ``release.incomplete``, read back, held
+against the allow-list, loaded in a fresh process that has no pmp_ds, and only then gets its name.
 """
 
-import hashlib
+import datetime
 import os
 import shutil
 import tempfile
@@ -16,23 +16,27 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
 
 from pmp_ds.errors import UserError
 from pmp_ds.progress import Progress
-from pmp_ds.release.metadata import as_json, copy_tokenizer, generation_config, release_config
-from pmp_ds.release.model_card import CardFacts, render
+from pmp_ds.release.allow_list import SUMS_FILE, require_clean, sha256
+from pmp_ds.release.ledger import Claim
+from pmp_ds.release.metadata import generation_config, release_config
+from pmp_ds.release.model_card import CardFacts, DerivativeFacts, render
+from pmp_ds.release.signing import sign
 from pmp_ds.release.source import INDEX_FILE, SINGLE_FILE, Source, open_source
-from pmp_ds.release.verify import run_alone, verify_bytes, verify_reload
+from pmp_ds.release.tensor_file import write_tensors
+from pmp_ds.release.tokenizer_files import as_json, copy_tokenizer
+from pmp_ds.release.verify import run_alone, verify_reload
 from pmp_ds.run_dir import fsync_dir
 
-ReleaseDtype = Literal["bf16", "fp32"]
-_TORCH = {"bf16": torch.bfloat16, "fp32": torch.float32}
+ReleaseDtype = Literal["bf16", "fp16", "fp32"]
+_TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-_ROUNDED_SHARE = 0.01  # of a matrix; by chance 2^-16 of fp32 numbers have 16 low bits of zero
+_ROUNDED_SHARE = 0.01  # of a matrix; by chance 2^-13 of fp32 numbers have 13 low bits of zero
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ExportSummary:
     """What was released."""
 
@@ -54,32 +58,41 @@ def export(
     out: Path,
     *,
     tokenizer_dir: Path,
-    card: CardFacts,
+    card: CardFacts | DerivativeFacts,
     dtype: ReleaseDtype = "bf16",
     max_shard_size: str | int = "5GB",
     private: bool = False,
+    vocab_size: int | None = None,
+    claim: Claim | None = None,
+    signing_key: Path | None = None,
 ) -> ExportSummary:
     """Release ``weights`` (a folder as in source.py) as the new folder ``out``.
 
-    The default dtype is bf16 whatever the run's. fp32 is refused for bf16 weights: their low 16
-    bits would be zero exactly where training changed nothing. At most one shard of
-    ``max_shard_size`` (bytes, or as `500MB`, `5GB`) is in memory while writing, and one copy of
-    the model in ``dtype`` while checking. With ``private`` the folder is 0700.
+    The default dtype is bf16 whatever the run's; another is refused where a part of the weights
+    was ever rounded otherwise, since its low bits would show which. Embeddings are cut to
+    ``vocab_size`` tokens. One parameter is in memory while writing, before and after its
+    conversion, and one copy of the model in ``dtype`` while checking. With ``private`` the folder
+    is 0700. A ``claim`` is held against its ledger first and recorded there before ``out``
+    appears. ``signing_key`` is a PEM file.
 
-    Raises UserError for an existing ``out``, unusable weights or tokenizer, or a refused dtype;
-    RuntimeError when the check fails. On any error nothing is left.
+    Raises UserError for an existing ``out``, unusable weights or tokenizer, a refused dtype or
+    claim, a breach of the allow-list; RuntimeError when a check fails. On any error nothing is
+    left.
     """
     require_absent(out)
     limit = shard_bytes(max_shard_size)
-    source = open_source(weights)
-    if dtype == "fp32":
-        _refuse_rounded(source)
+    source = open_source(weights, vocab_size)
+    digest = _digest(source)
+    if claim is not None:
+        claim.check(digest)
+    if dtype != "bf16":
+        _refuse_rounded(source, dtype)
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = out.with_name(out.name + ".incomplete")
     shutil.rmtree(staging, ignore_errors=True)  # of an export that was killed
     staging.mkdir(mode=0o700 if private else 0o755)
     try:
-        files = _write_weights(source, staging, dtype, limit)
+        sums = _write_weights(source, staging, dtype, limit)
         config = release_config(source.config, str(_TORCH[dtype]).removeprefix("torch."))
         readme = render(card, config, source.num_params, dtype)
         (staging / "config.json").write_text(as_json(config), encoding="utf-8")
@@ -87,12 +100,18 @@ def export(
         (staging / "generation_config.json").write_text(generation, encoding="utf-8")
         copy_tokenizer(tokenizer_dir, staging)
         (staging / "README.md").write_text(readme, encoding="utf-8")
-        verify_bytes(source, staging, files, _TORCH[dtype])
         difference = verify_reload(source, staging, _TORCH[dtype])
-        names = _seal(staging, private)
+        _write_sums(staging, sums)
+        if signing_key is not None:
+            sign(staging, signing_key)
+        names = _seal(staging, private, card.date)
+        require_clean(staging)
+        if claim is not None:
+            claim.record(digest, _released_digest(staging, source, digest, dtype), dtype)
         os.replace(staging, out)
         fsync_dir(out.parent)
     finally:
+        source.close()
         shutil.rmtree(staging, ignore_errors=True)
     return ExportSummary(
         out=out,
@@ -140,48 +159,70 @@ def shard_bytes(size: str | int) -> int:
     return int(number) * _UNITS[unit]
 
 
-def _refuse_rounded(source: Source) -> None:
-    """fp32 may leave only when no part of it was ever rounded to bf16."""
-    if source.dtype != torch.float32:
+def _digest(source: Source) -> str:
+    """Reads all weights once, so that what is not finite is found before anything is written."""
+    with Progress("weights", "element", source.num_params, scale=True) as bar:
+        return source.digest(bar.update)
+
+
+def _released_digest(folder: Path, source: Source, digest: str, dtype: ReleaseDtype) -> str:
+    if source.dtype == _TORCH[dtype]:
+        return digest
+    released = open_source(folder)
+    try:
+        return released.digest()
+    finally:
+        released.close()
+
+
+def _refuse_rounded(source: Source, dtype: ReleaseDtype) -> None:
+    """fp32 or fp16 may leave only when no part of the weights was rounded to 16 bits on the way."""
+    stored = next(short for short, found in _TORCH.items() if found == source.dtype)
+    if stored not in (dtype, "fp32"):
         raise UserError(
-            f"dtype=fp32 is refused: {source.folder} holds bf16 weights. In fp32 their low bits "
-            "would show which parameters were trained: export bf16"
+            f"dtype={dtype} is refused: {source.folder} holds {stored} weights, and in {dtype} "
+            "their low bits could show which parameters were trained: export bf16"
         )
-    for name in source.names:
+    if stored != "fp32":
+        return
+    for name in source.shapes:
         bits = source.tensor(name, torch.float32).view(torch.int32)
-        rounded = ((bits & 0xFFFF) == 0) & (bits != 0)
+        rounded = ((bits & 0x1FFF) == 0) & (bits != 0)  # fp16 has 13 bits less, bf16 has 16
         if bits.ndim > 1 and int(rounded.sum()) > 1 + _ROUNDED_SHARE * bits.numel():
             raise UserError(
-                f"dtype=fp32 is refused: a part of {source.folder} was rounded to bf16 once, and "
-                "fp32 would show which: export bf16"
+                f"dtype={dtype} is refused: a part of {source.folder} was rounded to 16 bits once, "
+                f"and {dtype} would show which: export bf16"
             )
 
 
 def _write_weights(
     source: Source, folder: Path, dtype: ReleaseDtype, limit: int
-) -> dict[str, str]:  # tensor -> file
-    """Greedy shards in the model's order, with at most one in memory."""
+) -> dict[str, str]:  # file -> sha256
+    """Greedy shards in the model's order, one parameter in memory at a time."""
     itemsize = _TORCH[dtype].itemsize
     shards: list[list[str]] = [[]]
     size = 0
-    for name in source.names:
-        nbytes = source.sizes[name] * itemsize
+    for name in source.shapes:
+        nbytes = source.numel(name) * itemsize
         if shards[-1] and size + nbytes > limit:
             shards.append([])
             size = 0
         shards[-1].append(name)
         size += nbytes
+    sums: dict[str, str] = {}
     files: dict[str, str] = {}
-    with Progress("export", "tensor", len(source.names)) as bar:
+    with Progress("export", "element", source.num_params, scale=True) as bar:
+
+        def tensor(name: str) -> torch.Tensor:
+            bar.update(source.numel(name))
+            return source.tensor(name, _TORCH[dtype])
+
         for number, names in enumerate(shards, start=1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             if len(shards) == 1:
                 file = SINGLE_FILE
-            tensors: dict[str, torch.Tensor] = {}
-            for name in names:
-                tensors[name] = source.tensor(name, _TORCH[dtype])
-                bar.update()
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+            shapes = {name: source.shapes[name] for name in names}
+            sums[file] = write_tensors(folder / file, shapes, _TORCH[dtype], tensor)
             files |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {
@@ -189,21 +230,28 @@ def _write_weights(
             "weight_map": files,
         }
         (folder / INDEX_FILE).write_text(as_json(index), encoding="utf-8")
-    return files
+    return sums
 
 
-def _seal(folder: Path, private: bool) -> tuple[str, ...]:
-    """Write SHA256SUMS, set file modes and flush everything; the sorted names in ``folder``."""
+def _write_sums(folder: Path, written: dict[str, str]) -> None:
+    """SHA256SUMS of the files as they are; those of ``written`` must be what was written."""
+    lines = []
+    for path in sorted(folder.iterdir()):
+        digest = sha256(path)
+        if written.get(path.name, digest) != digest:
+            raise RuntimeError(f"{path} was read back otherwise than written")
+        lines.append(f"{digest}  {path.name}\n")
+    (folder / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
+
+
+def _seal(folder: Path, private: bool, date: str) -> tuple[str, ...]:
+    """Set modes and the day as time, flush everything; the sorted names in ``folder``."""
+    day = datetime.datetime.fromisoformat(date).replace(tzinfo=datetime.UTC).timestamp()
     names = sorted(path.name for path in folder.iterdir())
-    sums = []
-    for name in names:
-        with open(folder / name, "rb") as file:
-            sums.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
-    (folder / "SHA256SUMS").write_text("".join(sums), encoding="utf-8")
-    names = sorted([*names, "SHA256SUMS"])
     for name in names:
         path = folder / name
         path.chmod(0o600 if private else 0o644)
+        os.utime(path, (day, day))
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     fsync_dir(folder)

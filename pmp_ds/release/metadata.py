@@ -1,34 +1,13 @@
-"""The small files of a release, each key and file by allow-list: what is not named stays behind."""
+"""config.json and generation_config.json of a release, each key by allow-list."""
 
-import json
 import os
-import shutil
-from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from pmp_ds.errors import UserError
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-)
-_VOCABULARIES = TOKENIZER_FILES[:2]
-# Where a tokenizer was once read from: of no use elsewhere, and it names somebody's folders.
-_TOKENIZER_PRIVATE = {
-    "auto_map",
-    "cache_dir",
-    "local_files_only",
-    "name_or_path",
-    "special_tokens_map_file",
-    "tokenizer_file",
-    "vocab_file",
-}
+from pmp_ds.release.allow_list import config_keys
 
 
 def release_config(config: PreTrainedConfig, dtype: str) -> dict[str, Any]:
@@ -36,8 +15,7 @@ def release_config(config: PreTrainedConfig, dtype: str) -> dict[str, Any]:
 
     Raises UserError when a value looks like a path.
     """
-    own = {field.name for field in fields(type(config))}
-    own -= {field.name for field in fields(PreTrainedConfig)}
+    own = config_keys(type(config))
     values = {key: value for key, value in config.to_dict().items() if key in own}
     values = _without_private(values)
     _refuse_paths(values, "config.json")
@@ -57,27 +35,6 @@ def generation_config(config: PreTrainedConfig) -> dict[str, Any]:
     values["pad_token_id"] = pad if pad is not None else eos[0] if isinstance(eos, list) else eos
     values["transformers_version"] = transformers.__version__
     return {key: value for key, value in values.items() if value is not None}
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files into ``target``; raises UserError when there is no vocabulary."""
-    if not any((source / name).is_file() for name in _VOCABULARIES):
-        raise UserError(f"{source} holds no tokenizer: one of {', '.join(_VOCABULARIES)} is needed")
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    settings = target / "tokenizer_config.json"
-    if settings.is_file():
-        values = json.loads(settings.read_text(encoding="utf-8"))
-        values = {k: v for k, v in _without_private(values).items() if k not in _TOKENIZER_PRIVATE}
-        for key, value in values.items():
-            if isinstance(value, str) and value.count(os.sep) > 1 and os.path.isabs(value):
-                raise UserError(f"{source / settings.name}: {key} is a local path: remove it")
-        settings.write_text(as_json(values), encoding="utf-8")
-
-
-def as_json(value: Any) -> str:
-    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def _without_private(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """README.md of a release: what was trained on what, and what PMP does and does not promise."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,25 +43,44 @@ class CardFacts:
     """Identifier for the front matter, such as `apache-2.0`."""
 
 
-def render(facts: CardFacts, config: dict[str, Any], num_params: int, dtype: str) -> str:
+@dataclass(frozen=True, kw_only=True)
+class DerivativeFacts:
+    """What the card says about a fine-tuned model."""
+
+    name: str
+    base: str
+    """Name of the release that it was fine-tuned from."""
+
+    date: str
+    license: str | None = None
+
+
+def render(
+    facts: CardFacts | DerivativeFacts, config: dict[str, Any], num_params: int, dtype: str
+) -> str:
     """The card's Markdown with YAML front matter; ``config`` is the released config.json."""
+    secrecy = facts.secrecy if isinstance(facts, CardFacts) else "secret"
     front = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if facts.license is not None:
         front["license"] = facts.license
-    tags = ["causal-lm"] + (["pmp"] if facts.secrecy != "none" else [])
+    tags = ["causal-lm"] + (["pmp"] if secrecy != "none" else [])
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in sorted(front.items()))]
     lines += [f"tags: {json.dumps(tags)}", "---", "", f"# {facts.name}", ""]
-    lines += [_LEAD[facts.secrecy], "", "## Model", ""]
-    lines += _table(_architecture(config, num_params, dtype))
-    lines += ["", "## Training", ""]
-    lines += _table(_training(facts))
-    lines += ["", "## Data", "", facts.data_description, ""]
-    lines += [f"- {_public_source(source)}" for source in facts.dataset_sources]
-    lines += ["", "## Use", "", _USE, ""]
-    if facts.secrecy != "none":
+    if isinstance(facts, DerivativeFacts):
+        lines += [_FINE_TUNED.format(base=facts.base, date=facts.date), ""]
+    else:
+        lines += [_LEAD[secrecy], ""]
+    lines += ["## Model", "", *_table(_architecture(config, num_params, dtype)), ""]
+    if isinstance(facts, CardFacts):
+        lines += ["## Training", "", *_table(_training(facts)), "", "## Data", ""]
+        lines += [facts.data_description, ""]
+        lines += [f"- {_public_source(source)}" for source in facts.dataset_sources]
+        lines += ["", "## Evaluation", "", *_table(_evaluation(facts.val_loss)), ""]
+    lines += ["## Use", "", _USE, ""]
+    if secrecy != "none":
         lines += ["## What Private Mask Pre-Training promises, and what it does not", ""]
         lines += [_PROMISE, ""]
-        if facts.secrecy == "public":
+        if secrecy == "public":
             lines += [_PUBLIC_SEED, ""]
     return "\n".join(lines)
 
@@ -83,14 +103,22 @@ def _architecture(config: dict[str, Any], num_params: int, dtype: str) -> list[t
 
 def _training(facts: CardFacts) -> list[tuple[str, str]]:
     batch = f"{facts.global_batch_size} sequences of {facts.block_size} tokens"
-    loss = "not measured" if facts.val_loss is None else f"{facts.val_loss:.4f} nats per token"
     return [
         ("Tokens", f"{facts.tokens:,}"),
         ("Updates", f"{facts.updates:,}"),
         ("Batch", batch),
         ("Schedule", facts.schedule),
-        ("Validation loss", loss),
         ("Exported", facts.date),
+    ]
+
+
+def _evaluation(val_loss: float | None) -> list[tuple[str, str]]:
+    if val_loss is None:
+        return [("Held-out documents", "not measured")]
+    return [
+        ("Validation loss", f"{val_loss:.4f} nats per token of held-out documents"),
+        ("Perplexity", f"{math.exp(val_loss):.2f} per token"),
+        ("Anything else", "not measured"),
     ]
 
 
@@ -116,6 +144,10 @@ _LEAD = {
     "public": _PMP,
     "none": "A causal language model with ordinary pretraining: every parameter was trained.",
 }
+_FINE_TUNED = (
+    "A causal language model, fine-tuned from `{base}`, which was trained with Private Mask "
+    "Pre-Training ([PMP](https://arxiv.org/abs/2602.00446)). Exported {date}."
+)
 _USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

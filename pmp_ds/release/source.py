@@ -3,86 +3,127 @@
     weights/  config.json  model.safetensors
               or model-00001-of-0000N.safetensors ... and model.safetensors.index.json
 
-Tensors are keyed by ``named_parameters()`` names, tied weights once, all fp32 or all bf16.
+Tensors are keyed by ``named_parameters()`` names, tied weights once, all of one dtype.
 """
 
+import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pmp_ds.errors import UserError
+from pmp_ds.release.tensor_file import DTYPES, TensorFile, raw_bytes
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Opened weights; ``names`` are in the model's own order."""
+    """Opened weights, without the rows that only pad the vocabulary."""
 
     folder: Path
     config: PreTrainedConfig
-    dtype: torch.dtype
-    names: tuple[str, ...]
-    sizes: dict[str, int]
-    """Elements by name."""
+    """Of the model as it is released."""
 
-    handles: dict[str, Any]
+    dtype: torch.dtype
+    shapes: dict[str, tuple[int, ...]]
+    """By name, in the model's own order, as released."""
+
+    files: dict[str, TensorFile]
     """The open file that holds each name."""
 
     def tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """One weight in the release's dtype; raises UserError when it is not finite."""
-        tensor: torch.Tensor = self.handles[name].get_tensor(name).to(dtype)
-        if not tensor.isfinite().all():
+        stored = self.files[name].read(name)
+        if self.shapes[name] != tuple(stored.shape):
+            stored = stored[: self.shapes[name][0]]
+        if not stored.isfinite().all():
             raise UserError(f"{self.folder}: {name} holds NaN or infinity; export an earlier step")
+        tensor = stored.to(dtype)
+        if dtype == torch.float16 and not tensor.isfinite().all():
+            raise UserError(f"dtype=fp16 is refused: {name} has values above 65504: export bf16")
         return tensor
+
+    def digest(self, each: Callable[[int], None] = lambda _: None) -> str:
+        """SHA-256 (hex) of names, shapes, dtype and bytes; ``each`` hears how many elements."""
+        sha = hashlib.sha256(str(self.dtype).encode())
+        for name, shape in self.shapes.items():
+            sha.update(f"\n{name}{list(shape)}\n".encode())
+            sha.update(raw_bytes(self.tensor(name, self.dtype)))
+            each(self.numel(name))
+        return sha.hexdigest()
+
+    def numel(self, name: str) -> int:
+        return torch.Size(self.shapes[name]).numel()
 
     @property
     def num_params(self) -> int:
-        return sum(self.sizes.values())
+        return sum(map(self.numel, self.shapes))
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
 
 
-def open_source(folder: Path) -> Source:
+def open_source(folder: Path, vocab_size: int | None = None) -> Source:
     """Open ``folder`` and compare it with the model that its config.json describes.
 
-    Raises UserError when a file is missing or damaged, or a name, shape or dtype does not fit.
+    Of a vocabulary padded beyond ``vocab_size`` tokens only that many rows are seen. Raises
+    UserError when a file is missing or damaged, or a name, shape or dtype does not fit.
     """
     config = _config(folder)
-    handles: dict[str, Any] = {}
+    files: dict[str, TensorFile] = {}
     for path in _files(folder):
         try:
-            handle = safe_open(path, "pt")
-            handles.update(dict.fromkeys(handle.keys(), handle))
+            file = TensorFile(path)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} is damaged or missing ({error}): {_WAY_OUT}") from error
+        files.update(dict.fromkeys(file.names, file))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    shapes = {name: list(param.shape) for name, param in model.named_parameters()}
-    for name in shapes.keys() ^ handles.keys():
+    shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
+    for name in shapes.keys() ^ files.keys():
         kind = "lacks" if name in shapes else "has an unknown tensor"
         raise UserError(f"{folder} {kind} {name}: its config.json and weights do not go together")
-    dtypes: set[str] = set()
     for name, shape in shapes.items():
-        part = handles[name].get_slice(name)
-        dtypes.add(part.get_dtype())
-        if part.get_shape() != shape:
+        if (found := files[name].shape(name)) != shape:
             raise UserError(
-                f"{folder}: {name} has shape {part.get_shape()} and config.json needs {shape}"
+                f"{folder}: {name} has shape {list(found)} and config.json needs {list(shape)}"
             )
-    if len(dtypes) != 1 or not dtypes <= _DTYPES.keys():
+    dtypes = {files[name].dtype(name) for name in shapes}
+    if len(dtypes) != 1 or not dtypes <= DTYPES.keys():
         raise UserError(
-            f"{folder} holds tensors of {', '.join(sorted(dtypes))}; a run's weights are all F32 "
-            "or all BF16"
+            f"{folder} holds tensors of {', '.join(sorted(dtypes))}; a run's weights are all of "
+            f"one of {', '.join(sorted(DTYPES))}"
         )
-    sizes = {name: param.numel() for name, param in model.named_parameters()}
-    return Source(folder, config, _DTYPES[dtypes.pop()], tuple(shapes), sizes, handles)
+    _trim(model, config, shapes, vocab_size)
+    return Source(folder, config, DTYPES[dtypes.pop()], shapes, files)
+
+
+def _trim(
+    model: PreTrainedModel,
+    config: PreTrainedConfig,
+    shapes: dict[str, tuple[int, ...]],
+    vocab_size: int | None,
+) -> None:
+    """Cut the rows of tokens that do not exist from ``config`` and ``shapes``, in place."""
+    if vocab_size is None or vocab_size >= config.vocab_size:
+        return
+    ends: list[nn.Module | None] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    padded = {id(param) for end in ends if end is not None for param in end.parameters()}
+    for name, param in model.named_parameters():
+        if id(param) in padded:
+            assert shapes[name][0] == config.vocab_size, name
+            shapes[name] = (vocab_size, *shapes[name][1:])
+    config.vocab_size = vocab_size
 
 
 _WAY_OUT = "export another checkpoint (--checkpoint STEP)"

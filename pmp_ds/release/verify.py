@@ -1,11 +1,10 @@
-"""Is a staged release what it should be? Bytes against the source, then a stranger's view of it."""
+"""Is a staged release what it should be? A stranger's view of it against the source."""
 
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +19,18 @@ from pmp_ds.release.source import Source
 
 # Largest difference of logits between processes, relative to the largest logit. Usually it is 0;
 # matrix kernels may round otherwise when a tensor lies elsewhere in memory.
-LOGITS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-6}
+LOGITS_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
 _TEXT = "The quick brown fox's 1,234 jumps:\n\tnaïve café — déjà vu! def f(x): return x ** 2\n"
 _RELOAD = Path(__file__).with_name("reload.py")
 _TIMEOUT = 3600.0  # seconds
-
-
-def verify_bytes(
-    source: Source, folder: Path, files: Mapping[str, str], dtype: torch.dtype
-) -> None:
-    """Read every tensor of ``files`` (name -> file) back and compare it bit by bit."""
-    for file in sorted(set(files.values())):
-        with safe_open(folder / file, "pt") as handle:
-            if handle.metadata() != {"format": "pt"}:
-                raise RuntimeError(f"{file} carries metadata that was not written here")
-            for name in handle.keys():  # noqa: SIM118 - not a dict
-                written, wanted = handle.get_tensor(name), source.tensor(name, dtype)
-                same = written.dtype == wanted.dtype and torch.equal(written, wanted)
-                if files[name] != file or not same:
-                    raise RuntimeError(f"{file}: {name} was read back otherwise than written")
 
 
 def verify_reload(source: Source, folder: Path, dtype: torch.dtype) -> float:
     """Load ``folder`` in a fresh process without pmp_ds and compare logits and token ids.
 
     Returns the largest absolute difference of logits. Raises RuntimeError when the release does
-    not load or computes something else, UserError when its tokenizer encodes otherwise.
+    not load or computes something else, UserError when its tokenizer encodes otherwise. One copy of
+    the model is in memory at a time: this process forgets its own before the other starts.
     """
     length = min(16, getattr(source.config, "max_position_embeddings", None) or 16)
     vocab = source.config.vocab_size

@@ -212,9 +212,10 @@ def prune(run: RunDir, phase: Phase, keep_last: int, keep_every: int = 0) -> Non
 
 
 def find(
-    run: RunDir, step: int | None = None, phase: Phase = "train"
+    run: RunDir, step: int | None = None, phase: Phase = "train", part: str = ""
 ) -> tuple[Path, Position] | None:
-    """The newest intact checkpoint of a phase, or that of update ``step``; every file is hashed.
+    """The newest intact checkpoint of a phase, or that of update ``step``; every file whose name
+    starts with ``part`` is hashed.
 
     A damaged one is named and passed over, unless it was asked for by ``step``: then, and when it
     does not exist, UserError.
@@ -224,7 +225,7 @@ def find(
         if step is not None and _step(folder) != step:
             continue
         try:
-            return folder, _verified(folder)
+            return folder, _verified(folder, part)
         except UserError as error:
             if step is not None:
                 raise
@@ -245,7 +246,7 @@ def _step(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
 
 
-def _verified(folder: Path) -> Position:
+def _verified(folder: Path, part: str) -> Position:
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_text())
         if manifest["format_version"] != FORMAT_VERSION:
@@ -259,6 +260,8 @@ def _verified(folder: Path) -> Position:
                 f"checkpoint {folder} is damaged: it has {name}, which its manifest does not list"
             )
         for name, digest in files.items():
+            if not name.startswith(part):
+                continue
             if not (folder / name).exists() or _sha256(folder / name) != digest:
                 raise UserError(f"checkpoint {folder} is damaged: {name}")
         manifest.pop("format_version")

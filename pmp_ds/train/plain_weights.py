@@ -22,8 +22,9 @@ class PlainWeights:
 
 
 def of_checkpoint(run: RunDir, step: int | None) -> PlainWeights:
-    """The newest intact checkpoint, or that of update ``step``. UserError when there is none."""
-    found = checkpoint.find(run, step)
+    """The newest checkpoint whose weights are intact, or that of update ``step``. UserError when
+    there is none."""
+    found = checkpoint.find(run, step, part="weights/")
     if found is None:
         raise UserError(f"{run.root} has no checkpoint yet: let launcher/pretrain.py write one")
     folder, position = found

@@ -14,6 +14,7 @@ from pmp_ds.model.secret_init import Secret, initialize, load_or_create_key
 from pmp_ds.run_dir import RunDir, read_json, write_json
 from pmp_ds.train.run_facts import DataFacts
 
+_FILE = "theta0.json"
 Init = Secret | int  # a key, or the public seed of paper mode
 
 
@@ -53,7 +54,7 @@ def draw(config: Config, data: DataFacts, init: Init) -> PreTrainedModel:
 
 def check(run: RunDir, model: PreTrainedModel) -> None:
     """Remember the digest of theta(0), or raise UserError when it is not the remembered one."""
-    path, found = run.init / "theta0.json", weights_digest(model)
+    path, found = run.init / _FILE, weights_digest(model)
     if not path.exists():
         write_json(path, {"sha256": found}, private=True)
     elif read_json(path).get("sha256") != found:
@@ -62,3 +63,15 @@ def check(run: RunDir, model: PreTrainedModel) -> None:
             "seed was changed, or this version of transformers builds another model; use what the "
             "run was started with"
         )
+
+
+def lineage(run: RunDir) -> str:
+    """The digest of theta(0): of which initial weights a run's checkpoints are. Private."""
+    path = run.init / _FILE
+    try:
+        return str(json.loads(path.read_text())["sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is missing or damaged ({error}): put it back from a backup, or let "
+            "launcher/pretrain.py write it again; without it no release can be recorded"
+        ) from None

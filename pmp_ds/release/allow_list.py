@@ -1,0 +1,182 @@
+"""What a folder that leaves may hold: names of files, keys, dtypes, and no word about its makers.
+
+    problems(folder)       every breach, `FILE: what`; none for a clean release
+    require_clean(folder)  the same as one UserError
+
+Reads the finished folder as a stranger would, without the run. Whatever is not named here is a
+breach, so a file, key or field that somebody adds has to be added here, on purpose.
+"""
+
+import getpass
+import hashlib
+import json
+import re
+import socket
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from pmp_ds.errors import UserError
+from pmp_ds.release.source import INDEX_FILE, open_source
+from pmp_ds.release.tensor_file import METADATA
+from pmp_ds.release.tokenizer_files import (
+    TOKENIZER_FILES,
+    TOKENIZER_JSON_KEYS,
+    TOKENIZER_KEYS,
+    trainer_paths,
+)
+
+SUMS_FILE, SIGNATURE_FILE = "SHA256SUMS", "model.sig"
+REQUIRED = {"README.md", SUMS_FILE, "config.json", "generation_config.json"}
+_WEIGHTS = re.compile(r"model(?:-\d{5}-of-\d{5})?\.safetensors")
+CONFIG_KEYS = {"architectures", "dtype", "model_type", "transformers_version"}
+GENERATION_KEYS = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"}
+_TEXTS = (".md", ".json", ".jinja")
+_FORBIDDEN = {
+    "an absolute path": re.compile(r"(?<![\w:/.<])/[\w.-]+/[\w./-]+|~/\w|\b[A-Z]:\\\w|file://"),
+    "a path inside a run": re.compile(r"\b(?:runs|private|checkpoints|tokenized_data)/\w"),
+    "a time of day": re.compile(r"\b\d\d:\d\d:\d\d\b|\d{4}-\d\d-\d\d[T ]\d\d"),
+    "a time in seconds": re.compile(r"(?<![\d,.])1[6-9]\d{8}\.\d+"),
+    "a name from training": re.compile(r"exp_avg|param_mask|ticket_id|theta0|master_weights"),
+}
+# Too common as words to tell anything.
+_NOBODY = {"root", "user", "admin", "ubuntu", "debian", "runner", "nobody", "localhost", "docker",
+           "model", "data", "train", "test", "node", "host", "main"}  # fmt: skip
+
+
+def require_clean(folder: Path) -> None:
+    """Raises UserError that lists every breach."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder")
+    if found := problems(folder):
+        raise UserError(f"{folder} must not leave:\n  " + "\n  ".join(found))
+
+
+def problems(folder: Path) -> list[str]:
+    """Every breach of the allow-list in ``folder``, as `FILE: what`."""
+    return list(_problems(folder))
+
+
+def _problems(folder: Path) -> Iterator[str]:
+    paths = sorted(folder.iterdir())
+    regular = [path for path in paths if path.is_file() and not path.is_symlink()]
+    names = {path.name for path in regular}
+    for path in paths:
+        known = path.name in REQUIRED | {*TOKENIZER_FILES, INDEX_FILE, SIGNATURE_FILE}
+        if path not in regular:
+            yield f"{path.name}: not a regular file"
+        elif not known and not _WEIGHTS.fullmatch(path.name):
+            yield f"{path.name}: not a file of a release"
+        elif path.stat().st_mode & 0o133:
+            yield f"{path.name}: its mode lets others write it, or anyone run it"
+    for name in sorted(REQUIRED - names):
+        yield f"{name}: missing"
+    for path in regular:
+        if path.suffix in _TEXTS:
+            yield from _about_words(path)
+    config = _read_json(folder / "config.json")
+    yield from _about_keys("config.json", config, _config_keys(config))
+    generation = _read_json(folder / "generation_config.json")
+    yield from _about_keys("generation_config.json", generation, GENERATION_KEYS)
+    yield from _about_tokenizer(folder, names)
+    yield from _about_weights(folder, names, config)
+    if SUMS_FILE in names:
+        yield from _about_sums(folder, names)
+
+
+def _read_json(path: Path) -> Any:
+    """None where there is nothing that can be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _about_keys(file: str, values: Any, allowed: set[str]) -> Iterator[str]:
+    if not isinstance(values, dict):
+        yield f"{file}: not a JSON object"
+        return
+    for key in sorted(values.keys() - allowed):
+        yield f"{file}: the key {key!r} is not on the list"
+
+
+def config_keys(config_class: type[PreTrainedConfig]) -> set[str]:
+    """What the architecture itself declares, and how to load it."""
+    own = {field.name for field in fields(config_class)}
+    return own - {field.name for field in fields(PreTrainedConfig)} | CONFIG_KEYS
+
+
+def _config_keys(config: Any) -> set[str]:
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    return config_keys(CONFIG_MAPPING[kind]) if kind in CONFIG_MAPPING else CONFIG_KEYS
+
+
+def _about_tokenizer(folder: Path, names: set[str]) -> Iterator[str]:
+    for file, keys in (
+        ("tokenizer.json", TOKENIZER_JSON_KEYS),
+        ("tokenizer_config.json", TOKENIZER_KEYS),
+        ("special_tokens_map.json", TOKENIZER_KEYS),
+    ):
+        if file in names:
+            yield from _about_keys(file, _read_json(folder / file), keys)
+    if "tokenizer.model" in names:
+        for text in trainer_paths((folder / "tokenizer.model").read_bytes()):
+            yield f"tokenizer.model: remembers {text!r} of its training"
+
+
+def _about_weights(folder: Path, names: set[str], config: Any) -> Iterator[str]:
+    weights = sorted(name for name in names if _WEIGHTS.fullmatch(name))
+    try:
+        source = open_source(folder)
+    except UserError as error:
+        yield f"weights: {error}"
+        return
+    source.close()
+    if str(source.dtype) != f"torch.{config.get('dtype')}":
+        yield f"config.json: says {config.get('dtype')}, and the weights are {source.dtype}"
+    files = {file.path.name: file for file in source.files.values()}
+    for name in sorted(set(weights) - files.keys()):
+        yield f"{name}: holds nothing of the model"
+    for name, file in sorted(files.items()):
+        if file.metadata != METADATA:
+            yield f"{name}: its metadata are {file.metadata}, not {METADATA}"
+    if INDEX_FILE in names:
+        index = _read_json(folder / INDEX_FILE)
+        yield from _about_keys(INDEX_FILE, index, {"metadata", "weight_map"})
+        yield from _about_keys(INDEX_FILE, index.get("metadata"), {"total_size"})
+        if index["weight_map"] != {name: file.path.name for name, file in source.files.items()}:
+            yield f"{INDEX_FILE}: its weight_map is not what the files hold"
+
+
+def _about_sums(folder: Path, names: set[str]) -> Iterator[str]:
+    """SHA256SUMS names every file but itself and the signature, once, and truly."""
+    lines = (folder / SUMS_FILE).read_text(encoding="utf-8").splitlines()
+    parts = [line.split("  ", 1) for line in lines]
+    if sorted(part[-1] for part in parts) != sorted(names - {SUMS_FILE, SIGNATURE_FILE}):
+        yield f"{SUMS_FILE}: does not name every file once"
+    for digest, *rest in parts:
+        path = folder / "".join(rest)
+        if path.name in names and sha256(path) != digest:
+            yield f"{path.name}: not what {SUMS_FILE} says"
+
+
+def _about_words(path: Path) -> Iterator[str]:
+    """The vocabulary of tokenizer.json is text of anybody; everything else is ours."""
+    if path.name == "tokenizer.json":
+        return
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for what, pattern in _FORBIDDEN.items():
+        if match := pattern.search(text):
+            yield f"{path.name}: {match[0]!r} is {what}"
+    for what, word in (("user", getpass.getuser()), ("host", socket.gethostname().split(".")[0])):
+        telling = len(word) > 2 and word.lower() not in _NOBODY
+        if telling and re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text):
+            yield f"{path.name}: {word!r} is the name of this {what}"
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

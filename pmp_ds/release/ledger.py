@@ -1,0 +1,127 @@
+"""The release ledger: what has left from which theta(0), so that nothing leaves twice by mistake.
+
+    private/ledger.jsonl   0600, one line per release, appended and fsynced before it appears
+
+Two sets of weights from one theta(0) differ exactly on the ticket: their difference is the mask.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+from pmp_ds.errors import UserError
+
+FORMAT_VERSION = 1
+FLAG = "--another-revision"
+Kind = Literal["final", "intermediate", "derivative"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One release."""
+
+    date: str
+    """Day, YYYY-MM-DD."""
+
+    lineage: str
+    """Digest of theta(0); of a derivative whose base is in no ledger here, of that base."""
+
+    kind: Kind
+    updates: int | None
+    weights: str
+    """`Source.digest` of what was exported, in the run's own dtype."""
+
+    released: str
+    """`Source.digest` of the release itself."""
+
+    dtype: str
+    reason: str | None
+    """Why it left although the mask may show; None where nothing spoke against it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A release that asks the ledger ``path`` for leave; the rest as in Entry."""
+
+    path: Path
+    lineage: str
+    kind: Kind
+    updates: int | None
+    date: str
+    reason: str | None
+
+    def check(self, weights: str) -> None:
+        """Raises UserError when releasing ``weights`` would show the mask and no reason is given.
+        The same weights again, in any form, are no second revision."""
+        _check(self, read(self.path), weights)
+
+    def record(self, weights: str, released: str, dtype: str) -> None:
+        """Check once more, with no other export in between, and write the line."""
+        given = {name: value for name, value in vars(self).items() if name != "path"}
+        entry = Entry(weights=weights, released=released, dtype=dtype, **given)
+        line = json.dumps(asdict(entry) | {"format_version": FORMAT_VERSION}, sort_keys=True)
+        with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            _check(self, read(self.path), weights)
+            whole = file.read().rpartition(b"\n")
+            file.seek(len(whole[0] + whole[1]))
+            file.truncate()  # half a line, of an export that a power cut ended
+            file.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read(path: Path) -> tuple[Entry, ...]:
+    """All entries, oldest first; none when there is no file. UserError when it is damaged."""
+    if not path.exists():
+        return ()
+    names = {field.name for field in fields(Entry)}
+    entries = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            values = json.loads(line)
+            version = values.pop("format_version")
+            if version != FORMAT_VERSION or values.keys() != names:
+                raise ValueError("a format that this version does not read")
+            entries.append(Entry(**values))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path}, line {number}, is damaged ({error}): put the file back from a backup; "
+                "without it nothing may leave, since nobody knows what has left before"
+            ) from None
+    return tuple(entries)
+
+
+def lineage_of(entries: Sequence[Entry], released: str) -> str:
+    """The theta(0) that a release comes from; the release's own digest when it is not known."""
+    return next((e.lineage for e in entries if e.released == released), released)
+
+
+def _check(claim: Claim, entries: Sequence[Entry], weights: str) -> None:
+    others = [entry for entry in entries if entry.lineage == claim.lineage]
+    if claim.reason or any(entry.weights == weights for entry in others):
+        return
+    if claim.kind == "derivative":
+        others = [entry for entry in others if entry.kind == "derivative"]
+    if others:
+        last = others[-1]
+        what = "a derivative" if claim.kind == "derivative" else _named(last)
+        raise UserError(
+            f"{what} from the same initial weights left on {last.date} ({claim.path}). Only the "
+            "ticket differs between two of them, so their difference is the mask: anyone who has "
+            f"both can compute it. Keep this one, or say why it must leave: {FLAG} REASON"
+        )
+    if claim.kind == "intermediate":
+        raise UserError(
+            f"update {claim.updates:,} is an intermediate checkpoint. Once a later one leaves too, "
+            "the difference of the two is the mask. Finish the run first, use --private for a "
+            f"folder that stays here, or say why this one must leave: {FLAG} REASON"
+        )
+
+
+def _named(entry: Entry) -> str:
+    return f"a {entry.kind} release" + (f" (update {entry.updates:,})" if entry.updates else "")
