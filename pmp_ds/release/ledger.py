@@ -124,4 +124,4 @@ def _check(claim: Claim, entries: Sequence[Entry], weights: str) -> None:
 
 
 def _named(entry: Entry) -> str:
-    return f"a {entry.kind} release" + (f" (update {entry.updates:,})" if entry.updates else "")
+    return f"the {entry.kind} release" + (f" (update {entry.updates:,})" if entry.updates else "")

@@ -87,8 +87,7 @@ def open_source(folder: Path, vocab_size: int | None = None) -> Source:
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} is damaged or missing ({error}): {_WAY_OUT}") from error
         files.update(dict.fromkeys(file.names, file))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = _without_weights(folder, config)
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
     for name in shapes.keys() ^ files.keys():
         kind = "lacks" if name in shapes else "has an unknown tensor"
@@ -137,6 +136,15 @@ def _config(folder: Path) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise UserError(f"{path} is not a readable Hugging Face config: {error}") from error
+
+
+def _without_weights(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'config.json'} describes no model: {error!r}") from error
+    return model
 
 
 def _files(folder: Path) -> list[Path]:

@@ -1,6 +1,8 @@
 """The release: loads where pmp_ds does not exist, equals the run's weights, and what is refused."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pmp_ds.run_dir import RunDir
+from pmp_ds.ticket.ticket import load_ticket
 from tests.e2e.conftest import MainRun
 from tests.e2e.test_main_job import final_weights, initial_weights
 from tests.helpers.commands import RECIPES, error_of, files_of, ok, run
@@ -119,3 +122,85 @@ def test_a_public_seed_is_refused(work: Path):
     ok(run("export.py", "--run", "runs/public", "--allow-public-mask", cwd=work))
     card = (work / "runs/public/release/README.md").read_text()
     assert "public seed" in card
+
+
+def ledger_of(main_run: MainRun) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in main_run.run.ledger.read_text().splitlines()]
+
+
+def test_what_left_is_remembered(main_run: MainRun):
+    first = ledger_of(main_run)[0]
+    assert (first["kind"], first["updates"], first["reason"]) == ("final", STEPS, None)
+    assert main_run.run.ledger.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_second_revision_is_refused(main_run: MainRun, work: Path):
+    export = ("export.py", "--run", "runs/main", "--checkpoint", "30", "--out", "second")
+    before = ledger_of(main_run)
+    message = error_of(run(*export, cwd=work))
+    assert "their difference is the mask" in message
+    assert f"the final release (update {STEPS})" in message
+    assert not (work / "second").exists()
+    ok(run(*export, "--private", cwd=work))
+    assert (work / "second").stat().st_mode & 0o777 == 0o700
+    assert ledger_of(main_run) == before
+    shutil.rmtree(work / "second")
+    ok(run(*export, "--another-revision", "a study of training", cwd=work))
+    assert [entry["reason"] for entry in ledger_of(main_run)[len(before):]] == [
+        "a study of training"
+    ]  # fmt: skip
+
+
+def test_check_of_a_finished_folder(main_run: MainRun, work: Path):
+    done = ok(run("export.py", "--check", "runs/main/release", cwd=work))
+    assert "nothing in it but" in done.stdout
+    shutil.copytree(main_run.run.release, work / "planted")
+    shutil.copy(main_run.run.ledger, work / "planted")
+    message = error_of(run("export.py", "--check", "planted", cwd=work))
+    assert "ledger.jsonl: not a file of a release" in message
+
+
+def fine_tuned(main_run: MainRun, folder: Path) -> Path:
+    """The release after large updates of its ticket alone."""
+    shutil.copytree(main_run.run.release, folder)
+    mask = load_ticket(main_run.run.ticket).mask
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in tensors.items():
+        noise = torch.randn(tensor.shape, generator=generator).mul_(0.02) * mask.full(name)
+        tensors[name] = (tensor.float() + noise).to(tensor.dtype)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_a_derivative_is_dithered(main_run: MainRun, work: Path):
+    fine_tuned(main_run, work / "tuned")
+    arguments = (
+        "export.py", "--derivative", "tuned", "--base", "runs/main/release", "--ticket",
+        "runs/main/private/ticket",
+    )  # fmt: skip
+    done = ok(run(*arguments, "--store", "store", "--out", "tuned-release", cwd=work))
+    cost = re.search(r"dither: (\d\.\d+) -> (\d\.\d+) nats per token", done.stdout)
+    assert cost is not None
+    assert float(cost[1]) != float(cost[2])
+    mask = load_ticket(main_run.run.ticket).mask
+    base, tuned = (
+        load_file(folder / "model.safetensors")
+        for folder in (main_run.run.release, work / "tuned-release")
+    )
+    for name in ("lm_head.weight", "model.layers.0.mlp.up_proj.weight"):
+        moved, kept = base[name] != tuned[name], mask.full(name)
+        rates = float(moved[kept].float().mean()), float(moved[~kept].float().mean())
+        assert min(rates) > 0.9
+        assert abs(rates[0] - rates[1]) < 0.05
+    entry = ledger_of(main_run)[-1]
+    assert (entry["kind"], entry["lineage"]) == ("derivative", ledger_of(main_run)[0]["lineage"])
+    assert "fine-tuned from `main`" in (work / "tuned-release/README.md").read_text()
+    # A second derivative of the same base would differ from this one as two revisions do.
+    tensors = load_file(work / "tuned/model.safetensors")
+    for name, tensor in tensors.items():
+        tensors[name] = torch.where(mask.full(name), tensor + 0.01, tensor)
+    save_file(tensors, work / "tuned/model.safetensors", {"format": "pt"})
+    message = error_of(run(*arguments, "--out", "third", cwd=work))
+    assert "a derivative from the same initial weights left" in message
+    assert list(main_run.run.ticket.glob(".dither*")) == []

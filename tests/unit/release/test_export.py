@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,36 +12,18 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPT2Config,
-    LlamaConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedConfig
 
+from benchmarks.common import peak_extra_bytes
 from pmp_ds.errors import UserError
-from pmp_ds.model.build import build_model
 from pmp_ds.release import export as export_module
 from pmp_ds.release.export import export, generate_sample, shard_bytes
+from pmp_ds.release.ledger import Claim, read
 from pmp_ds.release.metadata import generation_config, release_config
-from pmp_ds.release.model_card import CardFacts, render
+from pmp_ds.release.model_card import CardFacts, DerivativeFacts, render
+from pmp_ds.release.signing import require_signing
+from tests.unit.release.conftest import CARD, gpt2, llama, write_weights
 
-CARD = CardFacts(
-    name="tiny",
-    secrecy="secret",
-    tokens=1_638_400,
-    updates=200,
-    global_batch_size=32,
-    block_size=256,
-    schedule="AdamW, peak 2e-5, cosine",
-    val_loss=2.5,
-    dataset_sources=("DKYoon/SlimPajama-6B", "/home/alice/secret-client/corpus.jsonl"),
-    data_description="English web text.",
-    date="2026-01-31",
-)
 ALWAYS = {
     "README.md",
     "SHA256SUMS",
@@ -50,85 +33,6 @@ ALWAYS = {
     "tokenizer_config.json",
 }
 SHARD_BYTES = 10_000
-
-
-def llama(tied: bool) -> PreTrainedConfig:
-    return LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        rope_parameters={"rope_type": "default", "rope_theta": 12345.0},
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=tied,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
-
-
-def gpt2() -> PreTrainedConfig:
-    return GPT2Config(
-        vocab_size=64,
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        n_positions=12,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
-
-
-def write_weights(
-    folder: Path, config: PreTrainedConfig, dtype: torch.dtype = torch.float32, shards: int = 1
-) -> Path:
-    """What a checkpoint holds: named_parameters() in one or more files, 0600, and config.json."""
-    folder.mkdir()
-    torch.manual_seed(1)
-    model = build_model(config)
-    tensors = {
-        name: torch.randn_like(param).mul_(0.05).add_(param.detach()).to(dtype)
-        for name, param in model.named_parameters()
-    }
-    names = list(tensors)
-    weight_map: dict[str, str] = {}
-    for i in range(shards):
-        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-        file = file if shards > 1 else "model.safetensors"
-        part = names[i::shards]
-        save_file({name: tensors[name] for name in part}, folder / file, {"private": "yes"})
-        (folder / file).chmod(0o600)
-        weight_map |= dict.fromkeys(part, file)
-    if shards > 1:
-        index = {"metadata": {}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    private = {"_name_or_path": "/home/alice/run", "pmp_density": 0.7, "dtype": "float32"}
-    (folder / "config.json").write_text(json.dumps(model.config.to_dict() | private))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    characters = "abcdefghijklmnopqrstuvwxyz 0123456789'.,:!"
-    vocab = {"</s>": 0, "?": 1} | {c: i for i, c in enumerate(characters, start=2)}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="?")
-    fast.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text()) | {"name_or_path": "/home/alice/tokenizer"}
-    path.write_text(json.dumps(settings | {"tokenizer_class": "PreTrainedTokenizerFast"}))
-    (folder / "notes.txt").write_text("private")
-    return folder
-
-
-@pytest.fixture
-def no_reload(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spare the fresh process, which costs seconds, where it is not the point."""
-    monkeypatch.setattr(export_module, "verify_reload", lambda *_: 0.0)
 
 
 @pytest.fixture(scope="module", params=["llama", "llama-tied-sharded", "gpt2"])
@@ -408,3 +312,98 @@ def test_card_says_what_the_secret_is_worth(secrecy: Any) -> None:
     assert ("public seed" in card) == (secrecy == "public")
     assert "not measured" in card
     assert 'license: "mit"' in card
+
+
+def test_card_of_a_derivative() -> None:
+    facts = DerivativeFacts(name="tuned", base="tiny", date="2026-02-01")
+    card = render(facts, {"architectures": ["LlamaForCausalLM"]}, 10, "bf16")
+    assert "fine-tuned from `tiny`" in card
+    assert "## Training" not in card
+
+
+def test_padding_of_the_vocabulary_stays_behind(tmp_path: Path, tokenizer_dir: Path) -> None:
+    for tied in (True, False):
+        weights = write_weights(tmp_path / f"{tied}", llama(tied), torch.bfloat16)
+        out = tmp_path / f"{tied}-out"
+        summary = export(
+            weights, out, tokenizer_dir=tokenizer_dir, card=CARD, vocab_size=50
+        )
+        assert json.loads((out / "config.json").read_text())["vocab_size"] == 50
+        private, released = tensors_of(weights), tensors_of(out)
+        cut = {name for name in private if private[name].shape != released[name].shape}
+        assert cut == {"model.embed_tokens.weight"} | (set() if tied else {"lm_head.weight"})
+        for name, tensor in released.items():
+            assert torch.equal(tensor, private[name][: tensor.shape[0]])
+        assert summary.logits_difference == 0
+
+
+@pytest.mark.usefixtures("no_reload")
+def test_fp16(tmp_path: Path, tokenizer_dir: Path) -> None:
+    def run(weights: Path) -> dict[str, torch.Tensor]:
+        out = tmp_path / f"{weights.name}-out"
+        export(weights, out, tokenizer_dir=tokenizer_dir, card=CARD, dtype="fp16")
+        return tensors_of(out)
+
+    for name, dtype in (("fp16", torch.float16), ("fp32", torch.float32)):
+        weights = write_weights(tmp_path / name, gpt2(), dtype)
+        for key, tensor in run(weights).items():
+            assert torch.equal(tensor, tensors_of(weights)[key].half())
+    with pytest.raises(UserError, match="holds bf16 weights, and in fp16"):
+        run(write_weights(tmp_path / "bf16", gpt2(), torch.bfloat16))
+    large = write_weights(tmp_path / "large", gpt2())
+    tensors = load_file(large / "model.safetensors")
+    tensors["transformer.ln_f.bias"][0] = 1e5
+    save_file(tensors, large / "model.safetensors")
+    with pytest.raises(UserError, match=r"ln_f.bias has values above 65504: export bf16"):
+        run(large)
+
+
+@pytest.mark.usefixtures("no_reload")
+def test_one_parameter_in_memory(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """67 MB of weights in one shard; the largest parameter has 4 MB."""
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=512, intermediate_size=2048, num_hidden_layers=4,
+        num_attention_heads=8, bos_token_id=None, eos_token_id=0,
+    )  # fmt: skip
+    weights = write_weights(tmp_path / "weights", config)
+
+    def run() -> None:
+        export(weights, tmp_path / "out", tokenizer_dir=tokenizer_dir, card=CARD)
+
+    extra = peak_extra_bytes(run, torch.device("cpu"))
+    assert (weights / "model.safetensors").stat().st_size > 64 << 20
+    assert extra is not None
+    assert extra < 24 << 20  # the parameter, its bf16 copy, comparisons, and what imports hold
+
+
+def test_times_of_files_are_a_day(released: tuple[Path, Path, Any]) -> None:
+    assert {path.stat().st_mtime % 86400 for path in released[1].iterdir()} == {0}
+
+
+@pytest.mark.usefixtures("no_reload")
+def test_a_ledger_entry_comes_with_the_release(tmp_path: Path, tokenizer_dir: Path) -> None:
+    def run(name: str, dtype: Any, seen: torch.dtype) -> Any:
+        weights = tmp_path / name
+        if not weights.exists():
+            write_weights(weights, gpt2() if name == "one" else llama(True), seen)
+        claim = Claim(path=tmp_path / "ledger.jsonl", lineage="l", kind="final", updates=1,
+                      date=CARD.date, reason=None)  # fmt: skip
+        out = tmp_path / f"{name}-{dtype}"
+        return export(
+            weights, out, tokenizer_dir=tokenizer_dir, card=CARD, dtype=dtype, claim=claim
+        )
+
+    run("one", "bf16", torch.float32)
+    run("one", "fp32", torch.float32)
+    short, exact = read(tmp_path / "ledger.jsonl")
+    assert short.weights == exact.weights == exact.released != short.released
+    with pytest.raises(UserError, match="their difference is the mask"):
+        run("two", "bf16", torch.float32)
+    assert not (tmp_path / "two-bf16").exists()
+    assert len(read(tmp_path / "ledger.jsonl")) == 2
+
+
+def test_a_signature_needs_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "model_signing", None)
+    with pytest.raises(UserError, match=r"pip install 'pmp_ds\[sign\]'"):
+        require_signing(tmp_path / "key.pem")
