@@ -188,11 +188,10 @@ def test_a_derivative_is_dithered(main_run: MainRun, work: Path):
         load_file(folder / "model.safetensors")
         for folder in (main_run.run.release, work / "tuned-release")
     )
-    for name in ("lm_head.weight", "model.layers.0.mlp.up_proj.weight"):
-        moved, kept = base[name] != tuned[name], mask.full(name)
-        rates = float(moved[kept].float().mean()), float(moved[~kept].float().mean())
-        assert min(rates) > 0.9
-        assert abs(rates[0] - rates[1]) < 0.05
+    moved = torch.cat([(base[name] != tuned[name]).flatten() for name in base]).float()
+    kept = torch.cat([mask.full(name).flatten() for name in base])
+    assert float(moved[kept].mean()) > 0.9
+    assert float(moved[~kept].mean()) > 0.9
     entry = ledger_of(main_run)[-1]
     assert (entry["kind"], entry["lineage"]) == ("derivative", ledger_of(main_run)[0]["lineage"])
     assert "fine-tuned from `main`" in (work / "tuned-release/README.md").read_text()
