@@ -407,3 +407,24 @@ def test_a_signature_needs_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "model_signing", None)
     with pytest.raises(UserError, match=r"pip install 'pmp_ds\[sign\]'"):
         require_signing(tmp_path / "key.pem")
+
+
+@pytest.mark.usefixtures("no_reload")
+def test_weights_are_read_back(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that keeps something else than what was written."""
+
+    def flip(folder: Path, *_: Any) -> None:
+        path = folder / "model.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+        seal(folder, *_)
+
+    seal = export_module._write_sums
+    monkeypatch.setattr(export_module, "_write_sums", flip)
+    weights = write_weights(tmp_path / "weights", gpt2())
+    with pytest.raises(UserError, match=r"model.safetensors: not what SHA256SUMS says"):
+        export(weights, tmp_path / "release", tokenizer_dir=tokenizer_dir, card=CARD)
+    assert not (tmp_path / "release").exists()
