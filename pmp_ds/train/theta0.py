@@ -69,7 +69,7 @@ def lineage(run: RunDir) -> str:
     """The digest of theta(0): of which initial weights a run's checkpoints are. Private."""
     path = run.init / _FILE
     try:
-        return str(json.loads(path.read_text())["sha256"])
+        return str(read_json(path)["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is missing or damaged ({error}): put it back from a backup, or let "

@@ -107,7 +107,7 @@ def remembering_model() -> bytes:
     return bytes(proto.SerializeToString())
 
 
-PLANTED: dict[str, tuple[Callable[[Path], None], str]] = {
+PLANTED: dict[str, tuple[Callable[[Path], object], str]] = {
     "optimizer file": (add("optimizer.pt"), "optimizer.pt: not a file of a release"),
     "ticket file": (add("mask.safetensors"), "mask.safetensors: not a file"),
     "hidden file": (add(".cache"), ".cache: not a file"),

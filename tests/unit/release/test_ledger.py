@@ -12,7 +12,7 @@ from pmp_ds.release.ledger import Claim, lineage_of, read
 
 
 def claim(path: Path, kind: Any = "final", lineage: str = "a" * 64, **given: Any) -> Claim:
-    values = {"updates": 40, "date": "2026-01-31", "reason": None} | given
+    values: dict[str, Any] = {"updates": 40, "date": "2026-01-31", "reason": None} | given
     return Claim(path=path, lineage=lineage, kind=kind, **values)
 
 
