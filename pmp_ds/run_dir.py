@@ -2,7 +2,7 @@
 
     runs/NAME/config.yaml  data.json  tokenizer/  metrics.jsonl  tensorboard/  plots/  stacks/
     runs/NAME/release/     the only folder that leaves
-    runs/NAME/private/     ticket/  init/  checkpoints/  vault/  ledger.jsonl    0700, files 0600
+    runs/NAME/private/     ticket/  init/  checkpoints/  vault/  ledger.jsonl   0700, files 0600
 """
 
 import contextlib

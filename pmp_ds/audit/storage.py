@@ -6,12 +6,13 @@ import torch
 
 from pmp_ds.audit.attack import Attack, Finding
 from pmp_ds.audit.case import Case
+from pmp_ds.release.allow_list import SIGNATURE_FILE
 from pmp_ds.release.tokenizer_files import TOKENIZER_FILES
 
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _ALLOWED = {
     "README.md", "SHA256SUMS", "config.json", "generation_config.json",
-    "model.safetensors.index.json", *TOKENIZER_FILES,
+    "model.safetensors.index.json", SIGNATURE_FILE, *TOKENIZER_FILES,
 }  # fmt: skip
 _OF_OPTIMIZERS = ("exp_avg", "momentum", "optim", "master", "grad")
 _MIXED = 0.01  # by chance 2^-16 of fp32 numbers have 16 low bits of zero

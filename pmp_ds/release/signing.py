@@ -9,7 +9,7 @@ from pmp_ds.release.allow_list import SIGNATURE_FILE
 def sign(folder: Path, key: Path) -> None:
     """Write ``folder``/model.sig with the private elliptic-curve key of a PEM file.
 
-    Checked with `model_signing verify key FOLDER --signature FOLDER/model.sig --public-key FILE`.
+    Checked with `model_signing verify key FOLDER --signature FOLDER/model.sig --public_key FILE`.
     Raises UserError when the extra or the key is missing, or the key is none.
     """
     require_signing(key)

@@ -70,10 +70,6 @@ def other_map(folder: Path) -> None:
     path.write_text(json.dumps(index))
 
 
-def copy_of_weights(folder: Path) -> None:
-    shutil.copyfile(next(folder.glob("model-*")), folder / "model.safetensors")
-
-
 def say(text: str) -> Callable[[Path], None]:
     def plant(folder: Path) -> None:
         path = folder / "README.md"
@@ -111,7 +107,7 @@ def remembering_model() -> bytes:
     return bytes(proto.SerializeToString())
 
 
-PLANTED: dict[str, tuple[Callable[[Path], None], str]] = {
+PLANTED: dict[str, tuple[Callable[[Path], object], str]] = {
     "optimizer file": (add("optimizer.pt"), "optimizer.pt: not a file of a release"),
     "ticket file": (add("mask.safetensors"), "mask.safetensors: not a file"),
     "hidden file": (add(".cache"), ".cache: not a file"),
@@ -136,7 +132,7 @@ PLANTED: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "fp32 tensor": (tensors(float_tensor), "holds tensors of BF16, F32"),
     "other weights": (
-        copy_of_weights,
+        lambda f: shutil.copy(next(f.glob("model-*")), f / "model.safetensors"),
         "model.safetensors: holds nothing of the model",
     ),
     "training paths": (trained_on, "remembers '/home/alice/corpus.txt'"),

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors import safe_open
@@ -22,6 +23,8 @@ from pmp_ds.release.ledger import Claim, read
 from pmp_ds.release.metadata import generation_config, release_config
 from pmp_ds.release.model_card import CardFacts, DerivativeFacts, render
 from pmp_ds.release.signing import require_signing
+from pmp_ds.release.source import open_source
+from pmp_ds.release.verify import give_memory_back, verify_reload
 from tests.unit.release.conftest import CARD, gpt2, llama, write_weights
 
 ALWAYS = {
@@ -358,22 +361,44 @@ def test_fp16(tmp_path: Path, tokenizer_dir: Path) -> None:
         run(large)
 
 
-@pytest.mark.usefixtures("no_reload")
-def test_one_parameter_in_memory(tmp_path: Path, tokenizer_dir: Path) -> None:
-    """67 MB of weights in one shard; the largest parameter has 4 MB."""
+@pytest.fixture(scope="module")
+def middle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """67 MB of weights in one file; the largest parameter has 4 MB."""
     config = LlamaConfig(
         vocab_size=64, hidden_size=512, intermediate_size=2048, num_hidden_layers=4,
         num_attention_heads=8, bos_token_id=None, eos_token_id=0,
     )  # fmt: skip
-    weights = write_weights(tmp_path / "weights", config)
+    return write_weights(tmp_path_factory.mktemp("middle") / "weights", config)
 
+
+@pytest.mark.usefixtures("no_reload")
+def test_one_parameter_in_memory(middle: Path, tmp_path: Path, tokenizer_dir: Path) -> None:
     def run() -> None:
-        export(weights, tmp_path / "out", tokenizer_dir=tokenizer_dir, card=CARD)
+        export(middle, tmp_path / "out", tokenizer_dir=tokenizer_dir, card=CARD)
 
     extra = peak_extra_bytes(run, torch.device("cpu"))
-    assert (weights / "model.safetensors").stat().st_size > 64 << 20
+    assert (middle / "model.safetensors").stat().st_size > 64 << 20
     assert extra is not None
-    assert extra < 24 << 20  # the parameter, its bf16 copy, comparisons, and what imports hold
+    assert extra < 24 << 20  # the parameter, its bf16 copy, and what imports hold
+
+
+def test_one_copy_of_the_model_at_a_time(
+    middle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the other process starts, this one has forgotten its 33 MB."""
+    held: list[int] = []
+
+    def other_process(**_: Any) -> None:
+        held.append(psutil.Process().memory_info().rss)
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr("pmp_ds.release.verify.run_alone", other_process)
+    source = open_source(middle)
+    give_memory_back()
+    before = psutil.Process().memory_info().rss
+    with pytest.raises(RuntimeError, match="seen"):
+        verify_reload(source, tmp_path, torch.bfloat16)
+    assert held[0] - before < 16 << 20
 
 
 def test_times_of_files_are_a_day(released: tuple[Path, Path, Any]) -> None:
