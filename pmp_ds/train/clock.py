@@ -1,7 +1,6 @@
 """Seconds of the device that a piece of work takes, without making the host wait for it."""
 
 import time
-from types import TracebackType
 
 import torch
 
@@ -36,12 +35,7 @@ class DeviceClock:
             self._start = time.perf_counter()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._cuda:
             self._spans[-1][1].record()
         else:
