@@ -76,7 +76,8 @@ def test_default_passes(main_run: MainRun, work: Path):
 
 def test_second_revision_and_shadow(main_run: MainRun, public: Path):
     """Another checkpoint of the run, and the attacker's own run."""
-    ok(run("export.py", "--run", "runs/main", "--checkpoint", "30", "--out", "older", cwd=public))
+    older = ("--checkpoint", "30", "--out", "older", "--private")
+    ok(run("export.py", "--run", "runs/main", *older, cwd=public))
     done, found = audit(public, "main", "--base", "older", "--shadow", "runs/public")
     assert done.returncode == 1
     assert found["whole"]["leaks"] == ["two revisions"]
