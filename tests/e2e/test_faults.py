@@ -60,7 +60,8 @@ def wait_for(condition: Callable[[], bool], seconds: float = 200) -> None:
 
 
 def in_training(place: Place) -> Callable[[], bool]:
-    return lambda: place.last_step("train") >= 5
+    """With a checkpoint that is complete: it is written in the background."""
+    return lambda: place.last_step("train") >= 5 and bool(checkpoints(place.run))
 
 
 def test_killed_rank_restarts(place, ranks, main_run):
