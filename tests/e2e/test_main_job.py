@@ -75,7 +75,8 @@ def test_the_loss_beats_token_frequencies(main_run: MainRun, work: Path):
 def test_tensorboard_holds_the_same_scalars(main_run: MainRun):
     board = EventAccumulator(str(main_run.run.tensorboard))
     board.Reload()
-    expected = {f"train/{name}" for name in (*STEP_FIELDS, "val_loss")}
+    of_saves = ("save_stall_seconds", "save_seconds")
+    expected = {f"train/{name}" for name in (*STEP_FIELDS, *of_saves, "val_loss")}
     expected |= {"discover/loss", "discover/iou"}
     assert set(board.Tags()["scalars"]) == expected
     assert {kind for kind, tags in board.Tags().items() if tags} == {"scalars"}
@@ -126,9 +127,11 @@ def test_private_files_are_private(main_run: MainRun):
     private = main_run.run.private
     for path in (private, *private.rglob("*")):
         assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
-    assert sorted(p.name for p in private.iterdir()) == ["checkpoints", "init", "ticket"]
+    assert sorted(p.name for p in private.iterdir()) == [
+        "checkpoints", "init", "ledger.jsonl", "ticket",
+    ]  # fmt: skip
     assert sorted(p.name for p in main_run.run.checkpoints.iterdir()) == [
-        "update-00000030", "update-00000040",
+        "latest", "update-00000030", "update-00000040",
     ]  # fmt: skip
 
 

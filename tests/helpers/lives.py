@@ -251,7 +251,8 @@ def raise_signal(engine: Engine, number: int) -> None:
 
 def checkpoints(run: RunDir, kind: str = "update") -> list[int]:
     """Updates whose checkpoints are there."""
-    return sorted(int(path.name.split("-")[1]) for path in run.checkpoints.glob(f"{kind}-*"))
+    found = run.checkpoints.glob(f"{kind}-????????")  # not those that are being written
+    return sorted(int(path.name.split("-")[1]) for path in found)
 
 
 def same_end(calm: RunDir, other: RunDir) -> None:
