@@ -23,12 +23,12 @@ COMMAND = (
 @pytest.fixture(scope="module")
 def others(work: Path) -> tuple[str, str]:
     """Two more stores with the first one's tokenizer."""
-    for name, documents in (("mixed-second", 60), ("mixed-third", 50)):
+    for name, documents in (("other_store", 60), ("third_store", 50)):
         write_corpus(work / f"{name}.jsonl", documents, words=30)
         ok(run("prepare_data.py", "--input", f"{name}.jsonl", "--tokenizer", "store/tokenizer",
                "--block_size", str(BLOCK), "--val_fraction", "0.2", "--out", name,
                cwd=work))  # fmt: skip
-    return "mixed-second", "mixed-third"
+    return "other_store", "third_store"
 
 
 def test_mixture(work: Path, others: tuple[str, str]):
