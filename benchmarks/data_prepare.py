@@ -6,7 +6,7 @@ Every contender gets the same JSON lines, vocabulary and number of processes and
 of its own; the clock starts after its imports. With --repeats, ours and the engine take turns, and
 the best run of each counts. With --proof, ours also runs with the tokenizer's own library, and both
 stores must be the same. Prints a table, then a line per figure; the exit code says only whether it
-ran. Needs `pip install datatrove megatron-core` for those peers.
+ran. Needs `pip install datatrove orjson megatron-core` for those peers.
 """
 
 import argparse
