@@ -107,8 +107,8 @@ def _ours(options: argparse.Namespace) -> dict[str, Any]:
     import awkward  # noqa: F401 - imported late by gigatoken
     import transformers.models.auto.tokenization_auto  # noqa: F401 - imported late by ours
 
-    from pmp_ds.config import PrepareConfig
     from pmp_ds.data.prepare import prepare
+    from pmp_ds.data.prepare_config import PrepareConfig
 
     shutil.rmtree(f"{options.folder}/{options.child}", ignore_errors=True)  # of an earlier turn
     config = PrepareConfig(

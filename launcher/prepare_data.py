@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 from pmp_ds.cli import PlainParser, parse
-from pmp_ds.config import PrepareConfig
 from pmp_ds.data import nodes
 from pmp_ds.data.arrow_store import SPLITS, Store
 from pmp_ds.data.merge import merge_stores
 from pmp_ds.data.prepare import prepare
+from pmp_ds.data.prepare_config import PrepareConfig
 from pmp_ds.data.statistics import inspect_store
 from pmp_ds.data.summary import PrepareSummary
 from pmp_ds.errors import UserError, exit_code

@@ -74,9 +74,9 @@ def main() -> None:
     deepspeed_config.merge(ds_config, config.train, int(os.environ.get("WORLD_SIZE", "1")))
     store = open_data(config.data.store)
     run = RunDir(Path(config.run.root) / config.run.name)
-    from pmp_ds.train import pipeline  # imports transformers: seconds
+    from pmp_ds.train import job  # imports transformers: seconds
 
-    pipeline.check(config, store, run)
+    job.check(config, store, run)
     # DeepSpeed calls functions of torch by their old names.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     dist.init()
@@ -95,11 +95,12 @@ def main() -> None:
 def _run(config: Config, ds_config: dict[str, Any], store: Store | MixedStore, run: RunDir) -> None:
     from pmp_ds.plots import plot_run  # imports matplotlib: a second
     from pmp_ds.train import pipeline, plan, run_facts
+    from pmp_ds.train.job import open_job
 
     # Rank 0 alone reads every byte; a damaged store stops all ranks before anything is written.
     dist.on_rank0(lambda: store.verify() and None)
     dist.on_rank0(lambda: run_facts.claim(run, config, store))
-    job = pipeline.open_job(config, ds_config, store, run)
+    job = open_job(config, ds_config, store, run)
     if dist.rank() == 0:
         print(f"{config.run.name}:\n{plan.describe(job)}", flush=True)
     outcome = pipeline.pretrain(job, STARTED)

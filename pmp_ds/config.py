@@ -8,14 +8,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pmp_ds.errors import UserError
+from pmp_ds.errors import UserError, require
 
 Precision = Literal["fp32", "bf16", "fp16"]
-
-
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise UserError(message)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,16 +54,16 @@ class RunConfig:
     was asked to stop), from the last checkpoint."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.name not in ("", ".", "..") and "/" not in self.name,
             f"run.name={self.name!r} is not a folder name; set run.root for the folder above it",
         )
         for name in ("log_every", "val_every", "val_blocks", "checkpoint_every", "keep_last"):
             value = getattr(self, name)
-            _require(value >= 1, f"run.{name}={value} must be at least 1")
+            require(value >= 1, f"run.{name}={value} must be at least 1")
         for name in ("keep_every", "restarts"):
             value = getattr(self, name)
-            _require(value >= 0, f"run.{name}={value} must not be negative")
+            require(value >= 0, f"run.{name}={value} must not be negative")
         _ = self.max_seconds
 
     @property
@@ -122,13 +117,13 @@ class GuardConfig:
     0 waits for ever."""
 
     def __post_init__(self) -> None:
-        _require(self.spike_sigmas > 0, f"guard.spike_sigmas={self.spike_sigmas} must be positive")
-        _require(self.drift_every >= 1, f"guard.drift_every={self.drift_every} must be at least 1")
-        _require(
+        require(self.spike_sigmas > 0, f"guard.spike_sigmas={self.spike_sigmas} must be positive")
+        require(self.drift_every >= 1, f"guard.drift_every={self.drift_every} must be at least 1")
+        require(
             self.straggler_factor > 1,
             f"guard.straggler_factor={self.straggler_factor} must be above 1",
         )
-        _require(
+        require(
             self.hang_seconds >= 0, f"guard.hang_seconds={self.hang_seconds} must not be negative"
         )
 
@@ -142,7 +137,7 @@ class InitConfig:
     the mask. Leave it unset for secret weights from a random key in `private/init/`."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.seed is None or 0 <= self.seed < 2**63,
             f"init.seed={self.seed} must be between 0 and 2^63 - 1",
         )
@@ -186,20 +181,20 @@ class ModelConfig:
     """Use one matrix for the input embedding and the output head."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             (self.path is not None) == (self.family == "auto"),
             f"model.path={self.path!r} does not go with model.family={self.family!r}: a path is "
             "needed for `auto` and used for nothing else",
         )
         for name in ("hidden_size", "num_layers", "num_heads", "max_positions"):
             value = getattr(self, name)
-            _require(value >= 1, f"model.{name}={value} must be at least 1")
-        _require(
+            require(value >= 1, f"model.{name}={value} must be at least 1")
+        require(
             self.hidden_size % self.num_heads == 0,
             f"model.hidden_size={self.hidden_size} is not a multiple of "
             f"model.num_heads={self.num_heads}",
         )
-        _require(
+        require(
             self.num_heads % (self.num_kv_heads or self.num_heads) == 0,
             f"model.num_heads={self.num_heads} is not a multiple of "
             f"model.num_kv_heads={self.num_kv_heads}",
@@ -223,17 +218,17 @@ class DataConfig:
     """Seed of the sample order of masked pretraining (discovery draws its own, secret order)."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.seed < 2**63, f"data.seed={self.seed} must be between 0 and 2^63 - 1")
+        require(0 <= self.seed < 2**63, f"data.seed={self.seed} must be between 0 and 2^63 - 1")
         if isinstance(self.store, str):
-            _require(
+            require(
                 not self.store.startswith(("{", "[")) and self.store != "",
                 f"data.store={self.store} is neither a folder nor a mixture: write "
                 "{FOLDER: WEIGHT, FOLDER: WEIGHT} with numbers for the weights",
             )
             return
-        _require(len(self.store) > 0, "data.store={} names no folder")
+        require(len(self.store) > 0, "data.store={} names no folder")
         for folder, weight in self.store.items():
-            _require(
+            require(
                 0.0 < weight < float("inf"),
                 f"data.store: the weight of {folder} is {weight}; it must be positive",
             )
@@ -286,25 +281,25 @@ class MaskConfig:
     """For `source: file`: a ticket folder."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             0.0 < self.density <= 1.0,
             f"mask.density={self.density} must be in (0, 1]: it is the fraction that is trained",
         )
-        _require(
+        require(
             0.0 < self.score_decay < 1.0, f"mask.score_decay={self.score_decay} must be in (0, 1)"
         )
-        _require(
+        require(
             0.0 < self.iou_threshold <= 1.0,
             f"mask.iou_threshold={self.iou_threshold} must be in (0, 1]",
         )
-        _require(
+        require(
             0.0 <= self.random_fraction <= 1.0,
             f"mask.random_fraction={self.random_fraction} must be in [0, 1]",
         )
         for name in ("patience", "max_steps"):
             value = getattr(self, name)
-            _require(value >= 1, f"mask.{name}={value} must be at least 1")
-        _require(
+            require(value >= 1, f"mask.{name}={value} must be at least 1")
+        require(
             (self.file is not None) == (self.source == "file"),
             f"mask.file={self.file!r} does not go with mask.source={self.source!r}: a file is "
             "needed for `file` and used for nothing else",
@@ -356,31 +351,31 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch_size", "micro_batch_size"):
             value = getattr(self, name)
-            _require(value >= 1, f"train.{name}={value} must be at least 1")
-        _require(self.lr > 0.0, f"train.lr={self.lr} must be positive")
-        _require(
+            require(value >= 1, f"train.{name}={value} must be at least 1")
+        require(self.lr > 0.0, f"train.lr={self.lr} must be positive")
+        require(
             0 <= self.warmup_steps <= self.steps,
             f"train.warmup_steps={self.warmup_steps} must be between 0 and "
             f"train.steps={self.steps}",
         )
-        _require(
+        require(
             0.0 <= self.min_lr_ratio <= 1.0,
             f"train.min_lr_ratio={self.min_lr_ratio} must be in [0, 1]",
         )
-        _require(
+        require(
             self.weight_decay >= 0.0, f"train.weight_decay={self.weight_decay} must not be negative"
         )
-        _require(
+        require(
             all(0.0 <= beta < 1.0 for beta in self.betas),
             f"train.betas={self.betas} must both be in [0, 1)",
         )
-        _require(self.eps > 0.0, f"train.eps={self.eps} must be positive")
-        _require(self.clip_norm >= 0.0, f"train.clip_norm={self.clip_norm} must not be negative")
+        require(self.eps > 0.0, f"train.eps={self.eps} must be positive")
+        require(self.clip_norm >= 0.0, f"train.clip_norm={self.clip_norm} must not be negative")
 
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches per update and rank; raises UserError when they do not divide."""
         per_pass = self.micro_batch_size * world_size
-        _require(
+        require(
             self.global_batch_size % per_pass == 0,
             f"train.global_batch_size={self.global_batch_size} is not a multiple of "
             f"micro_batch_size x world_size = {self.micro_batch_size} x {world_size} = {per_pass}",
@@ -401,90 +396,8 @@ class Config:
     guard: GuardConfig = field(default_factory=GuardConfig)
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             not self.data.separate_documents or self.model.family != "auto",
             "data.separate_documents=true needs model.family=llama or gpt2: not every architecture "
             "of model.family=auto can keep documents apart",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrepareConfig:
-    """Text to packed Arrow shards."""
-
-    input: tuple[str, ...] = ("python",)
-    """Files, folders, patterns and fsspec URLs of .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet;
-    `hf:NAME` streams a Hugging Face dataset; `python` is the interpreter's own documentation and
-    standard-library sources."""
-
-    out: str = "tokenized_data/demo"
-    """Folder of the packed store; it must not hold another one."""
-
-    text_field: str = "text"
-    """Field or column that holds the document."""
-
-    hf_split: str = "train"
-    """Split of `hf:` inputs."""
-
-    hf_config: str | None = None
-    """Configuration of `hf:` inputs (what `datasets` calls `name`)."""
-
-    hf_revision: str | None = None
-    """Branch, tag or commit of `hf:` inputs; name a commit to repeat a store exactly."""
-
-    shuffle_buffer: int = 50_000
-    """Rows of `hf:` inputs that are shuffled online (the paper's 50,000); 0 keeps their order."""
-
-    shuffle_seed: int = 0
-    """Seed of that shuffle."""
-
-    tokenizer: str | None = None
-    """A Hugging Face tokenizer folder or tokenizer.json, or a sentencepiece .model; unset trains
-    one on the input."""
-
-    train_vocab_size: int = 4096
-    """Size of the tokenizer trained when none is given."""
-
-    engine: Literal["auto", "reference"] = "auto"
-    """`auto`: the fast engine where its ids equal the tokenizer's own on a sample of the input.
-    `reference`: the tokenizer's own library. The tokens are the same."""
-
-    block_size: int = 256
-    """Tokens per block."""
-
-    bos: Literal["none", "document"] = "none"
-    """Begin-of-text tokens: `none`, or one before every `document`. An end-of-text token follows
-    every document in either case."""
-
-    val_fraction: float = 0.01
-    """Share of the documents held out for validation, chosen by a hash of their text."""
-
-    max_malformed: float = 0.01
-    """Largest share of rows that may be no document (not JSON, without the field, not UTF-8);
-    above it the run stops."""
-
-    workers: int | None = None
-    """Units packed at a time, up to two by threads, more by processes; unset means one per core.
-    The store does not depend on it."""
-
-    def __post_init__(self) -> None:
-        _require(len(self.input) > 0, "input is empty: name a file, a folder or `python`")
-        _require(self.block_size >= 2, f"block_size={self.block_size} must be at least 2 tokens")
-        _require(
-            0.0 < self.val_fraction < 1.0, f"val_fraction={self.val_fraction} must be in (0, 1)"
-        )
-        for name in ("shuffle_buffer", "shuffle_seed"):
-            value = getattr(self, name)
-            _require(value >= 0, f"{name}={value} must not be negative")
-        _require(
-            0.0 <= self.max_malformed <= 1.0,
-            f"max_malformed={self.max_malformed} must be in [0, 1]",
-        )
-        _require(
-            self.workers is None or self.workers >= 1, f"workers={self.workers} must be at least 1"
-        )
-        _require(
-            300 <= self.train_vocab_size <= 1 << 20,
-            f"train_vocab_size={self.train_vocab_size} must be between 300 (256 bytes and the "
-            "special tokens need room) and 1048576",
         )

@@ -19,6 +19,12 @@ class UserError(ValueError):
     """A mistake the user can mend: names the field or file, the value, and the way out."""
 
 
+def require(ok: bool, message: str) -> None:
+    """Raises UserError with ``message`` unless ``ok``."""
+    if not ok:
+        raise UserError(message)
+
+
 class Stopped(Exception):
     """The run stopped before its end because it was asked to; its state is saved."""
 

@@ -1,19 +1,12 @@
 """Attacks on how the release is stored: number formats and files that should not be there."""
 
-import re
-
 import torch
 
 from pmp_ds.audit.attack import Attack, Finding
 from pmp_ds.audit.case import Case
-from pmp_ds.release.allow_list import SIGNATURE_FILE
-from pmp_ds.release.tokenizer_files import TOKENIZER_FILES
+from pmp_ds.release.allow_list import is_release_file
+from pmp_ds.release.tensor_file import METADATA
 
-_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
-_ALLOWED = {
-    "README.md", "SHA256SUMS", "config.json", "generation_config.json",
-    "model.safetensors.index.json", SIGNATURE_FILE, *TOKENIZER_FILES,
-}  # fmt: skip
 _OF_OPTIMIZERS = ("exp_avg", "momentum", "optim", "master", "grad")
 _MIXED = 0.01  # by chance 2^-16 of fp32 numbers have 16 low bits of zero
 
@@ -59,10 +52,10 @@ def forbidden_files(case: Case) -> Finding:
     """Anything beyond the allow-list, and tensors that the model does not have."""
     folder = case.release.folder
     names = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.is_file()]
-    strange = [name for name in names if name not in _ALLOWED and not _SHARD.fullmatch(name)]
+    strange = [name for name in names if not is_release_file(name)]
     strange += sorted(set(case.release.handles) - set(case.release.shapes))
     for handle in {id(h): h for h in case.release.handles.values()}.values():
-        keys = set(handle.metadata() or {}) - {"format"}
+        keys = set(handle.metadata() or {}) - METADATA.keys()
         strange += [f"metadata {key}" for key in sorted(keys)]
     note = f"not allowed: {', '.join(strange[:5])}" if strange else f"{len(names)} files, all known"
     return Finding(note=note, evidence=bool(strange))

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from pmp_ds.config import PrepareConfig
 from pmp_ds.data.arrow_store import SPLITS, Store
 from pmp_ds.data.build import (
     about_saved,
@@ -31,6 +30,7 @@ from pmp_ds.data.build import (
 from pmp_ds.data.corpus import Rejects, Unfinished, Unit, group_units
 from pmp_ds.data.encoder import Encoder
 from pmp_ds.data.prepare import ready_tokenizer, summarize
+from pmp_ds.data.prepare_config import PrepareConfig
 from pmp_ds.data.staging import (
     PLAN,
     Request,

@@ -60,15 +60,20 @@ def problems(folder: Path) -> list[str]:
     return list(_problems(folder))
 
 
+def is_release_file(name: str) -> bool:
+    """Whether a file of this name, directly in the folder, may be in a release."""
+    known = REQUIRED | {*TOKENIZER_FILES, INDEX_FILE, SIGNATURE_FILE}
+    return name in known or _WEIGHTS.fullmatch(name) is not None
+
+
 def _problems(folder: Path) -> Iterator[str]:
     paths = sorted(folder.iterdir())
     regular = [path for path in paths if path.is_file() and not path.is_symlink()]
     names = {path.name for path in regular}
     for path in paths:
-        known = path.name in REQUIRED | {*TOKENIZER_FILES, INDEX_FILE, SIGNATURE_FILE}
         if path not in regular:
             yield f"{path.name}: not a regular file"
-        elif not known and not _WEIGHTS.fullmatch(path.name):
+        elif not is_release_file(path.name):
             yield f"{path.name}: not a file of a release"
         elif path.stat().st_mode & 0o133:
             yield f"{path.name}: its mode lets others write it, or anyone run it"

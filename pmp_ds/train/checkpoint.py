@@ -15,22 +15,20 @@ import hashlib
 import json
 import os
 import shutil
-from bisect import bisect_right
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 from transformers import PretrainedConfig
 
 from pmp_ds import dist
 from pmp_ds.errors import UserError
 from pmp_ds.run_dir import RunDir, fsync_dir, make_private, write_json, write_text
 from pmp_ds.ticket.mask import ParamMask
+from pmp_ds.train.state_reader import MASKS_FILE, StateReader
 from pmp_ds.train.weight_files import save_tensors, save_weights
 
 if TYPE_CHECKING:  # export reads checkpoints without DeepSpeed
@@ -38,7 +36,6 @@ if TYPE_CHECKING:  # export reads checkpoints without DeepSpeed
 
 FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
-MASKS_FILE = "state/masks.safetensors"
 LATEST = "latest"
 _SPARE_BYTES = 1 << 20  # for headers, configuration and manifest
 Phase = Literal["discover", "train"]
@@ -277,46 +274,12 @@ def _verified(folder: Path, part: str) -> Position:
 
 def load_state(
     folder: Path, engine: "Engine", mask: ParamMask | None, position: Position
-) -> "StateReader":
+) -> StateReader:
     """Bring an engine, built from the checkpoint's weights and armed with ``mask``, to
     ``position``: moments, fp32 master weights, counters. Any world size and ZeRO stage."""
     reader = StateReader(folder)
     engine.restore(mask, reader.read, position.step, position.counters)
     return reader
-
-
-class StateReader:
-    """Reads runs of elements from the state files of all ranks that wrote them."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._files = [safe_open(path, "pt") for path in sorted(folder.glob("state/rank-*"))]
-        self._parts: dict[str, list[tuple[int, int]]] = defaultdict(list)
-        for number, file in enumerate(self._files):
-            for key in file.keys():  # noqa: SIM118 - not a dict
-                tensor, first = key.rsplit("/", 1)
-                self._parts[tensor].append((int(first), number))
-        for parts in self._parts.values():
-            parts.sort()
-
-    def read(self, kind: str, name: str, first: int, count: int) -> torch.Tensor:
-        """(count,) fp32: elements [first, first + count) of parameter ``name``; of moments and
-        master those that are kept count, of scores all."""
-        parts = self._parts[f"{kind}/{name}"]
-        pieces = []
-        while count:
-            start, number = parts[bisect_right(parts, first, key=lambda part: part[0]) - 1]
-            stored = self._files[number].get_slice(f"{kind}/{name}/{start}")
-            piece = stored[first - start : first - start + count]
-            assert piece.numel(), f"{kind} of {name} ends before element {first}"
-            pieces.append(piece)
-            first, count = first + piece.numel(), count - piece.numel()
-        return torch.cat(pieces) if pieces else torch.empty(0)
-
-    def masks(self) -> Tensors:
-        """The packed candidate masks of discovery, by `WHICH/PARAMETER`."""
-        path = self._folder / MASKS_FILE
-        return load_file(path) if path.exists() else {}
 
 
 def _sha256(path: Path) -> str:

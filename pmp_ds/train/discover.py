@@ -22,9 +22,10 @@ from pmp_ds.ticket.mask import ParamMask, count_common, iou, pack, unpack
 from pmp_ds.ticket.scores import Scores
 from pmp_ds.ticket.ticket import Ticket, exact_k
 from pmp_ds.ticket.topk import select_top_k
-from pmp_ds.train.checkpoint import Position, StateReader
+from pmp_ds.train.checkpoint import Position
 from pmp_ds.train.engine import Engine
 from pmp_ds.train.selection import Selector
+from pmp_ds.train.state_reader import StateReader
 
 Table = Sequence[ParamInfo]
 

@@ -7,6 +7,8 @@
 import math
 import sys
 
+import torch
+
 from pmp_ds import dist
 from pmp_ds.config import GuardConfig
 from pmp_ds.errors import UserError
@@ -39,7 +41,8 @@ class Guard:
         self._config, self._engine, self._log = config, engine, log
         self._stop, self._channel = stop, channel
         self._probe = DriftProbe(engine.shards, engine.optimizer)
-        self._norm: tuple[int, object] | None = None  # of the newest update, not looked at yet
+        # Of the newest update, not looked at yet.
+        self._norm: tuple[int, torch.Tensor | float] | None = None
         self._seconds: list[float] = []
         self.memory = {"count": 0.0, "mean": 0.0, "var": 0.0, "skipped": 0.0} | memory
 
@@ -99,7 +102,7 @@ class Guard:
         memory["var"] = (1.0 - new) * (memory["var"] + new * delta * delta)
         memory["count"] += 1
 
-    def applied(self, step: int, norm: object, compute_seconds: float) -> None:
+    def applied(self, step: int, norm: torch.Tensor | float, compute_seconds: float) -> None:
         """Update ``step`` was applied with this gradient norm (a number, or a tensor that is not
         waited for yet); ``compute_seconds`` of this rank for itself. Collective."""
         self._norm = step, norm
@@ -117,9 +120,9 @@ class Guard:
             return
         step, norm = self._norm
         self._norm = None
-        if not math.isfinite(float(norm)) and not self._engine.overflow_is_normal:  # type: ignore[arg-type]
+        if not math.isfinite(float(norm)) and not self._engine.overflow_is_normal:
             raise UserError(
-                f"update {step}: the gradient norm is {float(norm)}; {_INTACT}. "  # type: ignore[arg-type]
+                f"update {step}: the gradient norm is {float(norm)}; {_INTACT}. "
                 f"{_WAY_OUT_NONFINITE}"
             )
 

@@ -7,28 +7,20 @@ so weights, optimizer state, schedule and data position of the warm-up cannot re
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedModel
 
 from pmp_ds import dist
-from pmp_ds.config import Config
-from pmp_ds.data.arrow_store import Store
-from pmp_ds.data.loader import BlockLoader, order_key
-from pmp_ds.data.mixed_store import MixedStore
 from pmp_ds.errors import Stopped, UserError
 from pmp_ds.log import MetricsLog, rewind_metrics
-from pmp_ds.model.parameters import ParamInfo, digest, num_params, parameter_table
+from pmp_ds.model.parameters import digest, num_params
 from pmp_ds.model.secret_init import derive
 from pmp_ds.progress import Progress
-from pmp_ds.run_dir import RunDir, sweep
+from pmp_ds.run_dir import sweep
 from pmp_ds.ticket.ticket import Ticket, has_ticket, load_ticket, save_ticket
-from pmp_ds.train import checkpoint, plain_weights, theta0, weight_files
+from pmp_ds.train import checkpoint, plain_weights, weight_files
 from pmp_ds.train.discover import Discovery, random_ticket
-from pmp_ds.train.engine import Engine
 from pmp_ds.train.guard import Guard
+from pmp_ds.train.job import Job
 from pmp_ds.train.loop import Watch, train
-from pmp_ds.train.run_facts import DataFacts
 from pmp_ds.train.saver import Saver
 from pmp_ds.train.stop import StopRequest
 from pmp_ds.train.watchdog import Watchdog
@@ -36,73 +28,9 @@ from pmp_ds.train.watchdog import Watchdog
 Found = tuple[Path, checkpoint.Position]
 
 
-@dataclass(frozen=True)
-class Job:
-    """What every part of a run needs."""
-
-    config: Config
-    ds_config: dict[str, Any]
-    run: RunDir
-    store: Store | MixedStore
-    init: theta0.Init
-    table: tuple[ParamInfo, ...]
-
-    def fresh_model(self) -> PreTrainedModel:
-        """A fresh model at theta(0), fp32 on CPU; the same bits at every call and on every rank."""
-        return theta0.draw(self.config, DataFacts.of(self.store), self.init)
-
-    def key(self, purpose: str) -> bytes:
-        """32 bytes: of the secret, or of the public seed in paper mode."""
-        if isinstance(self.init, bytes):
-            return derive(self.init, purpose)
-        return order_key(purpose, self.init)
-
-    def loader(self, purpose: str, secret: int | bytes, consumed_samples: int = 0) -> BlockLoader:
-        return BlockLoader(
-            self.store.split("train"),
-            order_key(purpose, secret),
-            self.config.train.global_batch_size,
-            dist.rank(),
-            dist.world_size(),
-            consumed_samples,
-            pin_memory=dist.device().type == "cuda",
-        )
-
-    def engine(self, model: PreTrainedModel) -> Engine:
-        separate = self.config.data.separate_documents
-        return Engine(
-            model, self.config.train, self.ds_config, self.store.eos_id if separate else None
-        )
-
-
-def check(config: Config, store: Store | MixedStore, run: RunDir) -> None:
-    """Do model, data and a given ticket fit together? Raises UserError; writes nothing."""
-    data = DataFacts.of(store)
-    theta0.architecture(config, data)
-    if (folder := given_ticket(config, run)) is not None:
-        load_ticket(folder, model_digest=theta0.model_digest(config, data))
-
-
-def given_ticket(config: Config, run: RunDir) -> Path | None:
-    """Folder of the ticket of ``mask.source: file``: the run's own copy when it has one."""
-    if config.mask.file is None:
-        return None
-    return run.ticket if has_ticket(run.ticket) else Path(config.mask.file)
-
-
-def open_job(
-    config: Config, ds_config: dict[str, Any], store: Store | MixedStore, run: RunDir
-) -> Job:
-    """Draw theta(0), or draw it again and check that it is the same. Collective."""
-    init = theta0.init_of(run, config)
-    model = theta0.draw(config, DataFacts.of(store), init)
-    dist.on_rank0(lambda: theta0.check(run, model))
-    return Job(config, ds_config, run, store, init, parameter_table(model))
-
-
-def obtain_ticket(job: Job, watch: Watch, saver: Saver) -> Ticket | None:
-    """The run's ticket: read when it is there, else found, drawn or copied, and saved.
-    None for ``mask.source: none``."""
+def _obtain_ticket(job: Job, found: Found | None, watch: Watch, saver: Saver) -> Ticket | None:
+    """The run's ticket: read when it is there, else found (by a discovery that goes on after
+    ``found``), drawn or copied, and saved. None for ``mask.source: none``."""
     mask, folder = job.config.mask, job.run.ticket
     if mask.source == "none":
         return None
@@ -113,17 +41,16 @@ def obtain_ticket(job: Job, watch: Watch, saver: Saver) -> Ticket | None:
         elif mask.source == "random":
             ticket = random_ticket(job.key("random mask"), mask, job.table)
         else:
-            ticket = _discover(job, watch, saver)
+            ticket = _discover(job, found, watch, saver)
         dist.on_rank0(lambda: save_ticket(ticket, folder))
     dist.on_rank0(lambda: checkpoint.prune(job.run, "discover", 0))
     return load_ticket(folder, model_digest=digest(job.table))
 
 
-def _discover(job: Job, watch: Watch, saver: Saver) -> Ticket:
-    """Run or resume discovery to its end."""
+def _discover(job: Job, found: Found | None, watch: Watch, saver: Saver) -> Ticket:
+    """Run discovery, or resume it after ``found``, to its end."""
     config = job.config
     secret = derive(job.init, "warm-up order") if isinstance(job.init, bytes) else job.init
-    found = _found(job, "discover")
     model = job.fresh_model()
     if found:
         weight_files.load_weights(found[0] / "weights", model)
@@ -192,8 +119,16 @@ def pretrain(job: Job, started: float) -> Outcome:
     if step == config.train.steps:
         _say(f"already finished: {step:,} of {step:,} updates")
         return dist.on_rank0(lambda: _outcome(job))
+    has_one = dist.on_rank0(lambda: has_ticket(run.ticket))
+    discovered = None if has_one else _found(job, "discover")
     if dist.rank() == 0:
-        _rewind_metrics(job, step)
+        # Drop the records of what will be done again.
+        last = {"train": step} if step else {}
+        if has_one:
+            last["discover"] = config.mask.max_steps
+        elif discovered:
+            last["discover"] = discovered[1].step
+        rewind_metrics(run.metrics, last)
     log = MetricsLog(run, enabled=dist.rank() == 0)
     channel = dist.SideChannel()
     saver = Saver(run, config, log)
@@ -205,7 +140,7 @@ def pretrain(job: Job, started: float) -> Outcome:
         contextlib.closing(saver),
     ):
         watch = Watch(log, stop, dog, channel)
-        ticket = obtain_ticket(job, watch, saver)
+        ticket = _obtain_ticket(job, discovered, watch, saver)
         if found is not None and found[1].ticket_id != (ticket.id if ticket else None):
             raise UserError(
                 f"the ticket at {run.ticket} is not the one that {found[0]} was trained with: "
@@ -274,16 +209,6 @@ def _found(job: Job, phase: checkpoint.Phase) -> Found | None:
             "with it; bring it back from a backup or start a new run.name"
         )
     return found
-
-
-def _rewind_metrics(job: Job, step: int) -> None:
-    """Drop the records of what will be done again."""
-    last = {"train": step} if step else {}
-    if has_ticket(job.run.ticket):
-        last["discover"] = job.config.mask.max_steps
-    elif (found := checkpoint.find(job.run, phase="discover")) is not None:
-        last["discover"] = found[1].step
-    rewind_metrics(job.run.metrics, last)
 
 
 def _say(text: str) -> None:

@@ -9,7 +9,7 @@ from pmp_ds.data.loader import order_key
 from pmp_ds.model.parameters import num_params
 from pmp_ds.ticket.ticket import exact_k, load_ticket
 from pmp_ds.train.deepspeed_config import wants_compact_master, zero_stage
-from pmp_ds.train.pipeline import Job, given_ticket
+from pmp_ds.train.job import Job, given_ticket
 
 _MASKS = {
     "earlybird": "early-bird ticket, discovery of at most {mask.max_steps:,} updates",

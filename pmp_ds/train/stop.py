@@ -24,6 +24,8 @@ from pmp_ds import dist
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 REPEAT_SECONDS = 1.0
 """Launchers send two signals at once; only one that comes later than this is a second request."""
+LOOK_SECONDS = 1.0
+"""Between two looks at the launchers, which read files of /proc."""
 
 
 class StopRequest:
@@ -37,7 +39,7 @@ class StopRequest:
         self._channel = channel
         self._reason: str | None = None
         self._longest_update = self._longest_save = 0.0
-        self._last = time.monotonic()
+        self._last = self._next_look = time.monotonic()
         self._launchers = [p for p in psutil.Process().parents() if _is_launcher(p)]
         self._handlers: list[tuple[signal.Signals, Any]] = []
 
@@ -55,8 +57,10 @@ class StopRequest:
         now = time.monotonic()
         self._longest_update = max(self._longest_update, now - self._last)
         self._last = now
-        if not all(_is_alive(process) for process in self._launchers):
-            self.ask("the launcher is gone")
+        if now >= self._next_look:
+            self._next_look = now + LOOK_SECONDS
+            if not all(_is_alive(process) for process in self._launchers):
+                self.ask("the launcher is gone")
         if now + 2 * (self._longest_update + self._longest_save) > self._deadline:
             self.ask(f"run.max_time={self._limit:g} s is nearly over")
         asking = self._channel.all_gather_numbers([float(self._reason is not None)])

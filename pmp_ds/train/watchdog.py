@@ -33,9 +33,10 @@ class Watchdog:
         self._doing, self._last = "", 0.0
         self._leaving, self._over = threading.Event(), threading.Event()
         self._channel = dist.SideChannel()
-        self._threads = [threading.Thread(target=self._expect_progress, daemon=True)] * (limit > 0)
+        duties = [self._expect_progress] if limit > 0 else []
         if dist.world_size() > 1:
-            self._threads.append(threading.Thread(target=self._keep_in_touch, daemon=True))
+            duties.append(self._keep_in_touch)
+        self._threads = [threading.Thread(target=duty, daemon=True) for duty in duties]
 
     def beat(self, doing: str) -> None:
         """Progress: from now on this rank is ``doing`` something."""
@@ -55,7 +56,7 @@ class Watchdog:
     ) -> None:
         """Waits for the other ranks to leave as well, unless this one fails."""
         self._leaving.set()
-        if error is not None:
+        if error is not None or dist.world_size() == 1:
             self._over.set()
         for thread in self._threads:
             thread.join(timeout=None if error is None else 0.0)
@@ -74,8 +75,6 @@ class Watchdog:
 
     def _expect_progress(self) -> None:
         while not self._over.wait(min(TOUCH_SECONDS, self._limit / 4)):
-            if len(self._threads) == 1 and self._leaving.is_set():
-                return
             if self._last and time.monotonic() - self._last > self._limit:
                 self._give_up()
 

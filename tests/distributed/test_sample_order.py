@@ -8,7 +8,7 @@ import pytest
 from pmp_ds.config import Config, DataConfig, TrainConfig
 from pmp_ds.data.mixed_store import open_data
 from pmp_ds.run_dir import RunDir
-from pmp_ds.train.pipeline import Job
+from pmp_ds.train.job import Job
 from tests.helpers.stores import write_store
 
 pytestmark = pytest.mark.distributed

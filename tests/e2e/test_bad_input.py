@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pmp_ds.config import Config, PrepareConfig
+from pmp_ds.config import Config
+from pmp_ds.data.prepare_config import PrepareConfig
 from tests.e2e.conftest import MainRun
 from tests.helpers.commands import RECIPES, error_of, files_of, ok, run
 from tests.helpers.stores import write_store

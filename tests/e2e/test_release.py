@@ -112,15 +112,15 @@ def test_a_public_seed_is_refused(work: Path):
     """Paper mode, through the random-mask overlay for speed."""
     done = ok(run(
         "pretrain.py", "--config", "tiny.yaml", "--config", RECIPES / "random-mask.yaml",
-        "--run.name", "public", "--init.seed", "42", *SHORT, "--deepspeed-config", "zero1.json",
-        cwd=work,
+        "--run.name", "public-random", "--init.seed", "42", *SHORT,
+        "--deepspeed-config", "zero1.json", cwd=work,
     ))  # fmt: skip
     assert "secrecy    NONE: theta(0) from the public seed" in done.stdout
-    refused = error_of(run("export.py", "--run", "runs/public", cwd=work))
+    refused = error_of(run("export.py", "--run", "runs/public-random", cwd=work))
     assert "--allow-public-mask" in refused
-    assert not (work / "runs/public/release").exists()
-    ok(run("export.py", "--run", "runs/public", "--allow-public-mask", cwd=work))
-    card = (work / "runs/public/release/README.md").read_text()
+    assert not (work / "runs/public-random/release").exists()
+    ok(run("export.py", "--run", "runs/public-random", "--allow-public-mask", cwd=work))
+    card = (work / "runs/public-random/release/README.md").read_text()
     assert "public seed" in card
 
 

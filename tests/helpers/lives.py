@@ -30,7 +30,7 @@ from pmp_ds.data.mixed_store import open_data
 from pmp_ds.errors import exit_code
 from pmp_ds.log import TIMINGS, read_metrics
 from pmp_ds.run_dir import RunDir
-from pmp_ds.train import pipeline, run_facts
+from pmp_ds.train import job, pipeline, run_facts
 from pmp_ds.train.deepspeed_config import read_json
 from pmp_ds.train.engine import Engine
 from tests.helpers import capabilities, tiny
@@ -67,12 +67,12 @@ def live(
     def main() -> None:
         config, _ = parse(Config, [*recipe, *SETTINGS, *arguments])
         store, run = open_data(config.data.store), RunDir(Path(config.run.root) / config.run.name)
-        pipeline.check(config, store, run)
+        job.check(config, store, run)
         dist.on_rank0(lambda: store.verify() and None)
         dist.on_rank0(lambda: run_facts.claim(run, config, store))
         ds_config = read_json(folder / f"zero{stage}.json")
-        job = pipeline.open_job(config, ds_config, store, run)
-        pipeline.pretrain(job, time.monotonic())
+        opened = job.open_job(config, ds_config, store, run)
+        pipeline.pretrain(opened, time.monotonic())
 
     out, err = io.StringIO(), io.StringIO()
     dump = signal.getsignal(signal.SIGUSR1)
@@ -223,13 +223,13 @@ def repeated_batches(micro_batch_size: int) -> Iterator[None]:
         def __exit__(self, *_: object) -> None:
             pass
 
-    def loader(self: pipeline.Job, purpose: str, secret: Any, consumed_samples: int = 0) -> Loader:
+    def loader(self: job.Job, purpose: str, secret: Any, consumed_samples: int = 0) -> Loader:
         size = self.config.train.global_batch_size
         made = Loader(micro_batch_size, size // dist.world_size() // micro_batch_size)
         made._step = consumed_samples // size
         return made
 
-    with mock.patch.object(pipeline.Job, "loader", loader):
+    with mock.patch.object(job.Job, "loader", loader):
         yield
 
 

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from pmp_ds.cli import HIDDEN, dump, parse
-from pmp_ds.config import Config, PrepareConfig, TrainConfig
+from pmp_ds.config import Config, TrainConfig
+from pmp_ds.data.prepare_config import PrepareConfig
 from pmp_ds.errors import UserError
 
 

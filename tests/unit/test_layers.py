@@ -42,6 +42,7 @@ WITHOUT_TORCH = (
     "pmp_ds.errors",
     "pmp_ds.config",
     "pmp_ds.run_dir",
+    "pmp_ds.data.prepare_config",
     "pmp_ds.data.corpus",
     "pmp_ds.data.packing",
     "pmp_ds.data.arrow_store",

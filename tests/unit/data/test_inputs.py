@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from pmp_ds.cli import parse
-from pmp_ds.config import PrepareConfig
 from pmp_ds.data import streams
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.corpus import Rejects, StreamOptions, Unfinished, group_units
 from pmp_ds.data.inputs import find_sources
 from pmp_ds.data.packing import is_validation, pack_ref
 from pmp_ds.data.prepare import prepare
+from pmp_ds.data.prepare_config import PrepareConfig
 from pmp_ds.data.readers import read_documents, read_texts
 from pmp_ds.data.tokenizer import load_tokenizer
 from pmp_ds.errors import UserError

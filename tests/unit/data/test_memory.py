@@ -10,7 +10,7 @@ from tests.unit.data.conftest import make_texts
 
 SCRIPT = """
 import re, sys
-from pmp_ds.config import PrepareConfig
+from pmp_ds.data.prepare_config import PrepareConfig
 from pmp_ds.data import build, prepare
 group_units = build.group_units
 build.group_units = lambda sources: group_units(sources, unit_bytes=4 << 20)

@@ -7,10 +7,10 @@ import datasets
 import numpy as np
 import pytest
 
-from pmp_ds.config import PrepareConfig
 from pmp_ds.data.arrow_store import SPLITS, Store
 from pmp_ds.data.merge import merge_stores
 from pmp_ds.data.prepare import prepare
+from pmp_ds.data.prepare_config import PrepareConfig
 from pmp_ds.data.statistics import inspect_store, split_statistics
 from pmp_ds.data.units import unigram_cross_entropy
 from pmp_ds.errors import UserError

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from pmp_ds.config import PrepareConfig
 from pmp_ds.data import corpus as corpus_module
 from pmp_ds.data import nodes, staging
 from pmp_ds.data.encoder import Encoder
 from pmp_ds.data.prepare import prepare
+from pmp_ds.data.prepare_config import PrepareConfig
 from pmp_ds.data.units import pack_unit
 from pmp_ds.errors import UserError
 from tests.unit.data.conftest import make_texts

@@ -15,19 +15,19 @@ from types import SimpleNamespace
 
 import pytest
 
-from pmp_ds.config import PrepareConfig
 from pmp_ds.data import build
 from pmp_ds.data import units as units_module
 from pmp_ds.data import workers as workers_module
 from pmp_ds.data.corpus import Unit
 from pmp_ds.data.prepare import prepare
+from pmp_ds.data.prepare_config import PrepareConfig
 from pmp_ds.errors import UserError
 from tests.unit.data.conftest import make_texts
 
 # Each of the six files is larger than half a unit.
 SCRIPT = """
 import json, sys, time
-from pmp_ds.config import PrepareConfig
+from pmp_ds.data.prepare_config import PrepareConfig
 from pmp_ds.data import build, prepare, workers
 group_units = build.group_units
 build.group_units = lambda sources: group_units(sources, unit_bytes=40_000)

@@ -13,7 +13,6 @@ import datasets
 import numpy as np
 import pytest
 
-from pmp_ds.config import PrepareConfig
 from pmp_ds.data import arrow_store, build
 from pmp_ds.data import prepare as module
 from pmp_ds.data import units as units_module
@@ -21,6 +20,7 @@ from pmp_ds.data.arrow_store import SPLITS, Store
 from pmp_ds.data.inputs import find_sources
 from pmp_ds.data.packing import is_validation, pack_ref
 from pmp_ds.data.prepare import prepare
+from pmp_ds.data.prepare_config import PrepareConfig
 from pmp_ds.data.tokenizer import load_tokenizer
 from pmp_ds.data.units import unigram_cross_entropy
 from pmp_ds.errors import UserError
@@ -198,7 +198,7 @@ def test_few_bad_rows_are_reported(corpus: Path):
 def test_killed_run_leaves_no_store_and_can_be_repeated(corpus: Path):
     script = (
         "import os, signal, sys\n"
-        "from pmp_ds.config import PrepareConfig\n"
+        "from pmp_ds.data.prepare_config import PrepareConfig\n"
         "from pmp_ds.data import build, prepare as module\n"
         "def killed(*_): os.kill(os.getpid(), signal.SIGKILL)\n"
         "build.write_manifest = killed\n"

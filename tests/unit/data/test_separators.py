@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from pmp_ds.config import PrepareConfig
 from pmp_ds.data.arrow_store import SPLITS, Store
 from pmp_ds.data.merge import merge_stores
 from pmp_ds.data.packing import is_validation, pack_ref
 from pmp_ds.data.prepare import prepare
+from pmp_ds.data.prepare_config import PrepareConfig
 from pmp_ds.data.statistics import inspect_store
 from pmp_ds.data.summary import PrepareSummary
 from pmp_ds.data.tokenizer import load_tokenizer

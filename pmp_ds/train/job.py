@@ -1,0 +1,84 @@
+"""What every part of a run needs: settings, data, theta(0); and whether they fit together."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from pmp_ds import dist
+from pmp_ds.config import Config
+from pmp_ds.data.arrow_store import Store
+from pmp_ds.data.loader import BlockLoader, order_key
+from pmp_ds.data.mixed_store import MixedStore
+from pmp_ds.model.parameters import ParamInfo, parameter_table
+from pmp_ds.model.secret_init import derive
+from pmp_ds.run_dir import RunDir
+from pmp_ds.ticket.ticket import has_ticket, load_ticket
+from pmp_ds.train import theta0
+from pmp_ds.train.engine import Engine
+from pmp_ds.train.run_facts import DataFacts
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every part of a run needs."""
+
+    config: Config
+    ds_config: dict[str, Any]
+    run: RunDir
+    store: Store | MixedStore
+    init: theta0.Init
+    table: tuple[ParamInfo, ...]
+
+    def fresh_model(self) -> PreTrainedModel:
+        """A fresh model at theta(0), fp32 on CPU; the same bits at every call and on every rank."""
+        return theta0.draw(self.config, DataFacts.of(self.store), self.init)
+
+    def key(self, purpose: str) -> bytes:
+        """32 bytes: of the secret, or of the public seed in paper mode."""
+        if isinstance(self.init, bytes):
+            return derive(self.init, purpose)
+        return order_key(purpose, self.init)
+
+    def loader(self, purpose: str, secret: int | bytes, consumed_samples: int = 0) -> BlockLoader:
+        return BlockLoader(
+            self.store.split("train"),
+            order_key(purpose, secret),
+            self.config.train.global_batch_size,
+            dist.rank(),
+            dist.world_size(),
+            consumed_samples,
+            pin_memory=dist.device().type == "cuda",
+        )
+
+    def engine(self, model: PreTrainedModel) -> Engine:
+        separate = self.config.data.separate_documents
+        return Engine(
+            model, self.config.train, self.ds_config, self.store.eos_id if separate else None
+        )
+
+
+def check(config: Config, store: Store | MixedStore, run: RunDir) -> None:
+    """Do model, data and a given ticket fit together? Raises UserError; writes nothing."""
+    data = DataFacts.of(store)
+    theta0.architecture(config, data)
+    if (folder := given_ticket(config, run)) is not None:
+        load_ticket(folder, model_digest=theta0.model_digest(config, data))
+
+
+def given_ticket(config: Config, run: RunDir) -> Path | None:
+    """Folder of the ticket of ``mask.source: file``: the run's own copy when it has one."""
+    if config.mask.file is None:
+        return None
+    return run.ticket if has_ticket(run.ticket) else Path(config.mask.file)
+
+
+def open_job(
+    config: Config, ds_config: dict[str, Any], store: Store | MixedStore, run: RunDir
+) -> Job:
+    """Draw theta(0), or draw it again and check that it is the same. Collective."""
+    init = theta0.init_of(run, config)
+    model = theta0.draw(config, DataFacts.of(store), init)
+    dist.on_rank0(lambda: theta0.check(run, model))
+    return Job(config, ds_config, run, store, init, parameter_table(model))

@@ -1,0 +1,45 @@
+"""Optimizer state read from the files of a checkpoint, at whatever number of ranks wrote them."""
+
+from bisect import bisect_right
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+MASKS_FILE = "state/masks.safetensors"
+
+
+class StateReader:
+    """Reads runs of elements from the state files of all ranks that wrote them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files = [safe_open(path, "pt") for path in sorted(folder.glob("state/rank-*"))]
+        self._parts: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        for number, file in enumerate(self._files):
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                tensor, first = key.rsplit("/", 1)
+                self._parts[tensor].append((int(first), number))
+        for parts in self._parts.values():
+            parts.sort()
+
+    def read(self, kind: str, name: str, first: int, count: int) -> torch.Tensor:
+        """(count,) fp32: elements [first, first + count) of parameter ``name``; of moments and
+        master those that are kept count, of scores all."""
+        parts = self._parts[f"{kind}/{name}"]
+        pieces = []
+        while count:
+            start, number = parts[bisect_right(parts, first, key=lambda part: part[0]) - 1]
+            stored = self._files[number].get_slice(f"{kind}/{name}/{start}")
+            piece = stored[first - start : first - start + count]
+            assert piece.numel(), f"{kind} of {name} ends before element {first}"
+            pieces.append(piece)
+            first, count = first + piece.numel(), count - piece.numel()
+        return torch.cat(pieces) if pieces else torch.empty(0)
+
+    def masks(self) -> dict[str, torch.Tensor]:
+        """The packed candidate masks of discovery, by `WHICH/PARAMETER`."""
+        path = self._folder / MASKS_FILE
+        return load_file(path) if path.exists() else {}
