@@ -15,11 +15,11 @@ REPO = Path(__file__).resolve().parents[2]
 ROWS = (
     ("errors",),
     ("config", "run_dir", "dist", "progress", "restarts"),
-    ("data", "model", "ticket", "log", "cli"),
+    ("data", "glue", "model", "ticket", "log", "results", "cli"),
     ("optim",),
     ("train",),
-    ("finetune", "release", "plots"),
-    ("summary", "audit"),
+    ("finetune", "evaluate", "release", "plots"),
+    ("summary", "study", "audit"),
     ("launcher",),
 )
 FREE_FOR_ALL = {"errors", "progress", "__version__"}  # any row may import these

@@ -1,0 +1,101 @@
+"""What was measured of a model: one JSON line per measurement in a results.jsonl.
+
+    {"kind": "finetune", "arm": "base", "model": "runs/base/release", "settings": {...},
+     "values": {...}, ...}
+
+A line holds all that repeats it. Several processes may append to one file. The file may be shared:
+nothing in it tells which elements are in a ticket.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pmp_ds import __version__
+from pmp_ds.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One measurement of one model."""
+
+    kind: str
+    """`finetune`, or what launcher/evaluate.py measured: `perplexity`, `landscape`, ..."""
+    arm: str
+    """The model's name in tables: `base`, `pmp`, `random`."""
+    model: str
+    """Where it was read from."""
+    model_digest: str
+    """sha256 of its weights."""
+    settings: dict[str, Any]
+    """What the numbers depend on beside the model, JSON values only: task, method, seed, ..."""
+    values: dict[str, Any]
+    """The numbers."""
+    seconds: float
+    """Wall time."""
+    hardware: str
+    date: str = field(default_factory=lambda: datetime.now(UTC).date().isoformat())
+    version: str = __version__
+
+    @property
+    def key(self) -> str:
+        """The same for the same measurement of the same weights."""
+        return key(self.kind, self.model_digest, self.settings)
+
+
+def key(kind: str, model_digest: str, settings: dict[str, Any]) -> str:
+    """sha256 (hex) of what a measurement depends on."""
+    text = json.dumps([kind, model_digest, settings], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def append(path: Path, result: Result) -> None:
+    """Add one line, on disk on return; a line that a kill cut off before it is removed."""
+    line = (json.dumps(asdict(result), sort_keys=True) + "\n").encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        content = file.read()
+        if content and not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(path: Path) -> list[Result]:
+    """All measurements, oldest first; of several with one key the last. A last line that a kill cut
+    off is left out. Raises UserError that names a damaged line."""
+    found: dict[str, Result] = {}
+    content = path.read_text(encoding="utf-8") if path.exists() else ""
+    for number, line in enumerate(content.splitlines(keepends=True), start=1):
+        try:
+            result = Result(**json.loads(line))
+        except (ValueError, TypeError):
+            if not line.endswith("\n"):
+                break
+            raise UserError(f"{path}, line {number} is damaged: mend it, or delete it") from None
+        found.pop(result.key, None)
+        found[result.key] = result
+    return list(found.values())
+
+
+def hardware() -> str:
+    """This machine in words: GPUs, or the CPU and its cores."""
+    import torch
+
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        return f"{count} x {torch.cuda.get_device_name(0)}"
+    model = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).exists():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = names[0].partition(": ")[2] if names else model
+    return f"{len(os.sched_getaffinity(0))} cores of {model}"
