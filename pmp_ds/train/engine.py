@@ -5,7 +5,7 @@ the norm DeepSpeed reports and clips with is the ticket's; the client optimizer 
 ticket's elements and touches no other (paper, Eq. 5).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import deepspeed
@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from pmp_ds import dist
 from pmp_ds.config import TrainConfig
-from pmp_ds.data.documents import document_positions
 from pmp_ds.optim.attach import arm, mask_gradients
 from pmp_ds.optim.logical_state import Collected, Read, collect, restore
 from pmp_ds.optim.masked import parameter_groups
@@ -24,6 +23,7 @@ from pmp_ds.optim.zero_shards import shards_of
 from pmp_ds.ticket.mask import ParamMask
 from pmp_ds.train.clock import DeviceClock
 from pmp_ds.train.deepspeed_config import merge, wants_compact_master
+from pmp_ds.train.objective import NextToken, Objective
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -39,7 +39,7 @@ class Engine:
         model: PreTrainedModel,
         config: TrainConfig,
         ds_config: dict[str, Any],
-        separator_id: int | None = None,  # keep the documents apart that end with this token
+        objective: Objective | None = None,  # NextToken() unless given
     ) -> None:
         self.optimizer = MaskedAdamW(
             parameter_groups(model.named_parameters(), config.weight_decay),
@@ -49,7 +49,7 @@ class Engine:
             compact_master=wants_compact_master(ds_config),
         )
         self.hf_config = model.config
-        self._separator_id = separator_id
+        self._objective = objective or NextToken()
         self._micro_batch_size = config.micro_batch_size
         self._sixteen_bit = config.precision != "fp32"
         self._dynamic_scale = config.precision == "fp16"
@@ -74,21 +74,9 @@ class Engine:
     def device(self) -> torch.device:
         return torch.device(self._engine.device)
 
-    def block_losses(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Mean next-token cross-entropy in nats of each of (B, T) int64 blocks, (B,) fp32; labels
-        equal inputs. With documents apart, the mean is over the tokens that follow another of their
-        document."""
-        options = {}
-        if self._separator_id is not None:  # `transformers` keeps apart what starts at position 0
-            options["position_ids"] = document_positions(input_ids, self._separator_id)
-        logits = self._engine(input_ids=input_ids, use_cache=False, **options).logits
-        losses = torch.nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten(), reduction="none"
-        ).view(input_ids.shape[0], -1)
-        if self._separator_id is None:
-            return losses.mean(dim=1)
-        counted = input_ids[:, :-1] != self._separator_id
-        return losses.where(counted, 0.0).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
+    def losses(self, batch: torch.Tensor) -> torch.Tensor:
+        """Loss of each sample of a batch on the device, (B,) fp32; of blocks of tokens in nats."""
+        return self._objective.losses(self._objective.logits(self._engine, batch), batch)
 
     def backward(self, batch: torch.Tensor) -> torch.Tensor:
         """Gradients of this rank's share of one update, (B / world_size, T) int64; reduced over
@@ -103,7 +91,7 @@ class Engine:
             if i:  # DeepSpeed wants `step` after every `backward`; it updates at the last alone
                 self._engine.step()
             with self._clock:
-                loss = self.block_losses(micro_batch).mean()
+                loss = self.losses(micro_batch).mean()
             self._engine.backward(loss)
             total += loss.detach()
         self.shards.zero_padding()
@@ -162,13 +150,25 @@ class Engine:
         norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in self.shards.gradients()]
         return torch.linalg.vector_norm(torch.stack(norms))
 
-    @torch.no_grad()
     def evaluate(self, batch: torch.Tensor) -> torch.Tensor:
-        """Losses of this rank's (B, T) int64 blocks, (B,) fp32. Collective at stage 3: every rank
+        """Losses of this rank's (B, T) int64 samples, (B,) fp32. Collective at stage 3: every rank
         brings equally many."""
+        return self._without_gradients(batch, self.losses)
+
+    def predict(self, batch: torch.Tensor) -> torch.Tensor:
+        """The objective's logits for this rank's (B, T) int64 samples, (B, ...). Collective at
+        stage 3 as ``evaluate`` is."""
+        return self._without_gradients(
+            batch, lambda micro_batch: self._objective.logits(self._engine, micro_batch)
+        )
+
+    @torch.no_grad()
+    def _without_gradients(
+        self, batch: torch.Tensor, forward: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
         self._engine.eval()
         micro_batches = batch.to(self.device).split(self._micro_batch_size)
-        return torch.cat([self.block_losses(micro_batch) for micro_batch in micro_batches])
+        return torch.cat([forward(micro_batch) for micro_batch in micro_batches])
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Each parameter, whole, in global element order: on CPU in the training dtype on rank 0,

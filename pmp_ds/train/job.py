@@ -17,6 +17,7 @@ from pmp_ds.run_dir import RunDir
 from pmp_ds.ticket.ticket import has_ticket, load_ticket
 from pmp_ds.train import theta0
 from pmp_ds.train.engine import Engine
+from pmp_ds.train.objective import NextToken
 from pmp_ds.train.run_facts import DataFacts
 
 
@@ -54,9 +55,8 @@ class Job:
 
     def engine(self, model: PreTrainedModel) -> Engine:
         separate = self.config.data.separate_documents
-        return Engine(
-            model, self.config.train, self.ds_config, self.store.eos_id if separate else None
-        )
+        objective = NextToken(self.store.eos_id if separate else None)
+        return Engine(model, self.config.train, self.ds_config, objective)
 
 
 def check(config: Config, store: Store | MixedStore, run: RunDir) -> None:

@@ -1,4 +1,4 @@
-"""Stage II of the method: masked pretraining (paper, section 2.2). The loop, and validation."""
+"""The loop of updates, of masked pretraining (paper, section 2.2) as of fine-tuning; validation."""
 
 import time
 from collections.abc import Callable
@@ -24,6 +24,8 @@ from pmp_ds.train.watchdog import Watchdog
 
 # (update, newest validation loss, whether it must be on disk on return): write a checkpoint
 Save = Callable[[int, float | None, bool], None]
+# What is measured on held-out data, by name; `val_loss` among it. Collective
+Measure = Callable[[], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Watch:
 def train(
     engine: Engine,
     loader: BlockLoader,
-    validation: Blocks | InTurn,
+    measure: Measure,
+    tokens_per_update: int,
     config: Config,
     watch: Watch,
     guard: Guard,
@@ -52,10 +55,11 @@ def train(
     when it was asked to stop, and UserError for what the guard does not let pass; either way all
     that is good is saved."""
     run, steps, log = config.run, config.train.steps, watch.log
-    rates = _Rates(loader, config.train.global_batch_size * validation.block_size)
+    rates = _Rates(loader, tokens_per_update)
     if done == 0:
-        val_loss = validate(engine, validation, run.val_blocks)
-        log.write("train", 0, val_loss=val_loss)
+        measured = measure()
+        val_loss = measured["val_loss"]
+        log.write("train", 0, **measured)
     for step in range(done + 1, steps + 1):
         watch.dog.beat(f"update {step}")
         lr = learning_rate(config.train, step)
@@ -77,8 +81,9 @@ def train(
             log.write("train", step, loss=loss, lr=lr, grad_norm=float(norm), **rates.take(step))
             bar.set(loss=f"{loss:.3f}", lr=f"{lr:.1e}", val=val_loss and f"{val_loss:.3f}")
         if step % run.val_every == 0 or step == steps:
-            val_loss = validate(engine, validation, run.val_blocks)
-            log.write("train", step, val_loss=val_loss)
+            measured = measure()
+            val_loss = measured["val_loss"]
+            log.write("train", step, **measured)
         reason = watch.stop.agreed() if step < steps else None
         if reason or step % run.checkpoint_every == 0 or step == steps:
             guard.settle()

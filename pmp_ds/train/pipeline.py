@@ -20,7 +20,7 @@ from pmp_ds.train import checkpoint, plain_weights, weight_files
 from pmp_ds.train.discover import Discovery, random_ticket
 from pmp_ds.train.guard import Guard
 from pmp_ds.train.job import Job
-from pmp_ds.train.loop import Watch, train
+from pmp_ds.train.loop import Watch, train, validate
 from pmp_ds.train.saver import Saver
 from pmp_ds.train.stop import StopRequest
 from pmp_ds.train.watchdog import Watchdog
@@ -181,14 +181,18 @@ def _train(
         if step and position.name != saver.newest:
             watch.stop.saved(saver.save(engine, mask, position, must=must))
 
+    def measure() -> dict[str, float]:
+        blocks = job.store.split("validation")
+        return {"val_loss": validate(engine, blocks, config.run.val_blocks)}
+
     done = start.step if start else 0
     with (
         job.loader("train", config.data.seed, done * batch) as loader,
         Progress("train", "update", config.train.steps, initial=done) as bar,
     ):
         train(
-            engine, loader, job.store.split("validation"), config, watch, guard, bar, save, done,
-            start.val_loss if start else None,
+            engine, loader, measure, batch * job.store.block_size, config, watch, guard, bar, save,
+            done, start.val_loss if start else None,
         )  # fmt: skip
     engine.close()
 

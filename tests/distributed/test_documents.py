@@ -8,6 +8,7 @@ import torch
 from pmp_ds import dist
 from pmp_ds.config import ModelConfig, TrainConfig
 from pmp_ds.train.engine import Engine
+from pmp_ds.train.objective import NextToken
 from tests.helpers import tiny
 
 pytestmark = pytest.mark.distributed
@@ -42,7 +43,7 @@ def one_by_one(model: torch.nn.Module, block: torch.Tensor) -> torch.Tensor:
 
 def compare(config: ModelConfig, stage: int) -> dict[str, Any]:
     batch, model = blocks(), tiny.model(config)
-    engine = Engine(tiny.model(config), CONFIG, tiny.ds_json(stage), EOS)
+    engine = Engine(tiny.model(config), CONFIG, tiny.ds_json(stage), NextToken(EOS))
     engine.arm(None)
     found = engine.evaluate(batch)
     loss = engine.backward(batch)

@@ -93,7 +93,7 @@ def _around_losses(
     change: Callable[[Engine, int, torch.Tensor], torch.Tensor],
 ) -> Iterator[None]:
     """``change(engine, update, losses)`` instead of the losses of every training micro-batch."""
-    original = Engine.block_losses
+    original = Engine.losses
 
     def changed(self: Engine, input_ids: torch.Tensor) -> torch.Tensor:
         losses = original(self, input_ids)
@@ -101,7 +101,7 @@ def _around_losses(
             return losses
         return change(self, self._engine.global_steps + 1, losses)
 
-    with mock.patch.object(Engine, "block_losses", changed):
+    with mock.patch.object(Engine, "losses", changed):
         yield
 
 

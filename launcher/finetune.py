@@ -1,0 +1,102 @@
+"""Fine-tune a released model on a task, with its ticket or without. Resumes by itself.
+
+Run `deepspeed launcher/finetune.py --help`.
+"""
+
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from pmp_ds import dist
+from pmp_ds.cli import HIDDEN, parse
+from pmp_ds.errors import EXIT_MISTAKE, LostRankError, exit_code
+from pmp_ds.finetune.config import FinetuneConfig
+from pmp_ds.run_dir import RunDir
+from pmp_ds.train import deepspeed_config
+
+DESCRIPTION = """\
+Fine-tune a released model on a GLUE task or on packed text, and append what came out to
+results.jsonl. The same command continues where it was; a finished cell of a sweep is never run
+again."""
+
+EPILOG = """\
+examples:
+  with the ticket, as its owner or a partner (docs/VAULT.md)
+    python launcher/finetune.py --model release --task sst2 --method ticket \\
+        --ticket partner.age --identity key.txt
+  without it: all weights, or LoRA, over a grid of learning rates and seeds
+    deepspeed launcher/finetune.py --model runs/demo/release --task sst2 \\
+        --sweep method=full,lora --sweep train.lr=1e-5,1e-4,1e-3 --sweep seed=0,1,2
+  next-token prediction on a store made with the model's tokenizer
+    deepspeed launcher/finetune.py --model runs/demo/release --task lm \\
+        --data.store tokenized_data/novels --train.steps 500"""
+
+OTHER_RANKS_WAIT = 20.0
+"""Seconds. The launcher kills all ranks when one has failed: rank 0, which says why, goes first."""
+
+STARTED = time.monotonic()
+DEFAULT_DS_CONFIG = Path(__file__).resolve().parents[1] / "ds_configs" / "zero1.json"
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--sweep": {
+        "action": "append",
+        "default": [],
+        "metavar": "SETTING=A,B,...",
+        "help": "run a grid: every combination of these values of any setting; may be repeated",
+    },
+    "--keep-models": {
+        "action": "store_true",
+        "help": "keep the fine-tuned model of every cell of a sweep; without a sweep it is kept",
+    },
+    "--deepspeed-config": {
+        "type": str,
+        "default": str(DEFAULT_DS_CONFIG),
+        "metavar": "JSON",
+        "help": "DeepSpeed settings for this machine: one of ds_configs/, or your own",
+    },
+    "--local_rank": {"type": int, "default": 0, "help": HIDDEN},
+}
+
+
+def main() -> None:
+    texts = {"prog": "finetune.py", "description": DESCRIPTION, "epilog": EPILOG}
+
+    def settings(argv: list[str]) -> tuple[FinetuneConfig, dict[str, Any]]:
+        return parse(FinetuneConfig, argv, options=OPTIONS, **texts)
+
+    config, options = settings(sys.argv[1:])
+    ds_config = deepspeed_config.read_json(Path(options["deepspeed_config"]))
+    train = config.train.complete(config.train.global_batch_size)
+    deepspeed_config.merge(ds_config, train, int(os.environ.get("WORLD_SIZE", "1")))
+    from pmp_ds.finetune import sweep  # imports transformers: seconds
+
+    grid = sweep.grid(options["sweep"])
+    cells = {
+        name: settings([*sys.argv[1:], *flags])[0] for name, flags in sweep.cells(grid).items()
+    }
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    run = RunDir(Path(config.run.root) / config.run.name)
+    where = Path(config.results) if config.results else run.root / "results.jsonl"
+    dist.init()
+    try:
+        sweep.run_all(
+            cells, ds_config, run, where, STARTED, keep_models=options["keep_models"] or not grid
+        )
+    except RuntimeError as error:
+        if not dist.is_lost_rank(error):
+            raise
+        raise LostRankError(
+            "another rank is gone; the last checkpoint is intact, the same command goes on from it"
+        ) from error
+    finally:
+        dist.shutdown()
+
+
+if __name__ == "__main__":
+    dist.adopt_slurm()
+    code = exit_code(main)
+    if code == EXIT_MISTAKE and os.environ.get("RANK", "0") != "0":
+        time.sleep(OTHER_RANKS_WAIT)
+    raise SystemExit(code)

@@ -1,0 +1,291 @@
+"""One fine-tuning from start to result, in a run folder of its own; resumes where it was.
+
+    runs/NAME/config.yaml  metrics.jsonl  tensorboard/
+    runs/NAME/private/checkpoints/    while it runs
+    runs/NAME/private/model/          the fine-tuned model: as secret as the ticket it was made with
+"""
+
+import contextlib
+import hashlib
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pmp_ds import dist, results
+from pmp_ds.cli import dump, parse
+from pmp_ds.config import Config
+from pmp_ds.data.loader import BlockLoader, order_key
+from pmp_ds.errors import UserError
+from pmp_ds.finetune.config import FinetuneConfig
+from pmp_ds.finetune.methods import load_model, mask_of, open_ticket
+from pmp_ds.finetune.tasks import LM, Metrics, Task, read_tokenizer
+from pmp_ds.log import MetricsLog, read_metrics, rewind_metrics
+from pmp_ds.progress import Progress
+from pmp_ds.results import Result
+from pmp_ds.run_dir import RunDir, make_private, sweep, write_text
+from pmp_ds.ticket.mask import ParamMask
+from pmp_ds.train import checkpoint, weight_files
+from pmp_ds.train.engine import Engine
+from pmp_ds.train.guard import Guard
+from pmp_ds.train.loop import Watch, train
+from pmp_ds.train.saver import Saver
+from pmp_ds.train.stop import StopRequest
+from pmp_ds.train.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class Keepers:
+    """What looks after all cells of a command."""
+
+    stop: StopRequest
+    dog: Watchdog
+    channel: dist.SideChannel
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A model to train, on every rank the same."""
+
+    model: Any  # PreTrainedModel, or peft's around one
+    mask: ParamMask | None  # None: all that is trainable
+    mask_id: str | None
+
+
+def _tuned(config: FinetuneConfig, task: Task) -> Tuned:
+    ticket = open_ticket(config)
+    model = load_model(config, task.num_labels)
+    return Tuned(model, *mask_of(config, ticket, model))
+
+
+def settings_of(config: FinetuneConfig, task: Task) -> dict[str, Any]:
+    """What a result depends on beside the model's weights; `seed` and `lr` by themselves."""
+    train, data = asdict(config.train), asdict(config.data)
+    if config.train.steps is None:
+        del train["steps"]
+    settings: dict[str, Any] = {
+        "task": config.task,
+        "method": config.method,
+        "seed": config.seed,
+        "scratch": config.scratch,
+        **train,
+        "data": task.digest,
+    }
+    if config.task == LM:
+        settings["val_blocks"] = config.run.val_blocks
+    else:
+        settings |= {"max_train": data["max_train"], "max_length": data["max_length"]}
+    if config.method in ("ticket", "complement"):
+        settings["mask"] = config.mask_name
+    if config.method == "random":
+        settings["density"] = config.density
+    if config.method == "lora":
+        settings["lora"] = asdict(config.lora) | {"targets": list(config.lora.targets)}
+    return settings
+
+
+def model_digest(folder: Path) -> str:
+    """sha256 (hex) over the weights and config.json in a model's folder."""
+    files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def tune(
+    config: FinetuneConfig,
+    ds_config: dict[str, Any],
+    task: Task,
+    run: RunDir,
+    keepers: Keepers,
+    *,
+    digest: str,  # of the model
+    keep_model: bool,
+) -> Result:
+    """Run or resume a cell to its end; the result is the caller's to keep. Collective. Raises
+    Stopped when it was asked to stop before."""
+    began = time.monotonic()
+    dist.on_rank0(lambda: _claim(run, config))
+    loop = config.loop_config(len(task.samples))
+    tuned = _tuned(config, task)
+    found = _found(run, task, tuned)
+    if dist.rank() == 0:
+        sweep(run)
+        checkpoint.mend(run)
+        rewind_metrics(run.metrics, {"train": found[1].step} if found else {})
+    log = MetricsLog(run, enabled=dist.rank() == 0)
+    saver = Saver(run, loop, log)
+    saver.newest = found[1].name if found else None
+    watch = Watch(log, keepers.stop, keepers.dog, keepers.channel)
+    with contextlib.closing(log), contextlib.closing(saver):
+        metrics, trained = _train(config, loop, ds_config, task, tuned, found, watch, saver)
+    if keep_model:
+        dist.on_rank0(lambda: _keep(config, run, task))
+    curve = dist.on_rank0(lambda: _curve(run, task, loop))
+    steps = loop.train.steps
+    return Result(
+        kind="finetune",
+        arm=config.arm or arm_of(config.model),
+        model=config.model,
+        model_digest=digest,
+        settings=settings_of(config, task),
+        values={
+            "metrics": metrics,
+            "majority": task.majority,
+            "primary": task.primary,
+            "curve": curve,
+            "trainable": trained,
+            "examples": steps * loop.train.global_batch_size,
+            "tokens": round(steps * loop.train.global_batch_size * task.tokens_per_sample),
+        },
+        seconds=time.monotonic() - began,
+        hardware=f"{results.hardware()}, {dist.world_size()} ranks",
+    )
+
+
+_MAY_CHANGE = {"run", "guard", "results", "arm", "ticket", "identity", "passphrase_file"}
+
+
+def _claim(run: RunDir, config: FinetuneConfig) -> None:
+    """Make ``run`` this configuration's folder; UserError that lists what differs when it is
+    another's."""
+    if run.config.exists():
+        saved, _ = parse(FinetuneConfig, ["--config", str(run.config)])
+        before, now = _flat(asdict(saved)), _flat(asdict(config))
+        differences = [f"{k}: {before[k]!r}, {now[k]!r}" for k in now if before[k] != now[k]]
+        if differences:
+            raise UserError(
+                f"{run.root} holds a fine-tuning with other settings; choose another run.name. "
+                "What differs (its, yours):\n  " + "\n  ".join(differences)
+            )
+    run.root.mkdir(parents=True, exist_ok=True)
+    for folder in (run.private, run.checkpoints):
+        make_private(folder)
+    write_text(run.config, dump(config))
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """`train.lr` and its like, without what may change between two starts."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if name not in _MAY_CHANGE:
+            sub = value.items() if name in ("data", "lora", "train") else ()
+            flat |= {f"{name}.{key}": inner for key, inner in sub} or {name: value}
+    return flat
+
+
+def arm_of(model: str) -> str:
+    """`pmp` of runs/pmp/release."""
+    folder = Path(model).resolve()
+    return folder.parent.name if folder.name == "release" else folder.name
+
+
+def _train(
+    config: FinetuneConfig,
+    loop: Config,
+    ds_config: dict[str, Any],
+    task: Task,
+    tuned: Tuned,
+    found: tuple[Path, checkpoint.Position] | None,
+    watch: Watch,
+    saver: Saver,
+) -> tuple[Metrics, int]:
+    """The final metrics, and how many elements were trained."""
+    if found:
+        weight_files.load_weights(found[0] / "weights", tuned.model)
+    trainable = sum(p.numel() for p in tuned.model.parameters() if p.requires_grad)
+    if tuned.mask is not None:
+        trainable = tuned.mask.num_kept
+    engine = Engine(tuned.model, loop.train, ds_config, task.objective)
+    engine.arm(tuned.mask)
+    if found:
+        checkpoint.load_state(found[0], engine, tuned.mask, found[1])
+    start = found[1] if found else None
+    guard = Guard(
+        loop.guard, engine, watch.log, watch.stop, watch.channel, start.memory if start else {}
+    )
+    guard.compare_tickets(tuned.mask_id)
+    batch, done = loop.train.global_batch_size, start.step if start else 0
+    latest: Metrics = {}
+
+    def measure() -> dict[str, float]:
+        loss, metrics = task.measure(engine, loop)
+        latest.update(metrics)
+        named = {f"{column}/{k}": v for column, row in metrics.items() for k, v in row.items()}
+        return {"val_loss": loss, **named}
+
+    def save(step: int, val_loss: float | None, must: bool) -> None:
+        position = checkpoint.Position(
+            step=step, consumed_samples=step * batch, ticket_id=tuned.mask_id,
+            dataset_id=task.digest, val_loss=val_loss, memory=dict(guard.memory),
+        )  # fmt: skip
+        if step and position.name != saver.newest:
+            watch.stop.saved(saver.save(engine, tuned.mask, position, must=must))
+
+    tokens = round(batch * task.tokens_per_sample)
+    key = order_key("finetune", config.seed)
+    with (
+        BlockLoader(
+            task.samples, key, batch, dist.rank(), dist.world_size(), done * batch,
+            pin_memory=dist.device().type == "cuda",
+        ) as loader,
+        Progress("finetune", "update", loop.train.steps, initial=done) as bar,
+    ):  # fmt: skip
+        train(
+            engine, loader, measure, tokens, loop, watch, guard, bar, save, done,
+            start.val_loss if start else None,
+        )  # fmt: skip
+    if not latest:  # it was killed between its last checkpoint and its result
+        measure()
+    engine.close()
+    return latest, trainable
+
+
+def _found(run: RunDir, task: Task, tuned: Tuned) -> tuple[Path, checkpoint.Position] | None:
+    """The newest intact checkpoint of this cell."""
+    found = dist.on_rank0(lambda: checkpoint.find(run))
+    if found is None:
+        return None
+    if (found[1].dataset_id, found[1].ticket_id) != (task.digest, tuned.mask_id):
+        raise UserError(
+            f"{run.root} was begun with other data or another ticket; bring them back, or choose "
+            "another run.name"
+        )
+    return found
+
+
+def _curve(run: RunDir, task: Task, loop: Config) -> list[list[float]]:
+    """(tokens trained on, primary metric of the first column) at every validation."""
+    column, metric = next(iter(task.primary.items()))
+    per_update = loop.train.global_batch_size * task.tokens_per_sample
+    name = f"{column}/{metric}"
+    records = [r for r in read_metrics(run.metrics) if name in r]
+    return [[round(r["step"] * per_update), float(r[name])] for r in records]
+
+
+def _keep(config: FinetuneConfig, run: RunDir, task: Task) -> None:
+    """Write the newest checkpoint's weights as a Hugging Face folder, of LoRA the adapters."""
+    found = checkpoint.find(run)
+    assert found is not None
+    folder = run.private / "model"
+    aside = folder.with_name("model.incomplete")
+    shutil.rmtree(aside, ignore_errors=True)
+    make_private(aside)
+    fresh = load_model(config, task.num_labels)
+    weight_files.load_weights(found[0] / "weights", fresh)
+    fresh.save_pretrained(aside)
+    read_tokenizer(config.model).save_pretrained(aside)
+    for path in aside.rglob("*"):
+        path.chmod(0o700 if path.is_dir() else 0o600)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+
+
+def forget(run: RunDir) -> None:
+    """Remove a finished cell's checkpoints."""
+    shutil.rmtree(run.checkpoints, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        make_private(run.checkpoints)

@@ -1,0 +1,193 @@
+"""Settings of launcher/finetune.py; every field's docstring is its line in ``--help``."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pmp_ds.config import Config, GuardConfig, Precision, RunConfig, TrainConfig
+from pmp_ds.errors import require
+
+Method = Literal["full", "lora", "ticket", "random", "complement"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneDataConfig:
+    """What is learned from."""
+
+    glue_dir: str | None = None
+    """Folder of GLUE tasks, `TASK/train.jsonl[.gz]` and `TASK/validation*.jsonl[.gz]`; unset
+    downloads them from the Hugging Face hub."""
+
+    max_train: int | None = None
+    """Training examples drawn from a task's, the same ones for every seed; unset means all."""
+
+    max_length: int = 128
+    """Longest example in tokens; the longer text of a pair is cut first."""
+
+    store: dict[str, float] | str | None = None
+    """For `task: lm`: packed text, a folder of launcher/prepare_data.py made with the model's own
+    tokenizer, or a mixture."""
+
+    def __post_init__(self) -> None:
+        require(self.max_length >= 4, f"data.max_length={self.max_length} must be at least 4")
+        require(
+            self.max_train is None or self.max_train >= 1,
+            f"data.max_train={self.max_train} must be at least 1",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """For `method: lora`: low-rank adapters beside frozen weights, by `peft`."""
+
+    rank: int = 8
+    """Rank of every adapter."""
+
+    alpha: float = 16.0
+    """Adapters are multiplied by alpha / rank."""
+
+    dropout: float = 0.0
+    """Dropout before every adapter."""
+
+    targets: tuple[str, ...] = ("all-linear",)
+    """Names of the modules that get one, such as q_proj v_proj; `all-linear` means every linear
+    module of the blocks."""
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, f"lora.rank={self.rank} must be at least 1")
+        require(self.alpha > 0, f"lora.alpha={self.alpha} must be positive")
+        require(0 <= self.dropout < 1, f"lora.dropout={self.dropout} must be in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneTrainConfig:
+    """The optimization: AdamW with linear warm-up and a cosine to zero."""
+
+    lr: float = 5e-5
+    """Peak learning rate."""
+
+    epochs: float = 3.0
+    """Passes over the training examples."""
+
+    steps: int | None = None
+    """Updates, instead of `epochs`."""
+
+    global_batch_size: int = 32
+    """Examples per update, over all ranks and accumulation steps."""
+
+    micro_batch_size: int = 32
+    """Examples per forward pass on one rank."""
+
+    warmup_ratio: float = 0.06
+    """Share of the updates that warm up."""
+
+    weight_decay: float = 0.01
+    """Decoupled weight decay, on trained elements of matrices only."""
+
+    clip_norm: float = 1.0
+    """Largest gradient norm of what is trained; 0 switches clipping off."""
+
+    precision: Precision = "fp32"
+    """Precision of the weights in forward and backward; master weights stay fp32."""
+
+    def __post_init__(self) -> None:
+        require(
+            0.0 < self.epochs < math.inf, f"train.epochs={self.epochs} must be positive and finite"
+        )
+        require(
+            0.0 <= self.warmup_ratio <= 1.0,
+            f"train.warmup_ratio={self.warmup_ratio} must be in [0, 1]",
+        )
+        self.complete(self.global_batch_size)
+
+    def complete(self, num_samples: int) -> TrainConfig:
+        """The settings of the loop for ``num_samples`` training examples."""
+        steps = self.steps
+        if steps is None:
+            steps = max(1, math.ceil(self.epochs * num_samples / self.global_batch_size))
+        return TrainConfig(
+            steps=steps,
+            global_batch_size=self.global_batch_size,
+            micro_batch_size=self.micro_batch_size,
+            precision=self.precision,
+            lr=self.lr,
+            warmup_steps=round(self.warmup_ratio * steps),
+            weight_decay=self.weight_decay,
+            clip_norm=self.clip_norm,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """A released model, a task, and what may change."""
+
+    model: str = ""
+    """Folder of the released model."""
+
+    task: str = ""
+    """A GLUE task (cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte), or `lm`: next-token prediction on
+    `data.store`."""
+
+    method: Method = "full"
+    """`full`: every weight. `lora`: low-rank adapters. `ticket`: the elements of the ticket
+    (authorized). Controls: `random`, a random mask of equal density; `complement`, everything but
+    the ticket. A classification head is new: outside every mask, it always trains."""
+
+    ticket: str | None = None
+    """For `ticket` and `complement`: a ticket's folder, or a sealed file."""
+
+    identity: str | None = None
+    """Secret key that opens a sealed ticket, of `age` or ssh."""
+
+    passphrase_file: str | None = None
+    """File whose first line opens a sealed ticket."""
+
+    mask_name: str = "own"
+    """What results call the ticket; name it otherwise when it is not the model's own, as one that
+    an attacker recovered."""
+
+    density: float = 0.7
+    """For `random`: the share of the weights that is trained."""
+
+    scratch: bool = False
+    """Start from fresh random weights of the same architecture instead: the control that shows what
+    pretraining was worth."""
+
+    seed: int = 0
+    """Seed of new heads and adapters, random masks, fresh weights and the order of the examples."""
+
+    arm: str | None = None
+    """What results call the model; unset means the name of its run or folder."""
+
+    results: str | None = None
+    """File to append the result to; unset means results.jsonl in the run's folder."""
+
+    data: TuneDataConfig = field(default_factory=TuneDataConfig)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    train: TuneTrainConfig = field(default_factory=TuneTrainConfig)
+    run: RunConfig = field(default_factory=lambda: RunConfig(name="finetune", async_save=False))
+    guard: GuardConfig = field(default_factory=GuardConfig)
+
+    def __post_init__(self) -> None:
+        require(self.model != "", "--model is missing: name the folder of a released model")
+        require(self.task != "", "--task is missing: name a GLUE task such as sst2, or lm for text")
+        require(
+            self.ticket is not None or self.method not in ("ticket", "complement"),
+            f"--method {self.method} needs --ticket: the ticket's folder, or a sealed file",
+        )
+        require(0.0 < self.density <= 1.0, f"density={self.density} must be in (0, 1]")
+        require(0 <= self.seed < 2**31, f"seed={self.seed} must be between 0 and 2^31 - 1")
+        require(
+            (self.task == "lm") == (self.data.store is not None),
+            f"data.store={self.data.store!r} does not go with task={self.task!r}: `lm` needs a "
+            "store, and nothing else reads one",
+        )
+        require(
+            not self.scratch or self.method in ("full", "random"),
+            f"--scratch true does not go with --method {self.method}: fresh weights have no ticket "
+            "and nothing worth adapting",
+        )
+
+    def loop_config(self, num_samples: int) -> Config:
+        """What the training loop, the saver and the guard read."""
+        return Config(run=self.run, guard=self.guard, train=self.train.complete(num_samples))

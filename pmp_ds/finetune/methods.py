@@ -1,0 +1,176 @@
+"""What a method of fine-tuning may change: the model it trains, and the mask on it.
+
+| method | trains |
+|---|---|
+| full | everything |
+| lora | adapters of `peft`, and the head |
+| ticket | the ticket, and the head (authorized) |
+| random | a random mask of the ticket's density, and the head |
+| complement | everything but the ticket, and the head |
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from pmp_ds.config import MaskConfig
+from pmp_ds.data.loader import order_key
+from pmp_ds.errors import UserError
+from pmp_ds.finetune.config import FinetuneConfig
+from pmp_ds.model.parameters import ParamInfo, parameter_table
+from pmp_ds.ticket.keys import identities, read_passphrase
+from pmp_ds.ticket.mask import ParamMask, full_bits, pack
+from pmp_ds.ticket.ticket import Ticket
+from pmp_ds.ticket.vault import any_ticket
+from pmp_ds.train.discover import random_ticket
+
+HEAD = "score."
+"""Prefix of the classification head's parameters in `transformers`' causal models."""
+
+
+def open_ticket(config: FinetuneConfig) -> Ticket | None:
+    """The ticket where the method needs one. Raises UserError when it cannot be opened or belongs
+    to a model with other parameters."""
+    if config.method not in ("ticket", "complement"):
+        return None
+    assert config.ticket is not None
+    if config.identity is not None and config.passphrase_file is not None:
+        raise UserError("--identity and --passphrase_file are two ways to open a file: give one")
+    by: Any = None
+    if config.identity is not None:
+        by = identities(Path(config.identity))
+    elif config.passphrase_file is not None:
+        by = read_passphrase(Path(config.passphrase_file), confirm=False)
+    ticket = any_ticket(Path(config.ticket), by)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config(config.model))
+    shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
+    try:
+        return replace(ticket, mask=_fitted(ticket.mask, shapes))
+    except KeyError as name:
+        raise UserError(
+            f"--ticket {config.ticket} belongs to a model with other parameters than --model "
+            f"{config.model}: {name} is not the same in both"
+        ) from None
+
+
+def _fitted(mask: ParamMask, shapes: dict[str, tuple[int, ...]]) -> ParamMask:
+    """``mask`` on parameters of these shapes; a release may lack the rows that only padded the
+    vocabulary. Raises KeyError that names a parameter which is another one."""
+    bits = {}
+    for name in [*shapes, *(set(mask.shapes) - set(shapes))]:
+        wanted, have = shapes[name], mask.shapes[name]
+        if have[1:] != wanted[1:] or have[0] < wanted[0]:
+            raise KeyError(name)
+        numel = torch.Size(wanted).numel()
+        same = have == wanted
+        bits[name] = mask.bits[name] if same else pack(mask.fragment(name, 0, numel))
+    return ParamMask(bits=bits, shapes=shapes)
+
+
+def model_config(folder: str) -> Any:
+    """The Hugging Face config of a local folder."""
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(
+            f"--model {folder} is no model: it has no config.json. Name the folder of a release"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--model {folder}: its config.json is not usable: {error}") from None
+
+
+def load_model(config: FinetuneConfig, num_labels: int | None) -> Any:
+    """The model that a method trains, fp32 on CPU, the same at every call: the released weights (or
+    fresh ones with ``scratch``), a new head of ``num_labels`` outputs (None: none, for next
+    tokens), and adapters where the method has some."""
+    model = _load(config, num_labels)
+    if config.method == "lora":
+        torch.manual_seed(config.seed)
+        return _with_adapters(model, config, num_labels is not None)
+    return model
+
+
+def mask_of(
+    config: FinetuneConfig, ticket: Ticket | None, model: Any
+) -> tuple[ParamMask | None, str | None]:
+    """What of ``model`` trains, and the mask's id; None for all that is trainable. Collective."""
+    if config.method in ("full", "lora"):
+        return None, None
+    table = parameter_table(model)
+    if config.method == "random":
+        ticket = _random(config, [row for row in table if not row.name.startswith(HEAD)])
+    assert ticket is not None
+    return _with_head(ticket.mask, table, inverted=config.method == "complement"), ticket.id
+
+
+def _load(config: FinetuneConfig, num_labels: int | None) -> Any:
+    """The released weights, or fresh ones with ``scratch``; a head is drawn by the seed."""
+    hf_config = model_config(config.model)
+    hf_config.use_cache = False
+    kind: Any = AutoModelForCausalLM
+    if num_labels is not None:
+        kind = AutoModelForSequenceClassification
+        hf_config.num_labels = num_labels
+        hf_config.problem_type = "regression" if num_labels == 1 else "single_label_classification"
+        hf_config.pad_token_id = hf_config.eos_token_id  # rows are padded with it
+    torch.manual_seed(config.seed)
+    if config.scratch:
+        return kind.from_config(hf_config, dtype=torch.float32)
+    try:
+        return kind.from_pretrained(
+            config.model, config=hf_config, dtype=torch.float32, local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {config.model} cannot be read: {error}") from None
+
+
+def _with_adapters(model: Any, config: FinetuneConfig, has_head: bool) -> Any:
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    lora = config.lora
+    targets: Any = list(lora.targets) if lora.targets != ("all-linear",) else "all-linear"
+    settings = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        task_type=TaskType.SEQ_CLS if has_head else TaskType.CAUSAL_LM,
+        fan_in_fan_out=model.config.model_type == "gpt2",
+    )
+    try:
+        return get_peft_model(model, settings)
+    except ValueError as error:
+        linear = {name.rpartition(".")[2] for name, m in model.named_modules() if _is_linear(m)}
+        raise UserError(
+            f"--lora.targets {' '.join(lora.targets)}: {str(error).partition('.')[0]}; the linear "
+            f"modules of this model are {', '.join(sorted(linear))}"
+        ) from None
+
+
+def _is_linear(module: Any) -> bool:
+    return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _random(config: FinetuneConfig, table: list[ParamInfo]) -> Ticket:
+    """A uniform mask over the backbone; norms and biases are in it, as they are in a ticket."""
+    backbone = [replace(row, constant=len(row.shape) < 2) for row in table]
+    key = order_key("random mask of fine-tuning", config.seed)
+    return random_ticket(key, MaskConfig(source="random", density=config.density), tuple(backbone))
+
+
+def _with_head(mask: ParamMask, table: tuple[ParamInfo, ...], *, inverted: bool) -> ParamMask:
+    """``mask`` (or its complement) on the parameters of ``table``; a head is trained whole. What
+    the table lacks, such as the output matrix of a language model, is left out."""
+    bits = {}
+    for row in table:
+        if row.name.startswith(HEAD):
+            bits[row.name] = full_bits(row.numel)
+        elif inverted:
+            bits[row.name] = pack(~mask.full(row.name))
+        else:
+            bits[row.name] = mask.bits[row.name]
+    return ParamMask(bits=bits, shapes={row.name: row.shape for row in table})

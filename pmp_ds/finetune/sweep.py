@@ -1,0 +1,159 @@
+"""A grid of fine-tunings in one process: every cell once, finished ones never again."""
+
+import contextlib
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import logging
+
+from pmp_ds import dist, results
+from pmp_ds.errors import UserError
+from pmp_ds.finetune.cell import Keepers, forget, model_digest, settings_of, tune
+from pmp_ds.finetune.config import FinetuneConfig
+from pmp_ds.finetune.methods import model_config, open_ticket
+from pmp_ds.finetune.tasks import Task, open_task
+from pmp_ds.progress import Progress
+from pmp_ds.results import Result
+from pmp_ds.run_dir import RunDir
+from pmp_ds.train.stop import StopRequest
+from pmp_ds.train.watchdog import Watchdog
+
+Grid = Mapping[str, Sequence[str]]
+WHOLE = ""
+"""Name of the one cell of an empty grid."""
+
+
+def grid(sweeps: Sequence[str]) -> dict[str, list[str]]:
+    """`SETTING=A,B` and `SETTING=A` as values by setting. Raises UserError."""
+    found: dict[str, list[str]] = {}
+    for text in (part for given in sweeps for part in given.split(";")):
+        name, equals, values = text.strip().partition("=")
+        names = [value.strip() for value in values.split(",")]
+        if not equals or not name or "" in names:
+            raise UserError(f"--sweep {text!r}: write SETTING=A,B as in train.lr=1e-5,1e-4")
+        if name.split(".")[0] in ("run", "guard", "results", "arm"):
+            raise UserError(f"--sweep {name}: it changes nothing of what is learned")
+        if name in found or len(set(names)) != len(names):
+            raise UserError(f"--sweep {text!r} names a setting or a value twice")
+        found[name] = names
+    return found
+
+
+def cells(grid: Grid) -> dict[str, list[str]]:
+    """The flags of every cell by its name, `lr=1e-5,seed=0`; the last setting changes fastest."""
+    found = {}
+    for values in itertools.product(*grid.values()):
+        chosen = dict(zip(grid, values, strict=True))
+        short = (f"{name.rpartition('.')[2]}={value}" for name, value in chosen.items())
+        flags = [word for name, value in chosen.items() for word in (f"--{name}", value)]
+        found[",".join(short).replace("/", "_")] = flags
+    return found
+
+
+def run_all(
+    cells: Mapping[str, FinetuneConfig],
+    ds_config: dict[str, Any],
+    run: RunDir,
+    where: Path,
+    started: float,
+    *,
+    keep_models: bool,
+) -> list[Result]:
+    """Run what is not in the results at ``where`` yet; each result is appended as it comes.
+    Collective. Mistakes in any cell are found before the first begins."""
+    logging.set_verbosity_error()  # of heads that are new, as they should be
+    logging.disable_progress_bar()
+    tasks = _Tasks()
+    digests = {config.model: "" for config in cells.values()}
+    for config in cells.values():
+        model_config(config.model)
+        dist.on_rank0(lambda config=config: open_ticket(config) and None)  # type: ignore[misc]
+        tasks.of(config)
+    digests = {model: dist.on_rank0(lambda m=model: model_digest(Path(m))) for model in digests}  # type: ignore[misc]
+    keys = {
+        name: results.key("finetune", digests[c.model], settings_of(c, tasks.of(c)))
+        for name, c in cells.items()
+    }
+    finished = dist.on_rank0(lambda: {result.key: result for result in results.read(where)})
+    done = {name: finished[key] for name, key in keys.items() if key in finished}
+    first = next(iter(cells.values()))
+    if dist.rank() == 0:
+        run.root.mkdir(parents=True, exist_ok=True)
+        print(_plan(cells, done, where), flush=True)
+    dist.barrier()
+    channel = dist.SideChannel()
+    with (
+        StopRequest(first.run.max_seconds, started, channel) as stop,
+        Watchdog(run, first.guard.hang_seconds) as dog,
+        _overall(len(cells), len(done)) as bar,
+    ):
+        keepers = Keepers(stop, dog, channel)
+        for name, config in cells.items():
+            if name in done:
+                continue
+            folder = RunDir(run.root / "cells" / name) if name != WHOLE else run
+            done[name] = tune(
+                config, ds_config, tasks.of(config), folder, keepers,
+                digest=digests[config.model], keep_model=keep_models,
+            )  # fmt: skip
+            if dist.rank() == 0:
+                results.append(where, done[name])
+                forget(folder)
+                print(f"{name or config.method}: {_line(done[name])}", flush=True)
+            if bar:
+                bar.update(1)
+    if dist.rank() == 0 and len(cells) > 1:
+        print(f"{len(cells)} cells are in {where}:\n{_table(done, cells)}", flush=True)
+    return [done[name] for name in cells]
+
+
+class _Tasks:
+    """Every task read and encoded once."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, Task] = {}
+
+    def of(self, config: FinetuneConfig) -> Task:
+        key = repr((config.model, config.task, config.data))
+        if key not in self._tasks:
+            self._tasks[key] = open_task(config)
+        return self._tasks[key]
+
+
+def _overall(cells: int, done: int) -> Any:
+    """A bar over the cells of a sweep."""
+    if cells == 1:
+        return contextlib.nullcontext()
+    return Progress("sweep", "cell", cells, initial=done)
+
+
+def _plan(cells: Mapping[str, FinetuneConfig], done: Mapping[str, Result], where: Path) -> str:
+    config = next(iter(cells.values()))
+    new = config.task != "lm"
+    rows = {
+        "model": f"{config.model}{', fresh weights' if config.scratch else ''}",
+        "task": ", ".join(sorted({c.task for c in cells.values()})),
+        "method": ", ".join(sorted({c.method for c in cells.values()}))
+        + (": a new head on the last token always trains, outside every mask" if new else ""),
+        "cells": f"{len(cells)}, of which {len(done)} are finished",
+        "results": str(where),
+    }
+    return "\n".join(f"  {name:<10}{text}" for name, text in rows.items())
+
+
+def _line(result: Result) -> str:
+    """`SST-2 accuracy 0.812 (majority 0.509)`."""
+    parts = []
+    for column, metric in result.values["primary"].items():
+        value = result.values["metrics"][column][metric]
+        baseline = result.values["majority"].get(column)
+        beside = f" (majority {baseline[metric]:.3f})" if baseline else ""
+        parts.append(f"{column} {metric} {value:.3f}{beside}")
+    return ", ".join(parts)
+
+
+def _table(done: Mapping[str, Result], cells: Mapping[str, FinetuneConfig]) -> str:
+    width = max(len(name) for name in cells)
+    return "\n".join(f"  {name:<{width}}  {_line(done[name])}" for name in cells)

@@ -1,0 +1,148 @@
+"""What a model is fine-tuned on: GLUE classification, or plain text."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from pmp_ds import dist
+from pmp_ds.config import Config
+from pmp_ds.data.mixed_store import open_data
+from pmp_ds.errors import UserError
+from pmp_ds.finetune.config import FinetuneConfig
+from pmp_ds.finetune.methods import model_config
+from pmp_ds.finetune.rows import Classification, Rows
+from pmp_ds.glue.metrics import majority, score
+from pmp_ds.glue.read import load
+from pmp_ds.glue.tasks import find_task
+from pmp_ds.train.engine import Engine
+from pmp_ds.train.loop import validate
+from pmp_ds.train.objective import NextToken, Objective
+
+LM = "lm"
+Metrics = dict[str, dict[str, float]]
+"""Metric by name, by column of the results' tables."""
+
+
+class Task(Protocol):
+    """Samples, an objective, and what is measured on held-out data."""
+
+    samples: Any  # what data.loader.BlockLoader reads
+    objective: Objective
+    num_labels: int | None
+    """Outputs of the head; None: the language model as it is."""
+    digest: str
+    """Names the data, training and held-out."""
+    tokens_per_sample: float
+    primary: dict[str, str]
+    """The metric that counts, by column."""
+    majority: Metrics
+    """What a constant prediction scores."""
+
+    def measure(self, engine: Engine, config: Config) -> tuple[float, Metrics]:
+        """Mean loss on held-out data, and the metrics. Collective."""
+        ...
+
+
+def open_task(config: FinetuneConfig) -> Task:
+    """Read and encode the data of ``config.task``. Raises UserError for what is missing."""
+    return Text(config) if config.task == LM else Glue(config)
+
+
+class Glue:
+    """A task of GLUE with a classification head on the last token."""
+
+    def __init__(self, config: FinetuneConfig) -> None:
+        self.task = find_task(config.task)
+        folder = config.data.glue_dir
+        data = load(self.task, Path(folder) if folder else None, config.data.max_train)
+        hf_config, tokenizer = model_config(config.model), read_tokenizer(config.model)
+        if hf_config.eos_token_id is None:
+            raise UserError(f"--model {config.model}: its config.json names no eos_token_id")
+        longest = min(config.data.max_length, hf_config.max_position_embeddings)
+
+        def encode(rows: Any) -> Rows:
+            return Rows(
+                rows.texts, rows.labels, tokenizer, bos_id=hf_config.bos_token_id,
+                eos_id=hf_config.eos_token_id, max_length=longest,
+            )  # fmt: skip
+
+        self.samples = encode(data.train)
+        self.objective: Objective = Classification()
+        self.num_labels: int | None = self.task.num_outputs
+        self.tokens_per_sample = float(self.samples.lengths.mean())
+        self._validation = {column: encode(rows) for column, rows in data.validation.items()}
+        self._labels = {column: rows.labels for column, rows in data.validation.items()}
+        self.digest = " ".join(r.sha256[:16] for r in (data.train, *data.validation.values()))
+        self.primary = dict.fromkeys(data.validation, self.task.primary)
+        self.majority = {
+            column: majority(self.task, data.train.labels, labels)
+            for column, labels in self._labels.items()
+        }
+
+    def measure(self, engine: Engine, config: Config) -> tuple[float, Metrics]:
+        metrics, losses = {}, []
+        for column, rows in self._validation.items():
+            logits = predict(engine, rows)
+            batch = torch.from_numpy(rows.gather(np.arange(len(rows))))
+            losses.append(float(self.objective.losses(torch.from_numpy(logits), batch).mean()))
+            outputs = logits[:, 0] if self.task.is_regression else logits
+            metrics[column] = score(self.task, outputs, self._labels[column])
+        return float(np.mean(losses)), metrics
+
+
+class Text:
+    """Next-token prediction on packed text."""
+
+    def __init__(self, config: FinetuneConfig) -> None:
+        assert config.data.store is not None
+        store = open_data(config.data.store)
+        _same_tokenizer(config, store.tokenizer_dir)
+        dist.on_rank0(lambda: store.verify() and None)
+        self.samples = store.split("train")
+        self._validation = store.split("validation")
+        self.objective: Objective = NextToken()
+        self.num_labels: int | None = None
+        self.digest = store.dataset_id
+        self.tokens_per_sample = float(store.block_size)
+        self.primary, self.majority = {"LM": "loss"}, Metrics()
+
+    def measure(self, engine: Engine, config: Config) -> tuple[float, Metrics]:
+        loss = validate(engine, self._validation, config.run.val_blocks)
+        return loss, {"LM": {"loss": loss}}
+
+
+def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{folder} has no tokenizer that can be read: {reason}") from None
+
+
+def _same_tokenizer(config: FinetuneConfig, of_store: Path) -> None:
+    """Raises UserError unless every token has the same number in the model and in the store."""
+    model, store = read_tokenizer(config.model), read_tokenizer(of_store)
+    if model.get_vocab() != store.get_vocab():
+        raise UserError(
+            f"data.store={config.data.store} was tokenized for another model: prepare the text "
+            f"with --tokenizer {config.model}"
+        )
+
+
+def predict(engine: Engine, rows: Rows) -> npt.NDArray[np.float32]:
+    """Logits of every example, (n, num_labels), on every rank. Collective."""
+    order = np.argsort(rows.lengths, kind="stable")  # alike lengths together: little padding
+    share = -(-len(order) // dist.world_size())
+    mine = order[np.minimum(np.arange(share) * dist.world_size() + dist.rank(), len(order) - 1)]
+    batch = torch.from_numpy(rows.gather(mine))
+    parts = dist.all_gather_object((mine, engine.predict(batch).float().cpu().numpy()))
+    logits = np.empty((len(order), parts[0][1].shape[1]), dtype=np.float32)
+    for indices, values in parts:
+        logits[indices] = values
+    return logits
+
+
