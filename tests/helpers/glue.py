@@ -130,7 +130,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def merging_tokenizer() -> PreTrainedTokenizerFast:
     """Bytes, and `: n` as one token: it does not split text at blanks before it merges."""
-    return _tokenizer([(":", "Ġ"), (":Ġ", "n")])
+    return _tokenizer([("Ġ", "n"), (":", "Ġn")])
 
 
 def _tokenizer(merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:

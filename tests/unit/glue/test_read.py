@@ -20,8 +20,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_glue(tmp_path_factory.mktemp("glue"))
 
 
-def read(folder: Path, name: str, **options: int) -> TaskData:
-    return load(find_task(name), folder, **options)
+def read(folder: Path, name: str, max_train: int | None = None, seed: int = 0) -> TaskData:
+    return load(find_task(name), folder, max_train, seed)
 
 
 def test_columns_are_those_of_the_paper():
