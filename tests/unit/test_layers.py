@@ -46,6 +46,8 @@ WITHOUT_TORCH = (
     "pmp_ds.data.corpus",
     "pmp_ds.data.packing",
     "pmp_ds.data.arrow_store",
+    "pmp_ds.glue.read",
+    "pmp_ds.glue.metrics",
 )
 
 ROW_OF = {unit: index for index, row in enumerate(ROWS) for unit in row}

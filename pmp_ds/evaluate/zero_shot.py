@@ -1,0 +1,207 @@
+"""What a released model knows of GLUE before any fine-tuning: by likelihood of answers in words,
+and with an untrained classification head (the paper's "Base" rows).
+
+Both return outputs for ``pmp_ds.glue.metrics.score``.
+"""
+
+from collections.abc import Iterator
+from itertools import takewhile
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from pmp_ds.errors import UserError, require
+from pmp_ds.glue.encode import encode
+from pmp_ds.glue.read import Rows
+from pmp_ds.glue.tasks import Task
+from pmp_ds.progress import Progress
+
+PROMPTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "cola": (
+        "Sentence: {sentence}\nIs the grammar correct, yes or no? Answer:",
+        ("no", "yes"),
+    ),
+    "sst2": (
+        "Review: {sentence}\nThe review is",
+        ("negative", "positive"),
+    ),
+    "mrpc": (
+        "First: {sentence1}\nSecond: {sentence2}\nDo both say the same, yes or no? Answer:",
+        ("no", "yes"),
+    ),
+    "qqp": (
+        "First: {question1}\nSecond: {question2}\nIs it the same question, yes or no? Answer:",
+        ("no", "yes"),
+    ),
+    "stsb": (
+        "First: {sentence1}\nSecond: {sentence2}\nSimilarity from 0 to 5 (the same). Answer:",
+        ("0", "1", "2", "3", "4", "5"),
+    ),
+    "mnli": (
+        "Text: {premise}\nClaim: {hypothesis}\nIs the claim true, yes, no or maybe? Answer:",
+        ("yes", "maybe", "no"),
+    ),
+    "qnli": (
+        "Question: {question}\nText: {sentence}\nIs the answer in the text, yes or no? Answer:",
+        ("yes", "no"),
+    ),
+    "rte": (
+        "Text: {sentence1}\nClaim: {sentence2}\nIs the claim true, yes or no? Answer:",
+        ("yes", "no"),
+    ),
+}
+"""Prompt, and an answer for every label in the order of `Task.labels`. STS-B, which has none, is
+answered by a digit."""
+
+
+@torch.no_grad()
+def zero_shot(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Rows,
+    batch_size: int = 32,
+    max_length: int = 256,
+    bar: Progress | None = None,
+) -> np.ndarray:
+    """(n, classes) float32: log p(answer | prompt) in nats, summed over the answer's tokens; for
+    STS-B (n,), the mean of the digits under the distribution that these scores give.
+
+    ``model`` is a causal one on any device, in the precision it was loaded with; it is left in
+    evaluation mode. A forward pass takes ``batch_size`` rows with all answers. Prompts are cut at
+    their beginning: with an answer they have at most ``max_length`` tokens, and no more than the
+    model has positions. ``bar`` counts rows.
+    """
+    model.eval()
+    max_length = _longest(model, max_length)
+    answers = len(PROMPTS[task.name][1])
+    sequences = [_answered(tokenizer, task, texts, max_length) for texts in rows.texts]
+    scores = np.zeros((len(rows), answers), np.float32)
+    for batch in _batches([len(row[0][0]) for row in sequences], batch_size):
+        flat = [sequence for i in batch for sequence in sequences[i]]
+        found = _log_likelihoods(model, flat, tokenizer.eos_token_id)
+        scores[batch] = found.view(len(batch), answers).cpu().numpy()
+        if bar is not None:
+            bar.update(len(batch))
+    if not task.is_regression:
+        return scores
+    odds = np.exp(scores - scores.max(axis=1, keepdims=True))
+    expected: np.ndarray = odds @ np.arange(answers, dtype=np.float32) / odds.sum(axis=1)
+    return expected
+
+
+@torch.no_grad()
+def untrained_head(
+    folder: Path,
+    task: Task,
+    rows: Rows,
+    seed: int,
+    batch_size: int = 32,
+    max_length: int = 256,
+    device: str = "cpu",
+    bar: Progress | None = None,
+) -> np.ndarray:
+    """(n, classes) float32 outputs, (n,) for STS-B, of the model in ``folder`` under a linear head
+    on the last token that ``seed`` alone decides, in fp32. ``bar`` counts rows.
+
+    Raises UserError when ``folder`` holds no model and tokenizer.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = _with_head(folder, task, seed).to(device)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} cannot be loaded ({error}): name a release's folder") from error
+    model.config.pad_token_id = tokenizer.eos_token_id
+    sequences = encode(tokenizer, rows, _longest(model, max_length))
+    outputs = np.zeros((len(rows), task.num_outputs), np.float32)
+    for batch in _batches([len(sequence) for sequence in sequences], batch_size):
+        input_ids, attention_mask = _pad([sequences[i] for i in batch], tokenizer.eos_token_id)
+        logits = model(input_ids.to(device), attention_mask=attention_mask.to(device)).logits
+        outputs[batch] = logits.cpu().numpy()
+        if bar is not None:
+            bar.update(len(batch))
+    return outputs[:, 0] if task.is_regression else outputs
+
+
+def _with_head(folder: Path, task: Task, seed: int) -> PreTrainedModel:
+    """On CPU, in evaluation mode."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # that the head is new is what is wanted
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+                folder, num_labels=task.num_outputs, dtype=torch.float32, local_files_only=True
+            )
+    finally:
+        logging.set_verbosity(verbosity)
+    return model.eval()
+
+
+def _longest(model: PreTrainedModel, max_length: int) -> int:
+    """``max_length``, or the number of positions the model has."""
+    return min(max_length, getattr(model.config, "max_position_embeddings", max_length))
+
+
+def _answered(
+    tokenizer: PreTrainedTokenizerBase, task: Task, texts: tuple[str, ...], max_length: int
+) -> list[tuple[list[int], int]]:
+    """Of every answer: the ids of prompt and answer, and how many of them are the prompt's.
+
+    They are tokenized together, since a tokenizer may merge across the boundary: the prompt is
+    what all answers and the prompt alone begin with.
+    """
+    template, words = PROMPTS[task.name]
+    prompt = template.format(**dict(zip(task.fields, texts, strict=True)))
+    alone, *whole = tokenizer([prompt, *(f"{prompt} {word}" for word in words)])["input_ids"]
+    columns = zip(alone, *whole, strict=False)
+    shared = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, columns))
+    cut = max(0, max(len(ids) for ids in whole) - max_length)
+    require(
+        shared > cut,
+        f"{task.name}: {max_length} tokens have no room for an answer after the prompt: max_length "
+        f"and the model's positions have to be {max_length + cut - shared + 1} or more",
+    )
+    return [(ids[cut:], shared - cut) for ids in whole]
+
+
+def _log_likelihoods(
+    model: PreTrainedModel, sequences: list[tuple[list[int], int]], pad_id: int
+) -> torch.Tensor:
+    """(len(sequences),) fp32: log-probability of the ids after the prompt of each."""
+    input_ids, attention_mask = (
+        tensor.to(model.device) for tensor in _pad([ids for ids, _ in sequences], pad_id)
+    )
+    position = torch.arange(1, input_ids.shape[1], device=model.device)
+    prompt = torch.tensor([shared for _, shared in sequences], device=model.device)
+    scored = (position >= prompt[:, None]) & attention_mask[:, 1:].bool()  # (B, T - 1)
+    keep = scored.any(dim=0).nonzero()[:, 0]  # logits are large: only where a row needs them
+    logits = model(input_ids, attention_mask=attention_mask, logits_to_keep=keep).logits.float()
+    targets = input_ids[:, 1:][:, keep, None]
+    found = logits.log_softmax(dim=-1).gather(-1, targets)[..., 0]
+    return found.masked_fill(~scored[:, keep], 0.0).sum(dim=1)
+
+
+def _pad(sequences: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, T) int64 ids padded on the right, and their attention mask."""
+    length = max(len(ids) for ids in sequences)
+    input_ids = torch.full((len(sequences), length), pad_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(sequences):
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        attention_mask[row, : len(ids)] = 1
+    return input_ids, attention_mask
+
+
+def _batches(lengths: list[int], batch_size: int) -> Iterator[np.ndarray]:
+    """Indices of similar length together, the longest first."""
+    order = np.argsort(-np.array(lengths), kind="stable")
+    yield from (order[i : i + batch_size] for i in range(0, len(order), batch_size))

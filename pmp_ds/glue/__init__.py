@@ -1,0 +1,1 @@
+"""The GLUE tasks of the paper: their data, and their metrics. Imports without torch."""

@@ -1,0 +1,91 @@
+"""The eight GLUE tasks behind the paper's nine columns: what a row holds, what is measured."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from pmp_ds.errors import UserError
+
+MAX_SIMILARITY = 5.0
+"""Labels of a regression task (STS-B) lie in [0, MAX_SIMILARITY]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One task of GLUE (Wang et al., 2018)."""
+
+    name: str
+    """As in settings and on the Hugging Face hub: `sst2`."""
+    folder: str
+    """As in GLUE's own layout: `SST-2`."""
+    fields: tuple[str, ...]
+    """The one or two texts of a row."""
+    labels: tuple[str, ...] | None
+    """The word for every class, in the order of the integers; None for regression."""
+    metrics: tuple[str, ...]
+    """What metrics.score returns: GLUE's own, and the paper's accuracy."""
+    splits: Mapping[str, str]
+    """Validation split -> column of the paper's table."""
+
+    @property
+    def primary(self) -> str:
+        """The metric that selects among runs and fills a table's cell."""
+        return self.metrics[0]
+
+    @property
+    def is_regression(self) -> bool:
+        return self.labels is None
+
+    @property
+    def num_outputs(self) -> int:
+        """Classes, or 1 for regression: `num_labels` of transformers."""
+        return 1 if self.labels is None else len(self.labels)
+
+
+def _task(
+    name: str,
+    folder: str,
+    fields: tuple[str, ...],
+    labels: tuple[str, ...] | None,
+    metrics: tuple[str, ...] = ("accuracy",),
+    splits: Mapping[str, str] | None = None,
+) -> Task:
+    return Task(
+        name=name, folder=folder, fields=fields, labels=labels, metrics=metrics,
+        splits=MappingProxyType({"validation": folder} if splits is None else dict(splits)),
+    )  # fmt: skip
+
+
+_PAIR = ("sentence1", "sentence2")
+_ENTAILMENT = ("entailment", "not_entailment")
+_ALL = (
+    _task("cola", "CoLA", ("sentence",), ("unacceptable", "acceptable"), ("mcc", "accuracy")),
+    _task("sst2", "SST-2", ("sentence",), ("negative", "positive")),
+    _task("mrpc", "MRPC", _PAIR, ("not_equivalent", "equivalent"), ("accuracy", "f1")),
+    _task(
+        "qqp", "QQP", ("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1")
+    ),
+    _task("stsb", "STS-B", _PAIR, None, ("pearson", "spearman", "accuracy")),
+    _task(
+        "mnli", "MNLI", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"),
+        splits={"validation_matched": "MNLI-m", "validation_mismatched": "MNLI-mm"},
+    ),
+    _task("qnli", "QNLI", ("question", "sentence"), _ENTAILMENT),
+    _task("rte", "RTE", _PAIR, _ENTAILMENT),
+)  # fmt: skip
+
+TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _ALL})
+
+COLUMNS: tuple[str, ...] = tuple(column for task in _ALL for column in task.splits.values())
+"""The paper's nine columns, in its order."""
+
+
+def find_task(name: str) -> Task:
+    """The task of this name. Raises UserError with all names."""
+    if name in TASKS:
+        return TASKS[name]
+    plain = name.lower().replace("-", "").replace("_", "")
+    close = difflib.get_close_matches(plain, TASKS, n=1)
+    guess = f" (did you mean {close[0]}?)" if close else ""
+    raise UserError(f"unknown task {name!r}{guess}; the tasks are {', '.join(TASKS)}")
