@@ -4,7 +4,6 @@ A row is (max_length + 2,) int64: the tokens, padded on the right; how many they
 regression the bits of an fp32 number). So a task is read by the same loader as packed text.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,32 +11,26 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from pmp_ds.glue.encode import encode
+from pmp_ds.glue.read import Rows
+
 Indices = npt.NDArray[np.integer]
 
 
-class Rows:
+class EncodedRows:
     """Encoded examples; what ``data.loader.BlockLoader`` reads."""
 
     def __init__(
-        self,
-        texts: Sequence[tuple[str, ...]],  # one or two texts per example
-        labels: npt.NDArray[Any],  # (n,) int64, or float32 for regression
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        bos_id: int | None,
-        eos_id: int,
-        max_length: int,
+        self, rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, pad_id: int
     ) -> None:
-        """Special tokens are added here alone: ``bos_id`` (if any) at the start, ``eos_id`` between
-        the texts of a pair. A text that spells one is text."""
-        start = [] if bos_id is None else [bos_id]
-        self._rows = np.full((len(texts), max_length + 2), eos_id, dtype=np.int64)
-        for number, parts in enumerate(_encode(tokenizer, texts)):
-            ids = start + _join(parts, eos_id, max_length - len(start))
+        self._rows = np.full((len(rows), max_length + 2), pad_id, dtype=np.int64)
+        for number, ids in enumerate(encode(tokenizer, rows, max_length)):
             self._rows[number, : len(ids)] = ids
             self._rows[number, -2] = len(ids)
-        regression = np.issubdtype(labels.dtype, np.floating)
-        self._rows[:, -1] = labels.astype(np.float32).view(np.int32) if regression else labels
+        labels = rows.labels
+        if np.issubdtype(labels.dtype, np.floating):
+            labels = labels.astype(np.float32).view(np.int32)
+        self._rows[:, -1] = labels
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -51,31 +44,8 @@ class Rows:
         return self._rows[:, -2]
 
 
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, ...]]
-) -> list[list[list[int]]]:
-    """Token ids of each text of each example, at least one: an empty text is a space."""
-    flat = [text or " " for parts in texts for text in parts]
-    encoded = tokenizer(flat, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    ids = iter(encoded)
-    return [[next(ids) for _ in parts] for parts in texts]
-
-
-def _join(parts: list[list[int]], separator: int, max_length: int) -> list[int]:
-    """Texts with a separator between them; while that is too long, the longer is cut at its end."""
-    room = max_length - (len(parts) - 1)
-    lengths = [len(part) for part in parts]
-    while sum(lengths) > room:
-        longest = int(np.argmax(lengths))
-        lengths[longest] -= 1
-    joined: list[int] = []
-    for number, (part, length) in enumerate(zip(parts, lengths, strict=True)):
-        joined += [separator] * (number > 0) + part[:length]
-    return joined
-
-
 class Classification:
-    """The objective on ``Rows``: cross-entropy in nats, or squared error for one output."""
+    """The objective on ``EncodedRows``: cross-entropy in nats, or squared error for one output."""
 
     def logits(self, model: Any, batch: torch.Tensor) -> torch.Tensor:
         """(B, num_labels), read at the last token of each example."""

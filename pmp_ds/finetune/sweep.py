@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from pmp_ds import dist, results
 from pmp_ds.errors import UserError
 from pmp_ds.finetune.cell import Keepers, forget, model_digest, settings_of, tune
 from pmp_ds.finetune.config import FinetuneConfig
-from pmp_ds.finetune.methods import model_config, open_ticket
+from pmp_ds.finetune.methods import load_model, open_ticket
 from pmp_ds.finetune.tasks import Task, open_task
 from pmp_ds.progress import Progress
 from pmp_ds.results import Result
@@ -66,12 +67,11 @@ def run_all(
     logging.set_verbosity_error()  # of heads that are new, as they should be
     logging.disable_progress_bar()
     tasks = _Tasks()
-    digests = {config.model: "" for config in cells.values()}
+    digests: dict[str, str] = {}
     for config in cells.values():
-        model_config(config.model)
-        dist.on_rank0(lambda config=config: open_ticket(config) and None)  # type: ignore[misc]
-        tasks.of(config)
-    digests = {model: dist.on_rank0(lambda m=model: model_digest(Path(m))) for model in digests}  # type: ignore[misc]
+        _check(config, tasks.of(config))
+        if config.model not in digests:
+            digests[config.model] = dist.on_rank0(partial(model_digest, Path(config.model)))
     keys = {
         name: results.key("finetune", digests[c.model], settings_of(c, tasks.of(c)))
         for name, c in cells.items()
@@ -107,6 +107,13 @@ def run_all(
     if dist.rank() == 0 and len(cells) > 1:
         print(f"{len(cells)} cells are in {where}:\n{_table(done, cells)}", flush=True)
     return [done[name] for name in cells]
+
+
+def _check(config: FinetuneConfig, task: Task) -> None:
+    """Raises UserError when model and method do not fit together."""
+    open_ticket(config)
+    if config.method == "lora":
+        load_model(config, task.num_labels)
 
 
 class _Tasks:

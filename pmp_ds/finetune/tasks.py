@@ -14,9 +14,9 @@ from pmp_ds.data.mixed_store import open_data
 from pmp_ds.errors import UserError
 from pmp_ds.finetune.config import FinetuneConfig
 from pmp_ds.finetune.methods import model_config
-from pmp_ds.finetune.rows import Classification, Rows
+from pmp_ds.finetune.rows import Classification, EncodedRows
 from pmp_ds.glue.metrics import majority, score
-from pmp_ds.glue.read import load
+from pmp_ds.glue.read import Rows, load
 from pmp_ds.glue.tasks import find_task
 from pmp_ds.train.engine import Engine
 from pmp_ds.train.loop import validate
@@ -64,11 +64,10 @@ class Glue:
             raise UserError(f"--model {config.model}: its config.json names no eos_token_id")
         longest = min(config.data.max_length, hf_config.max_position_embeddings)
 
-        def encode(rows: Any) -> Rows:
-            return Rows(
-                rows.texts, rows.labels, tokenizer, bos_id=hf_config.bos_token_id,
-                eos_id=hf_config.eos_token_id, max_length=longest,
-            )  # fmt: skip
+        def encode(rows: Rows) -> EncodedRows:
+            return EncodedRows(
+                rows, tokenizer, max_length=longest, pad_id=hf_config.eos_token_id
+            )
 
         self.samples = encode(data.train)
         self.objective: Objective = Classification()
@@ -133,7 +132,7 @@ def _same_tokenizer(config: FinetuneConfig, of_store: Path) -> None:
         )
 
 
-def predict(engine: Engine, rows: Rows) -> npt.NDArray[np.float32]:
+def predict(engine: Engine, rows: EncodedRows) -> npt.NDArray[np.float32]:
     """Logits of every example, (n, num_labels), on every rank. Collective."""
     order = np.argsort(rows.lengths, kind="stable")  # alike lengths together: little padding
     share = -(-len(order) // dist.world_size())

@@ -10,9 +10,12 @@ def encode(tokenizer: Any, rows: Rows, max_length: int) -> list[list[int]]:
     """At most ``max_length`` ids per row, none of them padding: the texts, a line end between two,
     with the special tokens that ``tokenizer`` adds. Of two texts the longer one is cut first.
 
-    ``tokenizer`` is a Hugging Face one. A row without any token becomes its end-of-text token.
+    ``tokenizer`` is a Hugging Face one. A text that spells a special token is text. A row without
+    any token becomes its end-of-text token.
     """
     columns: Sequence[list[str]] = [list(column) for column in zip(*rows.texts, strict=True)]
     columns = [columns[0], *([f"\n{text}" for text in column] for column in columns[1:])]
-    ids = tokenizer(*columns, truncation="longest_first", max_length=max_length)["input_ids"]
+    ids = tokenizer(
+        *columns, truncation="longest_first", max_length=max_length, split_special_tokens=True
+    )["input_ids"]
     return [row or [tokenizer.eos_token_id] for row in ids]

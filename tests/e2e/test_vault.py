@@ -16,6 +16,7 @@ from pmp_ds.ticket.vault import open_sealed
 from tests.e2e.conftest import MainRun
 from tests.helpers.commands import ok, run
 from tests.helpers.distributed import REPO
+from tests.helpers.glue import write_glue
 
 pytestmark = pytest.mark.e2e
 
@@ -58,6 +59,31 @@ def test_a_partner_trains_the_ticket_alone(partner: Path, tuned: Path):
         kept, old = mask.full(name), before[name].to(weight.dtype)
         assert torch.equal(weight[~kept], old[~kept]), "the complement changed"
         assert not torch.equal(weight[kept], old[kept])
+
+
+def test_one_command_of_the_partner(partner: Path):
+    """As docs/VAULT.md has it, on two ranks: nothing but ticket and head changed."""
+    write_glue(partner / "glue")
+    done = ok(run(
+        "finetune.py", "--model", "release", "--task", "sst2", "--method", "ticket",
+        "--ticket", "partner-a.age", "--identity", "key.txt", "--data.glue_dir", "glue",
+        "--train.lr", "1e-3", "--train.global_batch_size", "8", "--train.micro_batch_size", "4",
+        cwd=partner, ranks=2,
+    ))  # fmt: skip
+    assert "SST-2 accuracy" in done.stdout
+    assert "majority 0.500" in done.stdout
+    mask = open_sealed(partner / "partner-a.age", identities(partner / "key.txt")).mask
+    before = load_file(partner / "release" / "model.safetensors")
+    after = load_file(partner / "runs/finetune/private/model/model.safetensors")
+    assert set(after) - set(before) == {"score.weight"}
+    for name in set(after) & set(before):
+        kept, old = mask.full(name), before[name].float()
+        assert torch.equal(after[name][~kept], old[~kept]), "the complement changed"
+        assert not torch.equal(after[name][kept], old[kept])
+    again = ok(run(
+        "finetune.py", "--config", "runs/finetune/config.yaml", cwd=partner,
+    ))  # fmt: skip
+    assert "cells     1, of which 1 are finished" in again.stdout
 
 
 def test_a_leak_names_its_recipient(main_run: MainRun, work: Path, partner: Path, tuned: Path):
