@@ -133,8 +133,9 @@ def untrained_head(
 
 def _with_head(folder: Path, task: Task, seed: int) -> PreTrainedModel:
     """On CPU, in evaluation mode."""
-    verbosity = logging.get_verbosity()
+    verbosity, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # that the head is new is what is wanted
+    logging.disable_progress_bar()
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
@@ -143,6 +144,8 @@ def _with_head(folder: Path, task: Task, seed: int) -> PreTrainedModel:
             )
     finally:
         logging.set_verbosity(verbosity)
+        if had_bar:
+            logging.enable_progress_bar()
     return model.eval()
 
 
@@ -157,11 +160,12 @@ def _answered(
     """Of every answer: the ids of prompt and answer, and how many of them are the prompt's.
 
     They are tokenized together, since a tokenizer may merge across the boundary: the prompt is
-    what all answers and the prompt alone begin with.
+    what all answers and the prompt alone begin with. Text that spells a special token is text.
     """
     template, words = PROMPTS[task.name]
     prompt = template.format(**dict(zip(task.fields, texts, strict=True)))
-    alone, *whole = tokenizer([prompt, *(f"{prompt} {word}" for word in words)])["input_ids"]
+    written = [prompt, *(f"{prompt} {word}" for word in words)]
+    alone, *whole = tokenizer(written, split_special_tokens=True)["input_ids"]
     columns = zip(alone, *whole, strict=False)
     shared = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, columns))
     cut = max(0, max(len(ids) for ids in whole) - max_length)

@@ -92,7 +92,7 @@ def load(
 
 def _find_files(task: Task, folder: Path) -> dict[str, Path]:
     """Split -> its file; of several validation splits, those that are there."""
-    require(folder.is_dir(), f"{folder} is no folder: name the one that holds {task.folder}/")
+    require(folder.is_dir(), f"glue_dir={folder} is no folder: name the one with {task.folder}/")
     names = {task.folder.lower(), task.name}
     folders = [path for path in sorted(folder.iterdir()) if path.name.lower() in names]
     found = ", ".join(path.name for path in sorted(folder.iterdir())) or "nothing"
@@ -144,8 +144,8 @@ def _read_hub(task: Task, hub: str, split: str) -> Rows:
         table = datasets.load_dataset(hub, task.name, split=split)
     except Exception as error:  # network, hub and files each raise their own
         raise UserError(
-            f"{name} cannot be read ({error}): give a local folder with {task.folder}/train.jsonl "
-            "instead, or connect to the hub"
+            f"{name} cannot be read ({error}): set glue_dir to a folder with "
+            f"{task.folder}/train.jsonl, or connect to the hub"
         ) from error
     return _parse(task, enumerate(table), f"{name}, row")
 

@@ -123,20 +123,20 @@ LAYOUT: dict[str, tuple[str, tuple[str, ...], str]] = {
 """Folder, validation splits, suffix."""
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer(eos: str = "</s>") -> PreTrainedTokenizerFast:
     """One token per byte; end of text, and no padding token."""
-    return _tokenizer([])
+    return _tokenizer([], eos)
 
 
 def merging_tokenizer() -> PreTrainedTokenizerFast:
     """Bytes, and `: n` as one token: it does not split text at blanks before it merges."""
-    return _tokenizer([("Ġ", "n"), (":", "Ġn")])
+    return _tokenizer([("Ġ", "n"), (":", "Ġn")], "</s>")
 
 
-def _tokenizer(merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
+def _tokenizer(merges: list[tuple[str, str]], eos: str) -> PreTrainedTokenizerFast:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = ["</s>", *letters, *("".join(pair) for pair in merges)]
+    words = [eos, *letters, *("".join(pair) for pair in merges)]
     built = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges))
     built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     built.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=built, eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=built, eos_token=eos)

@@ -133,6 +133,16 @@ def test_long_prompts_are_cut_at_their_beginning(data: dict[str, TaskData]):
     assert zero_shot(gpt2, tokenizer, task, rows, max_length=7).shape == (7, 3)
 
 
+def test_a_special_token_in_a_text_is_text(model: PreTrainedModel):
+    """As for a tokenizer that calls the same token by another name."""
+    tokenizer, task = byte_tokenizer(), TASKS["sst2"]
+    spelled = zero_shot(model, tokenizer, task, Rows([("a</s>b",)], np.zeros(1)))
+    assert tokenizer("a</s>b")["input_ids"][1] == tokenizer.eos_token_id
+    blind = byte_tokenizer(eos="<end>")
+    expected = zero_shot(model, blind, task, Rows([("a</s>b",)], np.zeros(1)))
+    np.testing.assert_allclose(spelled, expected, rtol=0, atol=TOLERANCE)
+
+
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory, model: PreTrainedModel) -> Path:
     folder = tmp_path_factory.mktemp("release")
@@ -168,11 +178,14 @@ def test_untrained_head_reads_the_last_token(name: str, release: Path, data: dic
     np.testing.assert_allclose(outputs, np.reshape(expected, shape), rtol=0, atol=1e-5)
 
 
-def test_head_is_decided_by_its_seed(release: Path, data: dict[str, TaskData]):
+def test_head_is_decided_by_its_seed_and_loads_in_silence(
+    release: Path, data: dict[str, TaskData], capfd: pytest.CaptureFixture[str]
+):
     task, rows = TASKS["sst2"], first_rows(data["sst2"])
     one, again, two = (untrained_head(release, task, rows, seed) for seed in (1, 1, 2))
     assert (one == again).all()
     assert (one != two).all()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_folder_without_a_model(tmp_path: Path, data: dict[str, TaskData]):

@@ -181,7 +181,7 @@ def _remove(name: str) -> Callable[[Path], None]:
 
 PAIR = {"sentence1": "a", "sentence2": "b"}
 BAD = {
-    "no folder": ("sst2", _remove("."), "glue is no folder: name the one that holds SST-2/"),
+    "no folder": ("sst2", _remove("."), "glue is no folder: name the one with SST-2/"),
     "no task": ("qqp", _remove("QQP"), "glue has no folder QQP/, only CoLA, MNLI, MRPC, QNLI"),
     "task twice": ("sst2", _file("sst2/x", b""), "several of one kind: SST-2, sst2; keep one"),
     "no train": (
