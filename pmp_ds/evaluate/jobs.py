@@ -1,0 +1,134 @@
+"""Each measurement as a job: what it depends on, how it is done, and its values in words."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pmp_ds.data.arrow_store import Store
+from pmp_ds.evaluate import last_word as last_word_
+from pmp_ds.evaluate import perplexity as perplexity_
+from pmp_ds.evaluate.subject import Subject
+from pmp_ds.progress import Progress
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One line of results.jsonl to be."""
+
+    kind: str
+    settings: dict[str, Any]
+    """All that the values depend on beside the model, but for rounding."""
+    run: Callable[[], Values]
+    words: Callable[[Values], str]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Fixed blocks of a store."""
+
+    store: Store
+    split: str
+    blocks: int
+    batch_size: int
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"store": self.store.dataset_id, "split": self.split, "blocks": self.blocks}
+
+
+def perplexity(subject: Subject, text: Text) -> Job:
+    subject.require_vocabulary(text.store)
+    blocks = perplexity_.held_out(text.store, text.split, text.blocks)
+    tokenizer = subject.tokenizer if subject.has_tokenizer else None
+
+    def run() -> Values:
+        with Progress("perplexity", "block", len(blocks)) as bar:
+            return perplexity_.perplexity(
+                subject.model, blocks, text.batch_size, tokenizer, bar.update
+            )
+
+    def words(values: Values) -> str:
+        bits = values.get("bits_per_byte")
+        return (
+            f"loss {values['loss']:.4f} nats per token, perplexity {values['perplexity']:.2f}"
+            + (f", {bits:.3f} bits per byte" if bits is not None else "")
+            + f" ({len(blocks)} blocks of {text.split})"
+        )
+
+    return Job("perplexity", text.settings, run, words)
+
+
+def last_word(subject: Subject, path: Path, batch_size: int) -> Job:
+    texts = last_word_.read_texts(path)
+    examples = [last_word_.encode(subject.tokenizer, t, subject.max_positions) for t in texts]
+    digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+
+    def run() -> Values:
+        with Progress("last word", "text", len(examples)) as bar:
+            return last_word_.last_word(subject.model, examples, batch_size, bar.update)
+
+    def words(values: Values) -> str:
+        return (
+            f"accuracy {values['accuracy']:.4f}, perplexity {values['perplexity']:.2f} of the last "
+            f"word ({len(texts)} texts)"
+        )
+
+    return Job("last_word", {"text": digest}, run, words)
+
+
+def glue(
+    subject: Subject, tasks: Sequence[str], folder: Path | None, seeds: Sequence[int],
+    batch_size: int,
+) -> Iterator[Job]:  # fmt: skip
+    """Zero-shot, then a job for each seed of the head, task by task."""
+    from pmp_ds.evaluate import glue as glue_
+    from pmp_ds.glue.read import load
+    from pmp_ds.glue.tasks import find_task
+
+    def words(values: Values) -> str:
+        return "; ".join(
+            f"{column} "
+            + ", ".join(f"{n} {v:.4f} ({values['majority'][column][n]:.4f})" for n, v in m.items())
+            for column, m in values["metrics"].items()
+        )
+
+    for task in [find_task(name) for name in tasks]:
+        data = load(task, folder)
+        settings = glue_.data_settings(data) | {"max_length": glue_.MAX_LENGTH}
+        yield Job(
+            "zero-shot", settings, partial(glue_.zero_shot_values, subject, data, batch_size), words
+        )  # fmt: skip
+        for seed in seeds:
+            yield Job(
+                "untrained-head", settings | {"seed": seed},
+                partial(glue_.head_values, subject, data, seed, batch_size), words,
+            )  # fmt: skip
+
+
+def lm_eval(
+    subject: Subject, tasks: Sequence[str], task_dir: Path | None, limit: int | None,
+    batch_size: int,
+) -> Iterator[Job]:  # fmt: skip
+    """A job for each task."""
+    from pmp_ds.evaluate import harness
+
+    version = harness.installed()
+    manager = harness.task_manager(tasks, task_dir)
+
+    def words(values: Values) -> str:
+        return "; ".join(
+            (f"{name}: " if len(values["metrics"]) > 1 else "")
+            + ", ".join(f"{n.removesuffix(',none')} {v:.4g}" for n, v in found.items())
+            for name, found in values["metrics"].items()
+        )
+
+    for task in tasks:
+        yield Job(
+            "lm_eval", {"task": task, "limit": limit, "lm_eval": version},
+            partial(harness.run_task, subject, task, manager, limit, batch_size), words,
+        )  # fmt: skip

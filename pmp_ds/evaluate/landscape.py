@@ -1,0 +1,184 @@
+"""The loss around a model: L(theta + alpha * delta) along random and given directions (the paper's
+Figure 5).
+
+A random direction is a standard normal vector z, the same for a seed on every machine, restricted
+to the `ticket`, to the `complement`, or left whole (`full`), then scaled in one of three ways:
+- `global`: ||delta|| = ||theta|| over all elements, so alpha is the relative size of the step;
+- `per_tensor`: the same for every tensor by itself;
+- `per_row`: the same for every row of a matrix and for every vector, after Li et al. (2018).
+Tensors, or rows, that lie wholly in or out of the ticket stay as they are under the latter two, in
+all three directions: their steps differ in nothing but the choice of elements.
+
+The weights are read from disk again for each alpha: one extra copy of the model, the direction.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from pmp_ds.evaluate.subject import Read
+from pmp_ds.model.secret_init import derive
+from pmp_ds.model.stream import normals
+from pmp_ds.ticket.mask import ParamMask
+
+KINDS = ("ticket", "full", "complement")
+SCALES = ("global", "per_tensor", "per_row")
+ALPHAS = (-0.5, -0.2, -0.1, -0.05, -0.02, 0.0, 0.02, 0.05, 0.1, 0.2, 0.5)
+TUNED_ALPHAS = (-0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+"""Along the way of a fine-tuning, which alpha = 1 ends."""
+
+Direction = dict[str, torch.Tensor]
+"""delta of every parameter, in its shape, fp32; exactly 0 where the weights stay."""
+Floats = NDArray[np.float64]
+
+
+def landscape(
+    model: nn.Module,
+    read: Read,
+    mask: ParamMask,
+    loss: Callable[[], float],
+    alphas: Sequence[float],
+    seeds: Iterable[int],
+    tick: Callable[[int], None] = lambda count: None,
+) -> dict[str, Any]:
+    """`losses[kind][scale][seed][alpha]` of ``model`` in nats, `norms[kind][scale][seed]` of the
+    directions, `norm` of the weights, `moved[scale]`: the share of the elements that are not left
+    as they are because of their tensor or row. ``model`` is left as it was, to the bit."""
+    losses: dict[str, Any] = {kind: {scale: [] for scale in SCALES} for kind in KINDS}
+    norms: dict[str, Any] = {kind: {scale: [] for scale in SCALES} for kind in KINDS}
+    for seed in seeds:
+        for kind in KINDS:
+            for scale in SCALES:
+                delta = random_direction(read, mask, kind, scale, seed)
+                norms[kind][scale].append(norm(delta.values()))
+                losses[kind][scale].append(walk(model, read, delta, alphas, loss, tick))
+    return {
+        "alphas": list(alphas),
+        "norm": norm(read(name) for name in mask.shapes),
+        "moved": {scale: _moved(mask, scale) for scale in SCALES},
+        "directions": losses,
+        "norms": norms,
+    }
+
+
+def along_tuning(
+    model: nn.Module,
+    read: Read,
+    tuned: Read,
+    mask: ParamMask,
+    loss: Callable[[], float],
+    tick: Callable[[int], None] = lambda count: None,
+) -> dict[str, Any]:
+    """The same for delta = tuned - theta, unscaled, and for its parts in and out of the ticket."""
+    losses, norms = {}, {}
+    for kind in KINDS:
+        delta = {
+            name: (tuned(name).float() - read(name).float()) * _support(mask.full(name), kind)
+            for name in mask.shapes
+        }
+        norms[kind] = norm(delta.values())
+        losses[kind] = walk(model, read, delta, TUNED_ALPHAS, loss, tick)
+    return {"alphas": list(TUNED_ALPHAS), "losses": losses, "norms": norms}
+
+
+def random_direction(read: Read, mask: ParamMask, kind: str, scale: str, seed: int) -> Direction:
+    """One of KINDS, scaled as one of SCALES. The same z for the same seed, whatever the kind."""
+    delta: Direction = {}
+    theta_square = delta_square = 0.0
+    for name, shape in mask.shapes.items():
+        kept = _units(mask.full(name).numpy(), scale)
+        theta = _units(read(name).double().numpy(), scale)
+        z = _normals(seed, name, kept.shape)
+        z *= _support(kept, kind)
+        if scale != "global":
+            factors = np.sqrt(_squares(theta) / np.maximum(_squares(z), 1e-300))
+            z *= np.where(_mixed(kept), factors, 0.0)[:, None]
+        theta_square += float(_squares(theta).sum())
+        delta_square += float(_squares(z).sum())
+        delta[name] = torch.from_numpy(z.astype(np.float32)).view(shape)
+    if scale == "global":
+        for tensor in delta.values():
+            tensor.mul_(math.sqrt(theta_square / delta_square))
+    return delta
+
+
+def walk(
+    model: nn.Module,
+    read: Read,
+    delta: Direction,
+    alphas: Sequence[float],
+    loss: Callable[[], float],
+    tick: Callable[[int], None] = lambda count: None,
+) -> list[float]:
+    """``loss()`` at theta + alpha * delta for each alpha; then ``model`` is theta again."""
+    found = []
+    try:
+        for alpha in alphas:
+            place(model, read, delta, alpha)
+            found.append(loss())
+            tick(1)
+    finally:
+        place(model, read, {}, 0.0)
+    return found
+
+
+@torch.no_grad()
+def place(model: nn.Module, read: Read, delta: Direction, alpha: float) -> None:
+    """Set ``model`` to theta + alpha * delta; elements with delta = 0 to theta, bit for bit."""
+    for name, param in model.named_parameters():
+        theta = read(name).to(param.device, param.dtype)
+        if name in delta:
+            step = delta[name].to(param.device)
+            theta = torch.where(step == 0, theta, theta + alpha * step)
+        param.copy_(theta)
+
+
+def norm(tensors: Iterable[torch.Tensor]) -> float:
+    """Euclidean, over all elements together; the same for any number of threads."""
+    return math.sqrt(sum(float(_squares(t.double().numpy().reshape(1, -1))[0]) for t in tensors))
+
+
+def _normals(seed: int, name: str, shape: tuple[int, ...]) -> Floats:
+    key = derive(hashlib.sha256(f"landscape {seed}".encode()).digest(), name)
+    return normals(key, 0, math.prod(shape)).reshape(shape)
+
+
+def _support(kept: Any, kind: str) -> Any:
+    return {"ticket": kept, "full": kept | ~kept, "complement": ~kept}[kind]
+
+
+def _units(values: NDArray[Any], scale: str) -> NDArray[Any]:
+    """What is scaled together as one row: the rows of a matrix, or the whole tensor."""
+    by_row = scale == "per_row" and values.ndim > 1
+    return values.reshape(values.shape[0] if by_row else 1, -1)
+
+
+def _mixed(kept: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """(R, C) to (R,): rows with elements of both kinds."""
+    mixed: NDArray[np.bool_] = kept.any(axis=1) & ~kept.all(axis=1)
+    return mixed
+
+
+def _moved(mask: ParamMask, scale: str) -> float:
+    if scale == "global":
+        return 1.0
+    units = (_units(mask.full(name).numpy(), scale) for name in mask.shapes)
+    return sum(int(_mixed(kept).sum()) * kept.shape[1] for kept in units) / mask.num_params
+
+
+def _squares(rows: Floats) -> Floats:
+    """(R, C) to (R,): the sum of squares of each row. einsum uses no threads."""
+    found: Floats = np.einsum("ij,ij->i", rows, rows)
+    return found
+
+
+def num_evaluations(alphas: Sequence[float], seeds: Sequence[int], tuned: bool) -> int:
+    """How often ``landscape``, and ``along_tuning`` when ``tuned``, ask for the loss."""
+    given = len(KINDS) * len(TUNED_ALPHAS) if tuned else 0
+    return len(KINDS) * len(SCALES) * len(alphas) * len(seeds) + given

@@ -1,0 +1,121 @@
+"""Does the model know the last word of a text? The measure of LAMBADA, on any local file.
+
+    {"text": "... and she gave the keys to John"}       one JSON line each, or plain lines (.txt)
+
+The last word is what follows the last white space. It counts as known when every one of its tokens
+is the most likely one after what stands before it, so that greedy continuation would write it.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from pmp_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class Example:
+    """The ids of a text; those from ``start`` on are the last word's."""
+
+    ids: list[int]
+    start: int
+
+
+def read_texts(path: Path) -> list[str]:
+    """Raises UserError that names a line without `text`, or an empty file."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--text {path} cannot be read: {error}") from None
+    texts = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        text = _field(line, f"--text {path}, line {number}") if path.suffix != ".txt" else line
+        if len(text.split()) < 2:
+            raise UserError(
+                f"--text {path}, line {number}: {text.strip()[:60]!r} has fewer than two words; "
+                "the last one is asked for after the others"
+            )
+        texts.append(text.strip())
+    if not texts:
+        raise UserError(f"--text {path} is empty: it needs a text on each line")
+    return texts
+
+
+def _field(line: str, where: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise UserError(f'{where} is not {{"text": "..."}}: mend it, or name a .txt of plain lines')
+    return text
+
+
+def encode(tokenizer: Any, text: str, longest: int) -> Example:
+    """The last ``longest`` ids of ``text``. The last word's are those in which it differs from the
+    text without it."""
+    ids: list[int] = tokenizer.encode(text)
+    before: list[int] = tokenizer.encode(text.rsplit(maxsplit=1)[0])
+    start = 0
+    while start < min(len(ids), len(before)) and ids[start] == before[start]:
+        start += 1
+    ids = ids[: len(ids) - _num_appended(tokenizer)]
+    cut = max(0, len(ids) - longest)
+    return Example(ids[cut:], max(1, start - cut))
+
+
+def _num_appended(tokenizer: Any) -> int:
+    """Special tokens that the tokenizer puts behind a text by itself."""
+    ids: list[int] = tokenizer.encode("a")
+    plain: list[int] = tokenizer.encode("a", add_special_tokens=False)
+    starts = [i for i in range(len(ids)) if ids[i : i + len(plain)] == plain]
+    return len(ids) - starts[0] - len(plain) if starts else 0
+
+
+@torch.inference_mode()
+def last_word(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    batch_size: int,
+    tick: Callable[[int], None] = lambda count: None,
+) -> dict[str, float]:
+    """`accuracy`, `perplexity` (exp of the mean -log p of a whole last word) and `texts`."""
+    known, nats = 0, 0.0
+    ordered = sorted(examples, key=lambda example: len(example.ids))  # little padding
+    for low in range(0, len(ordered), batch_size):
+        batch = ordered[low : low + batch_size]
+        for example, logits in zip(batch, _logits(model, batch), strict=True):
+            word = torch.tensor(example.ids[example.start :], device=logits.device)
+            # The logits at a position are of the token that follows.
+            before = logits[example.start - 1 : len(example.ids) - 1].float()
+            known += bool((before.argmax(-1) == word).all())
+            nats += float(torch.nn.functional.cross_entropy(before, word, reduction="sum"))
+        tick(len(batch))
+    return {
+        "accuracy": known / len(ordered),
+        "perplexity": math.exp(min(nats / len(ordered), 700.0)),
+        "texts": float(len(ordered)),
+    }
+
+
+def _logits(model: PreTrainedModel, batch: Sequence[Example]) -> torch.Tensor:
+    """(B, T, V): padded on the right, where causal attention does not look."""
+    length = max(len(example.ids) for example in batch)
+    ids = torch.zeros(len(batch), length, dtype=torch.int64)
+    attention_mask = torch.zeros_like(ids)
+    for row, example in enumerate(batch):
+        ids[row, : len(example.ids)] = torch.tensor(example.ids)
+        attention_mask[row, : len(example.ids)] = 1
+    logits: torch.Tensor = model(
+        input_ids=ids.to(model.device), attention_mask=attention_mask.to(model.device),
+        use_cache=False,
+    ).logits  # fmt: skip
+    return logits

@@ -1,0 +1,158 @@
+"""The model that is measured: a Hugging Face folder, loaded once, in fp32."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from pmp_ds.data.arrow_store import Store
+from pmp_ds.data.tokenizer import load_tokenizer
+from pmp_ds.errors import UserError
+from pmp_ds.model.parameters import weights_digest
+from pmp_ds.ticket.mask import ParamMask, pack
+from pmp_ds.ticket.trace import open_model
+
+Read = Callable[[str], torch.Tensor]
+"""From a parameter's name to its values on disk, as stored."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A causal model, ready to be run."""
+
+    folder: Path
+    model: PreTrainedModel
+    """In fp32 and evaluation mode; its weights are the folder's whenever no measurement runs."""
+
+    digest: str
+    """`weights_digest` of the model."""
+
+    @classmethod
+    def open(cls, folder: Path, device: str = "cpu") -> "Subject":
+        """Raises UserError for a folder that is no causal model, is damaged or lacks weights."""
+        model = load_model(folder)
+        return cls(folder, model.to(device), weights_digest(model))
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Raises UserError when the folder has none."""
+        if not has_tokenizer(self.folder):
+            raise UserError(f"{self.folder} has no tokenizer.json: it is needed to read text")
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"the tokenizer of {self.folder} is damaged: {_first(error)}") from None
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return has_tokenizer(self.folder)
+
+    @property
+    def embeddings(self) -> frozenset[str]:
+        """Names of the input and output embeddings."""
+        inside = [m.weight for m in self.model.modules() if isinstance(m, nn.Embedding)]
+        head = self.model.get_output_embeddings()
+        known = {id(weight) for weight in [*inside, *([head.weight] if head is not None else [])]}
+        return frozenset(n for n, p in self.model.named_parameters() if id(p) in known)
+
+    @property
+    def max_positions(self) -> int:
+        """Most tokens that the model reads at once."""
+        return int(getattr(self.model.config, "max_position_embeddings", None) or 1 << 30)
+
+    def reader(self) -> Read:
+        """Its parameters from disk. Raises UserError when they have other names there."""
+        return read_parameters(self.folder, self.model)
+
+    def require_vocabulary(self, store: Store) -> None:
+        """UserError unless the ids in ``store`` are this model's: the same tokenizer, or, in a
+        folder without one, no larger vocabulary."""
+        rows = int(self.model.config.vocab_size)
+        if store.vocab_size > rows:
+            raise UserError(
+                f"--store {store.folder} has a vocabulary of {store.vocab_size} ids, the model "
+                f"{self.folder} one of {rows}: tokenize the text with the model's tokenizer"
+            )
+        if store.block_size > self.max_positions:
+            raise UserError(
+                f"--store {store.folder} has blocks of {store.block_size} tokens, the model "
+                f"{self.folder} reads {self.max_positions} at once: prepare shorter blocks"
+            )
+        if not (has_tokenizer(self.folder) and has_tokenizer(store.tokenizer_dir)):
+            return
+        own = load_tokenizer(str(self.folder)).fingerprint
+        if (other := load_tokenizer(str(store.tokenizer_dir)).fingerprint) != own:
+            raise UserError(
+                f"--store {store.folder} was tokenized with another tokenizer ({other[:12]}) than "
+                f"the model's ({own[:12]}): prepare it with --tokenizer {self.folder}"
+            )
+
+
+def load_model(folder: Path) -> PreTrainedModel:
+    """The causal model in ``folder``, fp32 on CPU. Raises UserError."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is no model: it has no config.json")
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be loaded as a causal model: {_first(error)}") from None
+    for name in sorted(info["missing_keys"]):
+        raise UserError(f"{folder} lacks {name}: it is no whole causal model")
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer.json").is_file()
+
+
+def read_parameters(folder: Path, model: nn.Module) -> Read:
+    """The parameters of ``model`` in another or the same folder of safetensors, by name. Raises
+    UserError when one is missing or of another shape."""
+    handles = open_model(folder)
+    for name, param in model.named_parameters():
+        if name not in handles:
+            raise UserError(
+                f"{folder} lacks {name}: name a folder with whole weights of this very model, an "
+                "adapter merged"
+            )
+        if (found := handles[name].get_slice(name).get_shape()) != list(param.shape):
+            raise UserError(
+                f"{folder}: {name} has shape {found}, the model's is {list(param.shape)}"
+            )
+    return lambda name: handles[name].get_tensor(name)
+
+
+def fitted(mask: ParamMask, model: nn.Module, where: Path) -> ParamMask:
+    """``mask`` without the rows that pad the vocabulary, which a release lacks. Raises UserError
+    when it is of another model."""
+    shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
+    bits = {}
+    for name, shape in shapes.items():
+        own = mask.shapes.get(name, ())
+        if own[1:] != shape[1:] or not own or own[0] < shape[0]:
+            raise UserError(
+                f"--ticket {where} belongs to another model: {name} has shape {list(shape)} there "
+                f"and {list(own) if own else 'none'} in the ticket"
+            )
+        bits[name] = mask.bits[name] if own == shape else pack(mask.full(name)[: shape[0]])
+    if extra := sorted(mask.shapes.keys() - shapes.keys()):
+        raise UserError(f"--ticket {where} belongs to another model: it covers {extra[0]}")
+    found = ParamMask(bits=bits, shapes=shapes)
+    if not 0 < found.num_kept < found.num_params:
+        raise UserError(
+            f"--ticket {where} keeps all parameters, or none: there is nothing to compare"
+        )
+    return found
+
+
+def _first(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
