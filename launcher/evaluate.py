@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
 
     transformers.logging.disable_progress_bar()
     subject = Subject.open(args.model, _device(args.device))
-    arm, hardware = args.arm or _arm(args.model), results.hardware()
+    arm, hardware = args.arm or results.arm_of(str(args.model)), results.hardware()
     print(f"{args.model} ({arm}), {subject.model.num_parameters():,} parameters")
     for job in list(_jobs(subject, ticket, args)):  # every mistake before the first measurement
         key = results.key(job.kind, subject.digest, job.settings)
@@ -185,12 +185,6 @@ def _device(name: str | None) -> str:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return str(device)
-
-
-def _arm(model: Path) -> str:
-    """`runs/base/release` is `base`."""
-    folder = model.resolve()
-    return folder.parent.name if folder.name == "release" else folder.name
 
 
 def _about(settings: dict[str, Any]) -> str:

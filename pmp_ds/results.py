@@ -32,7 +32,7 @@ class Result:
     model: str
     """Where it was read from."""
     model_digest: str
-    """sha256 of its weights."""
+    """`model_digest` of its folder."""
     settings: dict[str, Any]
     """What the numbers depend on beside the model, JSON values only: task, method, seed, ..."""
     values: dict[str, Any]
@@ -53,6 +53,22 @@ def key(kind: str, model_digest: str, settings: dict[str, Any]) -> str:
     """sha256 (hex) of what a measurement depends on."""
     text = json.dumps([kind, model_digest, settings], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def model_digest(folder: Path) -> str:
+    """sha256 (hex) over the weights and config.json in a model's folder."""
+    files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def arm_of(model: str) -> str:
+    """`pmp` of runs/pmp/release."""
+    folder = Path(model).resolve()
+    return folder.parent.name if folder.name == "release" else folder.name
 
 
 def append(path: Path, result: Result) -> None:

@@ -61,9 +61,10 @@ def _field(line: str, where: str) -> str:
 
 def encode(tokenizer: Any, text: str, longest: int) -> Example:
     """The last ``longest`` ids of ``text``. The last word's are those in which it differs from the
-    text without it."""
-    ids: list[int] = tokenizer.encode(text)
-    before: list[int] = tokenizer.encode(text.rsplit(maxsplit=1)[0])
+    text without it. Text that spells a special token is text."""
+    ids, before = (
+        tokenizer.encode(t, split_special_tokens=True) for t in (text, text.rsplit(maxsplit=1)[0])
+    )
     start = 0
     while start < min(len(ids), len(before)) and ids[start] == before[start]:
         start += 1

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.tokenizer import load_tokenizer
 from pmp_ds.errors import UserError
-from pmp_ds.model.parameters import weights_digest
+from pmp_ds.results import model_digest
 from pmp_ds.ticket.mask import ParamMask, pack
 from pmp_ds.ticket.trace import open_model
 
@@ -31,13 +31,13 @@ class Subject:
     """In fp32 and evaluation mode; its weights are the folder's whenever no measurement runs."""
 
     digest: str
-    """`weights_digest` of the model."""
+    """`results.model_digest` of the folder."""
 
     @classmethod
     def open(cls, folder: Path, device: str = "cpu") -> "Subject":
         """Raises UserError for a folder that is no causal model, is damaged or lacks weights."""
         model = load_model(folder)
-        return cls(folder, model.to(device), weights_digest(model))
+        return cls(folder, model.to(device), model_digest(folder))
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -35,6 +35,7 @@ def landscape(
         settings["tuned"] = _digest(tuned_read, subject.model)
 
     def run() -> Values:
+        before = weights_digest(subject.model)
         total = landscape_.num_evaluations(alphas, seeds, tuned is not None)
         with Progress("landscape", "point", total) as bar:
 
@@ -48,7 +49,7 @@ def landscape(
                 values["tuned"] = landscape_.along_tuning(
                     subject.model, read, tuned_read, mask, loss, bar.update
                 )
-        assert weights_digest(subject.model) == subject.digest, "the weights were not restored"
+        assert weights_digest(subject.model) == before, "the weights were not restored"
         return values
 
     return Job("landscape", settings, run, _landscape_words)

@@ -6,7 +6,6 @@
 """
 
 import contextlib
-import hashlib
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -85,16 +84,6 @@ def settings_of(config: FinetuneConfig, task: Task) -> dict[str, Any]:
     return settings
 
 
-def model_digest(folder: Path) -> str:
-    """sha256 (hex) over the weights and config.json in a model's folder."""
-    files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
-    digest = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
 def tune(
     config: FinetuneConfig,
     ds_config: dict[str, Any],
@@ -128,7 +117,7 @@ def tune(
     steps = loop.train.steps
     return Result(
         kind="finetune",
-        arm=config.arm or arm_of(config.model),
+        arm=config.arm or results.arm_of(config.model),
         model=config.model,
         model_digest=digest,
         settings=settings_of(config, task),
@@ -175,12 +164,6 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
             sub = value.items() if name in ("data", "lora", "train") else ()
             flat |= {f"{name}.{key}": inner for key, inner in sub} or {name: value}
     return flat
-
-
-def arm_of(model: str) -> str:
-    """`pmp` of runs/pmp/release."""
-    folder = Path(model).resolve()
-    return folder.parent.name if folder.name == "release" else folder.name
 
 
 def _train(

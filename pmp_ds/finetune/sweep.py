@@ -11,12 +11,12 @@ from transformers import logging
 
 from pmp_ds import dist, results
 from pmp_ds.errors import UserError
-from pmp_ds.finetune.cell import Keepers, forget, model_digest, settings_of, tune
+from pmp_ds.finetune.cell import Keepers, forget, settings_of, tune
 from pmp_ds.finetune.config import FinetuneConfig
 from pmp_ds.finetune.methods import load_model, open_ticket
 from pmp_ds.finetune.tasks import Task, open_task
 from pmp_ds.progress import Progress
-from pmp_ds.results import Result
+from pmp_ds.results import Result, model_digest
 from pmp_ds.run_dir import RunDir
 from pmp_ds.train.stop import StopRequest
 from pmp_ds.train.watchdog import Watchdog

@@ -21,7 +21,8 @@ def test_reads_bf16_exactly(release: Path, tmp_path: Path):
         assert param.dtype == torch.float32
         assert read(name).dtype == torch.bfloat16
         assert torch.equal(param, read(name).float())
-    assert subject.digest == weights_digest(tiny.model().to(torch.bfloat16).float())
+    expected = tiny.model().to(torch.bfloat16).float()
+    assert weights_digest(subject.model) == weights_digest(expected)
     assert subject.digest != Subject.open(release).digest
     with pytest.raises(UserError, match=r"has no tokenizer.json: it is needed to read text"):
         _ = subject.tokenizer
