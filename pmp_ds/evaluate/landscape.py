@@ -161,8 +161,7 @@ def _units(values: NDArray[Any], scale: str) -> NDArray[Any]:
 
 def _mixed(kept: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """(R, C) to (R,): rows with elements of both kinds."""
-    mixed: NDArray[np.bool_] = kept.any(axis=1) & ~kept.all(axis=1)
-    return mixed
+    return np.asarray(kept.any(axis=1) & ~kept.all(axis=1))
 
 
 def _moved(mask: ParamMask, scale: str) -> float:

@@ -173,7 +173,8 @@ def test_of_a_model(subject: Subject, mask: ParamMask):
     def loss() -> float:
         return mean_loss(subject.model, blocks, 2)
 
-    before, digest, counted = loss(), weights_digest(subject.model), []
+    before, digest = loss(), weights_digest(subject.model)
+    counted: list[int] = []
     found = landscape(
         subject.model, subject.reader(), mask, loss, (0.0, 0.5), [0, 1], counted.append
     )
