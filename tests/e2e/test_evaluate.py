@@ -14,7 +14,6 @@ from pmp_ds.results import Result
 from tests.e2e.conftest import MainRun
 from tests.helpers.commands import error_of, files_of, ok, run
 from tests.helpers.glue import write_glue
-from tests.helpers.stores import write_store
 
 pytestmark = pytest.mark.e2e
 
@@ -79,27 +78,7 @@ def test_all_measures(main_run: MainRun, work: Path, texts: Path, tmp_path: Path
     assert gradients["auc"] > 0.6
     assert before == files_of(main_run.run.root)
 
-    size = file.stat().st_size
-    again = ok(run(*command, cwd=work)).stdout
-    assert again.count(f"already in {file}") == 8
-    assert file.stat().st_size == size
-    more = run("evaluate.py", "gradients", *MODEL, *TICKET, "--blocks", "16", "--results", file,
-               "--again", cwd=work)  # fmt: skip
-    assert "AUC of |gradient|" in ok(more).stdout
-    assert len(file.read_text().splitlines()) == 9
-    assert by_kind(file)["gradients"].values == gradients
 
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["sizes", *MODEL], "invalid choice: 'sizes'"),
-        (["perplexity", *MODEL, "--store", "numbers"], "has a vocabulary of 100000 ids, the model"),
-    ],
-)
-def test_mistakes(main_run: MainRun, work: Path, arguments: list[str], message: str):
+def test_mistake(work: Path):
     """All others: tests/unit/evaluate/test_command.py."""
-    if not (work / "numbers").exists():
-        write_store(work / "numbers", first=0, train=2)
-    assert message in error_of(run("evaluate.py", *arguments, cwd=work))
-    assert not (work / "results.jsonl").exists()
+    assert "invalid choice: 'sizes'" in error_of(run("evaluate.py", "sizes", *MODEL, cwd=work))

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from launcher.evaluate import main
+from pmp_ds import results
 from pmp_ds.errors import UserError
 from pmp_ds.evaluate import harness
 from pmp_ds.ticket.mask import ParamMask
@@ -71,6 +72,25 @@ def test_mistakes(
     with pytest.raises(UserError, match=message):
         main([*arguments, *(() if "--model" in arguments else ("--model", "model"))])
     assert not (place / "results.jsonl").exists()
+
+
+def test_nothing_is_measured_twice(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(place)
+    file = tmp_path / "new" / "results.jsonl"
+    command = ["perplexity", "gradients", "--model", "model", *STORE, "--ticket", "ticket",
+               "--results", str(file)]  # fmt: skip
+    main(command)
+    first = results.read(file)
+    assert [result.kind for result in first] == ["perplexity", "gradients"]
+    assert "they are for its owner's study" in capsys.readouterr().out
+    main([*command, "--batch_size", "2"])
+    assert capsys.readouterr().out.count(f"already in {file}") == 2
+    main([*command, "--blocks", "2"])
+    main([*command, "--again"])
+    assert len(file.read_text().splitlines()) == 6
+    assert [result.values for result in results.read(file)[-2:]] == [r.values for r in first]
 
 
 def test_a_later_mistake_stops_the_first_measure(place: Path, monkeypatch: pytest.MonkeyPatch):
