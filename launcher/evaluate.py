@@ -65,6 +65,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("landscape, gradients").add_argument
     add("--ticket", type=Path, metavar="TICKET", help="the ticket's folder, or a sealed file")
+    add("--mask_name", default="own", metavar="NAME",
+        help="what results call the ticket, when it is not the model's own")  # fmt: skip
     add("--identity", type=Path, metavar="KEY", help="what opens the sealed file")
     add("--alphas", type=float, nargs="+", metavar="A",
         help="steps, in norms of the weights. Default: -0.5 to 0.5, denser around 0")  # fmt: skip
@@ -159,11 +161,11 @@ def _jobs(subject: Any, ticket: Any, args: argparse.Namespace) -> Iterator[Any]:
                 )
             case "landscape":
                 yield ticket_jobs.landscape(
-                    subject, text, ticket, args.ticket, args.alphas or ALPHAS, args.seeds,
+                    subject, text, ticket, args.mask_name, args.alphas or ALPHAS, args.seeds,
                     args.finetuned,
                 )  # fmt: skip
             case "gradients":
-                yield ticket_jobs.gradients(subject, text, ticket, args.ticket)
+                yield ticket_jobs.gradients(subject, text, ticket, args.mask_name)
 
 
 def _ticket(args: argparse.Namespace) -> Any:

@@ -138,7 +138,7 @@ def open_(args: argparse.Namespace) -> None:
 
 
 def verify(args: argparse.Namespace) -> None:
-    from pmp_ds.ticket.trace import require_fit
+    from pmp_ds.ticket.trace import fitted_to
     from pmp_ds.ticket.watermark import missing_from
 
     if args.model is None and args.run is None:
@@ -147,7 +147,7 @@ def verify(args: argparse.Namespace) -> None:
     if args.file.is_dir():
         _warn(args.file)
     if args.model is not None:
-        require_fit(ticket.mask, args.model)
+        fitted_to(ticket.mask, args.model)
         print(f"fits {args.model}: {len(ticket.mask.shapes)} parameters, same names and shapes")
     if args.run is not None:
         own = vault.any_ticket(RunDir(args.run).ticket, None)

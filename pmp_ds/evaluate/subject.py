@@ -15,7 +15,8 @@ from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.tokenizer import load_tokenizer
 from pmp_ds.errors import UserError
 from pmp_ds.results import model_digest
-from pmp_ds.ticket.mask import ParamMask, pack
+from pmp_ds.ticket.fit import fitted
+from pmp_ds.ticket.mask import ParamMask
 from pmp_ds.ticket.trace import open_model
 
 Read = Callable[[str], torch.Tensor]
@@ -131,26 +132,12 @@ def read_parameters(folder: Path, model: nn.Module) -> Read:
     return lambda name: handles[name].get_tensor(name)
 
 
-def fitted(mask: ParamMask, model: nn.Module, where: Path) -> ParamMask:
-    """``mask`` without the rows that pad the vocabulary, which a release lacks. Raises UserError
-    when it is of another model."""
-    shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
-    bits = {}
-    for name, shape in shapes.items():
-        own = mask.shapes.get(name, ())
-        if own[1:] != shape[1:] or not own or own[0] < shape[0]:
-            raise UserError(
-                f"--ticket {where} belongs to another model: {name} has shape {list(shape)} there "
-                f"and {list(own) if own else 'none'} in the ticket"
-            )
-        bits[name] = mask.bits[name] if own == shape else pack(mask.full(name)[: shape[0]])
-    if extra := sorted(mask.shapes.keys() - shapes.keys()):
-        raise UserError(f"--ticket {where} belongs to another model: it covers {extra[0]}")
-    found = ParamMask(bits=bits, shapes=shapes)
+def mask_on(mask: ParamMask, model: nn.Module, where: Path) -> ParamMask:
+    """``mask`` on the parameters of ``model``, which is at ``where``. Raises UserError when it is
+    another model's, or of density 0 or 1."""
+    found = fitted(mask, {name: tuple(p.shape) for name, p in model.named_parameters()}, where)
     if not 0 < found.num_kept < found.num_params:
-        raise UserError(
-            f"--ticket {where} keeps all parameters, or none: there is nothing to compare"
-        )
+        raise UserError("the ticket keeps all parameters, or none: there is nothing to compare")
     return found
 
 

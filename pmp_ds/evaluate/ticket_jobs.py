@@ -12,22 +12,22 @@ from pmp_ds.evaluate import gradients as gradients_
 from pmp_ds.evaluate import landscape as landscape_
 from pmp_ds.evaluate.jobs import Job, Text, Values
 from pmp_ds.evaluate.perplexity import held_out, mean_loss
-from pmp_ds.evaluate.subject import Read, Subject, fitted, read_parameters
+from pmp_ds.evaluate.subject import Read, Subject, mask_on, read_parameters
 from pmp_ds.model.parameters import weights_digest
 from pmp_ds.progress import Progress
 from pmp_ds.ticket.ticket import Ticket
 
 
 def landscape(
-    subject: Subject, text: Text, ticket: Ticket, where: Path, alphas: Sequence[float],
+    subject: Subject, text: Text, ticket: Ticket, name: str, alphas: Sequence[float],
     seeds: Sequence[int], tuned: Path | None,
 ) -> Job:  # fmt: skip
     subject.require_vocabulary(text.store)
-    mask = fitted(ticket.mask, subject.model, where)
+    mask = mask_on(ticket.mask, subject.model, subject.folder)
     blocks = held_out(text.store, text.split, text.blocks)
     read = subject.reader()
     settings = text.settings | {
-        "ticket": ticket.id[:16], "alphas": list(alphas), "seeds": list(seeds), "tuned": None
+        "mask": name, "alphas": list(alphas), "seeds": list(seeds), "tuned": None
     }  # fmt: skip
     tuned_read = None
     if tuned is not None:
@@ -76,9 +76,9 @@ def _landscape_words(values: Values) -> str:
     return "\n".join(lines)
 
 
-def gradients(subject: Subject, text: Text, ticket: Ticket, where: Path) -> Job:
+def gradients(subject: Subject, text: Text, ticket: Ticket, name: str) -> Job:
     subject.require_vocabulary(text.store)
-    mask = fitted(ticket.mask, subject.model, where)
+    mask = mask_on(ticket.mask, subject.model, subject.folder)
     blocks = held_out(text.store, text.split, text.blocks)
 
     def run() -> Values:
@@ -101,7 +101,7 @@ def gradients(subject: Subject, text: Text, ticket: Ticket, where: Path) -> Job:
             )
         )
 
-    return Job("gradients", text.settings | {"ticket": ticket.id[:16]}, run, words)
+    return Job("gradients", text.settings | {"mask": name}, run, words)
 
 
 def _digest(read: Read, model: nn.Module) -> str:

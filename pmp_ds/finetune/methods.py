@@ -21,6 +21,7 @@ from pmp_ds.data.loader import order_key
 from pmp_ds.errors import UserError
 from pmp_ds.finetune.config import FinetuneConfig
 from pmp_ds.model.parameters import ParamInfo, parameter_table
+from pmp_ds.ticket.fit import fitted
 from pmp_ds.ticket.keys import identities, read_passphrase
 from pmp_ds.ticket.mask import ParamMask, full_bits, pack
 from pmp_ds.ticket.ticket import Ticket
@@ -48,27 +49,7 @@ def open_ticket(config: FinetuneConfig) -> Ticket | None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config(config.model))
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
-    try:
-        return replace(ticket, mask=_fitted(ticket.mask, shapes))
-    except KeyError as name:
-        raise UserError(
-            f"--ticket {config.ticket} belongs to a model with other parameters than --model "
-            f"{config.model}: {name} is not the same in both"
-        ) from None
-
-
-def _fitted(mask: ParamMask, shapes: dict[str, tuple[int, ...]]) -> ParamMask:
-    """``mask`` on parameters of these shapes; a release may lack the rows that only padded the
-    vocabulary. Raises KeyError that names a parameter which is another one."""
-    bits = {}
-    for name in [*shapes, *(set(mask.shapes) - set(shapes))]:
-        wanted, have = shapes[name], mask.shapes[name]
-        if have[1:] != wanted[1:] or have[0] < wanted[0]:
-            raise KeyError(name)
-        numel = torch.Size(wanted).numel()
-        same = have == wanted
-        bits[name] = mask.bits[name] if same else pack(mask.fragment(name, 0, numel))
-    return ParamMask(bits=bits, shapes=shapes)
+    return replace(ticket, mask=fitted(ticket.mask, shapes, f"--model {config.model}"))
 
 
 def model_config(folder: str) -> Any:

@@ -89,23 +89,35 @@ def run_all(
         Watchdog(run, first.guard.hang_seconds) as dog,
         _overall(len(cells), len(done)) as bar,
     ):
-        keepers = Keepers(stop, dog, channel)
+        keepers, failed = Keepers(stop, dog, channel), dict[str, str]()
         for name, config in cells.items():
             if name in done:
                 continue
             folder = RunDir(run.root / "cells" / name) if name != WHOLE else run
-            done[name] = tune(
-                config, ds_config, tasks.of(config), folder, keepers,
-                digest=digests[config.model], keep_model=keep_models,
-            )  # fmt: skip
-            if dist.rank() == 0:
+            try:
+                done[name] = tune(
+                    config, ds_config, tasks.of(config), folder, keepers,
+                    digest=digests[config.model], keep_model=keep_models,
+                )  # fmt: skip
+            except UserError as error:  # the guard's, on every rank: others may still do well
+                if len(cells) == 1:
+                    raise
+                failed[name] = str(error)
+                if dist.rank() == 0:
+                    print(f"{name}: {error}", flush=True)
+            if dist.rank() == 0 and name in done:
                 results.append(where, done[name])
                 forget(folder)
                 print(f"{name or config.method}: {_line(done[name])}", flush=True)
             if bar:
                 bar.update(1)
     if dist.rank() == 0 and len(cells) > 1:
-        print(f"{len(cells)} cells are in {where}:\n{_table(done, cells)}", flush=True)
+        print(f"{len(done)} of {len(cells)} cells are in {where}:\n{_table(done)}", flush=True)
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(cells)} cells have no result: {', '.join(failed)}. The reasons "
+            "are above; change their settings, or leave them out"
+        )
     return [done[name] for name in cells]
 
 
@@ -161,6 +173,6 @@ def _line(result: Result) -> str:
     return ", ".join(parts)
 
 
-def _table(done: Mapping[str, Result], cells: Mapping[str, FinetuneConfig]) -> str:
-    width = max(len(name) for name in cells)
-    return "\n".join(f"  {name:<{width}}  {_line(done[name])}" for name in cells)
+def _table(done: Mapping[str, Result]) -> str:
+    width = max(map(len, done), default=0)
+    return "\n".join(f"  {name:<{width}}  {_line(result)}" for name, result in done.items())

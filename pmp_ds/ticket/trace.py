@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from pmp_ds.errors import UserError
+from pmp_ds.ticket.fit import fitted
 from pmp_ds.ticket.mask import ParamMask
 from pmp_ds.ticket.watermark import Marks, markable
 
@@ -109,7 +110,7 @@ def of_model(base: Path, tuned: Path, mask: ParamMask) -> Iterator[Observation]:
     a token that never came up, tells nothing and is left out; so are parameters that ``tuned``
     lacks or has in another shape. Raises UserError when nothing is left or a file is damaged."""
     before, after = open_model(base), open_model(tuned)
-    require_fit(mask, base)
+    mask = fitted_to(mask, base)
     compared = False
     for name, shape in mask.shapes.items():
         if name not in after or _shape(after, name) != shape:
@@ -127,18 +128,11 @@ def of_model(base: Path, tuned: Path, mask: ParamMask) -> Iterator[Observation]:
         )
 
 
-def require_fit(mask: ParamMask, model: Path) -> None:
-    """UserError unless ``model`` (a folder of safetensors) has exactly the mask's parameters."""
+def fitted_to(mask: ParamMask, model: Path) -> ParamMask:
+    """``mask`` on the parameters of a folder of safetensors. Raises UserError when it is another
+    model's."""
     handles = open_model(model)
-    for name in sorted(mask.shapes.keys() ^ handles.keys()):
-        how = "lacks" if name in mask.shapes else "has another parameter,"
-        raise UserError(f"the ticket belongs to another model: {model} {how} {name}")
-    for name, shape in mask.shapes.items():
-        if (found := _shape(handles, name)) != shape:
-            raise UserError(
-                f"the ticket belongs to another model: {name} has shape {list(found)} in {model} "
-                f"and {list(shape)} in the ticket"
-            )
+    return fitted(mask, {name: _shape(handles, name) for name in handles}, model)
 
 
 def open_model(folder: Path) -> dict[str, Any]:

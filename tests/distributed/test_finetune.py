@@ -275,7 +275,7 @@ def test_mistakes(ranks1, home, tmp_path):
 
     ranks1.run(write_model, tmp_path / "gpt2", finetune.GPT2)
     message = refused("--task", "sst2", "--method", "ticket", "--ticket", f"{tmp_path}/gpt2/ticket")
-    assert "belongs to a model with other parameters" in message
+    assert "the ticket belongs to another model" in message
 
     assert "write SETTING=A,B" in refused("--task", "sst2", sweeps=("train.lr",))
     assert "twice" in refused("--task", "sst2", sweeps=("seed=1,1",))

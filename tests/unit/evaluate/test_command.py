@@ -58,7 +58,7 @@ STORE = ("--store", "store")
         (["perplexity", *STORE, "--device", "tpu9"], "--device tpu9: "),
         (["gradients", *STORE, "--ticket", "store"], "no ticket at store"),
         (["gradients", *STORE, "--ticket", "empty.txt"], "is a sealed file: give --identity"),
-        (["gradients", *STORE, "--ticket", "other"], "--ticket other belongs to another model"),
+        (["gradients", *STORE, "--ticket", "other"], "the ticket belongs to another model"),
         (
             ["landscape", *STORE, "--ticket", "ticket", "--finetuned", "store"],
             r"store is no model: it has no .safetensors file",

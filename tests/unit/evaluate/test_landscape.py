@@ -20,7 +20,7 @@ from pmp_ds.evaluate.landscape import (
     walk,
 )  # fmt: skip
 from pmp_ds.evaluate.perplexity import mean_loss
-from pmp_ds.evaluate.subject import Subject, fitted, read_parameters
+from pmp_ds.evaluate.subject import Subject, mask_on, read_parameters
 from pmp_ds.model.parameters import weights_digest
 from pmp_ds.ticket.mask import ParamMask, full_bits, pack
 from tests.helpers import tiny
@@ -190,21 +190,22 @@ def test_of_a_model(subject: Subject, mask: ParamMask):
 def test_mask_of_another_model(subject: Subject, mask: ParamMask):
     longer = dict(mask.shapes) | {EMBED: (tiny.VOCAB + 8, 32)}
     bits = dict(mask.bits) | {EMBED: full_bits((tiny.VOCAB + 8) * 32)}
-    padded = fitted(ParamMask(bits=bits, shapes=longer), subject.model, Path("t"))
+    padded = mask_on(ParamMask(bits=bits, shapes=longer), subject.model, Path("t"))
     assert padded.shapes == mask.shapes
     assert padded.full(EMBED).all()
     wrong: list[tuple[dict[str, tuple[int, ...]], str]] = [
-        (dict(mask.shapes) | {EMBED: (tiny.VOCAB, 16)}, r"\[300, 32\] there and \[300, 16\]"),
-        ({n: s for n, s in mask.shapes.items() if n != NORM}, "there and none in the ticket"),
-        (dict(mask.shapes) | {"extra": (2,)}, "it covers extra"),
+        (dict(mask.shapes) | {EMBED: (tiny.VOCAB, 16)}, r"\[300, 32\] in t and \[300, 16\]"),
+        ({n: s for n, s in mask.shapes.items() if n != NORM}, "t has another parameter, "),
+        (dict(mask.shapes) | {"extra": (2,)}, "t lacks extra"),
     ]
     for shapes, message in wrong:
         extra = {"extra": full_bits(2)}
+        other = ParamMask(bits=dict(mask.bits) | extra, shapes=shapes)
         with pytest.raises(UserError, match=message):
-            fitted(ParamMask(bits=dict(mask.bits) | extra, shapes=shapes), subject.model, Path("t"))
+            mask_on(other, subject.model, Path("t"))
     whole = {name: full_bits(mask.numel(name)) for name in mask.shapes}
     with pytest.raises(UserError, match="keeps all parameters, or none"):
-        fitted(ParamMask(bits=whole, shapes=mask.shapes), subject.model, Path("t"))
+        mask_on(ParamMask(bits=whole, shapes=mask.shapes), subject.model, Path("t"))
 
 
 def test_other_model_as_fine_tuned(subject: Subject, tmp_path: Path):

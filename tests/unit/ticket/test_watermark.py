@@ -16,11 +16,11 @@ from pmp_ds.ticket.ticket import Ticket
 from pmp_ds.ticket.trace import (
     Evidence,
     corrected,
+    fitted_to,
     log10_tail,
     named,
     of_model,
     of_ticket,
-    require_fit,
     weigh,
 )
 from pmp_ds.ticket.watermark import draw_marks, missing_from, without
@@ -257,7 +257,7 @@ def test_models_that_cannot_be_compared(base, tmp_path):
 def test_ticket_of_another_model(tmp_path, change, message):
     weights = {n: w for n, w in (base_weights() | change).items() if w is not None}
     with pytest.raises(UserError, match=f"another model: .*{message}"):
-        require_fit(ticket().mask, save_model(tmp_path / "m", weights))
+        fitted_to(ticket().mask, save_model(tmp_path / "m", weights))
 
 
 def test_shards_are_read_by_their_index(tmp_path, base):
@@ -267,4 +267,4 @@ def test_shards_are_read_by_their_index(tmp_path, base):
     (tmp_path / "stray.safetensors").write_bytes(b"not listed")
     files = ", ".join(f'"{name}": "{n}.safetensors"' for n, name in enumerate(weights))
     (tmp_path / "model.safetensors.index.json").write_text(f'{{"weight_map": {{{files}}}}}')
-    require_fit(ticket().mask, tmp_path)
+    fitted_to(ticket().mask, tmp_path)
