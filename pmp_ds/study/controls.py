@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from pmp_ds.results import Result
 from pmp_ds.study.headline import BASE, PMP, RANDOM
-from pmp_ds.study.runs import LM, FineTune, best, pick
+from pmp_ds.study.runs import CONTINUED, RECOVERED, FineTune, best, pick
 
 LR_RANGE = 1e-5, 3e-3
 SCORES = "mean", "ema", "gradient"
@@ -30,11 +30,12 @@ def controls(results: Sequence[Result], runs: Sequence[FineTune]) -> list[Contro
         "Random mask at equal density, pretrained": _random_arm(pretrained, runs),
         "Random mask at equal density, fine-tuned on PMP": _methods(runs, "random"),
         "Complement only, fine-tuned on PMP": _methods(runs, "complement"),
+        "Mask recovered by an attack, fine-tuned on PMP": _methods(runs, RECOVERED),
         "Fine-tuning from scratch": _scratch(runs),
         "Untrained head": _kind(results, "untrained-head"),
         "Learning rates from 1e-5 to 3e-3": _learning_rates(runs),
         "Longer fine-tuning": _epochs(runs),
-        "Continued full pretraining of the release": _continued(pretrained, runs),
+        "Continued full pretraining of the release": _continued(runs),
         "Densities 0.5 to 1.0": _densities(pretrained),
         "Ticket from each score": _scores(pretrained),
         "Several fine-tuning seeds": _seeds(runs),
@@ -111,11 +112,8 @@ def _epochs(runs: Sequence[FineTune]) -> str:
     return f"epochs {_list(set(found))}, for both BASE and PMP" if len(found) > 1 else ""
 
 
-def _continued(pretrained: Sequence[Result], runs: Sequence[FineTune]) -> str:
-    named = [result for result in pretrained if result.settings.get("continued_from")]
-    if named:
-        return f"arms {', '.join(sorted({result.arm for result in named}))}"
-    return _count([r for r in pick(runs, arm=PMP, methods=("full",)) if r.setting("continued")])
+def _continued(runs: Sequence[FineTune]) -> str:
+    return _count([r for r in pick(runs, arm=PMP, methods=("full",)) if r.task == CONTINUED])
 
 
 def _densities(pretrained: Sequence[Result]) -> str:
@@ -160,6 +158,5 @@ def edges(runs: Sequence[FineTune]) -> list[str]:
                 chosen = best(own)
                 lr = chosen[0].setting("lr") if chosen else None
                 if len(tried) > 2 and lr in (tried[0], tried[-1]):
-                    name = LM if task == LM.lower() else task
-                    found.append(f"{arm}, {name}, {method}: {lr:g}")
+                    found.append(f"{arm}, {task}, {method}: {lr:g}")
     return found

@@ -8,11 +8,12 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
+matplotlib.rcParams["svg.hashsalt"] = "pmp_ds"  # else the ids in an SVG are random
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pmp_ds.study.runs import AVERAGE, LM, ordered
+from pmp_ds.study.runs import AVERAGE, is_lm, ordered
 from pmp_ds.study.statistics import Estimate
 
 COLOURS = ("#2a6fbb", "#d9822b", "#3a923a", "#8e5ea2", "#7f6a5f", "#c0392b", "#17a2b8", "#555555")
@@ -88,7 +89,7 @@ def by_column(
 ) -> Figure | None:  # fmt: skip
     """GLUE accuracies on the left, LM losses on the right; None without any."""
     columns = ordered({c for found in series.values() for c in found})
-    glue, lm = [c for c in columns if c != LM], [c for c in columns if c == LM]
+    glue, lm = [c for c in columns if not is_lm(c)], [c for c in columns if is_lm(c)]
     panels = [part for part in (glue, lm) if part]
     if not panels:
         return None

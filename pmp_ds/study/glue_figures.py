@@ -30,10 +30,10 @@ from pmp_ds.study.glue_tables import (
 from pmp_ds.study.headline import BASE, PMP, RANDOM, Headline
 from pmp_ds.study.runs import (
     AVERAGE,
-    LM,
     UNAUTHORIZED,
     FineTune,
     best,
+    is_lm,
     ordered,
     pick,
     samples,
@@ -67,7 +67,8 @@ def _gaps(folder: Path, six: Headline) -> Picture | None:
     }
     contrasts = {name: found for name, found in contrasts.items() if found}
     columns = ordered({c for found in contrasts.values() for c in found})
-    panels = [p for p in ([c for c in columns if c != LM], [c for c in columns if c == LM]) if p]
+    panels = [[c for c in columns if is_lm(c) == lm] for lm in (False, True)]
+    panels = [part for part in panels if part]
     if not panels:
         return None
     heights = [0.5 + 0.42 * len(part) for part in panels]
@@ -78,7 +79,7 @@ def _gaps(folder: Path, six: Headline) -> Picture | None:
     for axes, part in zip(grid[:, 0], panels, strict=True):
         _forest(axes, contrasts, part)
         axes.set_xlabel(
-            "difference (nats per token)" if part == [LM]
+            "difference (nats per token)" if is_lm(part[0])
             else "difference (percentage points of accuracy)"
         )  # fmt: skip
     one_legend(figure, grid[:, 0], columns=1)
@@ -168,8 +169,9 @@ class Sweep:
 
 
 def _sweeps(folder: Path, results: Sequence[Result], runs: Sequence[FineTune]) -> Picture | None:
-    """Figure 4: a row for GLUE, a row for LM; panels density, learning rate, epochs."""
-    groups = [[r for r in runs if (r.task == LM.lower()) == lm] for lm in (False, True)]
+    """Figure 4: a row for GLUE and for each loss; panels density, learning rate, epochs."""
+    groups = [[run for run in runs if not is_lm(run.task)]]
+    groups += [[r for r in runs if r.task == task] for task in tasks(runs) if is_lm(task)]
     groups = [group for group in groups if group]
     panels = [
         (group, [_densities(results, group), *(_by_setting(group, n) for n in ("lr", "epochs"))])
@@ -192,7 +194,7 @@ def _sweeps(folder: Path, results: Sequence[Result], runs: Sequence[FineTune]) -
 
 
 def _sweep_row(panels: Sequence[Axes], group: Sequence[FineTune], row: Sequence[Sweep]) -> None:
-    lm = group[0].task == LM.lower()
+    lm = is_lm(group[0].task)
     for axes, name, sweep in zip(panels, SWEPT, row, strict=True):
         axes.set_xlabel(name)
         if not sweep.curves:

@@ -6,7 +6,6 @@ from pmp_ds.results import Result
 from pmp_ds.study.headline import BASE, PMP, RANDOM
 from pmp_ds.study.runs import (
     AVERAGE,
-    LM,
     UNAUTHORIZED,
     Cell,
     FineTune,
@@ -14,6 +13,7 @@ from pmp_ds.study.runs import (
     best,
     by_method,
     cells,
+    is_lm,
     ordered,
     pick,
     samples,
@@ -25,13 +25,13 @@ from pmp_ds.study.tables import Table
 
 METHODS = {
     "full": "Full fine-tuning", "lora": "LoRA", "ticket": "With the true mask (authorized)",
-    "random": "With a random mask", "complement": "Complement only",
+    "random": "With a random mask", "recovered": "With a recovered mask",
+    "complement": "Complement only",
 }  # fmt: skip
 HEADS = {"untrained-head": "Untrained head", "zero-shot": "Zero-shot"}
-LM_HEAD = "LM (nats)"
 
 Levels = Mapping[str, Estimate]
-"""column -> mean with interval: fractions, nats per token for LM."""
+"""column -> mean with interval: fractions, nats per token for losses."""
 
 
 def arms(names: Iterable[str]) -> list[str]:
@@ -41,7 +41,7 @@ def arms(names: Iterable[str]) -> list[str]:
 
 
 def levels(found: Mapping[str, Mapping[Unit, float]]) -> Levels:
-    return {c: level([abs(v) if c == LM else v for v in u.values()]) for c, u in found.items()}
+    return {c: level([-v if is_lm(c) else v for v in u.values()]) for c, u in found.items()}
 
 
 def fine_tuned(
@@ -101,7 +101,7 @@ def cell(estimate: Estimate | None, column: str) -> str:
     """`83.1 ± 0.4` in percent, or nats; an asterisk stands for one seed."""
     if estimate is None:
         return "-"
-    factor, digits = (1.0, 4) if column == LM else (100.0, 2)
+    factor, digits = (1.0, 4) if is_lm(column) else (100.0, 2)
     text = f"{estimate.mean * factor:.{digits}f}"
     if estimate.high is None:
         return f"{text}*"
@@ -132,7 +132,7 @@ def table_one(results: Sequence[Result], runs: Sequence[FineTune]) -> Table:
         text.insert(0, ("Majority class", "-", *exact))
     return Table(
         "table1", f"Table 1. GLUE validation, accuracy-style scores. {CELLS}",
-        ("Stage", "Arm", *_head(columns)), text,
+        ("Stage", "Arm", *map(head, columns)), text,
     )  # fmt: skip
 
 
@@ -145,14 +145,14 @@ def table_methods(runs: Sequence[FineTune]) -> Table:
                 rows.append((arm, words, found))
     columns = ordered({c for *_, found in rows for c in found})
     return Table(
-        "methods", f"Fine-tuning methods. {CELLS}", ("Arm", "Method", *_head(columns)),
+        "methods", f"Fine-tuning methods. {CELLS}", ("Arm", "Method", *map(head, columns)),
         [(arm, words, *(cell(found.get(c), c) for c in columns)) for arm, words, found in rows],
     )  # fmt: skip
 
 
 def table_canonical(runs: Sequence[FineTune]) -> Table:
     """The tasks' own metrics; each arm and method at the setting best in that metric."""
-    glue = [run for run in runs if run.task != LM.lower() and run.primary]
+    glue = [run for run in runs if not is_lm(run.task)]
     rows = []
     for arm in arms(run.arm for run in glue):
         for method, words in METHODS.items():
@@ -167,5 +167,5 @@ def table_canonical(runs: Sequence[FineTune]) -> Table:
     )  # fmt: skip
 
 
-def _head(columns: Sequence[str]) -> list[str]:
-    return [LM_HEAD if c == LM else "Average" if c == AVERAGE else c for c in columns]
+def head(column: str) -> str:
+    return f"{column} (nats)" if is_lm(column) else "Average" if column == AVERAGE else column

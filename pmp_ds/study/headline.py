@@ -13,7 +13,6 @@ from typing import Any
 from pmp_ds.results import Result
 from pmp_ds.study.runs import (
     AVERAGE,
-    LM,
     Cell,
     FineTune,
     Unit,
@@ -21,6 +20,8 @@ from pmp_ds.study.runs import (
     by_choice,
     by_method,
     cells,
+    is_lm,
+    ordered,
     pick,
     samples,
     tasks,
@@ -40,7 +41,7 @@ class Contrast:
     """One side minus the other, column by column, with what each side chose."""
 
     estimates: Mapping[str, Estimate] = field(default_factory=dict)
-    """column, and AVERAGE over GLUE's; points, or nats for LM."""
+    """column, and AVERAGE over GLUE's; points, or nats for a loss."""
     chosen: Mapping[str, tuple[FineTune, FineTune]] = field(default_factory=dict)
     """task -> a run of the chosen cell of either side."""
     missing: Sequence[str] = ()
@@ -48,10 +49,11 @@ class Contrast:
 
     @property
     def main(self) -> Mapping[str, Estimate]:
-        """What a sentence can be said of: the average of GLUE (its one column), and LM."""
-        glue = [c for c in self.estimates if c not in (LM, AVERAGE)]
+        """What a sentence can be said of: the average of GLUE (its one column), and losses."""
+        glue = [c for c in self.estimates if c != AVERAGE and not is_lm(c)]
         first = [AVERAGE] if len(glue) != 1 else glue
-        return {c: self.estimates[c] for c in (*first, LM) if c in self.estimates}
+        losses = [c for c in ordered(self.estimates) if is_lm(c)]
+        return {c: self.estimates[c] for c in (*first, *losses) if c in self.estimates}
 
 
 def contrast(
@@ -78,7 +80,7 @@ def contrast(
     for column in [c for c in sides[0] if c in sides[1]]:
         found = difference(sides[0][column], sides[1][column])
         if found is not None:
-            estimates[column] = found.scaled(1.0 if column == LM else 100.0)
+            estimates[column] = found.scaled(1.0 if is_lm(column) else 100.0)
     return Contrast(estimates, chosen, missing)
 
 
@@ -99,12 +101,12 @@ def secret(runs: Sequence[FineTune], *, pmp: str = PMP) -> Contrast:
 
 
 def pretrain_losses(results: Iterable[Result], arm: str) -> dict[object, float]:
-    """Pretraining seed -> validation loss at the end."""
-    return {
-        result.settings["seed"]: result.values["val_loss"]
-        for result in results
-        if result.kind == "pretrain" and result.arm == arm
-    }
+    """Pretraining seed (the model, where seeds repeat) -> validation loss at the end."""
+    own = [result for result in results if result.kind == "pretrain" and result.arm == arm]
+    by_seed = {result.settings["seed"]: result.values["val_loss"] for result in own}
+    if len(by_seed) == len(own):
+        return by_seed
+    return {result.model_digest: result.values["val_loss"] for result in own}
 
 
 def capability(results: Sequence[Result]) -> Estimate | None:
@@ -136,7 +138,7 @@ def attacker_tokens(runs: Sequence[FineTune], names: Iterable[str]) -> Tokens | 
         base, pmp = pick(curves, arm=BASE), pick(curves, arm=PMP)
         for run in best(base):
             own = [r for r in pmp if r.seed == run.seed]
-            first = [_first(side, run, lower=task == LM.lower()) for side in (base, own)]
+            first = [_first(side, run, lower=is_lm(task)) for side in (base, own)]
             if not own or first[0] <= 0.0:  # where BASE starts at its end there is nothing to reach
                 continue
             pairs += 1
@@ -180,7 +182,7 @@ class Headline:
     secret: Contrast
     capability: Estimate | None
     tokens: Mapping[str, Tokens]
-    """`GLUE` and LM, those measured."""
+    """`GLUE` and columns of losses, those measured."""
     audits: Mapping[str, Mapping[str, Any]]
     """Path -> content of an audit.json."""
 
@@ -188,10 +190,9 @@ class Headline:
 def headline(
     results: Sequence[Result], runs: Sequence[FineTune], audits: Mapping[str, Mapping[str, Any]]
 ) -> Headline:
-    glue = [task for task in tasks(runs) if task != LM.lower()]
-    found = {
-        "GLUE": attacker_tokens(runs, glue), LM: attacker_tokens(runs, [LM.lower()]),
-    }  # fmt: skip
+    groups = {"GLUE": [task for task in tasks(runs) if not is_lm(task)]}
+    groups |= {task: [task] for task in tasks(runs) if is_lm(task)}
+    found = {name: attacker_tokens(runs, group) for name, group in groups.items()}
     return Headline(
         gap=gap(runs),
         authorized=authorized(runs),

@@ -14,7 +14,11 @@ from pmp_ds.study.figures import COLOURS, GREY, MARKERS, Picture, one_legend, sa
 from pmp_ds.study.glue_tables import arms
 from pmp_ds.study.headline import BASE
 
-NORMS = {"global": "one norm for the whole direction", "per_tensor": "norms matched per tensor"}
+NORMS = {
+    "global": "one norm for the whole direction", "per_tensor": "norms matched per tensor",
+    "per_row": "norms matched per row",
+}  # fmt: skip
+TUNED = "the way of a fine-tuning, which ends at 1"
 DIRECTIONS = {
     "ticket": "in the ticket (authorized)", "full": "in all parameters (unauthorized)",
     "complement": "in the complement",
@@ -35,38 +39,51 @@ def _landscape(folder: Path, found: Sequence[Result]) -> Picture:
     """Figure 5: a row per arm, a panel per way of matching norms."""
     directions = [d for result in found for d in result.values["directions"].values()]
     modes = [mode for mode in NORMS if any(d.get(mode) for d in directions)]
+    modes += [TUNED] if any("tuned" in result.values for result in found) else []
     figure, grid = plt.subplots(
-        len(found), len(modes), figsize=(5.2 * len(modes), 3.7 * len(found) + 0.5),
+        len(found), len(modes), figsize=(max(7.0, 4.2 * len(modes)), 3.7 * len(found) + 0.5),
         layout="constrained", squeeze=False, sharey="row",
     )  # fmt: skip
     for row, result in zip(grid, found, strict=True):
         for axes, mode in zip(row, modes, strict=True):
-            _landscape_panel(axes, result.values, mode)
-            axes.set_title(f"{short(result.arm)}, {NORMS[mode]}", fontsize=10)
+            _landscape_panel(axes, *_lines(result.values, mode))
+            axes.set_title(f"{short(result.arm)}\n{NORMS.get(mode, mode)}", fontsize=9)
         row[0].set_ylabel("loss (nats per token)")
     one_legend(figure, grid.flat)
     figure.suptitle("Figure 5. Loss along random directions", fontsize=11)
     return save(figure, folder, Picture(
         "figure5", "Loss against the step along directions in the ticket and in all parameters.",
         "Figure 5. Loss at theta + alpha * direction: mean of the seeds, the band is their range. "
-        "A difference that the right panels do not show is one of scale between tensors.",
+        "A difference that is only in the first panel is one of scale between tensors.",
     ))  # fmt: skip
 
 
-def _landscape_panel(axes: Axes, values: dict[str, Any], mode: str) -> None:
-    alphas = values["alphas"]
-    for i, (name, by_mode) in enumerate(values["directions"].items()):
-        if not by_mode.get(mode):
-            continue
-        losses = np.array(by_mode[mode], dtype=float)  # (seeds, alphas)
+Lines = dict[str, Sequence[Sequence[float]]]
+"""Direction -> losses by seed and alpha."""
+
+
+def _lines(values: dict[str, Any], mode: str) -> tuple[Sequence[float], Lines]:
+    """The alphas of a panel and its losses."""
+    if mode != TUNED:
+        directions = values["directions"]
+        return values["alphas"], {name: d[mode] for name, d in directions.items() if d.get(mode)}
+    tuned = values.get("tuned", {"alphas": [], "losses": {}})
+    return tuned["alphas"], {name: [losses] for name, losses in tuned["losses"].items()}
+
+
+def _landscape_panel(axes: Axes, alphas: Sequence[float], lines: Lines) -> None:
+    for i, (name, by_seed) in enumerate(lines.items()):
+        losses = np.array(by_seed, dtype=float)  # (seeds, alphas)
         colour = COLOURS[i % len(COLOURS)]
         axes.plot(
             alphas, losses.mean(axis=0), color=colour, marker=MARKERS[i % len(MARKERS)],
-            markersize=3, markevery=max(1, len(alphas) // 10), label=DIRECTIONS.get(name, name),
+            markersize=3.5, label=DIRECTIONS.get(name, name),
         )  # fmt: skip
         axes.fill_between(
             alphas, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.2, linewidth=0
         )
+    if not lines:
+        axes.text(0.5, 0.5, "not run", transform=axes.transAxes, ha="center", color="#555555")
     axes.set_xlabel("alpha (step along the direction)")
     axes.grid(linewidth=0.3)
 

@@ -13,6 +13,7 @@ from pmp_ds.study.controls import Control, controls, edges
 from pmp_ds.study.figures import Picture
 from pmp_ds.study.glue_tables import table_canonical, table_methods, table_one
 from pmp_ds.study.headline import MATCHED, Headline, headline, models_per_arm
+from pmp_ds.study.other_tables import table_other
 from pmp_ds.study.page import Section, markdown, page
 from pmp_ds.study.runs import FineTune, fine_tunes
 from pmp_ds.study.six_tables import (
@@ -95,6 +96,7 @@ def sections(
         Section("Figure 6: gradients", [pictures.get("figure6", NOT_RUN)]),
         Section("Stability of the ticket", [pictures.get("iou", NOT_RUN)]),
         Section("Pretraining", [pictures.get("pretraining", NOT_RUN)]),
+        Section("The models without fine-tuning", _or_not_run(table_other(results))),
         Section("Audit", _or_not_run(table_audits(six))),
         Section("Canonical metrics", _or_not_run(table_canonical(runs))),
         Section("Controls", [table_controls(checks), *_edges(runs)]),

@@ -7,18 +7,23 @@ the fullest cell do not take part: they would win by luck.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from pmp_ds.results import Result
 
 LM = "LM"
+"""Column of the task lm, nats per token; more letters follow where several texts were learned."""
+CONTINUED = "LM pretraining"
+"""Column of the task lm on the text of pretraining: pretraining that an attacker continues."""
 COLUMNS = ("CoLA", "SST-2", "MRPC", "QQP", "STS-B", "MNLI-m", "MNLI-mm", "QNLI", "RTE")
 AVERAGE = "average"
 UNAUTHORIZED = ("full", "lora")
+RECOVERED = "recovered"
+"""Method: fine-tuned with a mask that is called otherwise than the model's own."""
 _NOT_A_CHOICE = frozenset(
-    {"task", "method", "seed", "scratch", "ticket", "glue_dir", "store", "density"}
+    {"task", "method", "seed", "scratch", "density", "mask", "micro_batch_size", "val_blocks"}
 )
 
 Unit = tuple[str, int]
@@ -42,14 +47,13 @@ class FineTune:
     majority: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     primary: Mapping[str, str] = field(default_factory=dict)
     curve: Sequence[tuple[float, float]] = ()
-    """(tokens, score or loss) while it was trained."""
-    tokens: float | None = None
+    """(tokens, primary metric of the first column) while it was trained."""
 
     def score(self, column: str, *, primary: bool = False) -> float:
         """Higher is better: the paper's accuracy-style score or, with ``primary``, the task's
         canonical one; minus the loss for LM."""
         values = self.metrics[column]
-        if column == LM:
+        if is_lm(column):
             return -values["loss"]
         return values[self.primary[column] if primary else "accuracy"]
 
@@ -57,36 +61,52 @@ class FineTune:
         return dict(self.choice).get(name)
 
 
-def fine_tunes(results: Iterable[Result]) -> list[FineTune]:
-    return [_fine_tune(result) for result in results if result.kind == "finetune"]
+def is_lm(name: str) -> bool:
+    """Of a task or a column: a loss, lower is better."""
+    return name.lower().startswith("lm")
 
 
-def _fine_tune(result: Result) -> FineTune:
+def fine_tunes(results: Sequence[Result]) -> list[FineTune]:
+    """All of them; texts that the task lm learned from are told apart."""
+    found = [result for result in results if result.kind == "finetune"]
+    pretraining = {r.settings.get("data") for r in results if r.kind == "pretrain"} - {None}
+    texts = {r.settings.get("data") for r in found if r.settings["task"] == "lm"} - pretraining
+    return [_fine_tune(result, _text(result, pretraining, len(texts))) for result in found]
+
+
+def _text(result: Result, pretraining: set[Any], texts: int) -> str:
+    """The column of the task lm."""
+    data = result.settings.get("data")
+    if data in pretraining:
+        return CONTINUED
+    return LM if texts <= 1 else f"{LM} {str(data)[:6]}"
+
+
+def _fine_tune(result: Result, text: str) -> FineTune:
     settings, values = result.settings, result.values
-    choice = {
-        name: value for name, value in settings.items()
-        if name not in _NOT_A_CHOICE and not isinstance(value, (list, dict))
-    }  # fmt: skip
+    method, own = settings["method"], settings.get("mask", "own") == "own"
+    lm = settings["task"] == "lm"
     return FineTune(
         arm=result.arm,
-        task=settings["task"],
-        method=settings["method"],
-        scratch=bool(settings.get("scratch", False)),
+        task=text if lm else settings["task"],
+        method=method if own else RECOVERED,
+        scratch=settings["scratch"],
         seed=settings["seed"],
         model=result.model_digest,
-        choice=tuple(sorted(choice.items())),
-        metrics=values["metrics"],
-        majority=values.get("majority", {}),
-        primary=values.get("primary", {}),
-        curve=_in_tokens(values.get("curve", ()), values.get("tokens")),
-        tokens=values.get("tokens"),
+        choice=tuple(sorted(_choices(settings))),
+        metrics={text if lm else column: m for column, m in values["metrics"].items()},
+        majority=values["majority"],
+        primary={text if lm else column: m for column, m in values["primary"].items()},
+        curve=[(tokens, value) for tokens, value in values["curve"]],
     )
 
 
-def _in_tokens(curve: Sequence[Sequence[float]], tokens: float | None) -> list[tuple[float, float]]:
-    """A curve over examples or tokens, over tokens where their total is known."""
-    scale = tokens / curve[-1][0] if curve and tokens and curve[-1][0] else 1.0
-    return [(place * scale, value) for place, value in curve]
+def _choices(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _choices(value, f"{name}.")
+        elif name not in _NOT_A_CHOICE:
+            yield prefix + name, tuple(value) if isinstance(value, list) else value
 
 
 def pick(
@@ -110,7 +130,7 @@ def by_method(run: FineTune) -> Cell:
 
 def by_choice(run: FineTune) -> Cell:
     """For two sides whose methods differ: the cells are shared whatever the method."""
-    return tuple((name, value) for name, value in run.choice if not name.startswith("lora"))
+    return tuple((name, value) for name, value in run.choice if not name.startswith("lora."))
 
 
 def cells(runs: Iterable[FineTune], key: Callable[[FineTune], Cell]) -> dict[Cell, list[FineTune]]:
@@ -155,7 +175,7 @@ def samples(runs: Sequence[FineTune], *, primary: bool = False) -> dict[str, dic
 
 def with_average(found: Mapping[str, Mapping[Unit, float]]) -> dict[str, Mapping[Unit, float]]:
     """Adds the mean over GLUE's columns, for the seeds that have them all; LM stays apart."""
-    glue = [units for column, units in found.items() if column != LM]
+    glue = [units for column, units in found.items() if not is_lm(column)]
     if len(glue) < 2:
         return dict(found)
     shared = set.intersection(*(set(units) for units in glue))
@@ -168,6 +188,6 @@ def tasks(runs: Iterable[FineTune]) -> list[str]:
 
 
 def ordered(columns: Iterable[str]) -> list[str]:
-    """In the order of the paper's table; unknown ones, the average and LM last."""
-    order = {column: i for i, column in enumerate((*COLUMNS, AVERAGE, LM))}
-    return sorted(columns, key=lambda column: (order.get(column, len(COLUMNS) - 0.5), column))
+    """In the order of the paper's table; the average and losses last."""
+    order = {column: i for i, column in enumerate((*COLUMNS, AVERAGE))}
+    return sorted(columns, key=lambda column: (is_lm(column), order.get(column, -1), column))

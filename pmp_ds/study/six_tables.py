@@ -4,9 +4,9 @@ import math
 from collections.abc import Iterator, Sequence
 
 from pmp_ds.study.controls import Control
-from pmp_ds.study.glue_tables import LM_HEAD
+from pmp_ds.study.glue_tables import head
 from pmp_ds.study.headline import Contrast, Headline, Tokens
-from pmp_ds.study.runs import AVERAGE, LM, FineTune, ordered
+from pmp_ds.study.runs import AVERAGE, FineTune, is_lm, ordered
 from pmp_ds.study.statistics import Estimate
 from pmp_ds.study.tables import Table
 from pmp_ds.study.verdict import unit
@@ -26,7 +26,7 @@ def table_six(six: Headline) -> Table:
         found: Contrast = getattr(six, name)
         rows += [(roman, words, *line) for line in _contrast(found)]
     rows.append(
-        ("(iv)", "Capability: BASE - PMP pretraining loss (the tax with its sign turned)", "LM",
+        ("(iv)", "Capability: BASE - PMP pretraining loss (the tax with its sign turned)", "-",
          *_numbers(six.capability, "nats per token"))
     )  # fmt: skip
     words = "Attacker's tokens to BASE's fine-tuned quality: PMP beyond BASE"
@@ -44,7 +44,7 @@ def table_six(six: Headline) -> Table:
 
 
 def _contrast(found: Contrast) -> Iterator[tuple[str, ...]]:
-    glue = len([c for c in found.estimates if c not in (LM, AVERAGE)])
+    glue = len([c for c in found.estimates if c != AVERAGE and not is_lm(c)])
     for column, estimate in found.main.items():
         on = f"GLUE, {glue} columns" if column == AVERAGE else column
         yield (on, *_numbers(estimate, unit(column)))
@@ -110,7 +110,7 @@ def table_columns(six: Headline) -> Table:
     columns = ordered({c for found in contrasts.values() for c in found.estimates})
     rows = []
     for column in columns:
-        digits = 4 if column == LM else 2
+        digits = 4 if is_lm(column) else 2
         cells = []
         for found in contrasts.values():
             estimate = found.estimates.get(column)
@@ -118,23 +118,23 @@ def table_columns(six: Headline) -> Table:
                 "-" if estimate is None
                 else f"{estimate.mean:+.{digits}f} {interval(estimate, digits)}"
             )  # fmt: skip
-        rows.append(({LM: LM_HEAD, AVERAGE: "Average"}.get(column, column), *cells))
-    head = ("Column", *(f"{roman} {words.split(':')[0]}" for roman, words in NAMES.values()))
+        rows.append((head(column), *cells))
+    heads = (f"{roman} {words.split(':')[0]}" for roman, words in NAMES.values())
     return Table(
         "columns",
-        "(i) to (iii) by column, percentage points of accuracy (LM: nats per token), with 95% "
+        "(i) to (iii) by column, percentage points of accuracy (losses: nats per token), with 95% "
         "intervals; each stands by itself, without correction for their number.",
-        head, rows,
+        ("Column", *heads), rows,
     )  # fmt: skip
 
 
 def table_chosen(six: Headline, runs: Sequence[FineTune]) -> Table:
     """Which settings won, of those that were varied."""
-    tried: dict[str, set[object]] = {}
+    tried: dict[tuple[str, str], set[object]] = {}
     for run in runs:
         for setting, value in run.choice:
-            tried.setdefault(setting, set()).add(value)
-    varied = {setting for setting, values in tried.items() if len(values) > 1}
+            tried.setdefault((run.task, setting), set()).add(value)
+    varied = {setting for (_, setting), values in tried.items() if len(values) > 1}
     rows = []
     for name, (roman, _) in NAMES.items():
         for task, sides in getattr(six, name).chosen.items():

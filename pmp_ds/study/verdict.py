@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 
 from pmp_ds.study.headline import MATCHED, Headline
-from pmp_ds.study.runs import AVERAGE, LM
+from pmp_ds.study.runs import AVERAGE, CONTINUED, LM, is_lm
 from pmp_ds.study.statistics import Estimate
 
 
 def unit(column: str) -> str:
-    return "nats per token" if column == LM else "points"
+    return "nats per token" if is_lm(column) else "points"
 
 
 def number(estimate: Estimate, unit: str, digits: int | None = None) -> str:
@@ -29,7 +29,8 @@ def verdict(six: Headline) -> list[str]:
 
 
 def _where(column: str) -> str:
-    return {LM: "Language modelling", AVERAGE: "GLUE"}.get(column, column)
+    names = {LM: "Language modelling", CONTINUED: "Continued pretraining", AVERAGE: "GLUE"}
+    return names.get(column, column)
 
 
 def _protection(six: Headline, column: str, gap: Estimate) -> str:
@@ -39,7 +40,7 @@ def _protection(six: Headline, column: str, gap: Estimate) -> str:
     if gap.includes_zero:
         return (
             f"{where}: no measurable protection. The unauthorized gap, {value}, includes 0; a gap "
-            f"above {gap.high:.{4 if column == LM else 2}f} would have been seen." + _base(six)
+            f"above {gap.high:.{4 if is_lm(column) else 2}f} would have been seen." + _base(six)
         )
     if gap.mean < 0:
         return (
