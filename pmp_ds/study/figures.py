@@ -8,7 +8,6 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-matplotlib.rcParams["svg.hashsalt"] = "pmp_ds"  # else the ids in an SVG are random
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -35,8 +34,9 @@ class Picture:
 
 def save(figure: Figure, folder: Path, picture: Picture) -> Picture:
     """figures/NAME.png and .svg; the same input gives the same bytes."""
-    for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
-        figure.savefig(folder / f"{picture.name}{suffix}", dpi=130, metadata=metadata)
+    with matplotlib.rc_context({"svg.hashsalt": picture.name}):  # else ids in an SVG are random
+        figure.savefig(folder / f"{picture.name}.png", dpi=130)
+        figure.savefig(folder / f"{picture.name}.svg", metadata={"Date": None})
     plt.close(figure)
     return picture
 

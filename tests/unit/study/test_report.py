@@ -103,7 +103,9 @@ def test_table_one_exact():
 
 def test_table_texts():
     table = Table("t", "A & B, 5%", ("x_1", "y"), [("a|b", "1 ± 2"), ("<c>", "-")])
-    assert table.markdown() == "| x_1 | y |\n| --- | --- |\n| a\\|b | 1 ± 2 |\n| <c> | - |\n\nA & B, 5%\n"
+    assert table.markdown() == (
+        "| x_1 | y |\n| --- | --- |\n| a\\|b | 1 ± 2 |\n| <c> | - |\n\nA & B, 5%\n"
+    )
     assert table.latex() == (
         "\\begin{table}\n\\centering\n\\small\n\\begin{tabular}{ll}\n\\hline\nx\\_1 & y \\\\\n"
         "\\hline\na|b & 1 $\\pm$ 2 \\\\\n<c> & - \\\\\n\\hline\n\\end{tabular}\n"

@@ -44,7 +44,7 @@ def test_planted_effects_are_found():
 
 
 def test_no_effect_is_no_measurable_protection():
-    sentences = verdict(six(study.study(gap=0.0, secret=0.0, tax=0.0, seeds=4, luck=1)))
+    sentences = verdict(six(study.study(gap=0.0, secret=0.0, tax=0.0, seeds=4, luck=2)))
     assert sentences[0].startswith("GLUE: no measurable protection. ")
     assert "includes 0" in sentences[0]
     assert sentences[1].startswith("Language modelling: no measurable protection. ")
