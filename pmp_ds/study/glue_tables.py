@@ -109,9 +109,9 @@ def cell(estimate: Estimate | None, column: str) -> str:
 
 
 CELLS = (
-    "Percent; mean over seeds ± half of the 95% interval, * one seed. Each at its best setting by "
-    "the mean validation score; full fine-tuning and LoRA choose among the settings that BASE and "
-    "PMP both completed."
+    "Percent (losses: nats per token); mean over seeds ± half of the 95% interval, * one seed. "
+    "Each at its best setting by the mean validation score; full fine-tuning and LoRA choose among "
+    "the settings that BASE and PMP both completed."
 )
 
 
