@@ -35,6 +35,7 @@ help:
 	@echo 'make test    ruff, mypy and all tests: what CI runs'
 	@echo 'make test-matrix   every supported combination of stage, precision, offload and ranks'
 	@echo 'make torture       SIGKILL a run 50 times in all of its phases; it must come to the same bits'
+	@echo 'make study   pretrain, fine-tune, attack and report, as RECIPE=FILE says (STUDY_ARGS=--plan: only say what)'
 	@echo 'make lint    ruff and mypy alone'
 	@echo 'make setup   only the installation into .venv; the others do it when it is missing or old'
 	@echo 'make clean   remove caches and build leftovers; runs/, tokenized_data/ and .venv stay'
@@ -69,6 +70,11 @@ demo: $(STAMP)
 	$(DEEPSPEED) launcher/pretrain.py --config launcher/recipes/demo.yaml --deepspeed-config ds_configs/zero1.json
 	@[ -d runs/demo/release ] || python launcher/export.py --run runs/demo
 	python launcher/report.py --run runs/demo
+
+RECIPE = launcher/recipes/study-small.yaml
+.PHONY: study
+study: $(STAMP)
+	python launcher/study.py --config $(RECIPE) --launch '$(DEEPSPEED)' $(STUDY_ARGS)
 
 .PHONY: lint
 lint: $(STAMP)

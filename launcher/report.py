@@ -1,34 +1,82 @@
-"""Sum up a finished run: data, ticket, losses, release, and a generated sample.
+"""Sum up a finished run, or a whole study.
 
     python launcher/report.py --run runs/demo
+    python launcher/report.py --study study/small
+    python launcher/report.py --study study/small --collect base=runs/base pmp=runs/pmp \\
+        --audit runs/pmp/private/audit/audit.json
 
-Everything is counted again from the files. Prints nothing that depends on which elements are in
-the ticket.
+A run: data, ticket, losses, release and a generated sample, counted again from the files; nothing
+that depends on which elements are in the ticket. A study: the folder's results.jsonl becomes
+report/report.html, the same as report.md, tables (Markdown, LaTeX) and pictures: a verdict, six
+numbers with 95% intervals, the paper's table and figures, and the controls that were not run.
 """
 
+import argparse
 from pathlib import Path
 
 from pmp_ds.cli import PlainParser
-from pmp_ds.errors import exit_code
+from pmp_ds.errors import UserError, exit_code
 from pmp_ds.run_dir import RunDir
 from pmp_ds.train.run_facts import load_config
 
 PROMPT = "def "
 
 
-def main() -> None:
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = PlainParser("report.py", __doc__)
-    parser.add_argument("--run", type=Path, required=True, metavar="FOLDER", help="runs/NAME")
-    parser.add_argument(
-        "--prompt", default=PROMPT, metavar="TEXT", help="what the release continues"
-    )
-    arguments = parser.parse_args()
-    run = RunDir(arguments.run)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--run", type=Path, metavar="FOLDER", help="runs/NAME")
+    what.add_argument("--study", type=Path, metavar="FOLDER", help="has results.jsonl")
+    add = parser.add_argument
+    add("--prompt", default=PROMPT, metavar="TEXT", help="of --run: what the release continues")
+    add(
+        "--collect", nargs="+", default=[], metavar="ARM=RUN",
+        help="of --study: add the pretraining of these runs to results.jsonl first",
+    )  # fmt: skip
+    add(
+        "--audit", nargs="+", type=Path, default=[], metavar="FILE",
+        help="of --study: audit.json of the arms' releases",
+    )  # fmt: skip
+    add("--out", type=Path, metavar="FOLDER", help="of --study. Default: FOLDER/report")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
+    if args.study is not None:
+        _study(args)
+        return
+    run = RunDir(args.run)
     load_config(run)  # UserError at once when it is no run
 
     from pmp_ds.summary import summarize  # imports transformers: seconds
 
-    print(summarize(run, arguments.prompt))
+    print(summarize(run, args.prompt))
+
+
+def _study(args: argparse.Namespace) -> None:
+    runs = dict(_arm(text) for text in args.collect)
+    if args.study.exists() and not args.study.is_dir():
+        raise UserError(f"--study {args.study} is a file: name the folder of results.jsonl")
+    from pmp_ds.study import report  # imports matplotlib: a second
+
+    where = args.study / "results.jsonl"
+    if runs:
+        from pmp_ds.study.collect import collect  # imports torch: seconds
+
+        collect(runs, where)
+    out = args.out or args.study / "report"
+    print("\n".join(report.write(where, args.audit, out)))
+    print(f"written to {out}/: report.html, report.md, tables/, figures/")
+
+
+def _arm(text: str) -> tuple[str, Path]:
+    """`pmp=runs/demo`; of `runs/pmp` alone the arm is `pmp`."""
+    arm, equals, path = text.partition("=")
+    found = (arm, Path(path)) if equals else (Path(text).name, Path(text))
+    if not found[0]:
+        raise UserError(f"--collect {text}: write ARM=RUN as in pmp=runs/demo")
+    return found
 
 
 if __name__ == "__main__":

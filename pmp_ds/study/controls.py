@@ -1,0 +1,162 @@
+"""The controls a reviewer asks for: which of them the results hold."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pmp_ds.results import Result
+from pmp_ds.study.headline import BASE, PMP, RANDOM
+from pmp_ds.study.runs import CONTINUED, RECOVERED, FineTune, best, pick
+
+LR_RANGE = 1e-5, 3e-3
+SCORES = "mean", "ema", "gradient"
+NOT_RUN = "not run"
+
+
+@dataclass(frozen=True)
+class Control:
+    name: str
+    found: str
+    """What was run, or `not run` with what is missing."""
+
+    @property
+    def run(self) -> bool:
+        return not self.found.startswith(NOT_RUN)
+
+
+def controls(results: Sequence[Result], runs: Sequence[FineTune]) -> list[Control]:
+    pretrained = [result for result in results if result.kind == "pretrain"]
+    rows = {
+        "BASE at equal budget": _budget(pretrained),
+        "Random mask at equal density, pretrained": _random_arm(pretrained, runs),
+        "Random mask at equal density, fine-tuned on PMP": _methods(runs, "random"),
+        "Complement only, fine-tuned on PMP": _methods(runs, "complement"),
+        "Mask recovered by an attack, fine-tuned on PMP": _methods(runs, RECOVERED),
+        "Fine-tuning from scratch": _scratch(runs),
+        "Untrained head": _kind(results, "untrained-head"),
+        "Learning rates from 1e-5 to 3e-3": _learning_rates(runs),
+        "Longer fine-tuning": _epochs(runs),
+        "Continued full pretraining of the release": _continued(runs),
+        "Densities 0.5 to 1.0": _densities(pretrained),
+        "Ticket from each score": _scores(pretrained),
+        "Several fine-tuning seeds": _seeds(runs),
+        "Several pretraining seeds": _pretraining_seeds(pretrained),
+    }
+    return [Control(name, found or NOT_RUN) for name, found in rows.items()]
+
+
+def _arm(pretrained: Sequence[Result], arm: str) -> list[Result]:
+    return [result for result in pretrained if result.arm == arm]
+
+
+def _budget(pretrained: Sequence[Result]) -> str:
+    tokens = [{r.settings["tokens"] for r in _arm(pretrained, arm)} for arm in (BASE, PMP)]
+    if not all(tokens):
+        return ""
+    if tokens[0] == tokens[1]:
+        return f"{_tokens(tokens[0])} tokens each"
+    return f"{NOT_RUN}: BASE had {_tokens(tokens[0])} tokens, PMP {_tokens(tokens[1])}"
+
+
+def _tokens(counts: set[int]) -> str:
+    return " or ".join(f"{count:,}" for count in sorted(counts))
+
+
+def _random_arm(pretrained: Sequence[Result], runs: Sequence[FineTune]) -> str:
+    density = {r.settings["density"] for r in _arm(pretrained, PMP)}
+    other = {r.settings["density"] for r in _arm(pretrained, RANDOM)}
+    if not other:
+        return ""
+    if density != other:
+        return f"{NOT_RUN}: density {_list(other)} against {_list(density)}"
+    return f"density {_list(other)}" + ("" if pick(runs, arm=RANDOM) else ", not fine-tuned")
+
+
+def _list(values: set[float]) -> str:
+    return ", ".join(f"{value:g}" for value in sorted(values))
+
+
+def _methods(runs: Sequence[FineTune], method: str) -> str:
+    return _count(pick(runs, arm=PMP, methods=(method,)))
+
+
+def _scratch(runs: Sequence[FineTune]) -> str:
+    return _count([run for run in runs if run.scratch])
+
+
+def _count(runs: Sequence[FineTune]) -> str:
+    return f"{len(runs)} runs, tasks {', '.join(sorted({r.task for r in runs}))}" if runs else ""
+
+
+def _kind(results: Sequence[Result], kind: str) -> str:
+    found = [result for result in results if result.kind == kind]
+    return f"{len(found)} measurements" if found else ""
+
+
+def _both(runs: Sequence[FineTune], name: str) -> list[float]:
+    """Values of a setting that the attackers of both BASE and PMP have."""
+    sides = ({r.setting(name) for r in pick(runs, arm=arm)} for arm in (BASE, PMP))
+    return sorted(set.intersection(*sides) - {None})
+
+
+def _learning_rates(runs: Sequence[FineTune]) -> str:
+    found = _both(runs, "lr")
+    if not found:
+        return ""
+    text = f"{len(found)} from {found[0]:g} to {found[-1]:g}, for both BASE and PMP"
+    inside = found[0] <= LR_RANGE[0] * 1.001 and found[-1] >= LR_RANGE[1] * 0.999
+    return text if inside else f"{NOT_RUN} in full: {text}"
+
+
+def _epochs(runs: Sequence[FineTune]) -> str:
+    found = _both(runs, "epochs")
+    return f"epochs {_list(set(found))}, for both BASE and PMP" if len(found) > 1 else ""
+
+
+def _continued(runs: Sequence[FineTune]) -> str:
+    return _count([r for r in pick(runs, arm=PMP, methods=("full",)) if r.task == CONTINUED])
+
+
+def _densities(pretrained: Sequence[Result]) -> str:
+    found = {r.settings["density"] for r in pretrained if r.settings["source"] != "random"}
+    if len(found) < 3:
+        return ""
+    text = f"densities {_list(found)}"
+    whole = min(found) <= 0.5 and max(found) == 1.0
+    return text if whole else f"{NOT_RUN} in full: {text}"
+
+
+def _scores(pretrained: Sequence[Result]) -> str:
+    found = {r.settings["score"] for r in pretrained if r.settings["source"] == "earlybird"}
+    missing = [score for score in SCORES if score not in found]
+    if missing:
+        return f"{NOT_RUN}: {', '.join(missing)}"
+    return ", ".join(SCORES)
+
+
+def _seeds(runs: Sequence[FineTune]) -> str:
+    seeds = {run.seed for run in runs if not run.scratch}
+    return f"{len(seeds)} seeds" if len(seeds) > 1 else f"{NOT_RUN}: one seed" if seeds else ""
+
+
+def _pretraining_seeds(pretrained: Sequence[Result]) -> str:
+    counts = {arm: len({r.settings["seed"] for r in _arm(pretrained, arm)}) for arm in (BASE, PMP)}
+    if not all(counts.values()):
+        return ""
+    if min(counts.values()) == 1:
+        return f"{NOT_RUN}: one model stands for an arm, and no interval covers its chance"
+    return ", ".join(f"{count} of {arm}" for arm, count in counts.items())
+
+
+def edges(runs: Sequence[FineTune]) -> list[str]:
+    """Sweeps whose best learning rate is the first or the last one tried: it may lie beyond."""
+    found = []
+    for arm in (BASE, PMP):
+        for task in sorted({run.task for run in runs}):
+            for method in ("full", "lora", "ticket"):
+                own = [r for r in pick(runs, arm=arm, methods=(method,)) if r.task == task]
+                tried = sorted({r.setting("lr") for r in own} - {None})
+                chosen = best(own)
+                lr = chosen[0].setting("lr") if chosen else None
+                if len(tried) > 2 and lr in (tried[0], tried[-1]):
+                    found.append(f"{arm}, {task}, {method}: {lr:g}")
+    return found

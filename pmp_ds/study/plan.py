@@ -1,0 +1,237 @@
+"""A study as the commands that make it, in order; finished ones are not run again."""
+
+import math
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pmp_ds.cli import parse
+from pmp_ds.config import Config
+from pmp_ds.errors import UserError
+from pmp_ds.finetune.config import FinetuneConfig
+from pmp_ds.run_dir import RunDir, read_json, write_json
+from pmp_ds.study.recipe import Arm, Flags, Study, Tuning
+
+LAUNCHER = Path(os.path.relpath(Path(__file__).resolve().parents[2] / "launcher"))
+EXIT_LEAK = 1
+"""Of audit.py, which has written its findings nevertheless."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command."""
+
+    name: str
+    """Of its marker, ROOT/done/NAME.json."""
+    argv: tuple[str, ...]
+    """`launcher/X.py` and its flags."""
+    output: Path
+    """What is there once it is done."""
+    ranks: bool = False
+    """Trains, so it goes through the launcher of ranks."""
+    cells: int = 1
+    """Measurements it makes."""
+    may_leak: bool = False
+    """Exit code 1 is a finding."""
+
+    def is_done(self, root: Path) -> bool:
+        """It has run with this very command and its output is still there."""
+        marker = _marker(root, self)
+        if not (marker.exists() and self.output.exists()):
+            return False
+        return read_json(marker).get("argv") == list(self.argv)
+
+
+def steps(study: Study) -> list[Step]:
+    """Every command but the report. Raises UserError for an arm that cannot be configured."""
+    return [
+        *_prepare(study), *_pretrain(study), *_tune(study), *_evaluate(study), *_audit(study),
+    ]  # fmt: skip
+
+
+def report_argv(study: Study) -> tuple[str, ...]:
+    """The last command; it always runs."""
+    root = Path(study.root)
+    runs = [f"{arm}={run_of(study, arm).root}" for arm in study.arms]
+    audits = [str(root / "audit" / arm / "audit.json") for arm in study.audit.arms]
+    flags = ["--study", str(root), "--collect", *runs]
+    return (_file("report"), *flags, *(["--audit", *audits] if audits else []))
+
+
+def run_of(study: Study, arm: str) -> RunDir:
+    return RunDir(Path(study.root) / "runs" / arm)
+
+
+def _prepare(study: Study) -> Iterator[Step]:
+    for store, flags in study.stores.items():
+        argv = (_file("prepare_data"), "--out", store, *_flags(flags))
+        yield Step(f"prepare-{Path(store).name}", argv, Path(store) / "manifest.json")
+
+
+def _pretrain(study: Study) -> Iterator[Step]:
+    for name, arm in study.arms.items():
+        run, flags = run_of(study, name), _arm_flags(study, name, arm)
+        parse(Config, flags)  # its mistakes before the first hour
+        checkpoints = run.checkpoints
+        yield Step(f"pretrain-{name}", (_file("pretrain"), *flags), checkpoints, ranks=True)
+        argv = (_file("export"), "--run", str(run.root))
+        yield Step(f"export-{name}", argv, run.release)
+
+
+def _arm_flags(study: Study, name: str, arm: Arm) -> list[str]:
+    configs = [word for path in arm.configs for word in ("--config", path)]
+    where = ["--run.root", str(Path(study.root) / "runs"), "--run.name", name]
+    return [*configs, *_flags(arm.settings), *where]
+
+
+def _tune(study: Study) -> Iterator[Step]:
+    for number, tuning in enumerate(study.tunings):
+        for arm in tuning.arms:
+            density = _density(study, arm) if "random" in tuning.methods else None
+            for task in tuning.tasks:
+                step = _tuning(study, tuning, arm, task, f"{number}-{arm}-{task}", density)
+                if (arm, task) == (tuning.arms[0], tuning.tasks[0]):
+                    _check_tuning(step)
+                yield step
+
+
+def _density(study: Study, arm: str) -> float:
+    config, _ = parse(Config, _arm_flags(study, arm, study.arms[arm]))
+    return config.mask.density
+
+
+def _check_tuning(step: Step) -> None:
+    """Its mistakes before the first hour: the settings of its first cell."""
+    words = list(step.argv[1:])
+    for place, word in enumerate(words):
+        if word == "--sweep":
+            setting, _, values = words[place + 1].partition("=")
+            words[place : place + 2] = [f"--{setting}", values.partition(",")[0]]
+    parse(FinetuneConfig, words)
+
+
+def _tuning(
+    study: Study, tuning: Tuning, arm: str, task: str, name: str, density: float | None
+) -> Step:
+    root, run = Path(study.root), run_of(study, arm)
+    grid: dict[str, Sequence[object]] = {"method": tuning.methods, **tuning.sweep}
+    argv = [_file("finetune"), "--model", str(run.release), "--task", task, "--arm", arm]
+    argv += ["--results", str(root / "results.jsonl")]
+    argv += ["--run.root", str(root / "finetune"), "--run.name", name]
+    if {"ticket", "complement"} & set(tuning.methods):
+        argv += ["--ticket", str(run.ticket)]
+    if density is not None and "density" not in tuning.settings:
+        argv += ["--density", str(density)]
+    argv += _flags(tuning.settings)
+    for setting, values in grid.items():
+        argv += ["--sweep", f"{setting}={','.join(map(_word, values))}"]
+    cells = math.prod(len(values) for values in grid.values())
+    output = root / "results.jsonl"
+    return Step(f"finetune-{name}", tuple(argv), output, ranks=True, cells=cells)
+
+
+def _evaluate(study: Study) -> Iterator[Step]:
+    root = Path(study.root)
+    for number, evaluation in enumerate(study.evaluations):
+        for arm in evaluation.arms:
+            run = run_of(study, arm)
+            argv = [_file("evaluate"), *evaluation.measures, "--model", str(run.release)]
+            argv += ["--arm", arm, "--results", str(root / "results.jsonl")]
+            if {"landscape", "gradients"} & set(evaluation.measures):
+                argv += ["--ticket", str(run.ticket)]
+            argv += _flags(evaluation.settings)
+            yield Step(
+                f"evaluate-{number}-{arm}", tuple(argv), root / "results.jsonl",
+                cells=len(evaluation.measures),
+            )  # fmt: skip
+
+
+def _audit(study: Study) -> Iterator[Step]:
+    for arm in study.audit.arms:
+        run, out = run_of(study, arm), Path(study.root) / "audit" / arm
+        argv = (
+            _file("audit"), "--release", str(run.release), "--ticket", str(run.ticket),
+            "--config", str(run.config), "--out", str(out), *_flags(study.audit.settings),
+        )  # fmt: skip
+        yield Step(f"audit-{arm}", argv, out / "audit.json", may_leak=True)
+
+
+def _file(name: str) -> str:
+    return str(LAUNCHER / f"{name}.py")
+
+
+def _flags(flags: Flags) -> list[str]:
+    words: list[str] = []
+    for name, value in flags.items():
+        given = value if isinstance(value, list) else [value]
+        words += [f"--{name}", *(_word(one) for one in given)]
+    return words
+
+
+def _word(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def describe(study: Study, planned: Sequence[Step]) -> str:
+    """The plan with counts: what is done, what is to do."""
+    root = Path(study.root)
+    lines = []
+    for step in planned:
+        count = f"{step.cells} cells" if step.cells > 1 else ""
+        state = "done" if step.is_done(root) else "to do"
+        lines.append(f"  {state:<6}{step.name:<40}{count}".rstrip())
+    todo = [step for step in planned if not step.is_done(root)]
+    tunings = sum(step.cells for step in planned if step.name.startswith("finetune-"))
+    lines.append(
+        f"{len(planned)} steps, {len(todo)} to do; {len(study.arms)} models, {tunings} "
+        f"fine-tunings; then the report, {root}/report/"
+    )
+    return "\n".join(lines)
+
+
+def run(study: Study, planned: Sequence[Step], launch: str) -> None:
+    """Run what is not done, in order, then the report; ``launch`` starts the steps that train.
+
+    Raises UserError with the command that failed, whose own message stands above it.
+    """
+    root = Path(study.root)
+    for step in planned:
+        if not step.is_done(root):
+            _run_step(step, root, launch)
+    _call([sys.executable, *report_argv(study)])
+
+
+def _run_step(step: Step, root: Path, launch: str) -> None:
+    started = time.time()
+    command = [*_launcher(launch), *step.argv] if step.ranks else [sys.executable, *step.argv]
+    _call(command, (0, EXIT_LEAK) if step.may_leak else (0,))
+    if not step.output.exists() or (step.may_leak and step.output.stat().st_mtime < started - 1):
+        raise UserError(f"{step.output} is missing after: {shlex.join(command)}")
+    marker = _marker(root, step)
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    write_json(marker, {"argv": list(step.argv), "seconds": round(time.time() - started, 1)})
+
+
+def _launcher(launch: str) -> list[str]:
+    """`A=1 deepspeed --num_accelerators 2` as words; settings of the environment go to env."""
+    words = shlex.split(launch) or [sys.executable]
+    return ["env", *words] if "=" in words[0] else words
+
+
+def _call(command: Sequence[str], accepted: Collection[int] = (0,)) -> None:
+    print(f"$ {shlex.join(command)}", flush=True)
+    code = subprocess.run(command, check=False).returncode
+    if code not in accepted:
+        raise UserError(
+            f"exit code {code} of: {shlex.join(command)}\n  mend it and repeat the same command: "
+            "finished steps are skipped"
+        )
+
+
+def _marker(root: Path, step: Step) -> Path:
+    return root / "done" / f"{step.name}.json"

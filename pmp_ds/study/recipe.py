@@ -1,0 +1,103 @@
+"""What a study consists of, as a YAML file; every field's docstring says what it does."""
+
+from dataclasses import dataclass, field
+
+from pmp_ds.errors import UserError, require
+from pmp_ds.study.headline import BASE, PMP
+
+Scalar = str | int | float | bool
+Flags = dict[str, Scalar | list[Scalar]]
+"""Flags of a launcher, without `--`; a list becomes several words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """A model to pretrain and export."""
+
+    configs: list[str] = field(default_factory=list)
+    """Recipes and overlays of pretrain.py, in order."""
+
+    settings: Flags = field(default_factory=dict)
+    """Further flags of pretrain.py."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """A sweep of finetune.py for each of `arms` and `tasks`."""
+
+    arms: list[str]
+    """Names of arms."""
+
+    tasks: list[str]
+    """GLUE tasks, or `lm`."""
+
+    methods: list[str]
+    """full, lora, ticket, random, complement."""
+
+    sweep: dict[str, list[Scalar]]
+    """Settings and their values; every combination is run. The same for all arms and methods, so
+    that none has more tries."""
+
+    settings: Flags = field(default_factory=dict)
+    """Further flags of finetune.py."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Measurements of evaluate.py."""
+
+    arms: list[str]
+    """Names of arms."""
+
+    measures: list[str]
+    """perplexity, last_word, glue, lm_eval, landscape, gradients."""
+
+    settings: Flags = field(default_factory=dict)
+    """Further flags of evaluate.py."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """Attacks of audit.py on some arms."""
+
+    arms: list[str] = field(default_factory=list)
+    """Names of arms."""
+
+    settings: Flags = field(default_factory=dict)
+    """Further flags of audit.py."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Arms, what is done to them, and where it goes."""
+
+    root: str = "study"
+    """Folder of the study: runs/, results.jsonl, report/."""
+
+    stores: dict[str, Flags] = field(default_factory=dict)
+    """Stores to prepare, each with flags of prepare_data.py."""
+
+    arms: dict[str, Arm] = field(default_factory=dict)
+    """By name. `base` (no mask), `pmp` and `random` (a random mask) have a role in the report."""
+
+    tunings: list[Tuning] = field(default_factory=list)
+    """Fine-tunings, in order."""
+
+    evaluations: list[Evaluation] = field(default_factory=list)
+    """Measurements, in order."""
+
+    audit: Audit = field(default_factory=Audit)
+    """Attacks on the releases."""
+
+    def __post_init__(self) -> None:
+        for name in (BASE, PMP):
+            require(name in self.arms, f"arms has no `{name}`: the study compares it")
+        parts = [("tunings", t.arms) for t in self.tunings]
+        parts += [("evaluations", e.arms) for e in self.evaluations] + [("audit", self.audit.arms)]
+        for where, names in parts:
+            for name in names:
+                if name not in self.arms:
+                    raise UserError(f"{where}: arms has no `{name}`; it has {', '.join(self.arms)}")
+        for tuning in self.tunings:
+            require("seed" in tuning.sweep, "tunings: the sweep has no seed; give several")
+            require(all(tuning.sweep.values()), "tunings: a setting of the sweep has no value")

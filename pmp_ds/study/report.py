@@ -1,0 +1,169 @@
+"""All of a study's results to a folder: report.md, report.html, tables/, figures/."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pmp_ds import results as results_file
+from pmp_ds.errors import UserError, require
+from pmp_ds.results import Result
+from pmp_ds.run_dir import read_json, write_text
+from pmp_ds.study import glue_figures, model_figures
+from pmp_ds.study.controls import Control, controls, edges
+from pmp_ds.study.figures import Picture
+from pmp_ds.study.glue_tables import table_canonical, table_methods, table_one
+from pmp_ds.study.headline import MATCHED, Headline, headline, models_per_arm
+from pmp_ds.study.other_tables import table_other
+from pmp_ds.study.page import Section, markdown, page
+from pmp_ds.study.runs import FineTune, fine_tunes
+from pmp_ds.study.six_tables import (
+    table_audits,
+    table_chosen,
+    table_columns,
+    table_controls,
+    table_six,
+)
+from pmp_ds.study.tables import Table
+from pmp_ds.study.verdict import verdict
+
+TITLE = "Private Mask Pre-Training: results of the study"
+NOT_RUN = "Not run."
+
+Part = str | Table | Picture
+
+
+def write(results_path: Path, audit_paths: Sequence[Path], out: Path) -> list[str]:
+    """Write the report; returns the verdict. Raises UserError for missing or damaged input."""
+    require(
+        results_path.is_file(),
+        f"{results_path} is missing: launcher/finetune.py and evaluate.py write it",
+    )
+    results = results_file.read(results_path)
+    require(bool(results), f"{results_path} is empty: measure something first")
+    audits = {str(path): read_audit(path) for path in audit_paths}
+    runs = _fine_tunes(results_path, results)
+    six = headline(results, runs, audits)
+    for folder in (out / "tables", figures := out / "figures"):
+        folder.mkdir(parents=True, exist_ok=True)
+    pictures = glue_figures.draw(figures, results, runs, six) | model_figures.draw(figures, results)
+    made = sections(results, runs, six, pictures)
+    for table in (part for section in made for part in section.parts if isinstance(part, Table)):
+        write_text(out / "tables" / f"{table.name}.md", table.markdown())
+        write_text(out / "tables" / f"{table.name}.tex", table.latex())
+    write_text(out / "report.md", markdown(TITLE, made))
+    write_text(out / "report.html", page(TITLE, made, figures))
+    return verdict(six)
+
+
+def read_audit(path: Path) -> dict[str, Any]:
+    """An audit.json of launcher/audit.py."""
+    require(path.is_file(), f"{path} is missing: launcher/audit.py writes it")
+    audit = read_json(path)
+    require("attacks" in audit and "leaks" in audit, f"{path} is no audit.json")
+    return audit
+
+
+def _fine_tunes(path: Path, results: Sequence[Result]) -> list[FineTune]:
+    try:
+        return fine_tunes(results)
+    except KeyError as error:
+        raise UserError(
+            f"{path}: a line of kind finetune has no {error}: delete the lines of other programs"
+        ) from None
+
+
+def sections(
+    results: Sequence[Result], runs: Sequence[FineTune], six: Headline,
+    pictures: Mapping[str, Picture],
+) -> list[Section]:  # fmt: skip
+    """The report in order; a part that was not measured says so."""
+    checks = controls(results, runs)
+    return [
+        Section("Verdict", [*verdict(six), *_reservations(runs, checks)]),
+        Section("The six numbers", [
+            table_six(six), table_columns(six), pictures.get("gaps", NOT_RUN),
+        ]),
+        Section("Table 1: base, LoRA and full fine-tuning", _or_not_run(table_one(results, runs))),
+        Section("Figure 3: authorized against unauthorized", [
+            pictures.get("figure3", NOT_RUN), *_tables(table_methods(runs)),
+        ]),
+        Section("Figure 2: early-bird ticket against random mask", [
+            pictures.get("figure2a", f"Before fine-tuning: {NOT_RUN.lower()}"),
+            pictures.get("figure2b", f"After fine-tuning: {NOT_RUN.lower()}"),
+        ]),
+        Section("Figure 4: density, learning rate, epochs", [pictures.get("figure4", NOT_RUN)]),
+        Section("Figure 5: loss landscape", [pictures.get("figure5", NOT_RUN)]),
+        Section("Figure 6: gradients", [pictures.get("figure6", NOT_RUN)]),
+        Section("Stability of the ticket", [pictures.get("iou", NOT_RUN)]),
+        Section("Pretraining", [pictures.get("pretraining", NOT_RUN)]),
+        Section("The models without fine-tuning", _or_not_run(table_other(results))),
+        Section("Audit", _or_not_run(table_audits(six))),
+        Section("Canonical metrics", _or_not_run(table_canonical(runs))),
+        Section("Controls", [table_controls(checks), *_edges(runs)]),
+        Section("How the numbers were made", [*METHOD, *_tables(table_chosen(six, runs))]),
+        Section("Measurements", [_provenance(results)]),
+    ]  # fmt: skip
+
+
+def _tables(table: Table) -> list[Part]:
+    return [table] if table.rows else []
+
+
+def _or_not_run(table: Table) -> list[Part]:
+    return _tables(table) or [NOT_RUN]
+
+
+def _reservations(runs: Sequence[FineTune], checks: Sequence[Control]) -> Iterator[str]:
+    single = [arm for arm, models in models_per_arm(runs).items() if models == 1]
+    if single:
+        yield (
+            f"One model each stands for {', '.join(single)}: the intervals cover the chance of "
+            "fine-tuning, not that of pretraining."
+        )
+    absent = [control.name for control in checks if not control.run]
+    if absent:
+        yield f"Controls not run, or not in full: {'; '.join(absent)}."
+
+
+def _edges(runs: Sequence[FineTune]) -> Iterator[str]:
+    found = edges(runs)
+    if found:
+        yield (
+            "Sweeps whose best learning rate is the first or last one tried, so that a better one "
+            f"may lie beyond: {'; '.join(found)}."
+        )
+
+
+def _provenance(results: Sequence[Result]) -> str:
+    kinds = sorted({result.kind for result in results})
+    counts = ", ".join(f"{sum(r.kind == kind for r in results)} {kind}" for kind in kinds)
+    dates = sorted({result.date for result in results})
+    return (
+        f"{len(results)} measurements ({counts}), from {dates[0]} to {dates[-1]}, "
+        f"{sum(result.seconds for result in results) / 3600:.2f} hours of wall time in all, on "
+        f"{'; '.join(sorted({result.hardware for result in results}))}, with pmp-ds "
+        f"{', '.join(sorted({result.version for result in results}))}."
+    )
+
+
+METHOD = [text.replace("\n", " ") for text in f"""\
+Choice of settings: an attacker tries every setting of the sweep and keeps the best. Both sides of a
+comparison choose among the same settings, those that both completed with all seeds, by the mean
+validation score over the seeds, once per task. The score is that of the validation split on which
+it was chosen, for both sides alike.
+
+Intervals: 95%. Where both sides have the same seeds, Student's t over the differences seed by seed;
+otherwise Welch's t. Where an arm has several models, its models are the units, each the mean of its
+fine-tuning seeds. Effect sizes are Hedges' g: the mean difference over the standard deviation of
+the differences (paired) or of the groups (unpaired), corrected for few seeds, with the interval of
+the noncentral t distribution.
+
+Averages: over GLUE's columns with accuracy-style scores, as the paper does, for the seeds that have
+them all. Language modelling stays apart, in nats per token.
+
+(v): for each task and seed the target is where BASE's best fine-tune of that seed ends. Both arms
+may use whichever setting reaches it first. The ratio is over the seeds that got there, so it is too
+low where some never did.
+
+Matched base: pretraining losses at most {MATCHED:g} nats per token apart.""".split("\n\n")]
+"""Paragraphs."""

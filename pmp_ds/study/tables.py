@@ -1,0 +1,61 @@
+"""One table, written as Markdown, LaTeX and HTML."""
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
+    "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells are plain text."""
+
+    name: str
+    """Of its files: tables/NAME.md and .tex."""
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        lines = [self.head, ["---"] * len(self.head), *self.rows]
+        body = "\n".join(
+            "| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines
+        )
+        return f"{body}\n\n{self.caption}\n"
+
+    def latex(self) -> str:
+        """A table environment that needs no package."""
+        lines = [" & ".join(map(_latex, line)) + r" \\" for line in (self.head, *self.rows)]
+        return "\n".join(
+            [
+                r"\begin{table}", r"\centering", r"\small",
+                rf"\begin{{tabular}}{{{'l' * len(self.head)}}}", r"\hline", lines[0], r"\hline",
+                *lines[1:], r"\hline", r"\end{tabular}", rf"\caption{{{_latex(self.caption)}}}",
+                rf"\label{{tab:{self.name}}}", r"\end{table}", "",
+            ]
+        )  # fmt: skip
+
+    def html(self) -> str:
+        def line(cells: Sequence[str], tag: str) -> str:
+            scope = ' scope="col"' if tag == "th" else ""
+            return "<tr>" + "".join(f"<{tag}{scope}>{_html(c)}</{tag}>" for c in cells) + "</tr>"
+
+        body = "\n".join(line(row, "td") for row in self.rows)
+        return (
+            '<div class="wide"><table>\n'
+            f"<caption>{_html(self.caption)}</caption>\n<thead>{line(self.head, 'th')}</thead>\n"
+            f"<tbody>\n{body}\n</tbody>\n</table></div>"
+        )
+
+
+def _latex(text: str) -> str:
+    return "".join(_LATEX.get(letter, letter) for letter in text)
+
+
+def _html(text: str) -> str:
+    return html.escape(text)

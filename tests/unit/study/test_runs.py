@@ -1,0 +1,113 @@
+"""The choice of settings is the same for both sides."""
+
+import pytest
+
+from pmp_ds.results import Result
+from pmp_ds.study.headline import contrast, crossing, gap, headline
+from pmp_ds.study.runs import best, fine_tunes, pick, samples, with_average
+from tests.helpers.study import fine_tune, pretrain
+
+
+def sweep(arm: str, by_lr: dict[float, float], seeds: int = 2, **settings: object) -> list[Result]:
+    return [
+        fine_tune(arm, "sst2", "full", score=score + seed / 1000, lr=lr, seed=seed, **settings)  # type: ignore[arg-type]
+        for lr, score in by_lr.items()
+        for seed in range(seeds)
+    ]
+
+
+def test_each_side_takes_its_best_of_the_shared_settings():
+    runs = fine_tunes(sweep("base", {1e-5: 0.8, 1e-4: 0.7}) + sweep("pmp", {1e-5: 0.5, 1e-4: 0.6}))
+    found = gap(runs)
+    assert abs(found.estimates["SST-2"].mean - 20.0) < 1e-9
+    chosen = found.chosen["sst2"]
+    assert [run.setting("lr") for run in chosen] == [1e-5, 1e-4]
+
+
+def test_a_setting_that_one_side_lacks_does_not_count():
+    runs = fine_tunes(sweep("base", {1e-5: 0.8, 1e-3: 0.9}) + sweep("pmp", {1e-5: 0.5, 1e-4: 0.6}))
+    assert abs(gap(runs).estimates["SST-2"].mean - 30.0) < 1e-9
+
+
+def test_a_cell_without_all_its_seeds_does_not_count():
+    lucky = sweep("pmp", {1e-4: 0.9}, seeds=1)
+    runs = fine_tunes(sweep("base", {1e-5: 0.8, 1e-4: 0.7}) + sweep("pmp", {1e-5: 0.5}) + lucky)
+    assert abs(gap(runs).estimates["SST-2"].mean - 30.0) < 1e-9
+
+
+def test_nothing_shared_is_missing():
+    found = gap(fine_tunes(sweep("base", {1e-5: 0.8}) + sweep("pmp", {1e-4: 0.6})))
+    assert (found.estimates, list(found.missing)) == ({}, ["sst2"])
+
+
+def test_loss_is_turned():
+    runs = fine_tunes(
+        [fine_tune(arm, "lm", "full", score=loss, seed=seed)
+         for arm, loss in (("base", 2.0), ("pmp", 2.25)) for seed in range(2)]
+    )  # fmt: skip
+    assert gap(runs).estimates["LM"].mean == 0.25
+
+
+def test_a_recovered_mask_is_not_the_authorized_one():
+    runs = fine_tunes(
+        [fine_tune("pmp", "sst2", "ticket", score=0.9, mask="own"),
+         fine_tune("pmp", "sst2", "ticket", score=0.7, mask="shadow model")]
+    )  # fmt: skip
+    assert [run.score("SST-2") for run in pick(runs, methods=("ticket",))] == [0.9]
+    assert [run.score("SST-2") for run in pick(runs, methods=("recovered",))] == [0.7]
+
+
+def test_lora_ranks_are_settings_of_their_own():
+    runs = fine_tunes(
+        [fine_tune("pmp", "sst2", "lora", score=score, lora={"rank": rank, "targets": ["q"]})
+         for rank, score in ((4, 0.6), (8, 0.7))]
+    )  # fmt: skip
+    assert len(best(runs)) == 1
+    assert best(runs)[0].setting("lora.rank") == 8
+
+
+def test_several_models_are_the_units():
+    runs = fine_tunes(sweep("pmp", {1e-4: 0.5}))
+    other = [
+        Result(**vars(r) | {"model_digest": "another"}) for r in sweep("pmp", {1e-4: 0.7})
+    ]
+    found = samples([*runs, *fine_tunes(other)])["SST-2"]
+    assert sorted(found.values()) == pytest.approx([0.5005, 0.7005])
+
+
+def test_average_is_over_complete_seeds_and_leaves_losses_out():
+    found = with_average({
+        "CoLA": {("", 0): 0.5, ("", 1): 0.7}, "RTE": {("", 0): 0.7}, "LM": {("", 0): -3.0}
+    })  # fmt: skip
+    assert found["average"] == {("", 0): 0.6}
+
+
+def test_text_of_pretraining_is_a_column_of_its_own():
+    runs = fine_tunes([
+        pretrain("pmp", loss=3.0), fine_tune("pmp", "lm", "full", score=2.0),
+        fine_tune("pmp", "lm", "full", score=2.9, data="data of pretraining"),
+    ])  # fmt: skip
+    assert [run.task for run in runs] == ["LM", "LM pretraining"]
+
+
+def test_methods_of_the_paired_contrast_share_their_settings():
+    """The true mask may not use a learning rate that the random one was not given."""
+    runs = fine_tunes(
+        [fine_tune("pmp", "sst2", method, score=score, lr=lr, seed=seed)
+         for method, lr, score in (("ticket", 1e-4, 0.7), ("ticket", 1e-3, 0.9),
+                                   ("random", 1e-4, 0.6)) for seed in range(2)]
+    )  # fmt: skip
+    found = headline([], runs, {})
+    assert abs(found.secret.estimates["SST-2"].mean - 10.0) < 1e-9
+
+
+def test_crossing():
+    curve = [(0.0, 4.0), (100.0, 3.0), (200.0, 2.0)]
+    assert crossing(curve, 2.5, lower=True) == 150.0
+    assert crossing(curve, 4.5, lower=True) == 0.0
+    assert crossing(curve, 1.0, lower=True) == float("inf")
+    assert crossing([(0.0, 0.5), (10.0, 0.7)], 0.6, lower=False) == 5.0
+
+
+def test_contrast_of_nothing():
+    assert contrast([], []).estimates == {}
