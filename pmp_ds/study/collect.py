@@ -4,9 +4,8 @@ from pathlib import Path
 
 from pmp_ds import results
 from pmp_ds.errors import UserError
-from pmp_ds.finetune.cell import model_digest
 from pmp_ds.log import read_metrics
-from pmp_ds.results import Result
+from pmp_ds.results import Result, model_digest
 from pmp_ds.run_dir import RunDir
 from pmp_ds.train.run_facts import load_config, read_data
 
