@@ -68,8 +68,9 @@ def main() -> None:
 
     config, options = settings(sys.argv[1:])
     ds_config = deepspeed_config.read_json(Path(options["deepspeed_config"]))
-    train = config.train.complete(config.train.global_batch_size)
-    deepspeed_config.merge(ds_config, train, int(os.environ.get("WORLD_SIZE", "1")))
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    train = config.train.complete(config.train.global_batch_size, ranks)
+    deepspeed_config.merge(ds_config, train, ranks)
     from pmp_ds.finetune import sweep  # imports transformers: seconds
 
     grid = sweep.grid(options["sweep"])

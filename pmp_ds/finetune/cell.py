@@ -61,6 +61,7 @@ def _tuned(config: FinetuneConfig, task: Task) -> Tuned:
 def settings_of(config: FinetuneConfig, task: Task) -> dict[str, Any]:
     """What a result depends on beside the model's weights; `seed` and `lr` by themselves."""
     train, data = asdict(config.train), asdict(config.data)
+    del train["micro_batch_size"]  # how it fits on the machine
     if config.train.steps is None:
         del train["steps"]
     settings: dict[str, Any] = {
@@ -98,7 +99,7 @@ def tune(
     Stopped when it was asked to stop before."""
     began = time.monotonic()
     dist.on_rank0(lambda: _claim(run, config))
-    loop = config.loop_config(len(task.samples))
+    loop = config.loop_config(len(task.samples), dist.world_size())
     tuned = _tuned(config, task)
     found = _found(run, task, tuned)
     if dist.rank() == 0:
@@ -135,7 +136,10 @@ def tune(
     )
 
 
-_MAY_CHANGE = {"run", "guard", "results", "arm", "ticket", "identity", "passphrase_file"}
+_MAY_CHANGE = {
+    "run", "guard", "results", "arm", "ticket", "identity", "passphrase_file",
+    "train.micro_batch_size",
+}  # fmt: skip
 
 
 def _claim(run: RunDir, config: FinetuneConfig) -> None:
@@ -160,10 +164,9 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     """`train.lr` and its like, without what may change between two starts."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
-        if name not in _MAY_CHANGE:
-            sub = value.items() if name in ("data", "lora", "train") else ()
-            flat |= {f"{name}.{key}": inner for key, inner in sub} or {name: value}
-    return flat
+        sub = value.items() if name in ("data", "lora", "train") else ()
+        flat |= {f"{name}.{key}": inner for key, inner in sub} or {name: value}
+    return {name: value for name, value in flat.items() if name not in _MAY_CHANGE}
 
 
 def _train(

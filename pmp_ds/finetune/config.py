@@ -75,8 +75,8 @@ class TuneTrainConfig:
     global_batch_size: int = 32
     """Examples per update, over all ranks and accumulation steps."""
 
-    micro_batch_size: int = 32
-    """Examples per forward pass on one rank."""
+    micro_batch_size: int | None = None
+    """Examples per forward pass on one rank; unset means a rank's whole share, up to 32."""
 
     warmup_ratio: float = 0.06
     """Share of the updates that warm up."""
@@ -98,17 +98,19 @@ class TuneTrainConfig:
             0.0 <= self.warmup_ratio <= 1.0,
             f"train.warmup_ratio={self.warmup_ratio} must be in [0, 1]",
         )
-        self.complete(self.global_batch_size)
+        self.complete(self.global_batch_size, 1)
 
-    def complete(self, num_samples: int) -> TrainConfig:
-        """The settings of the loop for ``num_samples`` training examples."""
-        steps = self.steps
+    def complete(self, num_samples: int, world_size: int) -> TrainConfig:
+        """The settings of the loop for ``num_samples`` training examples on so many ranks."""
+        steps, micro_batch_size = self.steps, self.micro_batch_size
+        if micro_batch_size is None:
+            micro_batch_size = min(32, max(1, self.global_batch_size // world_size))
         if steps is None:
             steps = max(1, math.ceil(self.epochs * num_samples / self.global_batch_size))
         return TrainConfig(
             steps=steps,
             global_batch_size=self.global_batch_size,
-            micro_batch_size=self.micro_batch_size,
+            micro_batch_size=micro_batch_size,
             precision=self.precision,
             lr=self.lr,
             warmup_steps=round(self.warmup_ratio * steps),
@@ -188,6 +190,7 @@ class FinetuneConfig:
             "and nothing worth adapting",
         )
 
-    def loop_config(self, num_samples: int) -> Config:
+    def loop_config(self, num_samples: int, world_size: int) -> Config:
         """What the training loop, the saver and the guard read."""
-        return Config(run=self.run, guard=self.guard, train=self.train.complete(num_samples))
+        train = self.train.complete(num_samples, world_size)
+        return Config(run=self.run, guard=self.guard, train=train)
