@@ -1,10 +1,8 @@
 """Fill a folder with a complete store: tokenize, split, pack, write shards and the manifest."""
 
 import dataclasses
-import hashlib
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +14,14 @@ from pmp_ds.data.encoder import Encoder, EncoderSpec, choose_engine
 from pmp_ds.data.packing import token_dtype
 from pmp_ds.data.prepare_config import PrepareConfig
 from pmp_ds.data.readers import read_texts
+from pmp_ds.data.saved_tokenizer import about_saved
 from pmp_ds.data.staging import Request
 from pmp_ds.data.streams import spool_units
-from pmp_ds.data.tokenizer import Tokenizer, count_mismatches, ids_before, prepend_bos
+from pmp_ds.data.tokenizer import Tokenizer
 from pmp_ds.data.units import PackJob, UnitResult, finished_unit, unigram_cross_entropy
 from pmp_ds.data.workers import available_cores, pack_units
 from pmp_ds.errors import UserError
 from pmp_ds.progress import Progress
-from pmp_ds.run_dir import fsync_dir
 
 _SAMPLE_SOURCES = 32
 _SAMPLE_CHARS = 1 << 18
@@ -35,27 +33,39 @@ def build_store(
 ) -> dict[str, Any]:
     """Fill ``folder``, which holds the saved tokenizer, and return its manifest.
 
-    Units that an earlier run finished there are kept after a look at their sha256.
+    Units that an earlier run finished there are kept after a look at their sha256. Packing does not
+    wait for the look at the engine: what a refused one packed is packed again.
     """
     sample = sample_texts(request.sources, request.config)
-    encoder, warnings = ready_encoder(request, tokenizer, sample)
-    job = packing_job(folder, request, tokenizer, encoder.spec)
+    asked = _asked_encoder(request, tokenizer)
+    guess = packing_job(folder, request, tokenizer, asked.spec)
     with ThreadPoolExecutor(1) as beside:
-        about = beside.submit(about_saved, tokenizer, folder / "tokenizer", sample, job.bos_id)
-        workers = request.config.workers or available_cores()
-        total = _pack_all(job, encoder, request.sources, workers)
-    warnings += about.result()
-    return complete_store(job, total, request, tokenizer, tokenizer_files, warnings)
+        verdict = beside.submit(ready_encoder, request, tokenizer, sample)
+        about = beside.submit(about_saved, tokenizer, folder / "tokenizer", sample, guess.bos_id)
+        total = None
+        if not _has_stream(request.sources):  # its units are gone when they are packed
+            total = _pack_unless_refused(guess, asked, request, verdict)
+        encoder, warnings = verdict.result()
+        job = packing_job(folder, request, tokenizer, encoder.spec)
+        if total is None:
+            total = _pack_all(job, encoder, request)
+    return complete_store(
+        job, total, request, tokenizer, tokenizer_files, warnings + about.result()
+    )
 
 
 def ready_encoder(
     request: Request, tokenizer: Tokenizer, sample: Sequence[str]
 ) -> tuple[Encoder, list[str]]:
     """What encodes, and a warning when it is the slower of two."""
-    if request.config.engine == "reference":
-        return tokenizer.encoder.without_fast(), []
-    encoder, warning = choose_engine(tokenizer.encoder, sample)
+    encoder, warning = choose_engine(_asked_encoder(request, tokenizer), sample)
     return encoder, [] if warning is None else [warning]
+
+
+def _asked_encoder(request: Request, tokenizer: Tokenizer) -> Encoder:
+    """What encodes unless ``choose_engine`` objects."""
+    slow = request.config.engine == "reference"
+    return tokenizer.encoder.without_fast() if slow else tokenizer.encoder
 
 
 def packing_job(
@@ -68,7 +78,7 @@ def packing_job(
     config = request.config
     return PackJob(
         folder=folder,
-        run=request.run,
+        run=f"{request.run}-{'reference' if encoder.fast is None else 'fast'}",
         encoder=encoder,
         eos_id=tokenizer.eos_id,
         bos_id=_bos_id(config, tokenizer),
@@ -148,11 +158,41 @@ def sample_texts(sources: Sequence[Source], config: PrepareConfig) -> list[str]:
     return texts
 
 
+class _RefusedError(Exception):
+    """The engine that packs is not to be used."""
+
+
+def _pack_unless_refused(
+    job: PackJob, encoder: Encoder, request: Request, verdict: Future[tuple[Encoder, list[str]]]
+) -> UnitResult | None:
+    """What ``_pack_all`` gives, or None when the ``verdict`` is for another encoder."""
+
+    def refused() -> bool:
+        return verdict.result()[0].spec != encoder.spec
+
+    def stop_if_refused() -> None:
+        if verdict.done() and refused():
+            raise _RefusedError
+
+    try:
+        total = _pack_all(job, encoder, request, stop_if_refused)
+    except BaseException as error:
+        # A panic of the engine is a BaseException of its own.
+        if isinstance(error, KeyboardInterrupt | SystemExit) or not refused():
+            raise
+        return None
+    return None if refused() else total
+
+
 def _pack_all(
-    job: PackJob, encoder: Encoder, sources: Sequence[Source], workers: int
+    job: PackJob, encoder: Encoder, request: Request, on_bytes: Callable[[], None] = lambda: None
 ) -> UnitResult:
-    """Everything that the units gave, in their order."""
-    streams = any(source.kind == "stream" for source in sources)
+    """Everything that the units gave, in their order. Raises what ``on_bytes`` raises, which is
+    called often.
+    """
+    sources = request.sources
+    workers = request.config.workers or available_cores()
+    streams = _has_stream(sources)
     total = None if streams else sum(source.num_bytes for source in sources)
     results: dict[int, UnitResult] = {}
     unigrams = np.zeros((len(SPLITS), job.vocab_size), np.int64)
@@ -176,14 +216,22 @@ def _pack_all(
                     on_done(unit, result)
                     bar.update(unit.num_bytes)
 
+        def hear(num_bytes: int) -> None:
+            on_bytes()
+            bar.update(num_bytes)
+
         if not streams:
             workers = min(workers, len(group_units(sources)))
-        pack_units(job, encoder, missing(), max(workers, 1), on_done, bar.update)
+        pack_units(job, encoder, missing(), max(workers, 1), on_done, hear)
     merged = UnitResult(unigrams=unigrams, rejects=Rejects(max_malformed=job.max_malformed))
     for index in sorted(results):
         merged.add(results[index])
     merged.rejects.merge(rejects)
     return merged
+
+
+def _has_stream(sources: Sequence[Source]) -> bool:
+    return any(source.kind == "stream" for source in sources)
 
 
 def _units(job: PackJob, sources: Sequence[Source], rejects: Rejects) -> Iterator[Unit]:
@@ -231,24 +279,6 @@ def no_document(config: PrepareConfig) -> str:
     )
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path, bos: str) -> dict[str, str]:
-    """Write the tokenizer's files; return the sha256 of every one by name.
-
-    One that we made the files of puts its begin of text before a text when ``bos`` is `document`,
-    as the packed documents have it; somebody's own keeps its ways.
-    """
-    tokenizer.save_pretrained(folder)
-    if bos == "document" and tokenizer.kind != "huggingface" and tokenizer.bos_id is not None:
-        prepend_bos(folder, tokenizer.bos_id)
-    digests = {}
-    for path in sorted(folder.iterdir()):
-        with open(path, "rb") as file:
-            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
-    fsync_dir(folder)
-    return digests
-
-
 def _bos_id(config: PrepareConfig, tokenizer: Tokenizer) -> int | None:
     if config.bos == "none":
         return None
@@ -264,33 +294,3 @@ def _bos_id(config: PrepareConfig, tokenizer: Tokenizer) -> int | None:
             f"tokenizer {name}: it would stand twice between documents; set bos to none"
         )
     return tokenizer.bos_id
-
-
-def about_saved(
-    tokenizer: Tokenizer, folder: Path, sample: Sequence[str], bos_id: int | None
-) -> list[str]:
-    """Warnings about the tokenizer saved in ``folder``; a trained one has to be exact."""
-    compared, other_ids, other_text = count_mismatches(tokenizer, folder, sample)
-    if tokenizer.kind == "trained" and other_ids:
-        raise UserError(
-            f"AutoTokenizer gives other ids on {other_ids} of {compared} documents than the "
-            "tokenizer trained here: this is a bug, please report it"
-        )
-    warnings = []
-    if other_ids:
-        warnings.append(
-            f"AutoTokenizer on tokenizer/ gives other ids than this {tokenizer.kind} tokenizer "
-            f"on {other_ids} of {compared} sampled documents: a release would use the former"
-        )
-    before = ids_before(folder)
-    packed = [] if bos_id is None else [bos_id]
-    if before != packed:
-        warnings.append(
-            f"AutoTokenizer on {folder.name}/ puts the ids {before} before a text by default, the "
-            f"packed documents have {packed}: encode prompts as they are packed, or change bos"
-        )
-    if other_text:
-        warnings.append(
-            f"{other_text} of {compared} sampled documents do not come back exactly from decode"
-        )
-    return warnings

@@ -5,9 +5,9 @@ sent to worker processes, which make encoders of it. Imports neither torch nor t
 """
 
 import dataclasses
-import functools
 import itertools
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Literal
@@ -54,34 +54,26 @@ class EncoderSpec:
 class Encoder:
     """Encodes as the spec's reference does, with the engine that the spec names.
 
-    One thread at a time uses it; both libraries are loaded when they are first needed.
+    Threads may share it, but take turns with the engine: ``twin`` makes one for each. Both
+    libraries are loaded when they are first needed.
     """
 
-    def __init__(self, spec: EncoderSpec) -> None:
+    def __init__(self, spec: EncoderSpec, reference: "_Lazy | None" = None) -> None:
+        """``reference``: shared with an encoder of the same model."""
         self.spec = spec
+        self._reference = reference or _Lazy(lambda: _load_reference(spec))
+        self._fast = _Lazy(lambda: _load_fast(spec.fast))
+        self._turns = threading.Lock()
         self._marked = [name.encode("utf-8") for name in spec.marked]
         self._openings = {name[:1] for name in self._marked}
 
-    @functools.cached_property
-    def _model(self) -> Any:
-        return _load_reference(self.spec)
-
-    @functools.cached_property
-    def _fast(self) -> Any:
-        assert self.spec.fast is not None
-        return _load_fast(self.spec.fast)
-
     def twin(self) -> "Encoder":
         """The same for another thread: an engine of its own, the reference shared."""
-        twin = Encoder(self.spec)
-        twin._model = self._model
-        return twin
+        return Encoder(self.spec, self._reference)
 
     def without_fast(self) -> "Encoder":
         """The same, by the reference alone."""
-        twin = self.twin()
-        twin.spec = dataclasses.replace(self.spec, fast=None)
-        return twin
+        return Encoder(dataclasses.replace(self.spec, fast=None), self._reference)
 
     def encode_batch(
         self,
@@ -112,8 +104,8 @@ class Encoder:
         if not texts:
             return []
         if self.spec.library == "sentencepiece":
-            return list(self._model.encode(list(texts), return_type="numpy"))
-        encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+            return list(self._reference.get().encode(list(texts), return_type="numpy"))
+        encodings = self._reference.get().encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def count_differences(self, texts: Sequence[str]) -> int:
@@ -127,7 +119,8 @@ class Encoder:
     def _encode_fast(self, documents: list[bytes]) -> list[Ids]:
         if not documents:
             return []
-        layout = self._fast.encode_batch(documents, parallel=False).layout
+        with self._turns:
+            layout = self._fast.get().encode_batch(documents, parallel=False).layout
         ids, ends = layout.content.data, layout.offsets.data.tolist()
         return [ids[start:end] for start, end in itertools.pairwise(ends)]
 
@@ -143,6 +136,20 @@ class Encoder:
                 f"starts with {text[:60]!r}, although they agreed on the sample: set "
                 "engine: reference"
             )
+
+
+class _Lazy:
+    """Something that the first thread that needs it loads, for all."""
+
+    def __init__(self, load: Callable[[], Any]) -> None:
+        self._load, self._loading = load, threading.Lock()
+        self._loaded: Any = None
+
+    def get(self) -> Any:
+        with self._loading:
+            if self._loaded is None:
+                self._loaded = self._load()
+            return self._loaded
 
 
 def choose_engine(encoder: Encoder, sample: Sequence[str]) -> tuple[Encoder, str | None]:
@@ -182,7 +189,8 @@ def _load_reference(spec: EncoderSpec) -> Any:
     return Tokenizer.from_str(spec.model.decode())
 
 
-def _load_fast(description: str) -> Any:
+def _load_fast(description: str | None) -> Any:
     import gigatoken
 
+    assert description is not None
     return gigatoken.Tokenizer.from_json(description).backend

@@ -21,7 +21,6 @@ import numpy as np
 
 from pmp_ds.data.arrow_store import SPLITS, Store
 from pmp_ds.data.build import (
-    about_saved,
     complete_store,
     packing_job,
     ready_encoder,
@@ -31,6 +30,7 @@ from pmp_ds.data.corpus import Rejects, Unfinished, Unit, group_units
 from pmp_ds.data.encoder import Encoder
 from pmp_ds.data.prepare import ready_tokenizer, summarize
 from pmp_ds.data.prepare_config import PrepareConfig
+from pmp_ds.data.saved_tokenizer import about_saved
 from pmp_ds.data.staging import (
     PLAN,
     Request,

@@ -10,11 +10,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pmp_ds.data.build import build_store, no_document, save_tokenizer
+from pmp_ds.data.build import build_store, no_document
 from pmp_ds.data.corpus import Rejects, Source
 from pmp_ds.data.packing import is_validation
 from pmp_ds.data.prepare_config import PrepareConfig
 from pmp_ds.data.readers import read_documents
+from pmp_ds.data.saved_tokenizer import save_tokenizer
 from pmp_ds.data.staging import (
     TOKENIZER,
     Request,

@@ -17,6 +17,7 @@ from pmp_ds.data.corpus import PYTHON, Rejects, Source
 from pmp_ds.errors import UserError
 
 _CHUNK_BYTES = 4 << 20
+_FIRST_CHUNK_BYTES = 1 << 18  # small: a sample takes no more of a source than its beginning
 _PARQUET_ROWS = 256
 
 
@@ -163,11 +164,13 @@ def _json_documents(
 
 
 def _chunks(file: BinaryIO, num_bytes: int | None) -> Iterator[bytes]:
-    """Whole lines together, about ``_CHUNK_BYTES`` at a time: those that begin within the next
-    ``num_bytes``, or all.
+    """Whole lines together, up to about ``_CHUNK_BYTES`` at a time: those that begin within the
+    next ``num_bytes``, or all.
     """
+    size = min(_FIRST_CHUNK_BYTES, _CHUNK_BYTES)
     while num_bytes is None or num_bytes > 0:
-        chunk = file.read(_CHUNK_BYTES if num_bytes is None else min(_CHUNK_BYTES, num_bytes))
+        chunk = file.read(size if num_bytes is None else min(size, num_bytes))
+        size = min(2 * size, _CHUNK_BYTES)
         if not chunk:
             return
         if not chunk.endswith(b"\n"):

@@ -12,16 +12,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from tokenizers import Tokenizer as FastTokenizer
-from tokenizers.processors import TemplateProcessing
-
 from pmp_ds.data.encoder import Encoder, EncoderSpec, Ids
 from pmp_ds.data.spm import fast_from_sentencepiece, parse_model, train_model
 from pmp_ds.errors import UserError
 from pmp_ds.run_dir import write_json
 
 MODEL_FILE = "tokenizer.model"
-_COMPARED_CHARS = 1000
 _EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[EOS]")
 
 
@@ -193,53 +189,6 @@ def load_trained(folder: Path) -> TrainedTokenizer:
     """The trained tokenizer that ``save_pretrained`` wrote to ``folder``."""
     model = (folder / MODEL_FILE).read_bytes()
     return TrainedTokenizer(_load_huggingface(folder), str(folder), model)
-
-
-def count_mismatches(
-    tokenizer: Tokenizer, folder: Path, texts: Sequence[str]
-) -> tuple[int, int, int]:
-    """Compare ``tokenizer`` with a plain ``AutoTokenizer`` of the ``folder`` it was saved in.
-
-    Returns (texts compared, texts with other ids, texts that ``decode`` does not give back), judged
-    by their first ``_COMPARED_CHARS``. Texts that spell a special token are left out: there the two
-    differ on purpose.
-    """
-    from transformers import AutoTokenizer
-
-    reader = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    reader.model_max_length = 1 << 62  # long documents are fine here; it would warn
-    texts = [text[:_COMPARED_CHARS] for text in texts]
-    texts = [text for text in texts if not any(name in text for name in tokenizer.special_tokens)]
-    other_ids = other_text = 0
-    for text, expected in zip(texts, tokenizer.encode_batch(texts), strict=True):
-        found = reader.encode(text, add_special_tokens=False)
-        other_ids += found != expected.tolist()
-        other_text += reader.decode(expected.tolist()) != text
-    return len(texts), other_ids, other_text
-
-
-def prepend_bos(folder: Path, bos_id: int) -> None:
-    """Let a plain ``AutoTokenizer`` of ``folder`` begin every text with ``bos_id``, unless it is
-    told ``add_special_tokens=False``.
-    """
-    path = folder / "tokenizer.json"
-    fast = FastTokenizer.from_file(str(path))
-    name = fast.id_to_token(bos_id)
-    fast.post_processor = TemplateProcessing(
-        single=f"{name} $A", pair=f"{name} $A $B:1", special_tokens=[(name, bos_id)]
-    )
-    fast.save(str(path))
-
-
-def ids_before(folder: Path) -> list[int]:
-    """The ids that a plain ``AutoTokenizer`` of ``folder`` puts before a text by itself."""
-    from transformers import AutoTokenizer
-
-    reader = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    ids: list[int] = reader.encode("a")
-    plain: list[int] = reader.encode("a", add_special_tokens=False)
-    starts = (i for i in range(len(ids)) if ids[i : i + len(plain)] == plain)
-    return ids[: next(starts, 0)]
 
 
 def _load_huggingface(where: Path) -> Any:

@@ -32,7 +32,8 @@ class PackJob:
     """The store in the making."""
 
     run: str
-    """sha256 over what all units depend on; parts that another run finished are of no use."""
+    """What all units depend on, and which engine packs; parts that another run finished are of no
+    use."""
 
     encoder: EncoderSpec
     eos_id: int

@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 import pytest
 
-from pmp_ds.data import arrow_store, build
+from pmp_ds.data import arrow_store, build, saved_tokenizer
 from pmp_ds.data import prepare as module
 from pmp_ds.data import units as units_module
 from pmp_ds.data.arrow_store import SPLITS, Store
@@ -270,7 +270,7 @@ def test_foreign_model_that_transformers_reads_differently_is_a_warning(
     corpus: Path, tokenizer_paths, monkeypatch: pytest.MonkeyPatch
 ):
     path = str(tokenizer_paths["sentencepiece-unigram"])
-    monkeypatch.setattr(build, "count_mismatches", lambda *_: (9, 3, 0))
+    monkeypatch.setattr(saved_tokenizer, "count_mismatches", lambda *_: (9, 3, 0))
     summary = prepare(config(corpus, tokenizer=path))
     assert "3 of 9 sampled documents" in summary.warnings[0]
     assert "warning:" in str(summary)

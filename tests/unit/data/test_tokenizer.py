@@ -14,11 +14,11 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models
 
+from pmp_ds.data.saved_tokenizer import count_mismatches, plain_reader
 from pmp_ds.data.spm import fast_from_sentencepiece
 from pmp_ds.data.tokenizer import (
     MODEL_FILE,
     TrainedTokenizer,
-    count_mismatches,
     load_tokenizer,
     train_tokenizer,
 )
@@ -83,7 +83,7 @@ def test_saved_folder_gives_the_same_ids(
 ):
     tokenizer = load_tokenizer(str(tokenizer_paths[kind]))
     tokenizer.save_pretrained(tmp_path)
-    compared, other_ids, _ = count_mismatches(tokenizer, tmp_path, texts)
+    compared, other_ids, _ = count_mismatches(tokenizer, plain_reader(tmp_path), texts)
     assert compared == len(texts)
     assert other_ids == 0
     assert (tmp_path / MODEL_FILE).exists() == kind.startswith("sentencepiece")
@@ -92,7 +92,7 @@ def test_saved_folder_gives_the_same_ids(
 def test_count_mismatches_counts(trained: TrainedTokenizer, texts, tokenizer_paths):
     other = tokenizer_paths["byte-bpe"]
     sample = [*texts[:10], "it says </s> here"]
-    assert count_mismatches(trained, other, sample) == (10, 10, 10)
+    assert count_mismatches(trained, plain_reader(other), sample) == (10, 10, 10)
 
 
 def test_plain_process_reads_the_trained_tokenizer(

@@ -1,0 +1,114 @@
+"""The tokenizer beside the blocks: write it, and say where a plain ``AutoTokenizer`` differs."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.processors import TemplateProcessing
+
+from pmp_ds.data.tokenizer import Tokenizer
+from pmp_ds.errors import UserError
+from pmp_ds.run_dir import fsync_dir
+
+_COMPARED_CHARS = 1000
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, bos: str) -> dict[str, str]:
+    """Write the tokenizer's files; return the sha256 of every one by name.
+
+    One that we made the files of puts its begin of text before a text when ``bos`` is `document`,
+    as the packed documents have it; somebody's own keeps its ways.
+    """
+    tokenizer.save_pretrained(folder)
+    if bos == "document" and tokenizer.kind != "huggingface" and tokenizer.bos_id is not None:
+        _prepend_bos(folder, tokenizer.bos_id)
+    digests = {}
+    for path in sorted(folder.iterdir()):
+        with open(path, "rb") as file:
+            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+    fsync_dir(folder)
+    return digests
+
+
+def about_saved(
+    tokenizer: Tokenizer, folder: Path, sample: Sequence[str], bos_id: int | None
+) -> list[str]:
+    """Warnings about the tokenizer saved in ``folder``; a trained one has to be exact."""
+    reader = plain_reader(folder)
+    compared, other_ids, other_text = count_mismatches(tokenizer, reader, sample)
+    if tokenizer.kind == "trained" and other_ids:
+        raise UserError(
+            f"AutoTokenizer gives other ids on {other_ids} of {compared} documents than the "
+            "tokenizer trained here: this is a bug, please report it"
+        )
+    warnings = []
+    if other_ids:
+        warnings.append(
+            f"AutoTokenizer on tokenizer/ gives other ids than this {tokenizer.kind} tokenizer "
+            f"on {other_ids} of {compared} sampled documents: a release would use the former"
+        )
+    before = _ids_before(reader)
+    packed = [] if bos_id is None else [bos_id]
+    if before != packed:
+        warnings.append(
+            f"AutoTokenizer on {folder.name}/ puts the ids {before} before a text by default, the "
+            f"packed documents have {packed}: encode prompts as they are packed, or change bos"
+        )
+    if other_text:
+        warnings.append(
+            f"{other_text} of {compared} sampled documents do not come back exactly from decode"
+        )
+    return warnings
+
+
+def plain_reader(folder: Path) -> Any:
+    """What a user of `transformers` gets for the ``folder``."""
+    from transformers import AutoTokenizer
+
+    reader = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    reader.model_max_length = 1 << 62  # long documents are fine here; it would warn
+    return reader
+
+
+def count_mismatches(
+    tokenizer: Tokenizer, reader: Any, texts: Sequence[str]
+) -> tuple[int, int, int]:
+    """Compare ``tokenizer`` with the ``plain_reader`` of the folder it was saved in.
+
+    Returns (texts compared, texts with other ids, texts that ``decode`` does not give back), judged
+    by their first ``_COMPARED_CHARS``. Texts that spell a special token are left out: there the two
+    differ on purpose.
+    """
+    texts = [text[:_COMPARED_CHARS] for text in texts]
+    texts = [text for text in texts if not any(name in text for name in tokenizer.special_tokens)]
+    other_ids = other_text = 0
+    for text, expected in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        found = reader.encode(text, add_special_tokens=False)
+        other_ids += found != expected.tolist()
+        other_text += reader.decode(expected.tolist()) != text
+    return len(texts), other_ids, other_text
+
+
+def _prepend_bos(folder: Path, bos_id: int) -> None:
+    """Let a plain ``AutoTokenizer`` of ``folder`` begin every text with ``bos_id``, unless it is
+    told ``add_special_tokens=False``.
+    """
+    path = folder / "tokenizer.json"
+    fast = FastTokenizer.from_file(str(path))
+    name = fast.id_to_token(bos_id)
+    fast.post_processor = TemplateProcessing(
+        single=f"{name} $A", pair=f"{name} $A $B:1", special_tokens=[(name, bos_id)]
+    )
+    fast.save(str(path))
+
+
+def _ids_before(reader: Any) -> list[int]:
+    """The ids that ``reader`` puts before a text by itself."""
+    ids: list[int] = reader.encode("a")
+    plain: list[int] = reader.encode("a", add_special_tokens=False)
+    starts = (i for i in range(len(ids)) if ids[i : i + len(plain)] == plain)
+    return ids[: next(starts, 0)]
