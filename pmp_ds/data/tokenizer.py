@@ -269,7 +269,10 @@ def _wrap(fast: Any, proto: Any) -> Any:
         if 0 <= index < len(proto.pieces)
     }
     return PreTrainedTokenizerFast(
-        tokenizer_object=fast, clean_up_tokenization_spaces=False, **names
+        tokenizer_object=fast,
+        clean_up_tokenization_spaces=False,
+        add_prefix_space=proto.normalizer_spec.add_dummy_prefix,  # read by llama.cpp's converter
+        **names,
     )
 
 

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models
 
 from pmp_ds.data.saved_tokenizer import count_mismatches, plain_reader
-from pmp_ds.data.spm import fast_from_sentencepiece
+from pmp_ds.data.spm import fast_from_sentencepiece, parse_model
 from pmp_ds.data.tokenizer import (
     MODEL_FILE,
     TrainedTokenizer,
@@ -87,6 +87,10 @@ def test_saved_folder_gives_the_same_ids(
     assert compared == len(texts)
     assert other_ids == 0
     assert (tmp_path / MODEL_FILE).exists() == kind.startswith("sentencepiece")
+    if (tmp_path / MODEL_FILE).exists():  # else llama.cpp's converter would guess
+        spec = parse_model((tmp_path / MODEL_FILE).read_bytes()).normalizer_spec
+        stored = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        assert stored["add_prefix_space"] == spec.add_dummy_prefix
 
 
 def test_count_mismatches_counts(trained: TrainedTokenizer, texts, tokenizer_paths):
