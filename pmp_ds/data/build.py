@@ -36,12 +36,14 @@ def build_store(
     Units that an earlier run finished there are kept after a look at their sha256. Packing does not
     wait for the look at the engine: what a refused one packed is packed again.
     """
-    sample = sample_texts(request.sources, request.config)
     asked = _asked_encoder(request, tokenizer)
     guess = packing_job(folder, request, tokenizer, asked.spec)
     with ThreadPoolExecutor(1) as beside:
-        verdict = beside.submit(ready_encoder, request, tokenizer, sample)
-        about = beside.submit(about_saved, tokenizer, folder / "tokenizer", sample, guess.bos_id)
+        sample = beside.submit(sample_texts, request.sources, request.config)
+        verdict = beside.submit(lambda: ready_encoder(request, tokenizer, sample.result()))
+        about = beside.submit(
+            lambda: about_saved(tokenizer, folder / "tokenizer", sample.result(), guess.bos_id)
+        )
         total = None
         if not _has_stream(request.sources):  # its units are gone when they are packed
             total = _pack_unless_refused(guess, asked, request, verdict)
