@@ -130,10 +130,24 @@ def on_rank0(action: Callable[[], T]) -> T:
 
 class SideChannel:
     """A process group of its own in CPU memory: what another thread talks over, or the main thread
-    without waiting for the device. Its calls are collective like any other."""
+    without waiting for the device. Its calls are collective like any other. A context: its threads
+    and connections end with it, unless an error leaves, when another rank may still be waiting."""
 
     def __init__(self) -> None:
         self._group = torch_dist.new_group(backend="gloo") if world_size() > 1 else None
+
+    def __enter__(self) -> "SideChannel":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+
+    def close(self) -> None:
+        """The last call; nothing may be under way on it."""
+        if self._group is not None:
+            torch_dist.destroy_process_group(self._group)
+            self._group = None
 
     def all_gather(self, value: T) -> list[T]:
         """``value`` of every rank, in rank order; for small objects."""

@@ -83,8 +83,8 @@ def run_all(
         run.root.mkdir(parents=True, exist_ok=True)
         print(_plan(cells, done, where), flush=True)
     dist.barrier()
-    channel = dist.SideChannel()
     with (
+        dist.SideChannel() as channel,
         StopRequest(first.run.max_seconds, started, channel) as stop,
         Watchdog(run, first.guard.hang_seconds) as dog,
         _overall(len(cells), len(done)) as bar,

@@ -130,11 +130,11 @@ def pretrain(job: Job, started: float) -> Outcome:
             last["discover"] = discovered[1].step
         rewind_metrics(run.metrics, last)
     log = MetricsLog(run, enabled=dist.rank() == 0)
-    channel = dist.SideChannel()
     saver = Saver(run, config, log)
     saver.newest = found[1].name if found else None
     with (
         contextlib.closing(log),
+        dist.SideChannel() as channel,
         StopRequest(config.run.max_seconds, started, channel) as stop,
         Watchdog(run, config.guard.hang_seconds) as dog,
         contextlib.closing(saver),

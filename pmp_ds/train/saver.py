@@ -95,6 +95,8 @@ class Saver:
             if dist.is_lost_rank(error):
                 return  # that is being told already
             print(f"warning: the last checkpoint: {error}", file=sys.stderr, flush=True)
+        if self._channel is not None:
+            self._channel.close()
 
     def _write(self, snapshot: Snapshot) -> None:
         start = time.perf_counter()

@@ -60,6 +60,8 @@ class Watchdog:
             self._over.set()
         for thread in self._threads:
             thread.join(timeout=None if error is None else 0.0)
+        if error is None:
+            self._channel.close()
 
     def _keep_in_touch(self) -> None:
         """Until all ranks leave."""

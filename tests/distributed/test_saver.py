@@ -1,5 +1,6 @@
 """Checkpoints while training goes on: the same bytes as when it waits, and a disk without room."""
 
+import os
 import shutil
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +38,18 @@ def test_background_and_foreground_write_the_same_bytes(lives, tmp_path, stage):
     assert len([name for name in one if name.endswith("manifest.json")]) == 4
     assert one == two
     assert comparable(found[0].metrics) == comparable(found[1].metrics)
+
+
+def native_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def test_a_run_leaves_no_threads(lives, ranks2, calm):
+    """Of its process groups: a sweep makes many runs in one process."""
+    assert lives("--run.name", "one")[0].code == 0
+    before = ranks2.run(native_threads)
+    assert lives("--run.name", "two")[0].code == 0
+    assert ranks2.run(native_threads) == before
 
 
 def test_time_of_saves_is_recorded(calm):

@@ -11,6 +11,7 @@ import json
 import os
 import resource
 import signal
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -167,6 +168,7 @@ def little_room(rank: int, updates: range, num_bytes: int = 4096) -> Iterator[No
 
     def limit(engine: Engine, now: int, losses: torch.Tensor) -> torch.Tensor:
         if dist.rank() == rank:
+            _let_save_end(now == updates.start)
             soft = num_bytes if now in updates else old[0]
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, old[1]))
         return losses
@@ -178,12 +180,20 @@ def little_room(rank: int, updates: range, num_bytes: int = 4096) -> Iterator[No
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
+def _let_save_end(when: bool) -> None:
+    """A fault is not to meet a checkpoint that began before it, however slow the machine."""
+    for thread in threading.enumerate() if when else ():
+        if thread.name == "saver":
+            thread.join()
+
+
 @contextlib.contextmanager
 def read_only(folder: str, updates: range) -> Iterator[None]:
     """During these updates, mode 0500; root, who may write there nevertheless, gives that up."""
 
     def close(engine: Engine, now: int, losses: torch.Tensor) -> torch.Tensor:
         if dist.rank() == 0 and now in (updates.start, updates.stop):
+            _let_save_end(now == updates.start)
             os.chmod(folder, 0o500 if now in updates else 0o700)
         return losses
 
