@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _study(args: argparse.Namespace) -> None:
-    runs = dict(_arm(text) for text in args.collect)
+    runs = [_arm(text) for text in args.collect]
     if args.study.exists() and not args.study.is_dir():
         raise UserError(f"--study {args.study} is a file: name the folder of results.jsonl")
     from pmp_ds.study import report  # imports matplotlib: a second

@@ -6,7 +6,7 @@ Run `python launcher/study.py --help`.
 import sys
 
 from pmp_ds.cli import parse
-from pmp_ds.errors import exit_code
+from pmp_ds.errors import exit_code, require
 from pmp_ds.study.recipe import Study
 
 DESCRIPTION = """\
@@ -20,7 +20,10 @@ examples:
     python launcher/study.py --config launcher/recipes/study-small.yaml --plan
   two CPU ranks for the steps that train
     python launcher/study.py --config launcher/recipes/study-small.yaml \\
-        --launch 'DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --num_accelerators 2'"""
+        --launch 'DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --num_accelerators 2'
+  then one process per fine-tuning, two at a time, which suits small models better
+    DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python launcher/study.py \\
+        --config launcher/recipes/study-small.yaml --launch python --jobs 2"""
 
 
 def main() -> None:
@@ -38,14 +41,21 @@ def main() -> None:
                 "metavar": "COMMAND",
                 "help": "what starts pretrain.py and finetune.py; VARIABLE=VALUE may lead",
             },
+            "--jobs": {
+                "type": int,
+                "default": 1,
+                "metavar": "N",
+                "help": "fine-tunings and measurements at a time; their output goes to ROOT/logs/",
+            },
         },
     )
-    from pmp_ds.study import plan
+    require(options["jobs"] > 0, f"--jobs {options['jobs']} must be positive")
+    from pmp_ds.study import driver, plan
 
     planned = plan.steps(study)
     print(plan.describe(study, planned), flush=True)
     if not options["plan"]:
-        plan.run(study, planned, options["launch"])
+        driver.run(study, planned, options["launch"], options["jobs"])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A finished pretraining run as a line of results.jsonl."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from pmp_ds import results
@@ -57,9 +58,10 @@ def pretrain_result(run: RunDir, arm: str) -> Result:
     )
 
 
-def collect(runs: dict[str, Path], where: Path) -> list[Result]:
-    """Append a line for each arm's run; what stands in the file already is not repeated."""
-    found = [pretrain_result(RunDir(path), arm) for arm, path in runs.items()]
+def collect(runs: Iterable[tuple[str, Path]], where: Path) -> list[Result]:
+    """Append a line for each (arm, run); what stands in the file already is not repeated. Several
+    runs of an arm are its pretraining seeds."""
+    found = [pretrain_result(RunDir(path), arm) for arm, path in runs]
     known = {result.key: result.arm for result in results.read(where)}
     for result in found:
         if known.get(result.key) != result.arm:

@@ -1,25 +1,18 @@
-"""A study as the commands that make it, in order; finished ones are not run again."""
+"""A study as the commands that make it, in order, and which of them are done."""
 
 import math
 import os
-import shlex
-import subprocess
-import sys
-import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pmp_ds.cli import parse
 from pmp_ds.config import Config
-from pmp_ds.errors import UserError
 from pmp_ds.finetune.config import FinetuneConfig
-from pmp_ds.run_dir import RunDir, read_json, write_json
+from pmp_ds.run_dir import RunDir, read_json
 from pmp_ds.study.recipe import Arm, Flags, Study, Tuning
 
 LAUNCHER = Path(os.path.relpath(Path(__file__).resolve().parents[2] / "launcher"))
-EXIT_LEAK = 1
-"""Of audit.py, which has written its findings nevertheless."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +20,7 @@ class Step:
     """One command."""
 
     name: str
-    """Of its marker, ROOT/done/NAME.json."""
+    """Of its marker and log as well."""
     argv: tuple[str, ...]
     """`launcher/X.py` and its flags."""
     output: Path
@@ -38,13 +31,19 @@ class Step:
     """Measurements it makes."""
     may_leak: bool = False
     """Exit code 1 is a finding."""
+    independent: bool = False
+    """Needs no step but those before it that are not independent: may run beside others."""
+
+    def marker(self, root: Path) -> Path:
+        """Where it is written down that it is done."""
+        return root / "done" / f"{self.name}.json"
 
     def is_done(self, root: Path) -> bool:
         """It has run with this very command and its output is still there."""
-        marker = _marker(root, self)
-        if not (marker.exists() and self.output.exists()):
+        where = self.marker(root)
+        if not (where.exists() and self.output.exists()):
             return False
-        return read_json(marker).get("argv") == list(self.argv)
+        return read_json(where).get("argv") == list(self.argv)
 
 
 def steps(study: Study) -> list[Step]:
@@ -57,7 +56,7 @@ def steps(study: Study) -> list[Step]:
 def report_argv(study: Study) -> tuple[str, ...]:
     """The last command; it always runs."""
     root = Path(study.root)
-    runs = [f"{arm}={run_of(study, arm).root}" for arm in study.arms]
+    runs = [f"{_label(study, arm)}={run_of(study, arm).root}" for arm in study.arms]
     audits = [str(root / "audit" / arm / "audit.json") for arm in study.audit.arms]
     flags = ["--study", str(root), "--collect", *runs]
     return (_file("report"), *flags, *(["--audit", *audits] if audits else []))
@@ -65,6 +64,11 @@ def report_argv(study: Study) -> tuple[str, ...]:
 
 def run_of(study: Study, arm: str) -> RunDir:
     return RunDir(Path(study.root) / "runs" / arm)
+
+
+def _label(study: Study, arm: str) -> str:
+    """What results call the arm: pretraining seeds of one arm share its name."""
+    return study.arms[arm].seed_of or arm
 
 
 def _prepare(study: Study) -> Iterator[Step]:
@@ -120,7 +124,8 @@ def _tuning(
 ) -> Step:
     root, run = Path(study.root), run_of(study, arm)
     grid: dict[str, Sequence[object]] = {"method": tuning.methods, **tuning.sweep}
-    argv = [_file("finetune"), "--model", str(run.release), "--task", task, "--arm", arm]
+    argv = [_file("finetune"), "--model", str(run.release), "--task", task]
+    argv += ["--arm", _label(study, arm)]
     argv += ["--results", str(root / "results.jsonl")]
     argv += ["--run.root", str(root / "finetune"), "--run.name", name]
     if {"ticket", "complement"} & set(tuning.methods):
@@ -132,7 +137,9 @@ def _tuning(
         argv += ["--sweep", f"{setting}={','.join(map(_word, values))}"]
     cells = math.prod(len(values) for values in grid.values())
     output = root / "results.jsonl"
-    return Step(f"finetune-{name}", tuple(argv), output, ranks=True, cells=cells)
+    return Step(
+        f"finetune-{name}", tuple(argv), output, ranks=True, cells=cells, independent=True
+    )
 
 
 def _evaluate(study: Study) -> Iterator[Step]:
@@ -141,13 +148,13 @@ def _evaluate(study: Study) -> Iterator[Step]:
         for arm in evaluation.arms:
             run = run_of(study, arm)
             argv = [_file("evaluate"), *evaluation.measures, "--model", str(run.release)]
-            argv += ["--arm", arm, "--results", str(root / "results.jsonl")]
+            argv += ["--arm", _label(study, arm), "--results", str(root / "results.jsonl")]
             if {"landscape", "gradients"} & set(evaluation.measures):
                 argv += ["--ticket", str(run.ticket)]
             argv += _flags(evaluation.settings)
             yield Step(
                 f"evaluate-{number}-{arm}", tuple(argv), root / "results.jsonl",
-                cells=len(evaluation.measures),
+                cells=len(evaluation.measures), independent=True,
             )  # fmt: skip
 
 
@@ -158,7 +165,8 @@ def _audit(study: Study) -> Iterator[Step]:
             _file("audit"), "--release", str(run.release), "--ticket", str(run.ticket),
             "--config", str(run.config), "--out", str(out), *_flags(study.audit.settings),
         )  # fmt: skip
-        yield Step(f"audit-{arm}", argv, out / "audit.json", may_leak=True)
+        yield Step(f"audit-{arm}", argv, out / "audit.json", may_leak=True,
+                   independent=True)  # fmt: skip
 
 
 def _file(name: str) -> str:
@@ -192,46 +200,3 @@ def describe(study: Study, planned: Sequence[Step]) -> str:
         f"fine-tunings; then the report, {root}/report/"
     )
     return "\n".join(lines)
-
-
-def run(study: Study, planned: Sequence[Step], launch: str) -> None:
-    """Run what is not done, in order, then the report; ``launch`` starts the steps that train.
-
-    Raises UserError with the command that failed, whose own message stands above it.
-    """
-    root = Path(study.root)
-    for step in planned:
-        if not step.is_done(root):
-            _run_step(step, root, launch)
-    _call([sys.executable, *report_argv(study)])
-
-
-def _run_step(step: Step, root: Path, launch: str) -> None:
-    started = time.time()
-    command = [*_launcher(launch), *step.argv] if step.ranks else [sys.executable, *step.argv]
-    _call(command, (0, EXIT_LEAK) if step.may_leak else (0,))
-    if not step.output.exists() or (step.may_leak and step.output.stat().st_mtime < started - 1):
-        raise UserError(f"{step.output} is missing after: {shlex.join(command)}")
-    marker = _marker(root, step)
-    marker.parent.mkdir(parents=True, exist_ok=True)
-    write_json(marker, {"argv": list(step.argv), "seconds": round(time.time() - started, 1)})
-
-
-def _launcher(launch: str) -> list[str]:
-    """`A=1 deepspeed --num_accelerators 2` as words; settings of the environment go to env."""
-    words = shlex.split(launch) or [sys.executable]
-    return ["env", *words] if "=" in words[0] else words
-
-
-def _call(command: Sequence[str], accepted: Collection[int] = (0,)) -> None:
-    print(f"$ {shlex.join(command)}", flush=True)
-    code = subprocess.run(command, check=False).returncode
-    if code not in accepted:
-        raise UserError(
-            f"exit code {code} of: {shlex.join(command)}\n  mend it and repeat the same command: "
-            "finished steps are skipped"
-        )
-
-
-def _marker(root: Path, step: Step) -> Path:
-    return root / "done" / f"{step.name}.json"

@@ -20,6 +20,10 @@ class Arm:
     settings: Flags = field(default_factory=dict)
     """Further flags of pretrain.py."""
 
+    seed_of: str | None = None
+    """The arm of which this is one more pretraining seed (give it another `data.seed`): results
+    and report count it as that arm."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
@@ -92,6 +96,13 @@ class Study:
     def __post_init__(self) -> None:
         for name in (BASE, PMP):
             require(name in self.arms, f"arms has no `{name}`: the study compares it")
+        for name, arm in self.arms.items():
+            first = arm.seed_of
+            if first is not None and (first not in self.arms or self.arms[first].seed_of):
+                raise UserError(
+                    f"arms: {name} has seed_of={first}: name an arm that is not itself a seed of "
+                    "another"
+                )
         parts = [("tunings", t.arms) for t in self.tunings]
         parts += [("evaluations", e.arms) for e in self.evaluations] + [("audit", self.audit.arms)]
         for where, names in parts:

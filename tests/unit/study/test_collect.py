@@ -57,12 +57,13 @@ def test_record(tmp_path: Path):
 
 
 def test_twice_is_once(tmp_path: Path):
-    runs = {name: finished(tmp_path / name).root for name in ("base", "pmp")}
+    runs = [(arm, finished(tmp_path / arm).root) for arm in ("base", "pmp")]
+    runs.append(("pmp", finished(tmp_path / "pmp-2").root))
     where = tmp_path / "results.jsonl"
     for _ in range(2):
         collect(runs, where)
-    assert len(where.read_text().splitlines()) == 2
-    assert [result.arm for result in results.read(where)] == ["base", "pmp"]
+    assert len(where.read_text().splitlines()) == 3
+    assert [result.arm for result in results.read(where)] == ["base", "pmp", "pmp"]
 
 
 def test_report_collects(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -1,10 +1,9 @@
-"""The driver: the commands of a recipe, skipping, failing. Steps are real processes."""
+"""The commands of a recipe, and its mistakes."""
 
 import os
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 
 from pmp_ds.cli import parse
 from pmp_ds.errors import UserError
-from pmp_ds.study.plan import Step, describe, report_argv, run, steps
+from pmp_ds.study.plan import Step, describe, report_argv, steps
 from pmp_ds.study.recipe import Arm, Audit, Study, Tuning
 from tests.helpers.distributed import REPO
 
@@ -88,6 +87,8 @@ def tuning(**changed: object) -> Tuning:
     ("changed", "message"),
     [
         ({"arms": {"pmp": Arm()}}, "arms has no `base`: the study compares it"),
+        ({"arms": ARMS | {"x": Arm(seed_of="gone")}}, "x has seed_of=gone: name an arm"),
+        ({"arms": ARMS | {"x": Arm(seed_of="pmp"), "y": Arm(seed_of="x")}}, "y has seed_of=x"),
         ({"audit": Audit(arms=["gone"])}, "audit: arms has no `gone`; it has base, pmp"),
         ({"arms": ARMS | {"x": Arm(settings={"mask.density": 2})}}, "mask.density=2"),
         ({"tunings": [("sweep", {"train.lr": [1e-4]})]}, "the sweep has no seed"),
@@ -107,66 +108,13 @@ def test_mistakes_before_the_first_hour(changed: dict[str, Any], message: str):
         plan()
 
 
-@pytest.fixture
-def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Study, list[Step]]:
-    """Two steps that append to files, and a report that does."""
-    def program(name: str) -> tuple[str, ...]:
-        return ("-c", f"open({str(tmp_path / name)!r}, 'a').write('x')")
-
-    monkeypatch.setattr("pmp_ds.study.plan.report_argv", lambda study: program("report"))
-    study = Study(root=str(tmp_path / "root"), arms=ARMS)
-    return study, [Step(n, program(n), tmp_path / n) for n in ("first", "second")]
-
-
-def runs_of(folder: Path) -> dict[str, int]:
-    return {path.name: len(path.read_text()) for path in sorted(folder.iterdir()) if path.is_file()}
-
-
-def test_finished_steps_are_skipped(two: tuple[Study, list[Step]], tmp_path: Path):
-    study, planned = two
-    run(study, planned, "")
-    run(study, planned, "")
-    assert runs_of(tmp_path) == {"first": 1, "report": 2, "second": 1}
-    assert "2 steps, 0 to do" in describe(study, planned)
-    (tmp_path / "first").unlink()  # its output is gone
-    planned[1] = replace(planned[1], argv=(*planned[1].argv, "--changed"))
-    run(study, planned, "")
-    assert runs_of(tmp_path) == {"first": 1, "report": 3, "second": 2}
-
-
-def test_a_failure_stops_and_the_next_call_goes_on(two: tuple[Study, list[Step]], tmp_path: Path):
-    study, planned = two
-    bad = Step("bad", ("-c", "raise SystemExit(3)"), tmp_path / "bad")
-    with pytest.raises(UserError, match=r"exit code 3 of: .* -c 'raise SystemExit\(3\)'"):
-        run(study, [planned[0], bad, planned[1]], "")
-    assert runs_of(tmp_path) == {"first": 1}
-    run(study, planned, "")
-    assert runs_of(tmp_path) == {"first": 1, "report": 1, "second": 1}
-
-
-def test_a_step_without_its_output_has_failed(two: tuple[Study, list[Step]], tmp_path: Path):
-    study, _ = two
-    with pytest.raises(UserError, match="gone is missing after"):
-        run(study, [Step("empty", ("-c", "pass"), tmp_path / "gone")], "")
-
-
-@pytest.mark.parametrize(("may_leak", "fails"), [(True, False), (False, True)])
-def test_a_leak_is_a_finding(
-    two: tuple[Study, list[Step]], tmp_path: Path, may_leak: bool, fails: bool
-):
-    study, _ = two
-    code = f"open({str(tmp_path / 'audit.json')!r}, 'w').close(); raise SystemExit(1)"
-    step = Step("audit", ("-c", code), tmp_path / "audit.json", may_leak=may_leak)
-    if fails:
-        with pytest.raises(UserError, match="exit code 1"):
-            run(study, [step], "")
-    else:
-        run(study, [step], "")
-        assert step.is_done(Path(study.root))
-
-
-def test_launch_sets_the_environment(two: tuple[Study, list[Step]], tmp_path: Path):
-    study, _ = two
-    code = f"import os; open({str(tmp_path / 'seen')!r}, 'w').write(os.environ['COLOUR'])"
-    run(study, [Step("s", ("-c", code), tmp_path / "seen", ranks=True)], "COLOUR=red python")
-    assert (tmp_path / "seen").read_text() == "red"
+def test_pretraining_seeds_share_their_arms_name():
+    study = Study(
+        arms=ARMS | {"pmp-2": Arm(settings={"data.seed": 1}, seed_of="pmp")},
+        tunings=[tuning(arms=["pmp", "pmp-2"])],
+    )
+    tunings = [shlex.join(step.argv) for step in steps(study) if step.independent]
+    for name, argv in zip(("pmp", "pmp-2"), tunings, strict=True):
+        assert f"--model study/runs/{name}/release" in argv
+        assert "--arm pmp " in argv
+    assert "pmp=study/runs/pmp pmp=study/runs/pmp-2" in shlex.join(report_argv(study))

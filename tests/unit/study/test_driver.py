@@ -1,0 +1,127 @@
+"""Running a study's steps: skipping, failing, side by side. Steps are real processes."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pmp_ds.errors import EXIT_REQUEUE, Stopped, UserError
+from pmp_ds.study.driver import run
+from pmp_ds.study.plan import Step, describe
+from pmp_ds.study.recipe import Arm, Study
+
+ARMS = {"base": Arm(settings={"mask.source": "none"}), "pmp": Arm()}
+
+
+@pytest.fixture
+def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Study, list[Step]]:
+    """Two steps that append to files, and a report that does."""
+    def program(name: str) -> tuple[str, ...]:
+        return ("-c", f"open({str(tmp_path / name)!r}, 'a').write('x')")
+
+    monkeypatch.setattr("pmp_ds.study.driver.report_argv", lambda study: program("report"))
+    study = Study(root=str(tmp_path / "root"), arms=ARMS)
+    return study, [Step(n, program(n), tmp_path / n) for n in ("first", "second")]
+
+
+def runs_of(folder: Path) -> dict[str, int]:
+    return {path.name: len(path.read_text()) for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def test_finished_steps_are_skipped(two: tuple[Study, list[Step]], tmp_path: Path):
+    study, planned = two
+    run(study, planned, "")
+    run(study, planned, "")
+    assert runs_of(tmp_path) == {"first": 1, "report": 2, "second": 1}
+    assert "2 steps, 0 to do" in describe(study, planned)
+    (tmp_path / "first").unlink()  # its output is gone
+    planned[1] = replace(planned[1], argv=(*planned[1].argv, "--changed"))
+    run(study, planned, "")
+    assert runs_of(tmp_path) == {"first": 1, "report": 3, "second": 2}
+
+
+def test_a_failure_stops_and_the_next_call_goes_on(two: tuple[Study, list[Step]], tmp_path: Path):
+    study, planned = two
+    bad = Step("bad", ("-c", "raise SystemExit(3)"), tmp_path / "bad")
+    with pytest.raises(UserError, match=r"exit code 3 of: .* -c 'raise SystemExit\(3\)'"):
+        run(study, [planned[0], bad, planned[1]], "")
+    assert runs_of(tmp_path) == {"first": 1}
+    run(study, planned, "")
+    assert runs_of(tmp_path) == {"first": 1, "report": 1, "second": 1}
+
+
+def test_a_step_without_its_output_has_failed(two: tuple[Study, list[Step]], tmp_path: Path):
+    study, _ = two
+    with pytest.raises(UserError, match="gone is missing after"):
+        run(study, [Step("empty", ("-c", "pass"), tmp_path / "gone")], "")
+
+
+@pytest.mark.parametrize(("may_leak", "fails"), [(True, False), (False, True)])
+def test_a_leak_is_a_finding(
+    two: tuple[Study, list[Step]], tmp_path: Path, may_leak: bool, fails: bool
+):
+    study, _ = two
+    code = f"open({str(tmp_path / 'audit.json')!r}, 'w').close(); raise SystemExit(1)"
+    step = Step("audit", ("-c", code), tmp_path / "audit.json", may_leak=may_leak)
+    if fails:
+        with pytest.raises(UserError, match="exit code 1"):
+            run(study, [step], "")
+    else:
+        run(study, [step], "")
+        assert step.is_done(Path(study.root))
+
+
+def test_launch_sets_the_environment(two: tuple[Study, list[Step]], tmp_path: Path):
+    study, _ = two
+    code = f"import os; open({str(tmp_path / 'seen')!r}, 'w').write(os.environ['COLOUR'])"
+    run(study, [Step("s", ("-c", code), tmp_path / "seen", ranks=True)], "COLOUR=red python")
+    assert (tmp_path / "seen").read_text() == "red"
+
+
+def test_asked_to_stop(two: tuple[Study, list[Step]], tmp_path: Path):
+    study, _ = two
+    step = Step("s", ("-c", f"raise SystemExit({EXIT_REQUEUE})"), tmp_path / "s")
+    with pytest.raises(Stopped, match="the same command goes on"):
+        run(study, [step], "")
+
+
+def meeting(folder: Path, name: str, other: str) -> Step:
+    """A step that ends only once another one has begun as well."""
+    code = (
+        f"import pathlib, time; here = pathlib.Path({str(folder)!r}); print('begun')\n"
+        f"(here / {name!r}).write_text('x'); end = time.time() + 60\n"
+        f"while not (here / {other!r}).exists(): time.sleep(0.01); assert time.time() < end"
+    )
+    return Step(name, ("-c", code), folder / name, independent=True)
+
+
+def test_two_side_by_side(two: tuple[Study, list[Step]], tmp_path: Path):
+    study, _ = two
+    run(study, [meeting(tmp_path, "a", "b"), meeting(tmp_path, "b", "a")], "", jobs=2)
+    logs = Path(study.root) / "logs"
+    assert [(logs / f"{name}.log").read_text().splitlines()[-1] for name in "ab"] == ["begun"] * 2
+    assert runs_of(tmp_path)["report"] == 1
+
+
+def test_side_by_side_waits_for_what_is_needed(two: tuple[Study, list[Step]], tmp_path: Path):
+    study, _ = two
+    code = f"import time; time.sleep(1); open({str(tmp_path / 'slow')!r}, 'w')"
+    slow = Step("slow", ("-c", code), tmp_path / "slow")
+    code = f"import os; os.stat({str(tmp_path / 'slow')!r}); open({str(tmp_path / 'n')!r}, 'w')"
+    needs = Step("needs", ("-c", code), tmp_path / "n", independent=True)
+    run(study, [slow, needs], "", jobs=4)
+    assert (tmp_path / "n").exists()
+
+
+def test_a_failure_side_by_side(two: tuple[Study, list[Step]], tmp_path: Path):
+    study, planned = two
+    bad = Step("bad", ("-c", "print('why'); raise SystemExit(3)"), tmp_path / "bad",
+               independent=True)  # fmt: skip
+    long = Step("long", ("-c", f"import time; time.sleep(1); open({str(tmp_path / 'l')!r}, 'w')"),
+                tmp_path / "l", independent=True)  # fmt: skip
+    never = replace(planned[0], independent=True)
+    with pytest.raises(UserError, match=r"exit code 3 of: (?s:.*)what it said: .*bad\.log"):
+        run(study, [long, bad, never, replace(never, name="n2")], "", jobs=2)
+    assert "why" in (Path(study.root) / "logs" / "bad.log").read_text()
+    assert long.is_done(Path(study.root))  # what runs may finish
+    assert set(runs_of(tmp_path)) == {"l"}  # nothing else began, nor the report
