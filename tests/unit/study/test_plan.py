@@ -36,11 +36,11 @@ def small() -> Iterator[tuple[Study, list[Step]]]:
 
 def test_plan_of_the_small_study(small: tuple[Study, list[Step]]):
     study, planned = small
-    assert len({step.name for step in planned}) == len(planned) == 40
+    assert len({step.name for step in planned}) == len(planned) == 52
     text = describe(study, planned)
     assert "  to do finetune-0-base-sst2                    48 cells" in text
     assert text.splitlines()[-1] == (
-        "40 steps, 40 to do; 7 models, 516 fine-tunings; then the report, s/report/"
+        "52 steps, 52 to do; 9 models, 852 fine-tunings; then the report, s/report/"
     )
     kinds = [step.name.partition("-")[0] for step in planned]
     assert list(dict.fromkeys(kinds)) == ["prepare", "pretrain", "export", "finetune", "evaluate",
