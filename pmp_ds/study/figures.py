@@ -19,7 +19,7 @@ COLOURS = ("#2a6fbb", "#d9822b", "#3a923a", "#8e5ea2", "#7f6a5f", "#c0392b", "#1
 """For any series in order; of one brightness, so that grey prints tell them by marker."""
 MARKERS = "osD^vPX*"
 GREY = "#888888"
-INTERVALS = "Bars are 95% intervals over seeds; a point without one is a single seed."
+INTERVALS = "Bars are 95% intervals over runs; a point without one is a single run."
 LABELS = {AVERAGE: "Average"}
 
 

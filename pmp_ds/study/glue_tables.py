@@ -109,7 +109,7 @@ def cell(estimate: Estimate | None, column: str) -> str:
 
 
 CELLS = (
-    "Percent (losses: nats per token); mean over seeds ± half of the 95% interval, * one seed. "
+    "Percent (losses: nats per token); mean over runs ± half of the 95% interval, * one run. "
     "Each at its best setting by the mean validation score; full fine-tuning and LoRA choose among "
     "the settings that BASE and PMP both completed."
 )

@@ -22,6 +22,7 @@ from pmp_ds.study.runs import (
     cells,
     is_lm,
     ordered,
+    per_model,
     pick,
     samples,
     tasks,
@@ -78,7 +79,10 @@ def contrast(
         sides = [with_average(side) for side in sides]
     estimates = {}
     for column in [c for c in sides[0] if c in sides[1]]:
-        found = difference(sides[0][column], sides[1][column])
+        one, other = sides[0][column], sides[1][column]
+        if not one.keys() & other.keys():  # different models, not two ways to fine-tune the same
+            one, other = per_model(one), per_model(other)
+        found = difference(one, other)
         if found is not None:
             estimates[column] = found.scaled(1.0 if is_lm(column) else 100.0)
     return Contrast(estimates, chosen, missing)

@@ -153,10 +153,12 @@ validation score over the seeds, once per task. The score is that of the validat
 it was chosen, for both sides alike.
 
 Intervals: 95%. Where both sides have the same seeds, Student's t over the differences seed by seed;
-otherwise Welch's t. Where an arm has several models, its models are the units, each the mean of its
-fine-tuning seeds. Effect sizes are Hedges' g: the mean difference over the standard deviation of
-the differences (paired) or of the groups (unpaired), corrected for few seeds, with the interval of
-the noncentral t distribution.
+otherwise Welch's t. Where arms have several models (pretraining seeds), (i) compares models, each
+the mean of its fine-tuning seeds; (ii) and (iii) compare two ways to fine-tune the same models, in
+pairs of model and seed, and hold for these models. Intervals of single scores take all runs as
+equals. Effect sizes are Hedges' g: the mean difference over the standard deviation of the
+differences (paired) or of the groups (unpaired), corrected for few seeds, with the interval of the
+noncentral t distribution.
 
 Averages: over GLUE's columns with accuracy-style scores, as the paper does, for the seeds that have
 them all. Language modelling stays apart, in nats per token.

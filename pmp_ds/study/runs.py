@@ -27,7 +27,7 @@ _NOT_A_CHOICE = frozenset(
 )
 
 Unit = tuple[str, int]
-"""What is drawn anew: (model digest, or "" where one model stands for the arm; seed)."""
+"""A run: (model digest, or "" where one model stands for the arm; seed of fine-tuning)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,15 +162,25 @@ def best(
 
 
 def samples(runs: Sequence[FineTune], *, primary: bool = False) -> dict[str, dict[Unit, float]]:
-    """column -> seed -> score. Several models of an arm (pretraining seeds) are averaged over their
-    fine-tuning seeds and are the units themselves: that is the variation that counts."""
-    models = sorted({run.model for run in runs})
+    """column -> run -> score. One model each makes two arms comparable seed by seed."""
+    several = len({run.model for run in runs}) > 1
     values: dict[str, dict[Unit, list[float]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        unit: Unit = ("", run.seed) if len(models) == 1 else (run.model, 0)
+        unit: Unit = (run.model if several else "", run.seed)
         for column in run.metrics:
             values[column][unit].append(run.score(column, primary=primary))
     return {c: {u: sum(v) / len(v) for u, v in units.items()} for c, units in values.items()}
+
+
+def per_model(units: Mapping[Unit, float]) -> dict[Unit, float]:
+    """Each model's mean over its fine-tuning seeds, where an arm has several models (pretraining
+    seeds): between arms it is their variation that counts."""
+    if len({model for model, _ in units}) == 1:
+        return dict(units)
+    found: dict[Unit, list[float]] = defaultdict(list)
+    for (model, _), value in units.items():
+        found[model, 0].append(value)
+    return {unit: sum(values) / len(values) for unit, values in found.items()}
 
 
 def with_average(found: Mapping[str, Mapping[Unit, float]]) -> dict[str, Mapping[Unit, float]]:

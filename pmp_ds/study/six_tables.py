@@ -38,8 +38,8 @@ def table_six(six: Headline) -> Table:
         "headline",
         "The six numbers. Positive is what the owner of the mask wants. 95% intervals by Student's "
         "t, over pairs with the same seed where both sides have it, else Welch's; Hedges' g with "
-        "its interval from the noncentral t.",
-        ("", "Number", "On", "Value", "95% interval", "Hedges' g", "Seeds"), rows,
+        "its interval from the noncentral t. N: seeds, pairs, or models where (i) has several.",
+        ("", "Number", "On", "Value", "95% interval", "Hedges' g", "N"), rows,
     )  # fmt: skip
 
 

@@ -1,10 +1,11 @@
 """The choice of settings is the same for both sides."""
 
 import pytest
+import scipy.stats
 
 from pmp_ds.results import Result
-from pmp_ds.study.headline import contrast, crossing, gap, headline
-from pmp_ds.study.runs import best, fine_tunes, pick, samples, with_average
+from pmp_ds.study.headline import contrast, crossing, gap, headline, secret
+from pmp_ds.study.runs import best, fine_tunes, pick, with_average
 from tests.helpers.study import fine_tune, pretrain
 
 
@@ -66,13 +67,32 @@ def test_lora_ranks_are_settings_of_their_own():
     assert best(runs)[0].setting("lora.rank") == 8
 
 
-def test_several_models_are_the_units():
-    runs = fine_tunes(sweep("pmp", {1e-4: 0.5}))
-    other = [
-        Result(**vars(r) | {"model_digest": "another"}) for r in sweep("pmp", {1e-4: 0.7})
-    ]
-    found = samples([*runs, *fine_tunes(other)])["SST-2"]
-    assert sorted(found.values()) == pytest.approx([0.5005, 0.7005])
+def of_models(arm: str, method: str, scores: dict[str, float]) -> list[Result]:
+    """Three fine-tuning seeds of each model, 0.01 apart."""
+    return [
+        Result(**vars(fine_tune(arm, "sst2", method, score=score + (seed - 1) / 100, seed=seed))
+               | {"model_digest": model})
+        for model, score in scores.items() for seed in range(3)
+    ]  # fmt: skip
+
+
+def test_between_arms_the_models_are_the_units():
+    """Six runs of two models are two draws."""
+    runs = fine_tunes([*of_models("base", "full", {"b": 0.6, "b2": 0.7}),
+                       *of_models("pmp", "full", {"p": 0.5, "p2": 0.56})])  # fmt: skip
+    found = gap(runs).estimates["SST-2"]
+    assert (found.n, found.paired) == (2, False)
+    assert found.mean == pytest.approx(12.0)
+    expected = scipy.stats.ttest_ind([60.0, 70.0], [50.0, 56.0], equal_var=False)
+    assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval(0.95)))
+
+
+def test_two_methods_on_the_same_models_are_paired_run_by_run():
+    runs = fine_tunes([*of_models("pmp", "ticket", {"p": 0.5, "p2": 0.6}),
+                       *of_models("pmp", "random", {"p": 0.45, "p2": 0.58})])  # fmt: skip
+    found = secret(runs).estimates["SST-2"]
+    assert (found.n, found.paired) == (6, True)
+    assert found.mean == pytest.approx(3.5)
 
 
 def test_average_is_over_complete_seeds_and_leaves_losses_out():
