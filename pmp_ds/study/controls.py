@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pmp_ds.results import Result
-from pmp_ds.study.headline import BASE, PMP, RANDOM
-from pmp_ds.study.runs import CONTINUED, RECOVERED, FineTune, best, pick
+from pmp_ds.study.runs import BASE, CONTINUED, PMP, RANDOM, RECOVERED, FineTune, best, pick
 
 LR_RANGE = 1e-5, 3e-3
 SCORES = "mean", "ema", "gradient"

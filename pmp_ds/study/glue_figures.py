@@ -20,8 +20,8 @@ from pmp_ds.study.figures import (
     save,
 )
 from pmp_ds.study.glue_tables import HEADS, METHODS, Levels, fine_tuned, heads, majority
-from pmp_ds.study.headline import BASE, PMP, RANDOM, Headline
-from pmp_ds.study.runs import UNAUTHORIZED, FineTune, is_lm, ordered, pick
+from pmp_ds.study.headline import Headline
+from pmp_ds.study.runs import BASE, PMP, RANDOM, UNAUTHORIZED, FineTune, is_lm, ordered, pick
 from pmp_ds.study.six_tables import NAMES
 from pmp_ds.study.statistics import Estimate
 

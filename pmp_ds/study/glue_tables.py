@@ -3,9 +3,11 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from pmp_ds.results import Result
-from pmp_ds.study.headline import BASE, PMP, RANDOM
 from pmp_ds.study.runs import (
     AVERAGE,
+    BASE,
+    PMP,
+    RANDOM,
     UNAUTHORIZED,
     Cell,
     FineTune,

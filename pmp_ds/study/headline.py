@@ -4,15 +4,18 @@ the private mask wants, throughout.
 Units: accuracy in percentage points, losses in nats per token.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from pmp_ds.results import Result
+from pmp_ds.study.attacker import Tokens, attacker_tokens
 from pmp_ds.study.runs import (
     AVERAGE,
+    BASE,
+    PMP,
     Cell,
     FineTune,
     Unit,
@@ -28,10 +31,7 @@ from pmp_ds.study.runs import (
     tasks,
     with_average,
 )
-from pmp_ds.study.statistics import Estimate, difference, level
-
-BASE, PMP, RANDOM = "base", "pmp", "random"
-"""Arms with a role; results.jsonl names them so."""
+from pmp_ds.study.statistics import Estimate, difference
 
 MATCHED = 0.02
 """Nats per token. Two models whose pretraining losses differ by no more are called matched."""
@@ -93,6 +93,16 @@ def gap(runs: Sequence[FineTune], *, base: str = BASE, pmp: str = PMP) -> Contra
     return contrast(pick(runs, arm=base), pick(runs, arm=pmp))
 
 
+def matched_arm(results: Sequence[Result]) -> str | None:
+    """Another arm without a mask, trained until it was about as good as PMP: the one whose loss is
+    closest to PMP's, if it is MATCHED."""
+    target = pretrain_losses(results, PMP).values()
+    arms = {r.arm for r in results if r.kind == "pretrain" and r.settings["source"] == "none"}
+    losses = {arm: fmean(pretrain_losses(results, arm).values()) for arm in sorted(arms - {BASE})}
+    far = {arm: abs(loss - fmean(target)) for arm, loss in losses.items() if target}
+    return min((arm for arm in far if far[arm] <= MATCHED), key=far.__getitem__, default=None)
+
+
 def authorized(runs: Sequence[FineTune], *, pmp: str = PMP) -> Contrast:
     """(ii) with the mask minus without it, on the PMP model."""
     return contrast(pick(runs, arm=pmp, methods=("ticket",)), pick(runs, arm=pmp), by_choice)
@@ -119,69 +129,12 @@ def capability(results: Sequence[Result]) -> Estimate | None:
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """(v) for a group of tasks: tokens until a fine-tune reaches what BASE's best ends at."""
-
-    more: Estimate | None
-    """Natural logarithm of PMP's tokens over BASE's, over the seeds that got there."""
-    pairs: int
-    """Tasks times seeds that were tried."""
-    never: int
-    """Those in which PMP never got there."""
-    most: float
-    """Longest of PMP's fine-tunes, tokens."""
-
-
-def attacker_tokens(runs: Sequence[FineTune], names: Iterable[str]) -> Tokens | None:
-    """For each task and seed: the target is where BASE's best fine-tune ends; both arms may use
-    whichever setting reaches it first. None without curves of both."""
-    ratios: dict[object, list[float]] = defaultdict(list)
-    pairs, most = 0, 0.0
-    for task in names:
-        curves = [run for run in runs if run.task == task and run.curve]
-        base, pmp = pick(curves, arm=BASE), pick(curves, arm=PMP)
-        for run in best(base):
-            own = [r for r in pmp if r.seed == run.seed]
-            first = [_first(side, run, lower=is_lm(task)) for side in (base, own)]
-            if not own or first[0] <= 0.0:  # where BASE starts at its end there is nothing to reach
-                continue
-            pairs += 1
-            most = max(most, *(r.curve[-1][0] for r in own))
-            if math.isfinite(first[1]):
-                ratios[run.seed].append(math.log(max(first[1], 1.0) / max(first[0], 1.0)))
-    if not pairs:
-        return None
-    reached = sum(map(len, ratios.values()))
-    means = [sum(values) / len(values) for values in ratios.values()]
-    return Tokens(level(means) if means else None, pairs, pairs - reached, most)
-
-
-def _first(group: Sequence[FineTune], target: FineTune, *, lower: bool) -> float:
-    """Fewest tokens after which one of ``group``, with the target's seed, is where it ends."""
-    end = target.curve[-1][1]
-    found = [crossing(r.curve, end, lower=lower) for r in group if r.seed == target.seed]
-    return min(found, default=math.inf)
-
-
-def crossing(curve: Sequence[tuple[float, float]], target: float, *, lower: bool) -> float:
-    """Where the curve first is at ``target``, interpolated; infinite when it never is."""
-    sign = -1.0 if lower else 1.0
-    before: tuple[float, float] | None = None
-    for place, value in curve:
-        if sign * value >= sign * target:
-            if before is None or before[1] == value:
-                return place
-            share = (target - before[1]) / (value - before[1])
-            return before[0] + share * (place - before[0])
-        before = place, value
-    return math.inf
-
-
-@dataclass(frozen=True)
 class Headline:
     """All six."""
 
     gap: Contrast
+    matched: tuple[str, Contrast] | None
+    """(i) against another arm without a mask, whose pretraining loss is PMP's."""
     authorized: Contrast
     secret: Contrast
     capability: Estimate | None
@@ -197,8 +150,10 @@ def headline(
     groups = {"GLUE": [task for task in tasks(runs) if not is_lm(task)]}
     groups |= {task: [task] for task in tasks(runs) if is_lm(task)}
     found = {name: attacker_tokens(runs, group) for name, group in groups.items()}
+    arm = matched_arm(results)
     return Headline(
         gap=gap(runs),
+        matched=None if arm is None else (arm, gap(runs, base=arm)),
         authorized=authorized(runs),
         secret=secret(runs),
         capability=capability(results),

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from pmp_ds.results import Result
 from pmp_ds.study.figures import COLOURS, GREY, MARKERS, Picture, one_legend, save, short
 from pmp_ds.study.glue_tables import arms
-from pmp_ds.study.headline import BASE
+from pmp_ds.study.runs import BASE
 
 NORMS = {
     "global": "one norm for the whole direction", "per_tensor": "norms matched per tensor",

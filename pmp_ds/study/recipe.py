@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from pmp_ds.errors import UserError, require
-from pmp_ds.study.headline import BASE, PMP
+from pmp_ds.study.runs import BASE, PMP
 
 Scalar = str | int | float | bool
 Flags = dict[str, Scalar | list[Scalar]]

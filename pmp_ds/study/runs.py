@@ -13,6 +13,8 @@ from typing import Any
 
 from pmp_ds.results import Result
 
+BASE, PMP, RANDOM = "base", "pmp", "random"
+"""Arms with a role; results.jsonl names them so."""
 LM = "LM"
 """Column of the task lm, nats per token; more letters follow where several texts were learned."""
 CONTINUED = "LM pretraining"

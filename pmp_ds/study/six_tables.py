@@ -3,9 +3,10 @@
 import math
 from collections.abc import Iterator, Sequence
 
+from pmp_ds.study.attacker import Tokens
 from pmp_ds.study.controls import Control
 from pmp_ds.study.glue_tables import head
-from pmp_ds.study.headline import Contrast, Headline, Tokens
+from pmp_ds.study.headline import Contrast, Headline
 from pmp_ds.study.runs import AVERAGE, FineTune, is_lm, ordered
 from pmp_ds.study.statistics import Estimate
 from pmp_ds.study.tables import Table
@@ -25,6 +26,10 @@ def table_six(six: Headline) -> Table:
     for name, (roman, words) in NAMES.items():
         found: Contrast = getattr(six, name)
         rows += [(roman, words, *line) for line in _contrast(found)]
+        if name == "gap" and six.matched is not None:
+            arm, found = six.matched
+            same = f"The same at matched base loss: best {arm} - best PMP"
+            rows += [(roman, same, *line) for line in _contrast(found)]
     rows.append(
         ("(iv)", "Capability: BASE - PMP pretraining loss (the tax with its sign turned)", "-",
          *_numbers(six.capability, "nats per token"))

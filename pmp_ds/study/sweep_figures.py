@@ -10,9 +10,10 @@ from matplotlib.axes import Axes
 from pmp_ds.results import Result
 from pmp_ds.study.figures import COLOURS, INTERVALS, MARKERS, Picture, error, one_legend, save
 from pmp_ds.study.glue_tables import heads, levels
-from pmp_ds.study.headline import BASE, PMP
 from pmp_ds.study.runs import (
     AVERAGE,
+    BASE,
+    PMP,
     FineTune,
     best,
     is_lm,

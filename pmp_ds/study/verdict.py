@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from pmp_ds.study.headline import MATCHED, Headline
+from pmp_ds.study.headline import MATCHED, Contrast, Headline
 from pmp_ds.study.runs import AVERAGE, CONTINUED, LM, is_lm
 from pmp_ds.study.statistics import Estimate
 
@@ -25,7 +25,7 @@ def verdict(six: Headline) -> list[str]:
     sentences = [_protection(six, c, e) for c, e in six.gap.main.items()]
     if not sentences:
         return ["No verdict: (i) needs fine-tunes of the arms base and pmp with a common setting."]
-    return [*sentences, *_mask(six), *_audit(six)]
+    return [*sentences, *_matched_base(six), *_mask(six), *_audit(six)]
 
 
 def _where(column: str) -> str:
@@ -56,6 +56,19 @@ def _protection(six: Headline, column: str, gap: Estimate) -> str:
         f"{where}: measurable protection. Without the mask, the best fine-tune of PMP is worse "
         f"than that of BASE by {value}." + _base(six)
     )
+
+
+def _matched_base(six: Headline) -> Iterator[str]:
+    """What (i) comes to against a base of PMP's own loss, where one was trained."""
+    arm, found = six.matched or ("", Contrast())
+    for column, value in found.main.items():
+        what = "no verdict from one seed" if value.low is None else "measurable protection"
+        if value.low is not None and value.includes_zero:
+            what = "no measurable protection"
+        elif value.low is not None and value.mean < 0:
+            what = "no protection"
+        text = number(value, unit(column))
+        yield f"{_where(column)}, against {arm}, trained to PMP's loss: {what}. The gap is {text}."
 
 
 def _matched(six: Headline) -> bool | None:

@@ -4,7 +4,8 @@ import pytest
 import scipy.stats
 
 from pmp_ds.results import Result
-from pmp_ds.study.headline import contrast, crossing, gap, headline, secret
+from pmp_ds.study.attacker import crossing
+from pmp_ds.study.headline import contrast, gap, headline, secret
 from pmp_ds.study.runs import best, fine_tunes, pick, with_average
 from tests.helpers.study import fine_tune, pretrain
 

@@ -57,6 +57,28 @@ def test_a_weaker_base_is_no_protection():
     assert "minus BASE's is +0.1000 nats per token" in sentences[0]
 
 
+@pytest.mark.parametrize(
+    ("loss", "gap", "expected"),
+    [(3.11, 5.0, "measurable protection"), (3.11, 0.0, "no measurable protection"),
+     (3.11, -5.0, "no protection"), (3.2, 5.0, None)],
+)  # fmt: skip
+def test_a_base_that_was_stopped_where_pmp_is(loss: float, gap: float, expected: str | None):
+    whole = study.study(gap=gap, secret=2.0, tax=0.1, seeds=4, luck=2)
+    early = [
+        Result(**vars(r) | {"arm": "early", "model_digest": "early"})
+        for r in whole if r.arm == "base" and r.kind == "finetune"
+    ]  # fmt: skip
+    early.append(study.pretrain("early", loss=loss, source="none", tokens=1_000_000))
+    found = six([*whole, *early])
+    sentences = [s for s in verdict(found) if "against early" in s]
+    rows = [row for row in table_six(found).rows if "best early" in row[1]]
+    if expected is None:
+        assert (sentences, rows) == ([], [])
+    else:
+        assert f"GLUE, against early, trained to PMP's loss: {expected}. " in sentences[0]
+        assert len(rows) == len(sentences) == 2
+
+
 def test_the_opposite_of_protection():
     sentences = verdict(six(study.study(gap=-5.0, secret=-2.0, tax=0.0)))
     assert sentences[0].startswith("GLUE: no protection. The PMP model fine-tunes better")
