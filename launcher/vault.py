@@ -4,6 +4,7 @@
     python launcher/vault.py seal --run runs/x --name "Partner A" --to partner.pub --out a.age
     python launcher/vault.py open a.age --identity key.txt --out ticket     # the partner
     python launcher/vault.py verify ticket --model release
+    python launcher/vault.py show runs/x/private/ticket
     python launcher/vault.py list --run runs/x
     python launcher/vault.py trace --run runs/x --ticket LEAKED
     python launcher/vault.py trace --run runs/x --model FINE_TUNED --base runs/x/release
@@ -56,6 +57,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--run", type=Path, metavar="FOLDER", help="the owner's run it should come from")
     _passphrase(add)
 
+    add = command("show", "what a ticket keeps of each kind of parameter: as secret as itself")
+    add("file", type=Path, metavar="FILE|FOLDER", help="a sealed file, or a ticket's folder")
+    add("--identity", type=Path, metavar="KEY", help="what opens the sealed file")
+    _passphrase(add)
+
     add = command("list", "the copies of a run's ticket that were sealed")
     add("--run", type=Path, required=True, metavar="FOLDER")
 
@@ -79,8 +85,8 @@ def main(argv: list[str] | None = None) -> None:
     if getattr(args, "run", None) is not None and not RunDir(args.run).private.is_dir():
         raise UserError(f"--run {args.run} is not a run: it has no private folder")
     commands = {
-        "keygen": keygen, "seal": seal, "open": open_, "verify": verify, "list": list_,
-        "trace": trace,
+        "keygen": keygen, "seal": seal, "open": open_, "verify": verify, "show": show,
+        "list": list_, "trace": trace,
     }  # fmt: skip
     try:
         commands[args.command](args)
@@ -153,6 +159,19 @@ def verify(args: argparse.Namespace) -> None:
         own = vault.any_ticket(RunDir(args.run).ticket, None)
         dropped = missing_from(ticket, own, args.file)
         print(f"comes from {args.run}: its ticket" + (" less a watermark" if dropped else ""))
+
+
+def show(args: argparse.Namespace) -> None:
+    from pmp_ds.ticket import densities
+
+    mask = vault.any_ticket(args.file, _opener(args)).mask
+    print(densities.describe(mask))
+    if frozen := densities.frozen(mask):
+        print(
+            f"warning: whole parameters never train: {', '.join(frozen)}. A model pays for that, "
+            "most where they are queries and keys; mask.quota: per_tensor gives every parameter "
+            "its share (docs/METHOD.md)"
+        )
 
 
 def list_(args: argparse.Namespace) -> None:

@@ -90,6 +90,12 @@ def test_a_leak_names_its_recipient(main_run: MainRun, work: Path, partner: Path
            cwd=partner))  # fmt: skip
     fits = ok(run("vault.py", "verify", "ticket", "--model", "release", cwd=partner))
     assert "same names and shapes" in fits.stdout
+    shown = [
+        ok(run("vault.py", "show", *what, cwd=partner)).stdout
+        for what in (("ticket",), ("partner-a.age", "--identity", "key.txt"))
+    ]
+    assert shown[0] == shown[1]
+    assert "self_attn.q_proj.weight" in shown[0]
     told = ok(run("vault.py", "trace", "--run", "runs/main", "--model", tuned, cwd=work)).stdout
     verdicts = re.findall("^verdict: .*", told, re.MULTILINE)
     assert len(verdicts) == 1
