@@ -29,7 +29,7 @@ examples:
         --ticket partner.age --identity key.txt
   without it: all weights, or LoRA, over a grid of learning rates and seeds
     deepspeed launcher/finetune.py --model runs/demo/release --task sst2 \\
-        --sweep method=full,lora --sweep train.lr=1e-5,1e-4,1e-3 --sweep seed=0,1,2
+        --sweep method=full,lora,lr=1e-5,1e-4,1e-3,epochs=1,3,seed=0,1,2
   next-token prediction on a store made with the model's tokenizer
     deepspeed launcher/finetune.py --model runs/demo/release --task lm \\
         --data.store tokenized_data/novels --train.steps 500"""
@@ -44,7 +44,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "action": "append",
         "default": [],
         "metavar": "SETTING=A,B,...",
-        "help": "run a grid: every combination of these values of any setting; may be repeated",
+        "help": "run a grid: every combination of these values of any settings, as in "
+        "lr=1e-5,1e-4,seed=0,1; may be repeated",
     },
     "--keep-models": {
         "action": "store_true",

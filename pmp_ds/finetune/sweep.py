@@ -2,10 +2,12 @@
 
 import contextlib
 import itertools
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from transformers import logging
 
@@ -27,11 +29,12 @@ WHOLE = ""
 
 
 def grid(sweeps: Sequence[str]) -> dict[str, list[str]]:
-    """`SETTING=A,B` and `SETTING=A` as values by setting. Raises UserError."""
+    """Values by setting, of `SETTING=A,B` or of several at once, `lr=A,B,seed=0,1`. The last part
+    of a setting's name is enough where only one ends so. Raises UserError."""
     found: dict[str, list[str]] = {}
-    for text in (part for given in sweeps for part in given.split(";")):
+    for text in (part for given in sweeps for part in re.split(r"[;,](?=\s*[\w.]+=)", given)):
         name, equals, values = text.strip().partition("=")
-        names = [value.strip() for value in values.split(",")]
+        name, names = _full_name(name), [value.strip() for value in values.split(",")]
         if not equals or not name or "" in names:
             raise UserError(f"--sweep {text!r}: write SETTING=A,B as in train.lr=1e-5,1e-4")
         if name.split(".")[0] in ("run", "guard", "results", "arm"):
@@ -40,6 +43,14 @@ def grid(sweeps: Sequence[str]) -> dict[str, list[str]]:
             raise UserError(f"--sweep {text!r} names a setting or a value twice")
         found[name] = names
     return found
+
+
+def _full_name(name: str) -> str:
+    """`train.lr` of `lr`; what is no setting's last part, or of several, stays as it is."""
+    hints = get_type_hints(FinetuneConfig)
+    inner = [f"{s}.{f.name}" for s in hints if is_dataclass(hints[s]) for f in fields(hints[s])]
+    ending = [known for known in inner if known.partition(".")[2] == name]
+    return ending[0] if len(ending) == 1 and name not in hints else name
 
 
 def cells(grid: Grid) -> dict[str, list[str]]:
