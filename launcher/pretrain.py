@@ -108,10 +108,11 @@ def _run(config: Config, ds_config: dict[str, Any], store: Store | MixedStore, r
         plot_run(run)
         print(
             f"done: ticket of {outcome.num_kept:,} elements of {outcome.num_params:,}, "
-            f"{outcome.complement_changed} elements of the complement changed\n"
-            f"  next: python launcher/export.py --run {run.root}",
-            flush=True,
+            f"{outcome.complement_changed} elements of the complement changed"
         )
+        if config.mask.source != "none":
+            print(f"  what it keeps, for you alone: python launcher/vault.py show {run.ticket}")
+        print(f"  next: python launcher/export.py --run {run.root}", flush=True)
 
 
 if __name__ == "__main__":
