@@ -90,6 +90,8 @@ def main(argv: list[str] | None = None) -> None:
     }  # fmt: skip
     try:
         commands[args.command](args)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}") from None
 

@@ -15,6 +15,10 @@ EXIT_REQUEUE = 75
 """Asked to stop, all is saved: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
 
 
+EXIT_READER_GONE = 141
+"""Who read the output has closed it: as if SIGPIPE had ended the command."""
+
+
 class UserError(ValueError):
     """A mistake the user can mend: names the field or file, the value, and the way out."""
 
@@ -53,6 +57,9 @@ def exit_code(main: Callable[[], None]) -> int:
     except LostRankError as error:
         print(f"fault: rank {rank}: {error}", file=sys.stderr, flush=True)
         return EXIT_FAULT
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the last flush would fail too
+        return EXIT_READER_GONE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -1,6 +1,9 @@
+import subprocess
+import sys
+
 import pytest
 
-from pmp_ds.errors import LostRankError, Stopped, UserError, exit_code
+from pmp_ds.errors import EXIT_READER_GONE, LostRankError, Stopped, UserError, exit_code
 
 
 def raising(error: BaseException):
@@ -56,3 +59,20 @@ def test_fault_is_told_by_every_rank(monkeypatch, capsys):
 
 def test_user_error_is_a_value_error():
     assert issubclass(UserError, ValueError)
+
+
+def test_a_reader_that_has_seen_enough():
+    """`inspect | head` ends in silence."""
+    code = (
+        "from pmp_ds.errors import exit_code\n"
+        "def main():\n    while True: print('line', flush=True)\n"
+        "raise SystemExit(exit_code(main))"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        assert writer.stderr is not None
+        assert writer.stdout.readline() == b"line\n"
+        writer.stdout.close()
+        assert writer.stderr.read() == b""
+        assert writer.wait(30) == EXIT_READER_GONE
