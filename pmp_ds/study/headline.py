@@ -67,6 +67,9 @@ def contrast(
     chosen, missing = {}, []
     for task in tasks([*a, *b]):
         own = [[run for run in side if run.task == task] for side in (a, b)]
+        shared = {run.model for run in own[0]} & {run.model for run in own[1]}
+        if shared:  # two ways to fine-tune the same models, some of which a side may lack
+            own = [[run for run in side if run.model in shared] for side in own]
         grid = cells(own[0], key).keys() & cells(own[1], key).keys()
         picked = [best(side, grid, key, primary=primary) for side in own]
         if not all(picked):

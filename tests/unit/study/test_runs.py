@@ -96,6 +96,14 @@ def test_two_methods_on_the_same_models_are_paired_run_by_run():
     assert found.mean == pytest.approx(3.5)
 
 
+def test_a_model_that_one_method_lacks_is_left_out_of_the_pairs():
+    runs = fine_tunes([*of_models("pmp", "ticket", {"p": 0.5}),
+                       *of_models("pmp", "random", {"p": 0.45, "p2": 0.58})])  # fmt: skip
+    found = secret(runs).estimates["SST-2"]
+    assert (found.n, found.paired) == (3, True)
+    assert found.mean == pytest.approx(5.0)
+
+
 def test_average_is_over_complete_seeds_and_leaves_losses_out():
     found = with_average({
         "CoLA": {("", 0): 0.5, ("", 1): 0.7}, "RTE": {("", 0): 0.7}, "LM": {("", 0): -3.0}
