@@ -26,8 +26,10 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.common import hardware, print_figure
-from pmp_ds.data.arrow_store import SHARD_BLOCKS, Blocks, Store, write_manifest, write_shard
+from pmp_ds.data.arrow_store import SHARD_BLOCKS, Store, write_shard
+from pmp_ds.data.blocks import Blocks
 from pmp_ds.data.loader import BlockLoader, order_key
+from pmp_ds.data.manifest import write_manifest
 
 BATCH, BLOCK, VOCAB = 32, 256, 32_000
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from pmp_ds.cli import PlainParser, parse
 from pmp_ds.data import nodes
-from pmp_ds.data.arrow_store import SPLITS, Store
+from pmp_ds.data.arrow_store import Store
+from pmp_ds.data.manifest import SPLITS
 from pmp_ds.data.merge import merge_stores
 from pmp_ds.data.prepare import prepare
 from pmp_ds.data.prepare_config import PrepareConfig

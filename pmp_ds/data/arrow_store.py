@@ -1,38 +1,23 @@
-"""The packed store on disk: Arrow shards, a manifest, and readers that trust the manifest alone.
+"""The packed store on disk: Arrow shards, mapped and checked against the manifest.
 
 The format is described in tokenized_data/README.md. Imports without torch.
 """
 
 import hashlib
-import json
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
-from pmp_ds.data.readahead import will_need
+from pmp_ds.data.blocks import Blocks, Tokens
+from pmp_ds.data.manifest import AGAIN, COLUMN, MUST_AGREE, SPLITS, dataset_id, read_manifest
 from pmp_ds.errors import UserError
-from pmp_ds.run_dir import atomic_path, write_json
+from pmp_ds.run_dir import atomic_path
 
-FORMAT = "pmp-ds packed tokens"
-FORMAT_VERSION = 1
-SPLITS = ("train", "validation")
-COLUMN = "input_ids"
-MUST_AGREE = ("block_size", "dtype", "vocab_size", "eos_id", "bos_id")
-"""What stores that are read together have in common, beside the tokenizer."""
 SHARD_BLOCKS = 1 << 18
 """Most blocks in one shard: 128 MiB of 256 uint16 tokens."""
-
-Tokens = npt.NDArray[np.unsignedinteger]
-
-COLD_SECONDS = 5e-6
-"""A block that takes longer came from a disk (10 to 100 microseconds), not from memory (one)."""
-
-_AGAIN = "run launcher/prepare_data.py again (delete the folder first)"
 
 
 def write_shard(
@@ -77,123 +62,6 @@ class _Hashed:
         self._file.flush()
 
 
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Complete the store: the files `datasets` wants, then ``manifest.json`` with its dataset id.
-
-    ``manifest`` needs ``splits`` (shards as ``write_shard`` returns them), ``block_size``,
-    ``dtype``, ``vocab_size``, ``eos_id``, ``tokenizer`` and ``unigram_cross_entropy``; a ``bos_id``
-    where one leads every document.
-    """
-    dataset_id = _dataset_id(manifest)
-    item = {"dtype": manifest["dtype"], "_type": "Value"}
-    features = {COLUMN: {"feature": item, "length": manifest["block_size"], "_type": "List"}}
-    for split in SPLITS:
-        shards = manifest["splits"][split]["shards"]
-        state: dict[str, Any] = {
-            "_data_files": [{"filename": Path(shard["file"]).name} for shard in shards],
-            "_fingerprint": hashlib.sha256(f"{dataset_id}:{split}".encode()).hexdigest()[:16],
-            "_format_columns": None,
-            "_format_kwargs": {},
-            "_format_type": None,
-            "_output_all_columns": False,
-            "_split": split,
-        }
-        write_json(folder / split / "state.json", state)
-        write_json(folder / split / "dataset_info.json", {"features": features})
-    write_json(folder / "dataset_dict.json", {"splits": list(SPLITS)})
-    write_json(
-        folder / "manifest.json",
-        {
-            **manifest,
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "dataset_id": dataset_id,
-        },
-    )
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a store; UserError when there is none or this version cannot read it."""
-    path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        what = "has no manifest.json" if folder.is_dir() else "does not exist"
-        raise UserError(
-            f"the data folder {folder} {what}: it is not a complete store; make it with "
-            f"`python launcher/prepare_data.py --out {folder}`"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): {_AGAIN}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(f"{path} is not the manifest of a packed store: {_AGAIN}")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format version {manifest.get('format_version')}, this program reads "
-            f"{FORMAT_VERSION}: {_AGAIN}, or use the version of pmp-ds that wrote it"
-        )
-    return manifest
-
-
-class Blocks:
-    """The blocks of one split, mapped from its shards without a copy."""
-
-    def __init__(
-        self,
-        views: list[Tokens],  # each (rows, block_size)
-    ) -> None:
-        self.views = views
-        """The blocks of every shard in order, each ``(rows, block_size)``, read-only."""
-        self._ends = np.cumsum([len(view) for view in views])
-        self._starts = self._ends - [len(view) for view in views]
-        self.block_size: int = views[0].shape[1]
-        self._cold = False
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def gather(
-        self,
-        indices: npt.NDArray[np.integer],  # (n,)
-    ) -> Tokens:
-        """Copy these blocks, in this order, into one ``(n, block_size)`` array.
-
-        Raises IndexError for an index outside ``[0, len(self))``.
-        """
-        if len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):
-            raise IndexError(f"block index outside [0, {len(self)})")
-        out = np.empty((len(indices), self.block_size), self.views[0].dtype)
-        clock = time.perf_counter()
-        wanted = list(self._by_shard(indices))
-        if self._cold:
-            for view, _, rows in wanted:
-                will_need(view, rows)
-        for view, here, rows in wanted:
-            out[here] = view[rows]
-        self._cold = time.perf_counter() - clock > COLD_SECONDS * len(indices)
-        return out
-
-    def _by_shard(
-        self, indices: npt.NDArray[np.integer]
-    ) -> Iterator[tuple[Tokens, npt.NDArray[np.integer], npt.NDArray[np.integer]]]:
-        """Of each shard concerned: its blocks, where in ``indices`` it is meant, and its rows."""
-        shards = np.searchsorted(self._ends, indices, side="right")
-        order = np.argsort(shards, kind="stable")
-        cuts = np.searchsorted(shards, np.arange(len(self.views) + 1), sorter=order)
-        for shard in np.flatnonzero(np.diff(cuts)):
-            here = order[cuts[shard] : cuts[shard + 1]]
-            yield self.views[shard], here, indices[here] - self._starts[shard]
-
-    def largest(self) -> list[int]:
-        """The largest id of every shard; reads all of them."""
-        return [int(view.max()) for view in self.views]
-
-    def gather_ref(self, indices: npt.NDArray[np.integer]) -> Tokens:
-        """What ``gather`` does, block by block."""
-        everything = [block for view in self.views for block in view]
-        return np.stack([everything[i] for i in indices])
-
-
 class Store:
     """An opened store; ``open`` is the only way to get one."""
 
@@ -219,7 +87,7 @@ class Store:
                 store._splits[split] = Blocks([store._map(shard) for shard in shards])
         except (KeyError, TypeError, IndexError) as error:
             raise UserError(
-                f"{folder / 'manifest.json'} is damaged ({error!r}): {_AGAIN}"
+                f"{folder / 'manifest.json'} is damaged ({error!r}): {AGAIN}"
             ) from error
         if verify:
             store._check_content()
@@ -301,17 +169,17 @@ class Store:
             _damaged(path, "its content changed since it was written (sha256 differs)")
 
     def _check_content(self) -> None:
-        if self.manifest["dataset_id"] != _dataset_id(self.manifest):
+        if self.manifest["dataset_id"] != dataset_id(self.manifest):
             raise UserError(
                 f"{self.folder / 'manifest.json'} was altered (its dataset_id does not match): "
-                f"{_AGAIN}"
+                f"{AGAIN}"
             )
         for name, digest in self.manifest["tokenizer"].get("files", {}).items():
             path = self.tokenizer_dir / name
             if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
                 raise UserError(
                     f"tokenizer file {path} is missing or was changed since the text was "
-                    f"tokenized with it: put it back, or {_AGAIN}"
+                    f"tokenized with it: put it back, or {AGAIN}"
                 )
         for split in SPLITS:
             shards = self.manifest["splits"][split]["shards"]
@@ -354,24 +222,4 @@ def _check_size(path: Path, num_bytes: int) -> None:
 
 
 def _damaged(path: Path, what: str) -> NoReturn:
-    raise UserError(f"data shard {path} is damaged: {what}; {_AGAIN}")
-
-
-def _dataset_id(manifest: Mapping[str, Any]) -> str:
-    content: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "block_size": manifest["block_size"],
-        "dtype": manifest["dtype"],
-        "vocab_size": manifest["vocab_size"],
-        "eos_id": manifest["eos_id"],
-        "tokenizer": manifest["tokenizer"]["fingerprint"],
-        "shards": {
-            split: [
-                (shard["rows"], shard["sha256"]) for shard in manifest["splits"][split]["shards"]
-            ]
-            for split in SPLITS
-        },
-    }
-    if manifest.get("bos_id") is not None:
-        content["bos_id"] = manifest["bos_id"]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    raise UserError(f"data shard {path} is damaged: {what}; {AGAIN}")

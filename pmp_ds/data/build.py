@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from pmp_ds.data.arrow_store import SPLITS, read_manifest, write_manifest
 from pmp_ds.data.corpus import EmptySplit, Rejects, Source, Unit, group_units
 from pmp_ds.data.encoder import Encoder, EncoderSpec, choose_engine
+from pmp_ds.data.manifest import SPLITS, read_manifest, write_manifest
 from pmp_ds.data.packing import token_dtype
 from pmp_ds.data.prepare_config import PrepareConfig
 from pmp_ds.data.readers import read_texts

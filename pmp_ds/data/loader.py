@@ -23,7 +23,7 @@ _CHUNK_BLOCKS = 2048  # one gather of many blocks costs far less than many of on
 
 
 class BlockSource(Protocol):
-    """What the loader reads: ``arrow_store.Blocks`` or anything like it."""
+    """What the loader reads: ``blocks.Blocks`` or anything like it."""
 
     def __len__(self) -> int: ...
 

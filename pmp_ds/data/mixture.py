@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pmp_ds.data.arrow_store import Blocks
+from pmp_ds.data.blocks import Blocks
 from pmp_ds.data.loader import BlockSource, permute, shuffled
 from pmp_ds.errors import UserError
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from pmp_ds.data.arrow_store import SPLITS, Store
+from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.build import (
     complete_store,
     packing_job,
@@ -28,6 +28,7 @@ from pmp_ds.data.build import (
 )
 from pmp_ds.data.corpus import Rejects, Unfinished, Unit, group_units
 from pmp_ds.data.encoder import Encoder
+from pmp_ds.data.manifest import SPLITS
 from pmp_ds.data.prepare import ready_tokenizer, summarize
 from pmp_ds.data.prepare_config import PrepareConfig
 from pmp_ds.data.saved_tokenizer import about_saved

@@ -21,9 +21,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pmp_ds.data.arrow_store import FORMAT_VERSION, SPLITS, Store, read_manifest
+from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.corpus import EmptySplit, Source, StreamOptions, Unfinished
 from pmp_ds.data.inputs import find_sources
+from pmp_ds.data.manifest import FORMAT_VERSION, SPLITS, read_manifest
 from pmp_ds.data.prepare_config import PrepareConfig
 from pmp_ds.data.tokenizer import Tokenizer, load_tokenizer
 from pmp_ds.errors import UserError

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pmp_ds.data.arrow_store import SPLITS, Store
+from pmp_ds.data.arrow_store import Store
+from pmp_ds.data.manifest import SPLITS
 from pmp_ds.data.summary import separators
 
 _CHUNK_BLOCKS = 1 << 14

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pmp_ds.data.arrow_store import SPLITS
+from pmp_ds.data.manifest import SPLITS
 
 
 def separators(manifest: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from pmp_ds import dist
 from pmp_ds.config import Config
-from pmp_ds.data.arrow_store import Blocks
+from pmp_ds.data.blocks import Blocks
 from pmp_ds.data.loader import BlockLoader
 from pmp_ds.data.mixture import InTurn
 from pmp_ds.errors import Stopped

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from pmp_ds.data.arrow_store import write_manifest, write_shard
+from pmp_ds.data.arrow_store import write_shard
+from pmp_ds.data.manifest import write_manifest
 
 T = 4
 

@@ -46,6 +46,7 @@ WITHOUT_TORCH = (
     "pmp_ds.data.corpus",
     "pmp_ds.data.packing",
     "pmp_ds.data.arrow_store",
+    "pmp_ds.data.manifest",
     "pmp_ds.glue.read",
     "pmp_ds.glue.metrics",
 )

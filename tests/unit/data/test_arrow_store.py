@@ -12,8 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pmp_ds.data import arrow_store, readahead
-from pmp_ds.data.arrow_store import SPLITS, Blocks, Store, write_manifest, write_shard
+from pmp_ds.data import blocks as blocks_module
+from pmp_ds.data import readahead
+from pmp_ds.data.arrow_store import Store, write_shard
+from pmp_ds.data.blocks import Blocks
+from pmp_ds.data.manifest import SPLITS, write_manifest
 from pmp_ds.errors import UserError
 from tests.helpers.stores import write_store
 
@@ -224,10 +227,10 @@ def test_cold_blocks_are_asked_for_together(tmp_path: Path, monkeypatch: pytest.
         asked.append((view, rows))
         readahead.will_need(view, rows)
 
-    monkeypatch.setattr(arrow_store, "will_need", will_need)
+    monkeypatch.setattr(blocks_module, "will_need", will_need)
     indices = np.array([299_999, 7, 210_000])
     for seconds, calls in ((0.0, 0), (1e9, 2), (0.0, 2)):  # slow, slow before it, fast before it
-        monkeypatch.setattr(arrow_store, "COLD_SECONDS", seconds)
+        monkeypatch.setattr(blocks_module, "COLD_SECONDS", seconds)
         assert blocks.gather(indices)[:, 0].tolist() == indices.tolist()
         assert len(asked) == calls
     for view, rows in asked:

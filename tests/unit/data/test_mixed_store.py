@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pmp_ds.data.arrow_store import Blocks, Store
+from pmp_ds.data.arrow_store import Store
+from pmp_ds.data.blocks import Blocks
 from pmp_ds.data.loader import order_key
 from pmp_ds.data.mixed_store import MixedStore, open_data
 from pmp_ds.data.mixture import InTurn

@@ -13,11 +13,12 @@ import datasets
 import numpy as np
 import pytest
 
-from pmp_ds.data import arrow_store, build, saved_tokenizer
+from pmp_ds.data import build, saved_tokenizer
 from pmp_ds.data import prepare as module
 from pmp_ds.data import units as units_module
-from pmp_ds.data.arrow_store import SPLITS, Store
+from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.inputs import find_sources
+from pmp_ds.data.manifest import SPLITS, read_manifest
 from pmp_ds.data.packing import is_validation, pack_ref
 from pmp_ds.data.prepare import prepare
 from pmp_ds.data.prepare_config import PrepareConfig
@@ -285,4 +286,4 @@ def test_uint32_above_65536_ids(corpus: Path, monkeypatch: pytest.MonkeyPatch):
     narrow = prepare(config(corpus, out=str(corpus.parent / "narrow")))
     assert wide.manifest["dtype"] == "uint32"
     assert read_all(wide.folder) == read_all(narrow.folder)
-    assert arrow_store.read_manifest(narrow.folder)["dtype"] == "uint16"
+    assert read_manifest(narrow.folder)["dtype"] == "uint16"

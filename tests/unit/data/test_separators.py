@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from pmp_ds.data.arrow_store import SPLITS, Store
+from pmp_ds.data.arrow_store import Store
+from pmp_ds.data.manifest import SPLITS
 from pmp_ds.data.merge import merge_stores
 from pmp_ds.data.packing import is_validation, pack_ref
 from pmp_ds.data.prepare import prepare

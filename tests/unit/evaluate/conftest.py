@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from pmp_ds.data.arrow_store import write_manifest, write_shard
+from pmp_ds.data.arrow_store import write_shard
+from pmp_ds.data.manifest import write_manifest
 from pmp_ds.data.tokenizer import train_tokenizer
 from pmp_ds.evaluate.subject import Subject
 from pmp_ds.ticket.mask import ParamMask, pack

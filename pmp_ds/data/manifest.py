@@ -1,0 +1,102 @@
+"""The manifest of a packed store, and the files that make the store one of `datasets` as well.
+
+Nothing in the folder is trusted but what the manifest names. tokenized_data/README.md describes the
+format.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pmp_ds.errors import UserError
+from pmp_ds.run_dir import write_json
+
+FORMAT = "pmp-ds packed tokens"
+FORMAT_VERSION = 1
+SPLITS = ("train", "validation")
+COLUMN = "input_ids"
+MUST_AGREE = ("block_size", "dtype", "vocab_size", "eos_id", "bos_id")
+"""What stores that are read together have in common, beside the tokenizer."""
+AGAIN = "run launcher/prepare_data.py again (delete the folder first)"
+"""What helps against a damaged store."""
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Complete the store: the files `datasets` wants, then ``manifest.json`` with its dataset id.
+
+    ``manifest`` needs ``splits`` (shards as ``write_shard`` returns them), ``block_size``,
+    ``dtype``, ``vocab_size``, ``eos_id``, ``tokenizer`` and ``unigram_cross_entropy``; a ``bos_id``
+    where one leads every document.
+    """
+    identity = dataset_id(manifest)
+    item = {"dtype": manifest["dtype"], "_type": "Value"}
+    features = {COLUMN: {"feature": item, "length": manifest["block_size"], "_type": "List"}}
+    for split in SPLITS:
+        shards = manifest["splits"][split]["shards"]
+        state: dict[str, Any] = {
+            "_data_files": [{"filename": Path(shard["file"]).name} for shard in shards],
+            "_fingerprint": hashlib.sha256(f"{identity}:{split}".encode()).hexdigest()[:16],
+            "_format_columns": None,
+            "_format_kwargs": {},
+            "_format_type": None,
+            "_output_all_columns": False,
+            "_split": split,
+        }
+        write_json(folder / split / "state.json", state)
+        write_json(folder / split / "dataset_info.json", {"features": features})
+    write_json(folder / "dataset_dict.json", {"splits": list(SPLITS)})
+    write_json(
+        folder / "manifest.json",
+        {
+            **manifest,
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "dataset_id": identity,
+        },
+    )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a store; UserError when there is none or this version cannot read it."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        what = "has no manifest.json" if folder.is_dir() else "does not exist"
+        raise UserError(
+            f"the data folder {folder} {what}: it is not a complete store; make it with "
+            f"`python launcher/prepare_data.py --out {folder}`"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): {AGAIN}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(f"{path} is not the manifest of a packed store: {AGAIN}")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {manifest.get('format_version')}, this program reads "
+            f"{FORMAT_VERSION}: {AGAIN}, or use the version of pmp-ds that wrote it"
+        )
+    return manifest
+
+
+def dataset_id(manifest: Mapping[str, Any]) -> str:
+    """sha256 over everything that decides which tokens are where."""
+    content: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "block_size": manifest["block_size"],
+        "dtype": manifest["dtype"],
+        "vocab_size": manifest["vocab_size"],
+        "eos_id": manifest["eos_id"],
+        "tokenizer": manifest["tokenizer"]["fingerprint"],
+        "shards": {
+            split: [
+                (shard["rows"], shard["sha256"]) for shard in manifest["splits"][split]["shards"]
+            ]
+            for split in SPLITS
+        },
+    }
+    if manifest.get("bos_id") is not None:
+        content["bos_id"] = manifest["bos_id"]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
