@@ -9,18 +9,16 @@ import contextlib
 import gc
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from pmp_ds.data import fast_tokenizer
 from pmp_ds.data.encoder import Encoder, EncoderSpec, Ids
 from pmp_ds.data.spm import fast_from_sentencepiece, parse_model, train_model
 from pmp_ds.errors import UserError
-from pmp_ds.run_dir import write_json
 
 MODEL_FILE = "tokenizer.model"
-_EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[EOS]")
 
 
 class Tokenizer(Protocol):
@@ -80,7 +78,7 @@ def load_tokenizer(path: str) -> Tokenizer:
         )
     if where.suffix == ".model":
         return SentencePieceTokenizer(where.read_bytes(), path)
-    return HuggingFaceTokenizer(_load_huggingface(where), path)
+    return HuggingFaceTokenizer(fast_tokenizer.load(where), path)
 
 
 class HuggingFaceTokenizer:
@@ -112,7 +110,7 @@ class HuggingFaceTokenizer:
             }
         )
         description.update(truncation=None, padding=None, post_processor=None)
-        plain = json.dumps(_without_special(description, self.special_tokens))
+        plain = json.dumps(fast_tokenizer.without_special(description, self.special_tokens))
         self.encoder = Encoder(
             EncoderSpec(
                 library="tokenizers",
@@ -126,7 +124,7 @@ class HuggingFaceTokenizer:
         return self.encoder.reference(texts)
 
     def save_pretrained(self, folder: Path) -> None:
-        _save(self._tokenizer, folder)
+        fast_tokenizer.save(self._tokenizer, folder)
         if self._model is not None:
             (folder / MODEL_FILE).write_bytes(self._model)
 
@@ -186,7 +184,7 @@ class SentencePieceTokenizer:
         return self.encoder.reference(texts)
 
     def save_pretrained(self, folder: Path) -> None:
-        _save(_wrap(self._converted, self._proto), folder)
+        fast_tokenizer.save(fast_tokenizer.wrap(self._converted, self._proto), folder)
         (folder / MODEL_FILE).write_bytes(self._model)
 
 
@@ -198,109 +196,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TrainedTokenizer:
     """
     model = train_model(texts, vocab_size)
     proto = parse_model(model)
-    wrapped = _wrap(fast_from_sentencepiece(proto), proto)
+    wrapped = fast_tokenizer.wrap(fast_from_sentencepiece(proto), proto)
     return TrainedTokenizer(wrapped, "trained on the input", model)
 
 
 def load_trained(folder: Path) -> TrainedTokenizer:
     """The trained tokenizer that ``save_pretrained`` wrote to ``folder``."""
     model = (folder / MODEL_FILE).read_bytes()
-    return TrainedTokenizer(_load_huggingface(folder), str(folder), model)
-
-
-def _load_huggingface(where: Path) -> Any:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    folder = where if where.is_dir() else where.parent
-    try:
-        if where.is_dir() or (folder / "tokenizer_config.json").exists():
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        else:
-            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(where))
-            number = tokenizer.backend_tokenizer.token_to_id
-            names = [name for name in _EOS_NAMES if number(name) is not None]
-            if len(names) == 1:
-                tokenizer.eos_token = names[0]
-    except Exception as error:  # whatever transformers raises for a folder it cannot read
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise UserError(
-            f"tokenizer {where} cannot be read: {reason}; name a folder that "
-            "AutoTokenizer.from_pretrained reads, or a sentencepiece .model file"
-        ) from error
-    if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise UserError(
-            f"tokenizer {where} is not a fast tokenizer (it has no tokenizer.json); convert it "
-            "with transformers first"
-        )
-    return tokenizer
-
-
-def _without_special(description: dict[str, Any], special: dict[str, int]) -> dict[str, Any]:
-    """The same tokenizer.json with every special token renamed to something no text can contain.
-
-    The ids stay. `encode_special_tokens` is not enough: a Unigram, WordLevel or WordPiece
-    vocabulary holds `</s>` as an ordinary entry and finds it in text.
-    """
-    secret = os.urandom(16).hex()  # a document cannot guess it
-    renamed = {token: f"\U0010ffff{secret}:{index}" for token, index in special.items()}
-    model = dict(description["model"])
-    if isinstance(model["vocab"], dict):
-        model["vocab"] = {renamed.get(t, t): index for t, index in model["vocab"].items()}
-    else:  # Unigram
-        model["vocab"] = [[renamed.get(t, t), score] for t, score in model["vocab"]]
-    if model.get("merges"):
-        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-        model["merges"] = [
-            [left, right]
-            for left, right in pairs
-            if left not in renamed and right not in renamed and left + right not in renamed
-        ]
-    if model.get("unk_token") in renamed:
-        model["unk_token"] = renamed[model["unk_token"]]
-    added = [
-        token | {"content": renamed.get(token["content"], token["content"])}
-        for token in description["added_tokens"]
-    ]
-    return description | {"model": model, "added_tokens": added}
+    return TrainedTokenizer(fast_tokenizer.load(folder), str(folder), model)
 
 
 def _marked(names: Iterable[str]) -> tuple[str, ...]:
     """Runs of spaces that a tokenizer adds as tokens are everywhere; only others are a mark."""
     return tuple(sorted({name for name in names if name.strip()}))
-
-
-def _wrap(fast: Any, proto: Any) -> Any:
-    """The `transformers` tokenizer around a converted sentencepiece model."""
-    from transformers import PreTrainedTokenizerFast
-
-    spec = proto.trainer_spec
-    names = {
-        f"{role}_token": proto.pieces[index].piece
-        for role, index in (
-            ("unk", spec.unk_id),
-            ("bos", spec.bos_id),
-            ("eos", spec.eos_id),
-            ("pad", spec.pad_id),
-        )
-        if 0 <= index < len(proto.pieces)
-    }
-    return PreTrainedTokenizerFast(
-        tokenizer_object=fast,
-        clean_up_tokenization_spaces=False,
-        add_prefix_space=proto.normalizer_spec.add_dummy_prefix,  # read by llama.cpp's converter
-        **names,
-    )
-
-
-def _save(tokenizer: Any, folder: Path) -> None:
-    """`save_pretrained` under the class name that older versions of `transformers` know too."""
-    tokenizer.save_pretrained(str(folder))
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    if settings.get("tokenizer_class") == "TokenizersBackend":
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    write_json(path, settings)
 
 
 def _fingerprint(content: dict[str, Any]) -> str:

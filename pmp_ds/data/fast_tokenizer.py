@@ -1,0 +1,105 @@
+"""Fast tokenizers of `transformers`: read, made, rewritten and saved."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pmp_ds.errors import UserError
+from pmp_ds.run_dir import write_json
+
+_EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[EOS]")
+
+
+def load(where: Path) -> Any:
+    """A fast tokenizer: a folder that ``AutoTokenizer`` reads, or a ``tokenizer.json`` alone.
+
+    Raises UserError when it cannot be read or is no fast one.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    folder = where if where.is_dir() else where.parent
+    try:
+        if where.is_dir() or (folder / "tokenizer_config.json").exists():
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        else:
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(where))
+            number = tokenizer.backend_tokenizer.token_to_id
+            names = [name for name in _EOS_NAMES if number(name) is not None]
+            if len(names) == 1:
+                tokenizer.eos_token = names[0]
+    except Exception as error:  # whatever transformers raises for a folder it cannot read
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise UserError(
+            f"tokenizer {where} cannot be read: {reason}; name a folder that "
+            "AutoTokenizer.from_pretrained reads, or a sentencepiece .model file"
+        ) from error
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise UserError(
+            f"tokenizer {where} is not a fast tokenizer (it has no tokenizer.json); convert it "
+            "with transformers first"
+        )
+    return tokenizer
+
+
+def wrap(fast: Any, proto: Any) -> Any:
+    """The `transformers` tokenizer around a converted sentencepiece model."""
+    from transformers import PreTrainedTokenizerFast
+
+    spec = proto.trainer_spec
+    names = {
+        f"{role}_token": proto.pieces[index].piece
+        for role, index in (
+            ("unk", spec.unk_id),
+            ("bos", spec.bos_id),
+            ("eos", spec.eos_id),
+            ("pad", spec.pad_id),
+        )
+        if 0 <= index < len(proto.pieces)
+    }
+    return PreTrainedTokenizerFast(
+        tokenizer_object=fast,
+        clean_up_tokenization_spaces=False,
+        add_prefix_space=proto.normalizer_spec.add_dummy_prefix,  # read by llama.cpp's converter
+        **names,
+    )
+
+
+def save(tokenizer: Any, folder: Path) -> None:
+    """`save_pretrained` under the class name that older versions of `transformers` know too."""
+    tokenizer.save_pretrained(str(folder))
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    write_json(path, settings)
+
+
+def without_special(description: dict[str, Any], special: dict[str, int]) -> dict[str, Any]:
+    """The same tokenizer.json with every special token renamed to something no text can contain.
+
+    The ids stay. `encode_special_tokens` is not enough: a Unigram, WordLevel or WordPiece
+    vocabulary holds `</s>` as an ordinary entry and finds it in text.
+    """
+    secret = os.urandom(16).hex()  # a document cannot guess it
+    renamed = {token: f"\U0010ffff{secret}:{index}" for token, index in special.items()}
+    model = dict(description["model"])
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {renamed.get(t, t): index for t, index in model["vocab"].items()}
+    else:  # Unigram
+        model["vocab"] = [[renamed.get(t, t), score] for t, score in model["vocab"]]
+    if model.get("merges"):
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        model["merges"] = [
+            [left, right]
+            for left, right in pairs
+            if left not in renamed and right not in renamed and left + right not in renamed
+        ]
+    if model.get("unk_token") in renamed:
+        model["unk_token"] = renamed[model["unk_token"]]
+    added = [
+        token | {"content": renamed.get(token["content"], token["content"])}
+        for token in description["added_tokens"]
+    ]
+    return description | {"model": model, "added_tokens": added}
