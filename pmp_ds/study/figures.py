@@ -113,16 +113,21 @@ def by_column(
 
 
 def one_legend(figure: Figure, panels: Iterable[Axes], columns: int = 3) -> None:
-    """Below all panels, so that long names never cover a curve."""
+    """Below all panels, so that long names never cover a curve; in fewer columns where they would
+    not fit beside each other."""
     known: dict[str, Any] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             known.setdefault(label, handle)
-    if known:
-        figure.legend(
-            known.values(), [short(name, 60 // columns + 24) for name in known],
-            loc="outside lower center", ncols=min(columns, len(known)), frameon=False, fontsize=9,
+    names = [short(name, 60 // columns + 24) for name in known]
+    for ncols in range(min(columns, len(known)), 0, -1):
+        legend = figure.legend(
+            known.values(), names, loc="outside lower center", ncols=ncols, frameon=False,
+            fontsize=9,
         )  # fmt: skip
+        if ncols == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            break
+        legend.remove()
 
 
 def _majority(axes: Axes, majority: Mapping[str, float], columns: Sequence[str]) -> None:

@@ -85,7 +85,9 @@ def _text(result: Result, pretraining: set[Any], texts: int) -> str:
 
 
 def _fine_tune(result: Result, text: str) -> FineTune:
-    settings, values = result.settings, result.values
+    settings, values = dict(result.settings), result.values
+    if settings.get("steps"):
+        settings.pop("epochs", None)  # a number of updates was asked for instead
     method, own = settings["method"], settings.get("mask", "own") == "own"
     lm = settings["task"] == "lm"
     return FineTune(

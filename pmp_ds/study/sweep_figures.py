@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -123,13 +124,17 @@ def _by_setting(group: Sequence[FineTune], name: str) -> Sweep:
 
 
 def _density_arms(results: Sequence[Result]) -> dict[str, float]:
-    """Arms that differ from PMP in density alone, and BASE at 1."""
+    """Arms that differ from PMP in density alone (or in the pretraining seed), and BASE at 1."""
     pretrained = [result for result in results if result.kind == "pretrain"]
-    scores = {r.settings["score"] for r in pretrained if r.arm == PMP}
+    of_pmp = [_but_density(result) for result in pretrained if result.arm == PMP]
     return {
         r.arm: r.settings["density"] for r in pretrained
-        if r.arm == BASE or (r.settings["source"] == "earlybird" and r.settings["score"] in scores)
+        if r.arm == BASE or _but_density(r) in of_pmp
     }  # fmt: skip
+
+
+def _but_density(result: Result) -> dict[str, Any]:
+    return {k: v for k, v in result.settings.items() if k not in {"density", "seed"}}
 
 
 def _densities(results: Sequence[Result], group: Sequence[FineTune]) -> Sweep:

@@ -140,3 +140,9 @@ def test_crossing():
 
 def test_contrast_of_nothing():
     assert contrast([], []).estimates == {}
+
+
+def test_epochs_are_no_setting_where_updates_are_counted():
+    runs = fine_tunes([fine_tune("pmp", "lm", "full", score=3.0, epochs=3, steps=40),
+                       fine_tune("pmp", "sst2", "full", score=0.8, epochs=3)])  # fmt: skip
+    assert [run.setting("epochs") for run in runs] == [None, 3]
