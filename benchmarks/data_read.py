@@ -36,6 +36,9 @@ BATCH, BLOCK, VOCAB = 32, 256, 32_000
 
 def main(options: argparse.Namespace) -> None:
     print(f"hardware: {hardware(torch.device('cpu'))}")
+    if options.megatron and not _has_megatron(options.megatron):
+        print(f"--megatron {options.megatron} cannot import megatron-core: left out")
+        options.megatron = None
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
         flat = _make(folder, options.blocks)
@@ -144,6 +147,14 @@ def _datasets(folder: Path, steps: int) -> None:
     order = np.random.default_rng(1).permutation(len(rows))
     for step in range(steps):
         rows[order[np.arange(step * BATCH, (step + 1) * BATCH) % len(order)].tolist()]["input_ids"]
+
+
+def _has_megatron(python: str) -> bool:
+    command = [python, "-c", "import megatron.core.datasets.gpt_dataset"]
+    try:
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager

@@ -52,7 +52,9 @@ def run_benchmark(*command: str) -> str:
 
 def test_reading_benchmark(tmp_path: Path):
     arguments = ("--blocks", "500", "--steps", "10", "--repeats", "1", "--folder", str(tmp_path))
-    found = AT_LEAST.findall(run_benchmark("benchmarks.data_read", *arguments))
+    output = run_benchmark("benchmarks.data_read", *arguments, "--megatron", "/no/such/python")
+    assert "--megatron /no/such/python cannot import megatron-core: left out" in output
+    found = AT_LEAST.findall(output)
     assert found == [
         "read_speed_vs_memmap", "read_speed_vs_datasets", "cold_read_speed_vs_memmap"
     ]  # fmt: skip
@@ -78,3 +80,13 @@ def test_preparation_benchmark(tmp_path: Path):
         str(tmp_path / "tokenizer"), "--folder", str(tmp_path),
     )  # fmt: skip
     assert FIGURE.findall(output) == ["prepare_peak_gigabytes"]
+
+
+def test_export_benchmark(tmp_path: Path):
+    output = run_benchmark(
+        "benchmarks.export", "--folder", str(tmp_path), "--model.num_layers", "1",
+        "--model.hidden_size", "64", "--model.intermediate_size", "64", "--model.num_heads", "4",
+        "--model.num_kv_heads", "4",
+    )  # fmt: skip
+    assert FIGURE.findall(output) == ["export_peak_gb", "export_time_vs_copy"]
+    assert not list(tmp_path.glob("runs/*"))
