@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pmp_ds.cli import parse
@@ -12,6 +12,8 @@ from pmp_ds.finetune.config import FinetuneConfig
 from pmp_ds.run_dir import RunDir, read_json
 from pmp_ds.study.recipe import Arm, Flags, Study, Tuning
 
+ROOT = "{root}"
+"""Stands for the study's folder in settings, which name files of its other runs with it."""
 LAUNCHER = Path(os.path.relpath(Path(__file__).resolve().parents[2] / "launcher"))
 
 
@@ -48,9 +50,13 @@ class Step:
 
 def steps(study: Study) -> list[Step]:
     """Every command but the report. Raises UserError for an arm that cannot be configured."""
-    return [
+    planned = (
         *_prepare(study), *_pretrain(study), *_tune(study), *_evaluate(study), *_audit(study),
-    ]  # fmt: skip
+    )  # fmt: skip
+    return [
+        replace(step, argv=tuple(word.replace(ROOT, study.root) for word in step.argv))
+        for step in planned
+    ]
 
 
 def report_argv(study: Study) -> tuple[str, ...]:

@@ -76,7 +76,8 @@ class Study:
     """Arms, what is done to them, and where it goes."""
 
     root: str = "study"
-    """Folder of the study: runs/, results.jsonl, report/."""
+    """Folder of the study: runs/, results.jsonl, report/. `{root}` stands for it in settings, as in
+    `ticket: "{root}/runs/other/private/ticket"`."""
 
     stores: dict[str, Flags] = field(default_factory=dict)
     """Stores to prepare, each with flags of prepare_data.py."""

@@ -36,11 +36,11 @@ def small() -> Iterator[tuple[Study, list[Step]]]:
 
 def test_plan_of_the_small_study(small: tuple[Study, list[Step]]):
     study, planned = small
-    assert len({step.name for step in planned}) == len(planned) == 52
+    assert len({step.name for step in planned}) == len(planned) == 54
     text = describe(study, planned)
     assert "  to do finetune-0-base-sst2                    48 cells" in text
     assert text.splitlines()[-1] == (
-        "52 steps, 52 to do; 9 models, 852 fine-tunings; then the report, s/report/"
+        "54 steps, 54 to do; 9 models, 870 fine-tunings; then the report, s/report/"
     )
     kinds = [step.name.partition("-")[0] for step in planned]
     assert list(dict.fromkeys(kinds)) == ["prepare", "pretrain", "export", "finetune", "evaluate",
@@ -62,9 +62,11 @@ def test_commands(small: tuple[Study, list[Step]]):
         "evaluate-1-pmp": "/evaluate.py landscape gradients --model s/runs/pmp/release --arm pmp "
         "--results s/results.jsonl --ticket s/runs/pmp/private/ticket --store tokenized_data/demo",
         "audit-pmp": "/audit.py --release s/runs/pmp/release --ticket s/runs/pmp/private/ticket "
-        "--config s/runs/pmp/config.yaml --out s/audit/pmp --text tokenized_data/demo",
+        "--config s/runs/pmp/config.yaml --out s/audit/pmp --text tokenized_data/demo --shadow "
+        "s/runs/pmp-2",
     }.items():
         assert commands[name] == launcher + rest
+    assert "--ticket s/runs/pmp-2/private/ticket" in commands["finetune-4-pmp-sst2"]
     assert "--scratch true" in commands["finetune-2-base-sst2"]
     assert shlex.join(report_argv(small[0])).endswith("--audit s/audit/pmp/audit.json")
 
