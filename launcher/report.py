@@ -35,7 +35,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     add(
         "--audit", nargs="+", type=Path, default=[], metavar="FILE",
-        help="of --study: audit.json of the arms' releases",
+        help="of --study: audit.json of the arms' releases. Default: FOLDER/audit/*/audit.json",
     )  # fmt: skip
     add("--out", type=Path, metavar="FOLDER", help="of --study. Default: FOLDER/report")
     return parser.parse_args(argv)
@@ -66,7 +66,8 @@ def _study(args: argparse.Namespace) -> None:
 
         collect(runs, where)
     out = args.out or args.study / "report"
-    print("\n".join(report.write(where, args.audit, out)))
+    audits = args.audit or sorted(args.study.glob("audit/*/audit.json"))
+    print("\n".join(report.write(where, audits, out)))
     print(f"written to {out}/: report.html, report.md, tables/, figures/")
 
 
