@@ -8,14 +8,14 @@ import pytest
 from pmp_ds.run_dir import RunDir
 from tests.helpers.distributed import RankPool
 from tests.helpers.lives import Life, live
-from tests.helpers.workplace import furnish
+from tests.helpers.workdir import furnish
 
 Living = Callable[..., list[Life]]
 
 
 @pytest.fixture(scope="session")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a store, a recipe and DeepSpeed JSONs (helpers/workplace.py)."""
+    """A folder with a store, a recipe and DeepSpeed JSONs (helpers/workdir.py)."""
     folder = tmp_path_factory.mktemp("place")
     furnish(folder)
     return folder

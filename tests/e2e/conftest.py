@@ -8,7 +8,7 @@ import pytest
 from pmp_ds.run_dir import RunDir
 from tests.helpers.commands import DS_CONFIGS, Done, ok, run
 from tests.helpers.distributed import RankPool
-from tests.helpers.workplace import furnish
+from tests.helpers.workdir import furnish
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,7 +38,7 @@ def _furnished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
 
 @pytest.fixture(scope="session")
 def work(_furnished: tuple[Path, Done]) -> Path:
-    """A folder with a corpus, its store, a recipe and DeepSpeed JSONs (helpers/workplace.py)."""
+    """A folder with a corpus, its store, a recipe and DeepSpeed JSONs (helpers/workdir.py)."""
     return _furnished[0]
 
 

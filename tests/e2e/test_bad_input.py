@@ -14,7 +14,7 @@ from pmp_ds.data.prepare_config import PrepareConfig
 from tests.e2e.conftest import MainRun
 from tests.helpers.commands import RECIPES, error_of, files_of, ok, run
 from tests.helpers.stores import write_store
-from tests.helpers.workplace import PREPARE
+from tests.helpers.workdir import PREPARE
 
 pytestmark = pytest.mark.e2e
 

@@ -22,7 +22,7 @@ from pmp_ds.train.run_facts import load_config, read_data
 from pmp_ds.train.weight_files import read_weights
 from tests.e2e.conftest import MainRun
 from tests.helpers.commands import error_of, files_of, ok, run
-from tests.helpers.workplace import BLOCK, STEPS
+from tests.helpers.workdir import BLOCK, STEPS
 
 pytestmark = pytest.mark.e2e
 

@@ -10,7 +10,7 @@ import pytest
 from pmp_ds.log import read_metrics
 from pmp_ds.run_dir import RunDir
 from tests.helpers.commands import DS_CONFIGS, error_of, ok, run
-from tests.helpers.workplace import BLOCK, SHORT, write_corpus
+from tests.helpers.workdir import BLOCK, SHORT, write_corpus
 
 pytestmark = pytest.mark.e2e
 

@@ -18,7 +18,7 @@ from pmp_ds.ticket.ticket import load_ticket
 from tests.e2e.conftest import MainRun
 from tests.e2e.test_main_job import final_weights, initial_weights
 from tests.helpers.commands import RECIPES, error_of, files_of, ok, run
-from tests.helpers.workplace import SHORT, STEPS
+from tests.helpers.workdir import SHORT, STEPS
 
 pytestmark = pytest.mark.e2e
 

@@ -12,7 +12,7 @@ from tests.e2e.conftest import MainRun
 from tests.e2e.test_main_job import final_weights, initial_weights, rows
 from tests.e2e.test_release import load_as_stranger, logits_of_run
 from tests.helpers.commands import DS_CONFIGS, RECIPES, ok, run
-from tests.helpers.workplace import SHORT
+from tests.helpers.workdir import SHORT
 
 pytestmark = pytest.mark.e2e
 

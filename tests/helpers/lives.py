@@ -60,7 +60,7 @@ def live(
     given: Sequence[Any] = (),
     stage: int = 1,
 ) -> Life:
-    """launcher/pretrain.py from its process group on, in ``work`` (helpers/workplace.py), under
+    """launcher/pretrain.py from its process group on, in ``work`` (helpers/workdir.py), under
     ``fault(*given)``."""
     folder = Path(work)
     recipe = ("--config", str(folder / "tiny.yaml"), "--data.store", str(folder / "store"))

@@ -30,7 +30,7 @@ from pmp_ds.log import read_metrics
 from pmp_ds.run_dir import RunDir
 from tests.helpers.commands import DS_CONFIGS, Done, kill, ok, start
 from tests.helpers.lives import comparable
-from tests.helpers.workplace import STEPS, furnish
+from tests.helpers.workdir import STEPS, furnish
 
 Phase = Literal[
     "start", "discovery", "saving in discovery", "training", "saving in training", "export"
@@ -58,7 +58,7 @@ class Blow:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tortured run lives: ``work`` has store and recipe (helpers/workplace.py)."""
+    """Where a tortured run lives: ``work`` has store and recipe (helpers/workdir.py)."""
 
     work: Path
     run: RunDir
