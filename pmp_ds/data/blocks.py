@@ -57,6 +57,7 @@ class Blocks:
     ) -> Iterator[tuple[Tokens, npt.NDArray[np.integer], npt.NDArray[np.integer]]]:
         """Of each shard concerned: its blocks, where in ``indices`` it is meant, and its rows."""
         shards = np.searchsorted(self._ends, indices, side="right")
+        shards = shards.astype(np.min_scalar_type(len(self.views)))  # numpy sorts small ones faster
         order = np.argsort(shards, kind="stable")
         cuts = np.searchsorted(shards, np.arange(len(self.views) + 1), sorter=order)
         for shard in np.flatnonzero(np.diff(cuts)):

@@ -19,7 +19,7 @@ import torch
 
 _ROUNDS = 4
 _READ_AHEAD = 2  # chunks waiting, besides the one being gathered
-_CHUNK_BLOCKS = 2048  # one gather of many blocks costs far less than many of one batch
+_CHUNK_BLOCKS, _CHUNK_BYTES = 8192, 1 << 22  # at most; one gather of many blocks costs far less
 
 
 class BlockSource(Protocol):
@@ -206,17 +206,19 @@ class BlockLoader:
     def _read_ahead(self, first_sample: int) -> None:
         """Chunks of twice as many batches each time, so that the first does not wait for many."""
         item: npt.NDArray[Any] | BaseException
-        num_batches, most = 1, max(1, _CHUNK_BLOCKS // self._share)
+        num_batches, grow = 1, True
         while not self._stop.is_set():
             try:
                 item = self._read(first_sample, num_batches)
             except BaseException as error:  # noqa: BLE001 - raised by next()
                 if num_batches > 1:  # what can be read comes before the error
-                    num_batches = most = 1
+                    num_batches, grow = 1, False
                     continue
                 item = error
             self._ready.put(item)
             if isinstance(item, BaseException):
                 return
             first_sample += num_batches * self._global_batch_size
-            num_batches = min(2 * num_batches, most)
+            blocks = num_batches * self._share
+            if grow and 2 * blocks <= _CHUNK_BLOCKS and 2 * item.nbytes <= _CHUNK_BYTES:
+                num_batches *= 2
