@@ -81,6 +81,11 @@ def world_size() -> int:
     return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
 
 
+def ranks_in_words() -> str:
+    """`1 rank`, `8 ranks`."""
+    return f"{world_size()} rank{'s' if world_size() > 1 else ''}"
+
+
 def device() -> torch.device:
     """Where this rank computes."""
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda":

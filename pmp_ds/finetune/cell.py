@@ -115,7 +115,6 @@ def tune(
     if keep_model:
         dist.on_rank0(lambda: _keep(config, run, task))
     curve = dist.on_rank0(lambda: _curve(run, task, loop))
-    ranks = dist.world_size()
     steps = loop.train.steps
     return Result(
         kind="finetune",
@@ -133,7 +132,7 @@ def tune(
             "tokens": round(steps * loop.train.global_batch_size * task.tokens_per_sample),
         },
         seconds=time.monotonic() - began,
-        hardware=f"{results.hardware()}, {ranks} rank{'s' if ranks > 1 else ''}",
+        hardware=f"{results.hardware()}, {dist.ranks_in_words()}",
     )
 
 

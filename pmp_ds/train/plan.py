@@ -23,7 +23,7 @@ def describe(job: Job) -> str:
     """Batch arithmetic, parameters, memory per rank, and where things go; no mask content."""
     config, world = job.config, dist.world_size()
     train, mask = config.train, config.mask
-    ranks = f"{world} rank{'s' if world > 1 else ''}"
+    ranks = dist.ranks_in_words()
     d = num_params(job.table)
     k = d if mask.source == "none" else exact_k(mask.density, d)
     if (folder := given_ticket(config, job.run)) is not None:
