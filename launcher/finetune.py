@@ -3,6 +3,7 @@
 Run `deepspeed launcher/finetune.py --help`.
 """
 
+import argparse
 import os
 import sys
 import time
@@ -10,12 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from pmp_ds import dist
-from pmp_ds.cli import HIDDEN, parse
-from pmp_ds.errors import EXIT_MISTAKE, LostRankError, exit_code
-from pmp_ds.finetune.config import FinetuneConfig
-from pmp_ds.run_dir import RunDir
-from pmp_ds.train import deepspeed_config
+from pmp_ds import ranks  # the rest is imported when signals are heard already
 
 DESCRIPTION = """\
 Fine-tune a released model on a GLUE task or on packed text, and append what came out to
@@ -33,9 +29,6 @@ examples:
   next-token prediction on a store made with the model's tokenizer
     deepspeed launcher/finetune.py --model runs/demo/release --task lm \\
         --data.store tokenized_data/novels --train.steps 500"""
-
-OTHER_RANKS_WAIT = 20.0
-"""Seconds. The launcher kills all ranks when one has failed: rank 0, which says why, goes first."""
 
 STARTED = time.monotonic()
 DEFAULT_DS_CONFIG = Path(__file__).resolve().parents[1] / "ds_configs" / "zero1.json"
@@ -57,21 +50,28 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "JSON",
         "help": "DeepSpeed settings for this machine: one of ds_configs/, or your own",
     },
-    "--local_rank": {"type": int, "default": 0, "help": HIDDEN},
+    "--local_rank": {"type": int, "default": 0, "help": argparse.SUPPRESS},
 }
 
 
-def main() -> None:
+def prepare() -> ranks.Prepared:
+    """Check what this rank can check by itself, the quick things first."""
+    from pmp_ds.cli import parse
+    from pmp_ds.finetune.config import FinetuneConfig
+
     texts = {"prog": "finetune.py", "description": DESCRIPTION, "epilog": EPILOG}
 
     def settings(argv: list[str]) -> tuple[FinetuneConfig, dict[str, Any]]:
         return parse(FinetuneConfig, argv, options=OPTIONS, **texts)
 
     config, options = settings(sys.argv[1:])
+    from pmp_ds.run_dir import RunDir
+    from pmp_ds.train import deepspeed_config
+
     ds_config = deepspeed_config.read_json(Path(options["deepspeed_config"]))
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    train = config.train.complete(config.train.global_batch_size, ranks)
-    deepspeed_config.merge(ds_config, train, ranks)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    train = config.train.complete(config.train.global_batch_size, world)
+    deepspeed_config.merge(ds_config, train, world)
     from pmp_ds.finetune import sweep  # imports transformers: seconds
 
     grid = sweep.grid(options["sweep"])
@@ -81,24 +81,13 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     run = RunDir(Path(config.run.root) / config.run.name)
     where = Path(config.results) if config.results else run.root / "results.jsonl"
-    dist.init()
-    try:
-        sweep.run_all(
-            cells, ds_config, run, where, STARTED, keep_models=options["keep_models"] or not grid
-        )
-    except RuntimeError as error:
-        if not dist.is_lost_rank(error):
-            raise
-        raise LostRankError(
-            "another rank is gone; the last checkpoint is intact, the same command goes on from it"
-        ) from error
-    finally:
-        dist.shutdown()
+    keep = options["keep_models"] or not grid
+
+    def tune() -> None:
+        sweep.run_all(cells, ds_config, run, where, STARTED, keep_models=keep)
+
+    return ranks.Prepared(str(run.root), config.guard.lost_seconds, tune)
 
 
 if __name__ == "__main__":
-    dist.adopt_slurm()
-    code = exit_code(main)
-    if code == EXIT_MISTAKE and os.environ.get("RANK", "0") != "0":
-        time.sleep(OTHER_RANKS_WAIT)
-    raise SystemExit(code)
+    raise SystemExit(ranks.command(prepare))

@@ -8,17 +8,14 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from pmp_ds import dist
-from pmp_ds.cli import HIDDEN, parse
-from pmp_ds.config import Config
-from pmp_ds.data.arrow_store import Store
-from pmp_ds.data.mixed_store import MixedStore, open_data
-from pmp_ds.errors import EXIT_MISTAKE, LostRankError, exit_code
-from pmp_ds.restarts import is_child, run_with_restarts
-from pmp_ds.run_dir import RunDir
-from pmp_ds.train import deepspeed_config
+from pmp_ds import ranks  # the rest is imported when signals are heard already
+
+if TYPE_CHECKING:
+    from pmp_ds.config import Config
+    from pmp_ds.run_dir import RunDir
+    from pmp_ds.train.pipeline import Outcome
 
 DESCRIPTION = """\
 Private Mask Pre-Training: find a sparse ticket early in training, go back to the initial weights,
@@ -40,16 +37,17 @@ examples:
     deepspeed launcher/pretrain.py --config launcher/recipes/demo.yaml \\
         --config launcher/recipes/base.yaml --run.name demo-base"""
 
-OTHER_RANKS_WAIT = 20.0
-"""Seconds. The launcher kills all ranks when one has failed: rank 0, which says why, goes first."""
-
 STARTED = time.monotonic()
 """run.max_time counts from here."""
 
 DEFAULT_DS_CONFIG = Path(__file__).resolve().parents[1] / "ds_configs" / "zero1.json"
 
 
-def main() -> None:
+def prepare() -> ranks.Prepared:
+    """Check what this rank can check by itself, the quick things first."""
+    from pmp_ds.cli import HIDDEN, parse
+    from pmp_ds.config import Config
+
     config, options = parse(
         Config,
         sys.argv[1:],
@@ -66,10 +64,15 @@ def main() -> None:
             "--local_rank": {"type": int, "default": 0, "help": HIDDEN},
         },
     )
+    from pmp_ds.restarts import is_child, run_with_restarts
+
     if config.run.restarts and not is_child():
         command = [sys.executable, *sys.argv]
         raise SystemExit(run_with_restarts(command, config.run.restarts))
-    # What every rank can find by itself is checked before they meet, the quick checks first.
+    from pmp_ds.data.mixed_store import open_data
+    from pmp_ds.run_dir import RunDir
+    from pmp_ds.train import deepspeed_config
+
     ds_config = deepspeed_config.read_json(Path(options["deepspeed_config"]))
     deepspeed_config.merge(ds_config, config.train, int(os.environ.get("WORLD_SIZE", "1")))
     store = open_data(config.data.store)
@@ -79,45 +82,31 @@ def main() -> None:
     job.check(config, store, run)
     # DeepSpeed calls functions of torch by their old names.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    dist.init()
-    try:
-        _run(config, ds_config, store, run)
-    except RuntimeError as error:
-        if not dist.is_lost_rank(error):
-            raise
-        raise LostRankError(
-            "another rank is gone; the last checkpoint is intact, the same command goes on from it"
-        ) from error
-    finally:
-        dist.shutdown()
+
+    def train() -> None:
+        from pmp_ds.train import pipeline
+
+        outcome = pipeline.run(config, ds_config, store, run, STARTED)
+        _tell(outcome, config, run)
+
+    return ranks.Prepared(str(run.root), config.guard.lost_seconds, train)
 
 
-def _run(config: Config, ds_config: dict[str, Any], store: Store | MixedStore, run: RunDir) -> None:
+def _tell(outcome: "Outcome", config: "Config", run: "RunDir") -> None:
+    from pmp_ds import dist
     from pmp_ds.plots import plot_run  # imports matplotlib: a second
-    from pmp_ds.train import pipeline, plan, run_facts
-    from pmp_ds.train.job import open_job
 
-    # Rank 0 alone reads every byte; a damaged store stops all ranks before anything is written.
-    dist.on_rank0(lambda: store.verify() and None)
-    dist.on_rank0(lambda: run_facts.claim(run, config, store))
-    job = open_job(config, ds_config, store, run)
-    if dist.rank() == 0:
-        print(f"{config.run.name}:\n{plan.describe(job)}", flush=True)
-    outcome = pipeline.pretrain(job, STARTED)
-    if dist.rank() == 0:
-        plot_run(run)
-        print(
-            f"done: ticket of {outcome.num_kept:,} elements of {outcome.num_params:,}, "
-            f"{outcome.complement_changed} elements of the complement changed"
-        )
-        if config.mask.source != "none":
-            print(f"  what it keeps, for you alone: python launcher/vault.py show {run.ticket}")
-        print(f"  next: python launcher/export.py --run {run.root}", flush=True)
+    if dist.rank() != 0:
+        return
+    plot_run(run)
+    print(
+        f"done: ticket of {outcome.num_kept:,} elements of {outcome.num_params:,}, "
+        f"{outcome.complement_changed} elements of the complement changed"
+    )
+    if config.mask.source != "none":
+        print(f"  what it keeps, for you alone: python launcher/vault.py show {run.ticket}")
+    print(f"  next: python launcher/export.py --run {run.root}", flush=True)
 
 
 if __name__ == "__main__":
-    dist.adopt_slurm()
-    code = exit_code(main)
-    if code == EXIT_MISTAKE and os.environ.get("RANK", "0") != "0":
-        time.sleep(OTHER_RANKS_WAIT)
-    raise SystemExit(code)
+    raise SystemExit(ranks.command(prepare))

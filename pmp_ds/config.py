@@ -108,6 +108,9 @@ class GuardConfig:
     straggler_factor: float = 2.0
     """A straggler takes this many times as long as the median of the other ranks."""
 
+    straggler_seconds: float = 0.5
+    """And at least so many seconds longer for an update: what is less is noise."""
+
     disk: Literal["warn", "stop"] = "warn"
     """A checkpoint for which the disk has no room: go on without it, or stop. The last one always
     stops."""
@@ -115,6 +118,10 @@ class GuardConfig:
     hang_seconds: float = 1800.0
     """Without progress for so long, every rank writes its stacks to `stacks/` and the run ends;
     0 waits for ever."""
+
+    lost_seconds: float = 60.0
+    """A rank that gives no sign of life for so long, because its host or network is gone, ends the
+    run, which names it; 0 waits for as long as the system's network does."""
 
     def __post_init__(self) -> None:
         require(self.spike_sigmas > 0, f"guard.spike_sigmas={self.spike_sigmas} must be positive")
@@ -124,8 +131,13 @@ class GuardConfig:
             f"guard.straggler_factor={self.straggler_factor} must be above 1",
         )
         require(
-            self.hang_seconds >= 0, f"guard.hang_seconds={self.hang_seconds} must not be negative"
+            self.lost_seconds == 0 or self.lost_seconds >= 5,
+            f"guard.lost_seconds={self.lost_seconds} must be 0 or at least 5: signs of life come "
+            "every second, and a busy machine may be late",
         )
+        for name in ("hang_seconds", "straggler_seconds"):
+            value = getattr(self, name)
+            require(value >= 0, f"guard.{name}={value} must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)

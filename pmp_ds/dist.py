@@ -7,43 +7,44 @@ right before ``init`` and without any process group, where this process is rank 
 import datetime
 import logging
 import os
-import socket
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
 
-from pmp_ds.errors import UserError
+from pmp_ds.errors import SharedError, UserError
+from pmp_ds.meeting import Meeting, in_words, meet
 
 T = TypeVar("T")
 
 
-_SLURM = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
+MEET_SECONDS = 1800.0
+"""How long ranks wait for each other at the start."""
+
+_meeting: Meeting | None = None
+_waits = 0  # of on_rank0, the same number on every rank
 
 
-def adopt_slurm() -> None:
-    """Under `srun`, one task per rank, take the ranks from SLURM. It is meant when MASTER_ADDR is
-    set and no other launcher has set RANK."""
-    if "RANK" in os.environ or "MASTER_ADDR" not in os.environ:
-        return
-    if all(name in os.environ for name in _SLURM.values()):
-        os.environ.update({ours: os.environ[theirs] for ours, theirs in _SLURM.items()})
-        os.environ.setdefault("MASTER_PORT", "29500")
+def init(
+    run: str | None = None, mistake: str | None = None, timeout_seconds: float = 1800.0
+) -> None:
+    """Meet the other ranks of this job (meeting.py) and join their process group, or make one of a
+    single rank. ``timeout_seconds``: how long a collective may take.
 
-
-def init(timeout_seconds: float = 1800.0) -> None:
-    """Join the process group of the launcher, or make one of a single rank.
-
-    Raises ``torch.distributed.DistError`` when the other ranks do not appear in time.
+    ``run`` names what is trained, ``mistake`` what keeps this rank from training it. Raises
+    UserError as ``meeting.meet`` does.
     """
+    global _meeting
     if torch_dist.is_initialized():
         return
-    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    world = int(os.environ.setdefault("WORLD_SIZE", "1"))
+    if world > 1:
+        _meeting = meet(run, mistake, MEET_SECONDS)
+    elif mistake is not None:
+        raise UserError(mistake)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Reproducible matrix products on CUDA; has no meaning elsewhere.
@@ -51,6 +52,7 @@ def init(timeout_seconds: float = 1800.0) -> None:
 
     import deepspeed
     import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # A shared-memory collective for inference; on CPU DeepSpeed would compile it for a minute.
@@ -58,19 +60,21 @@ def init(timeout_seconds: float = 1800.0) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Or every torch.empty is filled, and DeepSpeed's buckets are large: most of a CPU step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    deepspeed.init_distributed(
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=datetime.timedelta(seconds=timeout_seconds),
-    )
     if device().type == "cuda":
         torch.cuda.set_device(device())
+    torch_dist.init_process_group(
+        get_accelerator().communication_backend_name(),
+        store=_meeting.store if _meeting else torch_dist.HashStore(),
+        rank=int(os.environ["RANK"]),
+        world_size=world,
+        timeout=datetime.timedelta(seconds=timeout_seconds),
+    )
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # takes the group over
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def meeting() -> Meeting | None:
+    """Where the ranks met; None for a single one."""
+    return _meeting
 
 
 def rank() -> int:
@@ -119,18 +123,47 @@ def broadcast_object(value: T) -> T:
 
 
 def on_rank0(action: Callable[[], T]) -> T:
-    """Run ``action`` on rank 0 and return its (small) result on every rank. A UserError is raised
-    on every rank, so that none waits for another."""
+    """Run ``action`` on rank 0 and return its (small) result on every rank; the others wait for it
+    however long it takes, without the time limit of a collective. A UserError is raised on every
+    rank, so that none waits for another."""
+    global _waits
     outcome: tuple[str | None, Any] = (None, None)
     if rank() == 0:
         try:
             outcome = (None, action())
         except UserError as error:
+            if world_size() == 1:
+                raise
             outcome = (str(error), None)
+    if _meeting is not None:
+        _waits += 1
+        if rank() == 0:
+            _meeting.store.set(f"waits/{_waits}", "over")
+        else:
+            _meeting.wait(f"waits/{_waits}")
     message, result = broadcast_object(outcome)
     if message is not None:
-        raise UserError(message)
+        raise SharedError(message)
     return result
+
+
+def together(action: Callable[[], T]) -> T:
+    """Run ``action`` on every rank and return this rank's result. A UserError of any rank is raised
+    on all of them, with the names of those that met it unless all did. Collective."""
+    result: T | None = None
+    mistake: str | None = None
+    try:
+        result = action()
+    except UserError as error:
+        if world_size() == 1:
+            raise
+        mistake = str(error)
+    mistakes = all_gather_object(mistake)
+    names = [_meeting.name(r) if _meeting else f"rank {r}" for r in range(world_size())]
+    text = in_words(mistakes, names)
+    if text is not None:
+        raise SharedError(text)
+    return result  # type: ignore[return-value]
 
 
 class SideChannel:

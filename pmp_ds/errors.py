@@ -23,6 +23,10 @@ class UserError(ValueError):
     """A mistake the user can mend: names the field or file, the value, and the way out."""
 
 
+class SharedError(UserError):
+    """A mistake that every rank raises with the same words."""
+
+
 def require(ok: bool, message: str) -> None:
     """Raises UserError with ``message`` unless ``ok``."""
     if not ok:

@@ -10,14 +10,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from types import FrameType
 
+from pmp_ds import signals
 from pmp_ds.errors import EXIT_MISTAKE, EXIT_REQUEUE
+from pmp_ds.launchers import DEFAULT_PORT
 
 CHILD = "PMP_RESTARTS_CHILD"
 """Environment variable that tells the real process from the one that watches it."""
 
-_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _FINAL = (0, EXIT_MISTAKE, EXIT_REQUEUE)
 
 
@@ -31,36 +31,37 @@ def is_child() -> bool:
 def run_with_restarts(command: Sequence[str], restarts: int) -> int:
     """Run ``command`` until it is done, made a mistake or was asked to stop; after any other end
     again, at most ``restarts`` times. Returns its last exit code, 128 + n after signal n."""
-    asked = False
+    asked: signal.Signals | None = None
     child: subprocess.Popen[bytes] | None = None
 
-    def forward(number: int, frame: FrameType | None) -> None:
+    def forward(number: signal.Signals) -> None:
         nonlocal asked
-        asked = True
+        asked = number
         if child is not None:
             child.send_signal(number)
 
-    for number in _FORWARDED:
-        signal.signal(number, forward)
-    first_port = int(os.environ.get("MASTER_PORT", "29500"))
+    first_port = int(os.environ.get("MASTER_PORT", DEFAULT_PORT))
     code = 0
     environment = {**os.environ, CHILD: "1"}
-    for attempt in range(restarts + 1):
-        if attempt and "RANK" in environment:
-            # Another port each time: whoever is still in the last attempt must not be met. Nobody
-            # but rank 0 listens there, not torchrun's agent either.
-            environment["MASTER_PORT"] = str(first_port + attempt)
-            environment["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-        child = subprocess.Popen(command, env=environment)
-        code = child.wait()
-        if code in _FINAL or asked or attempt == restarts:
-            break
-        print(
-            f"restart {attempt + 1} of {restarts}: rank {os.environ.get('RANK', '0')} ended with "
-            f"{_describe(code)}",
-            file=sys.stderr,
-            flush=True,
-        )
+    with signals.reacting(forward):
+        for attempt in range(restarts + 1):
+            if attempt and "RANK" in environment:
+                # Another port each time: whoever is still in the last attempt must not be met.
+                # Nobody but rank 0 listens there, not torchrun's agent either.
+                environment["MASTER_PORT"] = str(first_port + attempt)
+                environment["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+            child = subprocess.Popen(command, env=environment)
+            if asked is not None:  # before there was anybody to tell
+                child.send_signal(asked)
+            code = child.wait()
+            if code in _FINAL or asked or attempt == restarts:
+                break
+            print(
+                f"restart {attempt + 1} of {restarts}: rank {os.environ.get('RANK', '0')} ended "
+                f"with {_describe(code)}",
+                file=sys.stderr,
+                flush=True,
+            )
     return code if code >= 0 else 128 - code
 
 

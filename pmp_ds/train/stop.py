@@ -1,27 +1,22 @@
 """Asked to stop: by a signal, by the clock, or by the guard. All ranks stop after the same update.
 
-A scheduler sends SIGTERM (or SLURM's SIGUSR1, or a person Ctrl-C's SIGINT) and waits; the run
-finishes its update, saves and exits with code 75. Who signals again, cannot wait: the process ends
-at once, and the last complete checkpoint is what the next start finds. A launcher that is gone
-counts as a signal: `deepspeed` on one node dies of SIGTERM and leaves its ranks to themselves.
+A scheduler sends a signal and waits; the run finishes its update, saves and exits with code 75.
+Whoever signals again cannot wait: the process ends at once, and the last complete checkpoint is
+what the next start finds. Once all is saved, signals are ignored. A launcher that is gone counts as
+a signal: `deepspeed` on one node dies of SIGTERM and leaves its ranks to themselves.
 """
 
 import contextlib
 import os
 import signal
-import socket
-import sys
-import threading
 import time
-from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import psutil
 
-from pmp_ds import dist
+from pmp_ds import dist, signals
+from pmp_ds.launchers import is_launcher
+from pmp_ds.signals import tell
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 REPEAT_SECONDS = 1.0
 """Launchers send two signals at once; only one that comes later than this is a second request."""
 LOOK_SECONDS = 1.0
@@ -40,8 +35,10 @@ class StopRequest:
         self._reason: str | None = None
         self._longest_update = self._longest_save = 0.0
         self._last = self._next_look = time.monotonic()
-        self._launchers = [p for p in psutil.Process().parents() if _is_launcher(p)]
-        self._handlers: list[tuple[signal.Signals, Any]] = []
+        self._launchers = [p for p in psutil.Process().parents() if _starts_ranks(p)]
+        self._first: float | None = None  # when the first signal came
+        self._over = False
+        self._context = contextlib.ExitStack()
 
     def ask(self, reason: str) -> None:
         """Stop after this update, on all ranks."""
@@ -69,44 +66,29 @@ class StopRequest:
         reasons = self._channel.all_gather(self._reason)
         return next(reason for reason in reasons if reason is not None)
 
+    def done(self) -> None:
+        """All is saved: what is still signalled is ignored."""
+        self._over = True
+
     def __enter__(self) -> "StopRequest":
-        self._reader, self._writer = socket.socketpair()
-        self._writer.setblocking(False)
-        self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        for number in SIGNALS:
-            self._handlers.append((number, signal.signal(number, self._on_signal)))
-        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+        self._context.enter_context(signals.reacting(self._on_signal, then=signals.ignore))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers:
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup)
-        self._writer.close()
+        self._context.close()
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.ask(signal.Signals(number).name)
-
-    def _listen(self) -> None:
-        """Hear signals also while the main thread waits in a collective, where no handler runs."""
-        first = 0.0
-        with self._reader:
-            while numbers := self._reader.recv(1):
-                if numbers[0] not in SIGNALS:
-                    continue
-                now, name = time.monotonic(), signal.Signals(numbers[0]).name
-                if first and now - first > REPEAT_SECONDS:
-                    _tell("asked again: ending at once; the last complete checkpoint is intact")
-                    os._exit(128 + numbers[0])
-                if not first:
-                    first = now
-                    self.ask(name)
-                    if os.environ.get("RANK", "0") == "0":
-                        _tell(f"{name}: saving after this update; signal again to end at once")
-
-
-def _tell(text: str) -> None:
-    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{text}\n".encode())
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self._over:
+            return
+        now = time.monotonic()
+        if self._first is not None and now - self._first > REPEAT_SECONDS:
+            tell("asked again: ending at once; the last complete checkpoint is intact")
+            os._exit(128 + number)
+        if self._first is None:
+            self._first = now
+            self.ask(number.name)
+            if os.environ.get("RANK", "0") == "0":
+                tell(f"{number.name}: saving after this update; signal again to end at once")
 
 
 def _is_alive(process: psutil.Process) -> bool:
@@ -116,11 +98,11 @@ def _is_alive(process: psutil.Process) -> bool:
     return False
 
 
-def _is_launcher(process: psutil.Process) -> bool:
-    """The `deepspeed` command, or what it starts on every node."""
+def _starts_ranks(process: psutil.Process) -> bool:
+    """The `deepspeed` command, or what starts the ranks of a machine."""
     with contextlib.suppress(psutil.Error):
         command = process.cmdline()
-        return "deepspeed.launcher.launch" in command or any(
-            Path(word).name == "deepspeed" for word in command[:2]
+        return is_launcher(command) or any(
+            word.rpartition("/")[2] == "deepspeed" for word in command[:2]
         )
     return False

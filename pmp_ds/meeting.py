@@ -1,0 +1,236 @@
+"""How the ranks of one job find each other, before any of them computes.
+
+Rank 0 listens at MASTER_ADDR:MASTER_PORT; every rank says which run it belongs to, where it is, and
+whether it met a mistake. So a port that belongs to another job, a rank that is missing and a
+mistake that one host alone meets are told in one line each, on rank 0, within seconds. Later the
+same place carries signs of life and last words (train/lifeline.py).
+
+Anybody who can reach the port can read what is said here: nothing secret is.
+"""
+
+import datetime
+import errno
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch.distributed import DistError, PrefixStore, Store, TCPStore
+
+from pmp_ds.errors import SharedError, UserError
+from pmp_ds.launchers import launch_id
+
+TELL_SECONDS = 30.0
+"""Between two lines about ranks that are waited for."""
+
+MISTAKE_SECONDS = 20.0
+"""How long ranks that have not come are waited for once another one has met a mistake."""
+
+_SHOWN = 3  # different mistakes, and missing ranks
+_OWN_PORT = (
+    "give each job a port of its own (deepspeed --master_port, torchrun --master-port, or "
+    "MASTER_PORT)"
+)
+
+
+class Meeting:
+    """The ranks of this job, met. ``store`` is shared by all of them."""
+
+    def __init__(self, store: Store, rank: int, hosts: Sequence[str]) -> None:
+        self.store, self.rank = store, rank
+        self.hosts = tuple(hosts)
+        """Host of every rank."""
+
+    def name(self, rank: int) -> str:
+        """`rank 1 on host h2`."""
+        return f"rank {rank} on host {self.hosts[rank]}"
+
+    def another_connection(self) -> Store:
+        """For a thread of its own: a connection serves one caller at a time."""
+        return self.store.clone()  # type: ignore[attr-defined]
+
+    def wait(self, key: str) -> None:
+        """Until a rank sets ``key``, however long; signals and other threads are served meanwhile.
+        Raises DistError when rank 0, which keeps the store, is gone."""
+        _poll(lambda: self.store.check([key]))
+
+
+def meet(run: str | None, mistake: str | None, seconds: float) -> Meeting:
+    """Meet the other ranks of the job that trains ``run``: WORLD_SIZE of them, of which this is
+    RANK, at MASTER_ADDR:MASTER_PORT. A rank that does not know its run is any job's.
+
+    ``mistake``: what keeps this rank from going on. Raises SharedError on every rank when there is
+    one on any or ranks do not come in ``seconds``, UserError when the port is taken or another
+    job's.
+    """
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    me = {"host": socket.gethostname(), "mistake": mistake}
+    job = {"run": run, "world_size": world, "launch": _launch(world)}
+    deadline = time.monotonic() + seconds
+    store = _open(rank, place, deadline)
+    try:
+        if rank == 0:
+            store.set("job", json.dumps(job))
+            verdict = _judge(store, world, me, place, deadline)
+            store.set("verdict", json.dumps(verdict))
+        else:
+            _await(store, "job", f"rank 0 at {place}", deadline)
+            _compare(json.loads(store.get("job")), job, place)
+            if store.add(f"came/{rank}", 1) > 1:
+                raise UserError(
+                    f"rank {rank} has come to {place} before: the same job runs twice with one "
+                    f"port; {_OWN_PORT}"
+                )
+            store.set(f"rank/{rank}", json.dumps(me))
+            _await(store, "verdict", f"the other ranks at {place}", float("inf"))
+            verdict = json.loads(store.get("verdict"))
+    except DistError as error:
+        raise UserError(f"rank 0 at {place} left before all ranks had come: {error}") from None
+    if verdict["mistake"] is not None:
+        raise SharedError(verdict["mistake"])
+    return Meeting(store, rank, verdict["hosts"])
+
+
+def in_words(mistakes: Sequence[str | None], names: Sequence[str]) -> str | None:
+    """One text for what the ranks met: None when no rank met any; who met it, unless all did."""
+    found: dict[str, list[str]] = {}
+    for mistake, name in zip(mistakes, names, strict=True):
+        if mistake is not None:
+            found.setdefault(mistake, []).append(name)
+    if not found:
+        return None
+    if len(found) == 1 and None not in mistakes:
+        return next(iter(found))
+    texts = []
+    for mistake, who in list(found.items())[:_SHOWN]:
+        more = f" and {len(who) - 1} more" if len(who) > 1 else ""
+        texts.append(f"{who[0]}{more}: {mistake}")
+    return "\n  ".join(texts)
+
+
+def _launch(world: int) -> list[Any] | None:
+    """Of a job on one machine: which start of it."""
+    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    found = launch_id() if local == str(world) else None
+    return None if found is None else list(found)
+
+
+def _open(rank: int, place: str, deadline: float) -> Store:
+    host, _, port = place.rpartition(":")
+    limit = datetime.timedelta(seconds=max(1.0, deadline - time.monotonic()))
+    # torchrun's agent may listen there instead of rank 0.
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    listener = _listen(int(port), place).detach() if rank == 0 and not agent else None
+    if listener is None:
+        _await_listener(host, int(port), deadline)
+    store = TCPStore(
+        host, int(port), is_master=listener is not None, timeout=limit, wait_for_workers=False,
+        master_listen_fd=listener,
+    )  # fmt: skip
+    return PrefixStore(f"pmp-ds/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _listen(port: int, place: str) -> socket.socket:
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    try:
+        return socket.create_server(("", port), family=family, dualstack_ipv6=dual, backlog=4096)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(
+                f"port {port} of {socket.gethostname()} is taken, so the ranks cannot meet at "
+                f"{place}: another job may use it; {_OWN_PORT}"
+            ) from None
+        raise UserError(f"the ranks cannot meet at {place}: {error}; {_OWN_PORT}") from None
+
+
+def _await_listener(host: str, port: int, deadline: float) -> None:
+    """Until somebody listens there."""
+    reason = ""
+
+    def answers() -> bool:
+        nonlocal reason
+        try:
+            with socket.create_connection((host, port), timeout=5.0):
+                return True
+        except OSError as error:
+            reason = str(error)
+            return False
+
+    _poll(answers, deadline, lambda: f"rank 0 at {host}:{port} ({reason})")
+
+
+def _await(store: Store, key: str, what: str, deadline: float) -> None:
+    _poll(lambda: store.check([key]), deadline, lambda: what)
+
+
+def _poll(
+    there: Callable[[], bool],
+    deadline: float = float("inf"),
+    what: Callable[[], str] | None = None,
+) -> None:
+    """Wait until ``there``, telling now and then what is waited for. UserError at ``deadline``."""
+    began = told = time.monotonic()
+    pause = 0.002
+    while not there():
+        now = time.monotonic()
+        if now > deadline and what is not None:
+            raise UserError(
+                f"{what()} did not come in {now - began:.0f} s: see whether every rank was "
+                "started, and reaches MASTER_ADDR:MASTER_PORT"
+            )
+        if now - told > TELL_SECONDS and what is not None:
+            told = now
+            print(f"waiting for {what()}, {now - began:.0f} s", file=sys.stderr, flush=True)
+        time.sleep(pause)
+        pause = min(0.25, 1.5 * pause)
+
+
+def _compare(theirs: dict[str, Any], ours: dict[str, Any], place: str) -> None:
+    differ = [k for k in ours if theirs.get(k) != ours[k] and None not in (theirs.get(k), ours[k])]
+    if differ:
+        what = [f"{k} {theirs[k]!r} there, {ours[k]!r} here" for k in differ if k != "launch"]
+        raise UserError(
+            f"another job meets at {place} ({', '.join(what) or 'the same command, started twice'})"
+            f"; {_OWN_PORT}"
+        )
+
+
+def _judge(
+    store: Store, world: int, me: dict[str, Any], place: str, deadline: float
+) -> dict[str, Any]:
+    """On rank 0: wait for all, and say whether they can begin."""
+    came = {0: me}
+    missing = list(range(1, world))
+    last = deadline if me["mistake"] is None else time.monotonic() + MISTAKE_SECONDS
+
+    def all_there() -> bool:
+        nonlocal last
+        for rank in [r for r in missing if store.check([f"rank/{r}"])]:
+            came[rank] = json.loads(store.get(f"rank/{rank}"))
+            missing.remove(rank)
+            if came[rank]["mistake"] is not None:
+                last = min(last, time.monotonic() + MISTAKE_SECONDS)
+        return not missing or time.monotonic() > last
+
+    def awaited() -> str:
+        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+        return f"rank {', '.join(map(str, missing[:_SHOWN]))}{more} at {place}"
+
+    _poll(all_there, float("inf"), awaited)
+    hosts = [came[rank]["host"] if rank in came else "?" for rank in range(world)]
+    names = [f"rank {rank} on host {host}" for rank, host in enumerate(hosts)]
+    mistakes = [came[rank]["mistake"] if rank in came else None for rank in range(world)]
+    mistake = in_words(mistakes, names)
+    if mistake is None and missing:
+        mistake = (
+            f"{awaited()} did not come: see whether every rank was started, and reaches "
+            "MASTER_ADDR:MASTER_PORT"
+        )
+    elif mistake is not None and missing and len(missing) == world - 1:
+        mistake = me["mistake"]  # nobody else is there to tell whether they met it too
+    return {"mistake": mistake, "hosts": hosts}

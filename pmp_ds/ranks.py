@@ -1,0 +1,103 @@
+"""A command of several ranks, from its first line to its exit code.
+
+    if __name__ == "__main__":
+        raise SystemExit(ranks.command(prepare))
+
+Light until it is needed: signals are heard before the heavy imports begin.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pmp_ds import launchers, signals
+from pmp_ds.errors import (
+    EXIT_FAULT,
+    EXIT_MISTAKE,
+    LostRankError,
+    SharedError,
+    UserError,
+    exit_code,
+)
+
+OTHER_RANKS_WAIT = 20.0
+"""Seconds. Launchers kill all ranks when one has failed: rank 0, which says why, goes first."""
+
+WORDS_SECONDS = 1.5
+"""Rank 0 keeps what the ranks tell each other: so long it waits for the others to read it."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a rank is about to do, checked as far as it can be without the others."""
+
+    folder: str
+    """What is trained, as it was named: the same on every rank of a job."""
+
+    lost_seconds: float
+    """`guard.lost_seconds`."""
+
+    run: Callable[[], None]
+
+
+def command(prepare: Callable[[], Prepared]) -> int:
+    """Prepare on every rank, let the ranks meet, and run; returns the exit code of the process. A
+    mistake that only some ranks meet is told by rank 0, with their names."""
+    with signals.listening():
+        code = exit_code(lambda: _command(prepare))
+    if code == EXIT_MISTAKE and os.environ.get("RANK", "0") != "0":
+        time.sleep(OTHER_RANKS_WAIT)
+    return code
+
+
+def _command(prepare: Callable[[], Prepared]) -> None:
+    launchers.adopt()
+    prepared: Prepared | None = None
+    mistake: str | None = None
+    try:
+        prepared = prepare()
+    except UserError as error:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise
+        mistake = str(error)
+    from pmp_ds import dist  # imports torch
+
+    try:
+        dist.init(prepared.folder if prepared else None, mistake)
+        assert prepared is not None
+        _run(prepared)
+    except RuntimeError as error:
+        if not dist.is_lost_rank(error):
+            raise
+        raise LostRankError(
+            "another rank is gone; the last checkpoint is intact, the same command goes on from it"
+        ) from error
+    finally:
+        dist.shutdown()
+
+
+def _run(prepared: Prepared) -> None:
+    from pmp_ds import dist
+    from pmp_ds.lifeline import Lifeline, last_words
+
+    meeting = dist.meeting()
+    if meeting is None:
+        prepared.run()
+        return
+    connection = meeting.another_connection()
+
+    def tell(code: int, text: str) -> None:
+        if code != EXIT_FAULT:  # the others see that by themselves
+            last_words(meeting, connection, code, text)
+
+    try:
+        with signals.farewell(tell), Lifeline(prepared.lost_seconds):
+            prepared.run()
+    except SharedError:
+        raise
+    except UserError as error:
+        tell(EXIT_MISTAKE, f"error: {error}")
+        if meeting.rank == 0:
+            time.sleep(WORDS_SECONDS)
+        raise
