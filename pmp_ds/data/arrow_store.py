@@ -14,10 +14,13 @@ import pyarrow as pa
 from pmp_ds.data.blocks import Blocks, Tokens
 from pmp_ds.data.manifest import AGAIN, COLUMN, MUST_AGREE, SPLITS, dataset_id, read_manifest
 from pmp_ds.errors import UserError
+from pmp_ds.progress import Progress
 from pmp_ds.run_dir import atomic_path
 
 SHARD_BLOCKS = 1 << 18
 """Most blocks in one shard: 128 MiB of 256 uint16 tokens."""
+
+_SHOW_PROGRESS = 1 << 30  # from so many bytes on: a second of hashing
 
 
 def write_shard(
@@ -103,10 +106,14 @@ class Store:
         Raises UserError that names the first altered file.
         """
         shards = [s for split in SPLITS for s in self.manifest["splits"][split]["shards"]]
-        for shard in shards:
-            self._check_hash(shard)
+        total = sum(shard["bytes"] for shard in shards)
+        quick = total < _SHOW_PROGRESS
+        with Progress("verify data", "B", total, scale=True, disable=quick) as bar:
+            for shard in shards:
+                self._check_hash(shard)
+                bar.update(shard["bytes"])
         self._check_content()
-        return sum(shard["bytes"] for shard in shards)
+        return total
 
     @property
     def block_size(self) -> int:

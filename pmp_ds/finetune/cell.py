@@ -100,7 +100,7 @@ def tune(
     began = time.monotonic()
     dist.on_rank0(lambda: _claim(run, config))
     loop = config.loop_config(len(task.samples), dist.world_size())
-    tuned = _tuned(config, task)
+    tuned = dist.together(lambda: _tuned(config, task))
     found = _found(run, task, tuned)
     if dist.rank() == 0:
         sweep(run)

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from pmp_ds.finetune.tasks import Task, open_task
 from pmp_ds.progress import Progress
 from pmp_ds.results import Result, model_digest
 from pmp_ds.run_dir import RunDir
+from pmp_ds.train.held import held
 from pmp_ds.train.stop import StopRequest
 from pmp_ds.train.watchdog import Watchdog
 
@@ -75,12 +76,24 @@ def run_all(
 ) -> list[Result]:
     """Run what is not in the results at ``where`` yet; each result is appended as it comes.
     Collective. Mistakes in any cell are found before the first begins."""
+    with held(run.root, f"the fine-tuning {run.root}"):
+        return _run_all(cells, ds_config, run, where, started, keep_models)
+
+
+def _run_all(
+    cells: Mapping[str, FinetuneConfig],
+    ds_config: dict[str, Any],
+    run: RunDir,
+    where: Path,
+    started: float,
+    keep_models: bool,
+) -> list[Result]:
     logging.set_verbosity_error()  # of heads that are new, as they should be
     logging.disable_progress_bar()
     tasks = _Tasks()
     digests: dict[str, str] = {}
+    dist.together(lambda: _check_all(cells.values(), tasks))
     for config in cells.values():
-        _check(config, tasks.of(config))
         if config.model not in digests:
             digests[config.model] = dist.on_rank0(partial(model_digest, Path(config.model)))
     keys = {
@@ -132,11 +145,13 @@ def run_all(
     return [done[name] for name in cells]
 
 
-def _check(config: FinetuneConfig, task: Task) -> None:
+def _check_all(configs: Iterable[FinetuneConfig], tasks: "_Tasks") -> None:
     """Raises UserError when model and method do not fit together."""
-    open_ticket(config)
-    if config.method == "lora":
-        load_model(config, task.num_labels)
+    for config in configs:
+        task = tasks.of(config)
+        open_ticket(config)
+        if config.method == "lora":
+            load_model(config, task.num_labels)
 
 
 class _Tasks:

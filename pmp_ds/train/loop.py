@@ -90,6 +90,7 @@ def train(
             guard.check_drift(step)
             save(step, val_loss, reason is not None or step == steps)
         if reason:
+            watch.stop.done()
             raise Stopped(
                 f"{reason}: saved after update {step:,} of {steps:,}; the same command goes on"
             )

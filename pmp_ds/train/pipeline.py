@@ -7,19 +7,24 @@ so weights, optimizer state, schedule and data position of the warm-up cannot re
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pmp_ds import dist
+from pmp_ds.config import Config
+from pmp_ds.data.arrow_store import Store
+from pmp_ds.data.mixed_store import MixedStore
 from pmp_ds.errors import Stopped, UserError
 from pmp_ds.log import MetricsLog, rewind_metrics
 from pmp_ds.model.parameters import digest, num_params
 from pmp_ds.model.secret_init import derive
 from pmp_ds.progress import Progress
-from pmp_ds.run_dir import sweep
+from pmp_ds.run_dir import RunDir, sweep
 from pmp_ds.ticket.ticket import Ticket, has_ticket, load_ticket, save_ticket
-from pmp_ds.train import checkpoint, plain_weights, weight_files
+from pmp_ds.train import checkpoint, plain_weights, plan, run_facts, weight_files
 from pmp_ds.train.discover import Discovery, random_ticket
 from pmp_ds.train.guard import Guard
-from pmp_ds.train.job import Job
+from pmp_ds.train.held import held
+from pmp_ds.train.job import Job, open_job
 from pmp_ds.train.loop import Watch, train, validate
 from pmp_ds.train.saver import Saver
 from pmp_ds.train.stop import StopRequest
@@ -37,14 +42,15 @@ def _obtain_ticket(job: Job, found: Found | None, watch: Watch, saver: Saver) ->
     if not dist.on_rank0(lambda: has_ticket(folder)):
         if mask.source == "file":
             assert mask.file is not None
-            ticket = load_ticket(Path(mask.file), model_digest=digest(job.table))
+            given = Path(mask.file)
+            ticket = dist.together(lambda: load_ticket(given, model_digest=digest(job.table)))
         elif mask.source == "random":
             ticket = random_ticket(job.key("random mask"), mask, job.table)
         else:
             ticket = _discover(job, found, watch, saver)
         dist.on_rank0(lambda: save_ticket(ticket, folder))
     dist.on_rank0(lambda: checkpoint.prune(job.run, "discover", 0))
-    return load_ticket(folder, model_digest=digest(job.table))
+    return dist.together(lambda: load_ticket(folder, model_digest=digest(job.table)))
 
 
 def _discover(job: Job, found: Found | None, watch: Watch, saver: Saver) -> Ticket:
@@ -89,6 +95,7 @@ def _discover(job: Job, found: Found | None, watch: Watch, saver: Saver) -> Tick
             if reason or (step % config.run.checkpoint_every == 0 and not discovery.over):
                 save(reason is not None)
             if reason:
+                watch.stop.done()
                 raise Stopped(
                     f"{reason}: saved after update {step:,} of discovery; the same command goes on"
                 )
@@ -107,9 +114,26 @@ class Outcome:
     complement_changed: int
 
 
+def run(
+    config: Config,
+    ds_config: dict[str, Any],
+    store: Store | MixedStore,
+    folder: RunDir,
+    started: float,
+) -> Outcome:
+    """Begin or resume the run in ``folder`` and lead it to its end. ``started``: when this process
+    did, monotonic seconds. Raises Stopped when it was asked to stop before."""
+    with held(folder.root, f"the run {folder.root}"):
+        # Rank 0 alone reads every byte; a damaged store stops all ranks before anything is written.
+        dist.on_rank0(lambda: store.verify() and None)
+        dist.on_rank0(lambda: run_facts.claim(folder, config, store))
+        job = open_job(config, ds_config, store, folder)
+        _say(f"{config.run.name}:\n{plan.describe(job)}")
+        return pretrain(job, started)
+
+
 def pretrain(job: Job, started: float) -> Outcome:
-    """Run or resume a job to its last update. ``started``: when this process did, monotonic
-    seconds. Raises Stopped when it was asked to stop before."""
+    """``run`` for a job whose folder is held and claimed."""
     config, run = job.config, job.run
     found = _found(job, "train")
     step = found[1].step if found else 0

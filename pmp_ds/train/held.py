@@ -1,0 +1,32 @@
+"""A folder that one job alone writes to, and that all of its ranks share."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from pmp_ds import dist, lease
+from pmp_ds.errors import require
+
+
+@contextlib.contextmanager
+def held(folder: Path, what: str) -> Iterator[None]:
+    """Rank 0 holds ``folder`` (lease.py), and every rank has seen that it does. Collective.
+
+    Raises UserError that names the holder when another job has it, and the ranks and hosts where
+    ``folder`` is another folder than rank 0's.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def take() -> tuple[str, str]:
+            mine = stack.enter_context(lease.hold(folder, what))
+            return mine.path.name, mine.holder.token
+
+        name, token = dist.on_rank0(take)
+        dist.together(
+            lambda: require(
+                lease.is_seen(folder / name, token),
+                f"{what} is not the folder that rank 0 writes to: run.root must be one folder "
+                "that all hosts of the job share",
+            )
+        )
+        yield
