@@ -1,0 +1,183 @@
+"""Start the ranks of this machine, pass signals on, and end with their exit code.
+
+    python -m pmp_ds.launch launcher/pretrain.py --config launcher/recipes/demo.yaml
+    python -m pmp_ds.launch --ranks 2 launcher/pretrain.py ...       two CPU ranks
+    python -m pmp_ds.launch --nodes 4 --node 1 --master-addr HOST --master-port 29400 \\
+        launcher/pretrain.py ...                                     the second of four machines
+
+Made for containers and job arrays, also as process 1: SIGTERM, SIGINT and SIGUSR1 reach every rank,
+orphans are reaped, and the exit code says what a scheduler has to know: 0 done, 1 a mistake, 70 a
+fault, 75 stopped and saved (docs/OPERATIONS.md). `torchrun` turns all but 0 into 1, and `deepspeed`
+as process 1 is killed without having told its ranks.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+
+from pmp_ds import signals
+from pmp_ds.errors import EXIT_FAULT, EXIT_MISTAKE, EXIT_REQUEUE, UserError, exit_code, require
+
+END_SECONDS = 30.0
+"""After a rank has failed: the others notice within seconds and end by themselves."""
+
+SAVE_SECONDS = 600.0
+"""After a rank was asked to stop and has saved: the others are about to."""
+
+KILL_SECONDS = 10.0
+"""Between SIGTERM and SIGKILL for those that do not."""
+
+_ORDER = (EXIT_MISTAKE, EXIT_FAULT, EXIT_REQUEUE)  # which code of several ranks counts
+
+
+class Ranks:
+    """The processes of this machine's ranks, by process id."""
+
+    def __init__(self, commands: Sequence[tuple[Sequence[str], Mapping[str, str]]]) -> None:
+        self.codes: list[int] = []
+        """Exit codes in the order in which they came, 128 + n after signal n."""
+        self._alive: set[int] = set()
+        self._lock = threading.Lock()
+        self._failed = threading.Event()
+        self._ended_by_us = False
+        for command, environment in commands:
+            process = subprocess.Popen(command, env=environment)
+            process.returncode = 0  # ``wait`` reaps it, not its destructor
+            with self._lock:
+                self._alive.add(process.pid)
+
+    def send(self, number: signal.Signals) -> None:
+        """A signal to each rank that still runs."""
+        with self._lock:
+            for pid in self._alive:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+
+    def wait(self) -> int:
+        """Until all ranks have ended, and their common exit code; reaps whatever else ends here."""
+        threading.Thread(target=self._end_the_others, daemon=True).start()
+        while self._alive:
+            pid, status = os.waitpid(-1, 0)
+            with self._lock:
+                if pid not in self._alive:
+                    continue  # an orphan, which process 1 inherits
+                self._alive.remove(pid)
+            code = os.waitstatus_to_exitcode(status)
+            code = code if code >= 0 else 128 - code
+            if not self._ended_by_us:
+                self.codes.append(code)
+            if code:
+                self._failed.set()
+        known = [code for code in _ORDER if code in self.codes]
+        return known[0] if known else next((code for code in self.codes if code), 0)
+
+    def _end_the_others(self) -> None:
+        self._failed.wait()
+        first = next(code for code in self.codes if code)
+        limit = SAVE_SECONDS if first == EXIT_REQUEUE else END_SECONDS
+        for number, seconds in ((signal.SIGTERM, limit), (signal.SIGKILL, KILL_SECONDS)):
+            time.sleep(seconds)  # the process ends when all ranks have
+            self._ended_by_us = True
+            signals.tell(f"a rank ended with code {first}, others did not: {number.name} for them")
+            self.send(number)
+
+
+def environments(
+    ranks: int, nodes: int, node: int, address: str, port: int
+) -> list[dict[str, str]]:
+    """What each rank of this machine finds in its environment."""
+    of_all = {
+        "WORLD_SIZE": nodes * ranks, "LOCAL_WORLD_SIZE": ranks, "LOCAL_SIZE": ranks,
+        "MASTER_ADDR": address, "MASTER_PORT": port,
+    }  # fmt: skip
+    found = []
+    for local in range(ranks):
+        values = of_all | {"RANK": node * ranks + local, "LOCAL_RANK": local}
+        found.append({**os.environ, **{name: str(value) for name, value in values.items()}})
+    return found
+
+
+def num_gpus() -> int:
+    """GPUs that torch sees, asked in a process of its own: torch stays out of this one."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return 0
+    program = "import torch; print(torch.cuda.device_count())"
+    asked = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    return int(asked.stdout) if asked.returncode == 0 else 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m pmp_ds.launch", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, exit_on_error=False,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--ranks", type=int, help="ranks of this machine. Default: its GPUs, or 1")
+    add("--nodes", type=int, default=1, help="machines. Default: 1")
+    add(
+        "--node", type=int, default=os.environ.get("JOB_COMPLETION_INDEX", "0"),
+        help="which of them this one is, from 0. Default: JOB_COMPLETION_INDEX of Kubernetes, or 0",
+    )  # fmt: skip
+    add("--master-addr", help="of several: the host of node 0. Default: MASTER_ADDR")
+    add("--master-port", type=int, help="where they meet. Default: MASTER_PORT, or a free port")
+    add("script", help="launcher/pretrain.py or launcher/finetune.py")
+    add("arguments", nargs=argparse.REMAINDER, help="of the script")
+    try:
+        return parser.parse_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}; see --help") from None
+
+
+def run(argv: Sequence[str]) -> int:
+    """Start the ranks as the arguments say and return their exit code."""
+    args = _parse(argv)
+    ranks = args.ranks or num_gpus() or 1
+    require(ranks > 0, f"--ranks {args.ranks} must be positive")
+    require(0 <= args.node < args.nodes, f"--node {args.node} must be from 0 to {args.nodes - 1}")
+    require(os.path.isfile(args.script), f"{args.script}: no such file")
+    address = args.master_addr or os.environ.get("MASTER_ADDR")
+    port = args.master_port or int(os.environ.get("MASTER_PORT", "0"))
+    if args.nodes == 1:
+        address, port = address or "127.0.0.1", port or _free_port()
+    require(
+        bool(address and port),
+        f"--nodes {args.nodes} needs --master-addr and --master-port: the host of node 0, and a "
+        "free port there",
+    )
+    command = [sys.executable, "-u", args.script, *args.arguments]
+    found = environments(ranks, args.nodes, args.node, str(address), port)
+    started: Ranks | None = None
+    early: list[signal.Signals] = []
+
+    def forward(number: signal.Signals) -> None:
+        early.append(number)
+        if started is not None:
+            started.send(number)
+
+    with signals.reacting(forward):
+        started = Ranks([(command, environment) for environment in found])
+        if early:
+            started.send(early[-1])
+        return started.wait()
+
+
+def _free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def main() -> None:
+    raise SystemExit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main))
