@@ -6,6 +6,7 @@
 
 import math
 import sys
+import time
 
 import torch
 
@@ -19,6 +20,7 @@ from pmp_ds.train.stop import StopRequest
 
 _DECAY, _WARM_UP = 0.98, 50  # of the running loss, and updates before it is believed
 _STRAGGLER_UPDATES = 20
+_STRAGGLER_PAUSE = 600.0  # seconds between two warnings at first; twice as long after each
 _INTACT = "the last checkpoint is intact"
 
 
@@ -44,6 +46,7 @@ class Guard:
         # Of the newest update, not looked at yet.
         self._norm: tuple[int, torch.Tensor | float] | None = None
         self._seconds: list[float] = []
+        self._told, self._pause = -math.inf, _STRAGGLER_PAUSE
         self.memory = {"count": 0.0, "mean": 0.0, "var": 0.0, "skipped": 0.0} | memory
 
     def compare_tickets(self, ticket_id: str | None) -> None:
@@ -141,21 +144,34 @@ class Guard:
             )
 
     def _look_for_straggler(self, step: int) -> None:
-        seconds = self._channel.all_gather_numbers([sum(self._seconds)]).view(-1)
-        if self._config.straggler == "ignore" or len(seconds) == 1:
+        mean = sum(self._seconds) / len(self._seconds)
+        seconds = self._channel.all_gather_numbers([mean]).view(-1).tolist()
+        found = straggler(seconds, self._config.straggler_factor, self._config.straggler_seconds)
+        if self._config.straggler == "ignore" or found is None:
             return
-        slowest = int(seconds.argmax())
-        others = [float(value) for rank, value in enumerate(seconds) if rank != slowest]
-        usual = sorted(others)[len(others) // 2]
-        if float(seconds[slowest]) <= self._config.straggler_factor * usual:
-            return
+        slowest, usual = found
         text = (
-            f"rank {slowest} takes {float(seconds[slowest]) / usual:.1f} times as long as the "
-            f"others ({float(seconds[slowest]) / _STRAGGLER_UPDATES:.3f} s per update for itself)"
+            f"rank {slowest} takes {seconds[slowest] / max(usual, 1e-9):.1f} times as long as the "
+            f"others ({seconds[slowest]:.3f} s per update for itself, they {usual:.3f} s)"
         )
-        _say(f"update {step}: {text}")
         if self._config.straggler == "stop":
             self._stop.ask(text)
+        elif time.monotonic() - self._told > self._pause:
+            self._pause *= 1 if self._told == -math.inf else 2
+            self._told = time.monotonic()
+            _say(f"update {step}: {text}")
+
+
+def straggler(seconds: list[float], factor: float, floor: float) -> tuple[int, float] | None:
+    """The slowest rank and the median of the others, given the seconds of every rank for an update,
+    when it takes ``factor`` times as long as they, and ``floor`` seconds longer."""
+    slowest = max(range(len(seconds)), key=seconds.__getitem__)
+    others = sorted(value for rank, value in enumerate(seconds) if rank != slowest)
+    if not others:
+        return None
+    usual = others[len(others) // 2]
+    slow = seconds[slowest] > factor * usual and seconds[slowest] > usual + floor
+    return (slowest, usual) if slow else None
 
 
 _WAY_OUT_NONFINITE = (
