@@ -13,9 +13,9 @@ remembered in private/ledger.jsonl: a second revision would show the mask, and i
 """
 
 import argparse
+import contextlib
 import datetime
 import re
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -132,11 +132,13 @@ def _export_run(args: argparse.Namespace) -> "ExportSummary":
 
     out = args.out or run.release
     require_absent(out)
-    scratch = run.init / ".weights.incomplete"  # swept by the next pretrain.py too, after a kill
-    try:
+    with contextlib.ExitStack() as stack:
         if initial:
-            shutil.rmtree(scratch, ignore_errors=True)
-            weights = plain_weights.of_init(run, scratch)
+            # After a kill the next pretrain.py sweeps it.
+            scratch = stack.enter_context(
+                tempfile.TemporaryDirectory(dir=run.init, prefix=".", suffix=".incomplete")
+            )
+            weights = plain_weights.of_init(run, Path(scratch) / "weights")
         else:
             step = None if args.checkpoint == "latest" else int(args.checkpoint)
             weights = plain_weights.of_checkpoint(run, step)
@@ -162,8 +164,6 @@ def _export_run(args: argparse.Namespace) -> "ExportSummary":
             claim=claim,
             **_form(args),
         )
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _export_derivative(args: argparse.Namespace) -> "ExportSummary":

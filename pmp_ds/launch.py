@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 from pmp_ds import signals
 from pmp_ds.errors import EXIT_FAULT, EXIT_MISTAKE, EXIT_REQUEUE, UserError, exit_code, require
@@ -115,10 +116,15 @@ def num_gpus() -> int:
     return int(asked.stdout) if asked.returncode == 0 else 0
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m pmp_ds.launch", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter, exit_on_error=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
     add("--ranks", type=int, help="ranks of this machine. Default: its GPUs, or 1")
@@ -131,10 +137,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--master-port", type=int, help="where they meet. Default: MASTER_PORT, or a free port")
     add("script", help="launcher/pretrain.py or launcher/finetune.py")
     add("arguments", nargs=argparse.REMAINDER, help="of the script")
-    try:
-        return parser.parse_args(argv)
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error}; see --help") from None
+    return parser.parse_args(argv)
 
 
 def run(argv: Sequence[str]) -> int:

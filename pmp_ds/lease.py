@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NoReturn
 
 from pmp_ds import signals
 from pmp_ds.errors import EXIT_FAULT, UserError
@@ -85,12 +86,15 @@ class Lease:
         self._what = what
         self._over = threading.Event()
         self._beats = 0
+        _held.append(self)
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
         self._thread.start()
 
     def release(self) -> None:
         """Others may take it at once."""
         self._over.set()
+        if self in _held:
+            _held.remove(self)
         if self._thread is not threading.current_thread():
             self._thread.join(BEAT_SECONDS)
         found = _read(self.path)
@@ -105,11 +109,19 @@ class Lease:
                 self._beats += 1
                 _write(self.path, self.holder, self._beats)
         if not self._over.is_set():
-            signals.end_at_once(
-                EXIT_FAULT,
-                f"fault: {self._what} was taken over by another process while this one gave no "
-                f"sign for {STALE_SECONDS:g} s; this one writes nothing more",
-            )
+            self._end()
+
+    def confirm(self) -> None:
+        """End this process if the lease was lost: called before what must not be done twice."""
+        if not self._still_mine():
+            self._end()
+
+    def _end(self) -> NoReturn:
+        signals.end_at_once(
+            EXIT_FAULT,
+            f"fault: {self._what} was taken over by another process while this one gave no sign "
+            f"for {STALE_SECONDS:g} s; this one writes nothing more",
+        )
 
     def _still_mine(self) -> bool:
         newest = _newest(self.path.parent, self.path.name[:-_DIGITS])
@@ -118,6 +130,16 @@ class Lease:
             return True
         found = _read(self.path)
         return newest == self.path and (found is None or found[0].token == self.holder.token)
+
+
+_held: list[Lease] = []  # by this process
+
+
+def confirm(folder: Path) -> None:
+    """End this process if it has lost its lease on ``folder``; without one nothing happens."""
+    for lease in _held:
+        if lease.path.parent == folder:
+            lease.confirm()
 
 
 @contextlib.contextmanager

@@ -29,6 +29,9 @@ TELL_SECONDS = 30.0
 MISTAKE_SECONDS = 20.0
 """How long ranks that have not come are waited for once another one has met a mistake."""
 
+READ_SECONDS = 5.0
+"""How long rank 0 waits at most until the others have read what it has found."""
+
 _SHOWN = 3  # different mistakes, and missing ranks
 _OWN_PORT = (
     "give each job a port of its own (deepspeed --master_port, torchrun --master-port, or "
@@ -77,6 +80,7 @@ def meet(run: str | None, mistake: str | None, seconds: float) -> Meeting:
             store.set("job", json.dumps(job))
             verdict = _judge(store, world, me, place, deadline)
             store.set("verdict", json.dumps(verdict))
+            _await_readers(store, sum(host is not None for host in verdict["hosts"]) - 1)
         else:
             _await(store, "job", f"rank 0 at {place}", deadline)
             _compare(json.loads(store.get("job")), job, place)
@@ -88,6 +92,7 @@ def meet(run: str | None, mistake: str | None, seconds: float) -> Meeting:
             store.set(f"rank/{rank}", json.dumps(me))
             _await(store, "verdict", f"the other ranks at {place}", float("inf"))
             verdict = json.loads(store.get("verdict"))
+            store.add("read", 1)
     except DistError as error:
         raise UserError(f"rank 0 at {place} left before all ranks had come: {error}") from None
     if verdict["mistake"] is not None:
@@ -200,6 +205,12 @@ def _compare(theirs: dict[str, Any], ours: dict[str, Any], place: str) -> None:
         )
 
 
+def _await_readers(store: Store, count: int) -> None:
+    """The store ends with rank 0: let the others read the verdict before."""
+    last = time.monotonic() + READ_SECONDS
+    _poll(lambda: store.add("read", 0) >= count or time.monotonic() > last)
+
+
 def _judge(
     store: Store, world: int, me: dict[str, Any], place: str, deadline: float
 ) -> dict[str, Any]:
@@ -222,7 +233,7 @@ def _judge(
         return f"rank {', '.join(map(str, missing[:_SHOWN]))}{more} at {place}"
 
     _poll(all_there, float("inf"), awaited)
-    hosts = [came[rank]["host"] if rank in came else "?" for rank in range(world)]
+    hosts = [came[rank]["host"] if rank in came else None for rank in range(world)]
     names = [f"rank {rank} on host {host}" for rank, host in enumerate(hosts)]
     mistakes = [came[rank]["mistake"] if rank in came else None for rank in range(world)]
     mistake = in_words(mistakes, names)

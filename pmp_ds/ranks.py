@@ -52,6 +52,8 @@ def command(prepare: Callable[[], Prepared]) -> int:
 
 
 def _command(prepare: Callable[[], Prepared]) -> None:
+    # What torch says of connections that break is said in our words, without its stacks.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     launchers.adopt()
     prepared: Prepared | None = None
     mistake: str | None = None

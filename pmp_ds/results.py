@@ -7,7 +7,6 @@ A line holds all that repeats it. Several processes may append to one file. The 
 nothing in it tells which elements are in a ticket.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ from typing import Any
 
 from pmp_ds import __version__
 from pmp_ds.errors import UserError
+from pmp_ds.run_dir import lock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def append(path: Path, result: Result) -> None:
     line = (json.dumps(asdict(result), sort_keys=True) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        lock(file)
         file.seek(0)
         content = file.read()
         if content and not content.endswith(b"\n"):

@@ -6,6 +6,8 @@
 """
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import secrets
@@ -13,7 +15,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pmp_ds.errors import UserError
 
@@ -118,6 +120,16 @@ def fsync_dir(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def lock(file: IO[bytes]) -> None:
+    """Wait until no other process holds ``file``, and hold it until it is closed. On a network file
+    system without locks nothing is waited for."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
 
 
 @contextlib.contextmanager

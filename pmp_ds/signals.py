@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from pmp_ds.errors import EXIT_REQUEUE
 
@@ -42,7 +42,7 @@ def ignore(number: signal.Signals) -> None:
 _reaction: Reaction = leave
 
 
-def end_at_once(code: int, text: str, *, everyone: bool = False) -> None:
+def end_at_once(code: int, text: str, *, everyone: bool = False) -> NoReturn:
     """Say the farewells, for at most a moment, and end the process; rank 0 or ``everyone`` prints
     ``text``. From any thread."""
     farewells = list(_farewells)

@@ -36,7 +36,7 @@ from pmp_ds.data.staging import (
     PLAN,
     Request,
     exists,
-    locked,
+    held,
     matching_manifest,
     publish,
     read_identity,
@@ -163,7 +163,7 @@ def finish(out: Path) -> PrepareSummary:
     planned = _read_plan(out)
     folder = planned.job.folder
     try:
-        with locked(folder):
+        with held(out):
             manifest = complete_store(
                 planned.job,
                 _add_up(out, planned),

@@ -10,12 +10,12 @@ The rest is the store itself.
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -28,6 +28,7 @@ from pmp_ds.data.manifest import FORMAT_VERSION, SPLITS, read_manifest
 from pmp_ds.data.prepare_config import PrepareConfig
 from pmp_ds.data.tokenizer import Tokenizer, load_tokenizer
 from pmp_ds.errors import UserError
+from pmp_ds.lease import Lease, hold
 from pmp_ds.run_dir import fsync_dir, write_json
 
 TOKENIZER = "tokenizer.json"
@@ -96,16 +97,15 @@ def staging_folder(out: Path) -> Path:
 
 @contextlib.contextmanager
 def staging(out: Path, identity: dict[str, Any]) -> Iterator[Path]:
-    """`<out>.incomplete`, locked, to be renamed: empty, or as a run of equal ``identity`` left it.
+    """`<out>.incomplete`, held, to be renamed: empty, or as a run of equal ``identity`` left it.
 
     A mistake of the user removes it, unless units are finished by then: with a setting mended that
     their content does not depend on, the next run uses them. So it does after what a second attempt
     can mend (no space, a lost worker, an interruption).
     """
     folder = staging_folder(out)
-    new_parent = not out.parent.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
+    with held(out):
+        folder.mkdir(exist_ok=True)
         foreign = {p.name for p in folder.iterdir() if not p.name.endswith(".incomplete")}
         foreign -= _ENTRIES
         if foreign:
@@ -128,27 +128,12 @@ def staging(out: Path, identity: dict[str, Any]) -> Iterator[Path]:
                     f"{error}; {finished} finished parts are kept in {folder} for the next run"
                 ) from error
             shutil.rmtree(folder, ignore_errors=True)
-            if new_parent:
-                with contextlib.suppress(OSError):  # somebody else uses it by now
-                    out.parent.rmdir()
             raise
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other runs on this machine out of ``folder``; UserError when one is there."""
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(lock)
-        raise UserError(f"{folder} is being written by another run; wait for it") from error
-    except OSError:  # NFS has no locks on folders; there, renames and the ledger protect alone
-        pass
-    try:
-        yield
-    finally:
-        os.close(lock)
+def held(out: Path) -> AbstractContextManager[Lease]:
+    """Keep other processes from making the store ``out``; UserError when one is at it."""
+    return hold(out.parent, f"the store {out}", prefix=f"{out.name}.")
 
 
 def read_identity(folder: Path) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ Nothing else is ever written there. The folder is built as ``release.incomplete`
 against the allow-list, loaded in a fresh process that has no pmp_ds, and only then gets its name.
 """
 
+import contextlib
 import datetime
 import os
 import shutil
@@ -18,6 +19,7 @@ from typing import Literal
 import torch
 
 from pmp_ds.errors import UserError
+from pmp_ds.lease import hold
 from pmp_ds.progress import Progress
 from pmp_ds.release.allow_list import SUMS_FILE, require_clean, sha256
 from pmp_ds.release.ledger import Claim
@@ -81,38 +83,40 @@ def export(
     """
     require_absent(out)
     limit = shard_bytes(max_shard_size)
-    source = open_source(weights, vocab_size)
-    digest = _digest(source)
-    if claim is not None:
-        claim.check(digest)
-    if dtype != "bf16":
-        _refuse_rounded(source, dtype)
-    out.parent.mkdir(parents=True, exist_ok=True)
     staging = out.with_name(out.name + ".incomplete")
-    shutil.rmtree(staging, ignore_errors=True)  # of an export that was killed
-    staging.mkdir(mode=0o700 if private else 0o755)
-    try:
-        sums = _write_weights(source, staging, dtype, limit)
-        config = release_config(source.config, str(_TORCH[dtype]).removeprefix("torch."))
-        readme = render(card, config, source.num_params, dtype)
-        (staging / "config.json").write_text(as_json(config), encoding="utf-8")
-        generation = as_json(generation_config(source.config))
-        (staging / "generation_config.json").write_text(generation, encoding="utf-8")
-        copy_tokenizer(tokenizer_dir, staging)
-        (staging / "README.md").write_text(readme, encoding="utf-8")
-        difference = verify_reload(source, staging, _TORCH[dtype])
-        _write_sums(staging, sums)
-        if signing_key is not None:
-            sign(staging, signing_key)
-        names = _seal(staging, private, card.date)
-        require_clean(staging)
+    with (
+        hold(out.parent, f"the release {out}", prefix=f"{out.name}."),
+        contextlib.closing(open_source(weights, vocab_size)) as source,
+    ):
+        require_absent(out)  # another export may have ended just now
+        digest = _digest(source)
         if claim is not None:
-            claim.record(digest, _released_digest(staging, source, digest, dtype), dtype)
-        os.replace(staging, out)
-        fsync_dir(out.parent)
-    finally:
-        source.close()
-        shutil.rmtree(staging, ignore_errors=True)
+            claim.check(digest)
+        if dtype != "bf16":
+            _refuse_rounded(source, dtype)
+        shutil.rmtree(staging, ignore_errors=True)  # of an export that was killed
+        staging.mkdir(mode=0o700 if private else 0o755)
+        try:
+            sums = _write_weights(source, staging, dtype, limit)
+            config = release_config(source.config, str(_TORCH[dtype]).removeprefix("torch."))
+            readme = render(card, config, source.num_params, dtype)
+            (staging / "config.json").write_text(as_json(config), encoding="utf-8")
+            generation = as_json(generation_config(source.config))
+            (staging / "generation_config.json").write_text(generation, encoding="utf-8")
+            copy_tokenizer(tokenizer_dir, staging)
+            (staging / "README.md").write_text(readme, encoding="utf-8")
+            difference = verify_reload(source, staging, _TORCH[dtype])
+            _write_sums(staging, sums)
+            if signing_key is not None:
+                sign(staging, signing_key)
+            names = _seal(staging, private, card.date)
+            require_clean(staging)
+            if claim is not None:
+                claim.record(digest, _released_digest(staging, source, digest, dtype), dtype)
+            os.replace(staging, out)
+            fsync_dir(out.parent)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
     return ExportSummary(
         out=out,
         files=names,

@@ -5,7 +5,6 @@
 Two sets of weights from one theta(0) differ exactly on the ticket: their difference is the mask.
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from pmp_ds.errors import UserError
+from pmp_ds.run_dir import lock
 
 FORMAT_VERSION = 1
 FLAG = "--another-revision"
@@ -65,7 +65,7 @@ class Claim:
         entry = Entry(weights=weights, released=released, dtype=dtype, **given)
         line = json.dumps(asdict(entry) | {"format_version": FORMAT_VERSION}, sort_keys=True)
         with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock(file)
             _check(self, read(self.path), weights)
             whole = file.read().rpartition(b"\n")
             file.seek(len(whole[0] + whole[1]))

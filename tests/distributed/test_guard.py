@@ -155,12 +155,20 @@ def test_ranks_with_different_tickets(lives, run):
     assert (other.code, checkpoints(run)) == (1, [])
 
 
-STRAGGLING = ("--train.steps", "24", "--run.val_every", "24")
+STRAGGLING = ("--train.steps", "44", "--run.val_every", "44", "--guard.straggler_seconds", "0.05")
 
 
 def test_straggler_is_named(lives):
+    """Once, not every 20 updates."""
     one, _ = lives(*STRAGGLING, fault=slow, given=(0.1, 1))
     seen("straggler", one.code, one.err)
+    assert one.err.count("times as long") == 1
+
+
+def test_a_little_slower_is_noise(lives):
+    """0.1 s per update, several times what the others take."""
+    one, _ = lives(*STRAGGLING[:4], fault=slow, given=(0.1, 1))
+    assert (one.code, one.err.count("times as long")) == (0, 0)
 
 
 def test_straggler_stops(lives, run):

@@ -1,5 +1,6 @@
 """What the end-to-end tests share: one prepared store and one finished run."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from pmp_ds.run_dir import RunDir
 from tests.helpers.commands import DS_CONFIGS, Done, ok, run
 from tests.helpers.distributed import RankPool
+from tests.helpers.torture import Place
 from tests.helpers.workdir import furnish
 
 
@@ -54,3 +56,12 @@ def main_run(_furnished: tuple[Path, Done]) -> MainRun:
     export = ok(run("export.py", "--run", "runs/main", "--prompt", "kana", cwd=work))
     report = ok(run("report.py", "--run", "runs/main", "--prompt", "kana", cwd=work))
     return MainRun(RunDir(work / "runs" / "main"), prepare, train, export, report)
+
+
+@pytest.fixture
+def place(main_run: MainRun, work: Path, tmp_path: Path) -> Place:
+    """A run that will come to what ``main_run`` is: with its key, and further apart checkpoints."""
+    run = RunDir(tmp_path / "main")
+    run.create()
+    shutil.copy(main_run.run.init / "key", run.init / "key")
+    return Place(work, run, ("--run.checkpoint_every", "4"))

@@ -2,17 +2,13 @@
 command. What can be shown within kept ranks is in tests/distributed."""
 
 import re
-import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
-from pmp_ds.run_dir import RunDir
-from tests.e2e.conftest import MainRun
 from tests.helpers.commands import kill, ok, start
 from tests.helpers.distributed import free_port
 from tests.helpers.faults import seen
@@ -22,15 +18,6 @@ from tests.helpers.torture import Place, finish
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
 Process = subprocess.Popen[str]
-
-
-@pytest.fixture
-def place(main_run: MainRun, work: Path, tmp_path: Path) -> Place:
-    """A run that will come to what ``main_run`` is: with its key, and further apart checkpoints."""
-    run = RunDir(tmp_path / "main")
-    run.create()
-    shutil.copy(main_run.run.init / "key", run.init / "key")
-    return Place(work, run, ("--run.checkpoint_every", "4"))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tests.helpers.distributed import REPO, free_port
@@ -51,13 +51,18 @@ def start(
     cwd: Path,
     ranks: int | None = None,
     env: Mapping[str, str] | None = None,
+    prefix: Sequence[str] = (),
+    port: int | None = 0,
 ) -> subprocess.Popen[str]:
-    """``run`` without waiting for the end. ``env`` is added to the environment."""
-    command = [sys.executable]
+    """``run`` without waiting for the end. ``env`` is added to the environment; ``prefix`` is a
+    command that runs this one. ``port`` of the ranks: 0 takes a free one, None tells the launcher
+    nothing of ports."""
+    command = [*prefix, sys.executable]
     if ranks is not None:
         deepspeed = Path(sys.executable).with_name("deepspeed")
-        command = [str(deepspeed), "--num_accelerators", str(ranks), "--master_port",
-                   str(free_port())]  # fmt: skip
+        command = [str(deepspeed), "--num_accelerators", str(ranks)]
+        if port is not None:
+            command += ["--master_port", str(port or free_port())]
     return subprocess.Popen(
         [*command, str(LAUNCHER / launcher), *map(str, arguments)],
         cwd=cwd,

@@ -203,6 +203,12 @@ RANKS = {
 }  # fmt: skip
 
 SIGNALS = {
+    "signal during start": Fault(
+        "a signal before training is set up",
+        "SIGTERM while modules are imported, ranks wait for each other or the store is read",
+        "ends at once; what earlier starts saved is untouched", EXIT_REQUEUE,
+        r"stopped: SIGTERM before there was anything to save", NOTHING,
+    ),
     "signal": Fault(
         "SIGTERM, SIGINT or SIGUSR1 to a rank", "each of them within an update of one rank",
         "all ranks finish the update, save and stop", EXIT_REQUEUE,
@@ -228,8 +234,36 @@ SIGNALS = {
     ),
 }  # fmt: skip
 
+JOBS = {
+    "second command": Fault(
+        "a second command on one run", "the same command again while the first one trains",
+        "refused, with host, process and job of the first; that one is not disturbed", EXIT_MISTAKE,
+        r"error: the run .* is in use by pretrain\.py on host .*, pid \d+", NOTHING,
+    ),
+    "taken port": Fault(
+        "a taken port", "another process listens at MASTER_PORT", "refused before training",
+        EXIT_MISTAKE, r"error: port \d+ of .* is taken, so the ranks cannot meet", NOTHING,
+    ),
+    "host without the folder": Fault(
+        "a host without the run's folder", "a mount namespace with an empty `run.root` for rank 1",
+        "refused before anything is written, by rank 0, which names rank and host", EXIT_MISTAKE,
+        r"error: rank 1 on host \S+: the run .* is not the folder that rank 0 writes to", NOTHING,
+    ),
+    "host without the store": Fault(
+        "a host without the token store", "a mount namespace with an empty `data.store` for rank 1",
+        "the same", EXIT_MISTAKE, r"error: rank 1 on host \S+: .*store", NOTHING,
+    ),
+    "host without network": Fault(
+        "a host without network",
+        "two network namespaces; packets of one are lost, `guard.lost_seconds: 6`",
+        "both hosts name the other one and stop", EXIT_FAULT,
+        r"fault: rank 0: rank 1 on host h2 gave no sign of life for 6 s", SINCE,
+    ),
+}  # fmt: skip
+
 SECTIONS = {
-    "Files": CHECKPOINTS, "Disk": DISK, "Updates": UPDATES, "Ranks": RANKS, "Signals": SIGNALS,
+    "Files": CHECKPOINTS, "Disk": DISK, "Updates": UPDATES, "Ranks": RANKS,
+    "Jobs and hosts": JOBS, "Signals": SIGNALS,
 }  # fmt: skip
 FAULTS = {name: fault for section in SECTIONS.values() for name, fault in section.items()}
 

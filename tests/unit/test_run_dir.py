@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import stat
@@ -5,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pmp_ds import run_dir
 from pmp_ds.run_dir import RunDir, atomic_path, make_private, write_json, write_text
 
 
@@ -110,3 +112,13 @@ def test_equal_values_are_equal_files(tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert json.loads((tmp_path / "a").read_text()) == {"x": 1, "y": [2, None]}
     assert mode(tmp_path / "b") == 0o600
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_file_systems_without_locks(tmp_path, monkeypatch, number):
+    def no_locks(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(run_dir.fcntl, "flock", no_locks)
+    with open(tmp_path / "x", "wb") as file:
+        run_dir.lock(file)

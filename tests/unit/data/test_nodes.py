@@ -259,13 +259,13 @@ def test_refusals_say_what_to_do(folder: Path):
         nodes.pack(Path("out"))
 
 
-def test_folder_without_locks(folder: Path, expected, monkeypatch: pytest.MonkeyPatch):
-    def no_locks(*_):
-        raise OSError(9, "Bad file descriptor")  # as on NFS
-
-    monkeypatch.setattr(staging.fcntl, "flock", no_locks)
-    prepare(config("out"))
-    assert contents(folder / "out") == expected
+@pytest.mark.parametrize("command", [prepare, nodes.plan])
+def test_a_store_in_the_making_has_one_maker(folder: Path, command):
+    with staging.held(Path("out")), pytest.raises(UserError, match="the store out is in use by "):
+        command(config("out"))
+    assert not Path("out.incomplete").exists()
+    command(config("out"))
+    assert not list(folder.glob(".out.lease*"))
 
 
 def test_leftovers_of_a_kill_behind_the_renaming_go(folder: Path, expected):

@@ -1,11 +1,16 @@
 """Running a study's steps: skipping, failing, side by side. Steps are real processes."""
 
+import os
+import signal
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pmp_ds.errors import EXIT_REQUEUE, Stopped, UserError
+from pmp_ds.lease import hold
 from pmp_ds.study.driver import run
 from pmp_ds.study.plan import Step, describe
 from pmp_ds.study.recipe import Arm, Study
@@ -83,6 +88,34 @@ def test_asked_to_stop(two: tuple[Study, list[Step]], tmp_path: Path):
     step = Step("s", ("-c", f"raise SystemExit({EXIT_REQUEUE})"), tmp_path / "s")
     with pytest.raises(Stopped, match="the same command goes on"):
         run(study, [step], "")
+
+
+def test_a_signal_stops_what_runs(two: tuple[Study, list[Step]], tmp_path: Path):
+    """The command that runs gets it too, however it ends; nothing begins any more."""
+    study, planned = two
+    code = (
+        f"import time; open({str(tmp_path / 'begun')!r}, 'w').write('x')\n"
+        f"try: time.sleep(600)\nexcept KeyboardInterrupt: open({str(tmp_path / 'told')!r}, 'w')"
+        ".write('x'); raise SystemExit(3)"
+    )
+    slow = Step("slow", ("-c", code), tmp_path / "s")
+
+    def signal_when_begun() -> None:
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=signal_when_begun).start()
+    with pytest.raises(Stopped, match="SIGINT: the same command goes on"):
+        run(study, [slow, *planned], "")
+    assert set(runs_of(tmp_path)) == {"begun", "told"}
+
+
+def test_one_study_at_a_time(two: tuple[Study, list[Step]], tmp_path: Path):
+    study, planned = two
+    with hold(Path(study.root), "it"), pytest.raises(UserError, match="root is in use by"):
+        run(study, planned, "")
+    assert runs_of(tmp_path) == {}
 
 
 def meeting(folder: Path, name: str, other: str) -> Step:

@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from pmp_ds.train.guard import Guard
+from pmp_ds.train.guard import Guard, straggler
 
 
 def learned(losses: list[float]) -> dict[str, float]:
@@ -36,3 +36,18 @@ def test_three_losses_by_hand():
     memory = learned([1.0, 2.0, 6.0])
     assert memory["mean"] == pytest.approx(3.0)
     assert memory["var"] == pytest.approx((4 + 1 + 9) / 3)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "found"),
+    [
+        ([0.1, 0.1, 0.8, 0.1], (2, 0.1)),  # 8 times as long, and 0.7 s
+        ([0.1, 0.1, 0.5, 0.1], None),  # 5 times as long, but 0.4 s
+        ([4.0, 4.0, 7.0, 4.0], None),  # 3 s, but less than twice as long
+        ([4.0, 9.0], (1, 4.0)),
+        ([1.0], None),
+        ([0.0, 0.0], None),
+    ],
+)
+def test_straggler_by_hand(seconds, found):
+    assert straggler(seconds, factor=2.0, floor=0.5) == found
