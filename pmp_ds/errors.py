@@ -47,19 +47,16 @@ def exit_code(main: Callable[[], None]) -> int:
     A ``UserError`` becomes one line on standard error. Every rank of a run meets the same mistake,
     so only rank 0 prints it; a fault may be of one rank alone, so each prints its own.
     """
-    rank = os.environ.get("RANK", "0")
     try:
         main()
     except UserError as error:
-        if rank == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        _say_on_rank0(f"error: {error}")
         return EXIT_MISTAKE
     except Stopped as stop:
-        if rank == "0":
-            print(f"stopped: {stop}", file=sys.stderr, flush=True)
+        _say_on_rank0(f"stopped: {stop}")
         return EXIT_REQUEUE
     except LostRankError as error:
-        print(f"fault: rank {rank}: {error}", file=sys.stderr, flush=True)
+        print(f"fault: rank {_rank()}: {error}", file=sys.stderr, flush=True)
         return EXIT_FAULT
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the last flush would fail too
@@ -71,3 +68,13 @@ def exit_code(main: Callable[[], None]) -> int:
         traceback.print_exc()
         return EXIT_FAULT
     return 0
+
+
+def _rank() -> str:
+    """Asked late: ``main`` may have learned it from srun or mpirun (launchers.py)."""
+    return os.environ.get("RANK", "0")
+
+
+def _say_on_rank0(text: str) -> None:
+    if _rank() == "0":
+        print(text, file=sys.stderr, flush=True)

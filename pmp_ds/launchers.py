@@ -68,6 +68,11 @@ def _adopt_from(starter: _Starter) -> None:
             f"ranks, and {missing[0]} is not set: start the ranks with {starter.name}, or set "
             "RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each"
         )
+    if starter.name == "srun" and "SLURM_JOB_ID" in given and "SLURM_STEP_ID" not in given:
+        raise UserError(
+            f"SLURM_NTASKS={given['SLURM_NTASKS']} and this process runs in the batch script "
+            "itself: start the ranks with srun, or this one alone with RANK=0 WORLD_SIZE=1"
+        )
     address = given.get("MASTER_ADDR") or _address(starter)
     port = given.get("MASTER_PORT") or str(derived_port(_job(starter)))
     os.environ.update(

@@ -72,6 +72,7 @@ def test_srun_that_speaks_pmi(adopt):
     [
         (MPIRUN | {"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun started 4 ranks.*set MASTER_ADDR"),
         ({"PMI_SIZE": "2"}, "PMI_SIZE=2 says that this is one of several ranks, and PMI_RANK is"),
+        ({k: v for k, v in SRUN.items() if "STEP" not in k}, "in the batch script itself: .*srun"),
         ({"SLURM_NTASKS": "2"}, "SLURM_NTASKS=2 says that .* SLURM_PROCID is not set: .*srun"),
     ],
 )
