@@ -31,7 +31,7 @@ from pmp_ds.data.mixed_store import open_data
 from pmp_ds.errors import exit_code
 from pmp_ds.log import TIMINGS, read_metrics
 from pmp_ds.run_dir import RunDir
-from pmp_ds.train import job, pipeline, run_facts
+from pmp_ds.train import job, pipeline, plan, run_facts
 from pmp_ds.train.deepspeed_config import read_json
 from pmp_ds.train.engine import Engine
 from tests.helpers import capabilities, tiny
@@ -73,6 +73,8 @@ def live(
         dist.on_rank0(lambda: run_facts.claim(run, config, store))
         ds_config = read_json(folder / f"zero{stage}.json")
         opened = job.open_job(config, ds_config, store, run)
+        if dist.rank() == 0:
+            print(plan.describe(opened))
         pipeline.pretrain(opened, time.monotonic())
 
     out, err = io.StringIO(), io.StringIO()
