@@ -326,10 +326,12 @@ class TrainConfig:
     """Optimizer updates of masked pretraining."""
 
     global_batch_size: int = 32
-    """Sequences per update, over all ranks and accumulation steps."""
+    """Sequences per update, over all ranks and accumulation steps; any number of ranks up to this
+    shares them out."""
 
     micro_batch_size: int = 32
-    """Sequences per forward pass on one rank; accumulation fills the rest."""
+    """Most sequences per forward pass on one rank; a rank's share is cut into as few micro-batches
+    of equal size as that allows. May change between restarts of a run."""
 
     precision: Precision = "bf16"
     """Precision of the weights in forward and backward; the master weights stay fp32. `fp16` scales
@@ -383,16 +385,6 @@ class TrainConfig:
         )
         require(self.eps > 0.0, f"train.eps={self.eps} must be positive")
         require(self.clip_norm >= 0.0, f"train.clip_norm={self.clip_norm} must not be negative")
-
-    def accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches per update and rank; raises UserError when they do not divide."""
-        per_pass = self.micro_batch_size * world_size
-        require(
-            self.global_batch_size % per_pass == 0,
-            f"train.global_batch_size={self.global_batch_size} is not a multiple of "
-            f"micro_batch_size x world_size = {self.micro_batch_size} x {world_size} = {per_pass}",
-        )
-        return self.global_batch_size // per_pass
 
 
 @dataclass(frozen=True, kw_only=True)

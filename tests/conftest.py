@@ -14,6 +14,12 @@ def ranks2() -> Iterator[RankPool]:
 
 
 @pytest.fixture(scope="session")
+def ranks3() -> Iterator[RankPool]:
+    with RankPool(3) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
 def ranks4() -> Iterator[RankPool]:
     with RankPool(4) as pool:
         yield pool

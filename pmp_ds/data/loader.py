@@ -1,8 +1,9 @@
 """The order of the samples and the batches of one rank.
 
 The global sample stream is fixed by (key, number of blocks): sample ``s`` is block
-``permute(s % n)`` of epoch ``s // n``. A rank reads its contiguous share of every global batch, so
-the stream is the same for any number of ranks and ``consumed_samples`` is the only state.
+``permute(s % n)`` of epoch ``s // n``. A rank reads its contiguous share of every global batch (the
+first ranks read one sample more where the shares are not equal), so the stream is the same for any
+number of ranks and ``consumed_samples`` is the only state.
 """
 
 import contextlib
@@ -137,14 +138,14 @@ class BlockLoader:
         """``global_batch_size`` sequences per ``next`` over all ranks; ``key`` of ``order_key``.
         ``pin_memory``: batches in page-locked memory, which a GPU copies while others compute."""
         assert len(blocks) > 0
-        assert global_batch_size % world_size == 0
-        assert 0 <= rank < world_size
+        assert 0 <= rank < world_size <= global_batch_size
         self.consumed_samples = consumed_samples
         self.wait_seconds = 0.0
         """Seconds that ``next`` spent waiting for a batch, since the start."""
         self._blocks, self._key = blocks, key
-        self._global_batch_size, self._share = global_batch_size, global_batch_size // world_size
-        self._rank, self._pin_memory = rank, pin_memory
+        share, more = divmod(global_batch_size, world_size)
+        self._global_batch_size, self._pin_memory = global_batch_size, pin_memory
+        self._first, self._share = rank * share + min(rank, more), share + (rank < more)
         self._chunk: Iterator[npt.NDArray[Any]] = iter(())
         self._ready: queue.Queue[npt.NDArray[Any] | BaseException] = queue.Queue(_READ_AHEAD)
         self._stop = threading.Event()
@@ -154,7 +155,7 @@ class BlockLoader:
         self._thread.start()
 
     def next(self) -> torch.Tensor:
-        """The next batch, ``(global_batch_size // world_size, block_size)`` int64.
+        """Return this rank's share of the next batch, ``(share, block_size)`` int64.
 
         Raises what went wrong in the background thread, if anything did.
         """
@@ -192,10 +193,10 @@ class BlockLoader:
 
     def _read(self, first_sample: int, num_batches: int) -> npt.NDArray[Any]:
         """This rank's share of the global batches from ``first_sample`` on,
-        ``(num_batches, global_batch_size // world_size, block_size)``, as stored.
+        ``(num_batches, share, block_size)``, as stored.
         """
         starts = first_sample + np.arange(num_batches, dtype=np.int64) * self._global_batch_size
-        share = self._rank * self._share + np.arange(self._share, dtype=np.int64)
+        share = self._first + np.arange(self._share, dtype=np.int64)
         samples = (starts[:, None] + share).reshape(-1)
         if isinstance(self._blocks, SampleSource):
             blocks = self._blocks.read(samples, self._key)

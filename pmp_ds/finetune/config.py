@@ -73,10 +73,12 @@ class TuneTrainConfig:
     """Updates, instead of `epochs`."""
 
     global_batch_size: int = 32
-    """Examples per update, over all ranks and accumulation steps."""
+    """Examples per update, over all ranks and accumulation steps; any number of ranks up to this
+    shares them out."""
 
     micro_batch_size: int | None = None
-    """Examples per forward pass on one rank; unset means a rank's whole share, up to 32."""
+    """Most examples per forward pass on one rank; unset means a rank's whole share, up to 32. May
+    change between restarts of a run."""
 
     warmup_ratio: float = 0.06
     """Share of the updates that warm up."""
@@ -104,7 +106,7 @@ class TuneTrainConfig:
         """The settings of the loop for ``num_samples`` training examples on so many ranks."""
         steps, micro_batch_size = self.steps, self.micro_batch_size
         if micro_batch_size is None:
-            micro_batch_size = min(32, max(1, self.global_batch_size // world_size))
+            micro_batch_size = min(32, -(-self.global_batch_size // world_size))
         if steps is None:
             steps = max(1, math.ceil(self.epochs * num_samples / self.global_batch_size))
         return TrainConfig(

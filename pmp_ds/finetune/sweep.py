@@ -20,6 +20,7 @@ from pmp_ds.finetune.tasks import Task, open_task
 from pmp_ds.progress import Progress
 from pmp_ds.results import Result, model_digest
 from pmp_ds.run_dir import RunDir
+from pmp_ds.train.cut import Cut
 from pmp_ds.train.held import held
 from pmp_ds.train.stop import StopRequest
 from pmp_ds.train.watchdog import Watchdog
@@ -146,9 +147,10 @@ def _run_all(
 
 
 def _check_all(configs: Iterable[FinetuneConfig], tasks: "_Tasks") -> None:
-    """Raises UserError when model and method do not fit together."""
+    """Raises UserError when model and method do not fit together, or batch and ranks."""
     for config in configs:
         task = tasks.of(config)
+        _batch(config)
         open_ticket(config)
         if config.method == "lora":
             load_model(config, task.num_labels)
@@ -182,10 +184,17 @@ def _plan(cells: Mapping[str, FinetuneConfig], done: Mapping[str, Result], where
         "task": ", ".join(sorted({c.task for c in cells.values()})),
         "method": ", ".join(sorted({c.method for c in cells.values()}))
         + (": a new head on the last token always trains, outside every mask" if new else ""),
+        "batch": "; ".join(dict.fromkeys(map(_batch, cells.values()))),
         "cells": f"{len(cells)}, of which {len(done)} are finished",
         "results": str(where),
     }
     return "\n".join(f"  {name:<10}{text}" for name, text in rows.items())
+
+
+def _batch(config: FinetuneConfig) -> str:
+    ranks = dist.world_size()
+    cut = Cut.of(config.train.complete(config.train.global_batch_size, ranks), ranks)
+    return cut.in_words() + cut.unused
 
 
 def _line(result: Result) -> str:

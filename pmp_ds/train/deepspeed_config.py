@@ -10,6 +10,7 @@ from typing import Any
 
 from pmp_ds.config import TrainConfig
 from pmp_ds.errors import UserError
+from pmp_ds.train.cut import Cut
 
 OWN_SECTION = "pmp_ds"  # settings of ours in the JSON; DeepSpeed never sees them
 _REFUSED = {
@@ -56,10 +57,11 @@ def merge(ds_config: dict[str, Any], config: TrainConfig, world_size: int) -> di
 
     Raises UserError that lists every disagreement and every refused section at once.
     """
+    cut = Cut.of(config, world_size)
     owned: dict[str, Any] = {
         "train_batch_size": config.global_batch_size,
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
-        "gradient_accumulation_steps": config.accumulation_steps(world_size),
+        "gradient_accumulation_steps": cut.accumulation_steps,
         "gradient_clipping": config.clip_norm,
         "bf16": {"enabled": config.precision == "bf16"},
         "fp16": {"enabled": config.precision == "fp16"},
@@ -67,9 +69,10 @@ def merge(ds_config: dict[str, Any], config: TrainConfig, world_size: int) -> di
     problems = [
         f"{name}: {reason}" for name, reason in _REFUSED.items() if _lookup(ds_config, name)
     ]
+    derived = {"train_micro_batch_size_per_gpu": cut.micro_batch_size}
     for name, value in owned.items():
         given = ds_config.get(name, "auto")
-        if given != "auto" and not _agrees(given, value):
+        if given not in ("auto", derived.get(name)) and not _agrees(given, value):
             problems.append(f"{name} is {json.dumps(given)}, the recipe says {json.dumps(value)}")
     zero = ds_config.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
@@ -82,6 +85,8 @@ def merge(ds_config: dict[str, Any], config: TrainConfig, world_size: int) -> di
             "the DeepSpeed JSON says how the run fits on the machine, the recipe what is learned; "
             "leave these out or set them to \"auto\":\n  " + "\n  ".join(problems)
         )  # fmt: skip
+    # DeepSpeed refuses a batch that is not micro x accumulation x ranks; it only counts with it.
+    owned |= derived | {"train_batch_size": cut.rows * world_size}
     merged = {name: value for name, value in ds_config.items() if name != OWN_SECTION} | owned
     for name in ("bf16", "fp16"):  # sections: the JSON's other settings stay
         given = ds_config.get(name)

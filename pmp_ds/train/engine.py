@@ -22,6 +22,7 @@ from pmp_ds.optim.masked_adamw import MaskedAdamW
 from pmp_ds.optim.zero_shards import shards_of
 from pmp_ds.ticket.mask import ParamMask
 from pmp_ds.train.clock import DeviceClock
+from pmp_ds.train.cut import Cut
 from pmp_ds.train.deepspeed_config import merge, wants_compact_master
 from pmp_ds.train.objective import NextToken, Objective
 
@@ -50,7 +51,7 @@ class Engine:
         )
         self.hf_config = model.config
         self._objective = objective or NextToken()
-        self._micro_batch_size = config.micro_batch_size
+        self._cut = Cut.of(config, dist.world_size())
         self._sixteen_bit = config.precision != "fp32"
         self._dynamic_scale = config.precision == "fp16"
         self._clock = DeviceClock(dist.device())
@@ -79,23 +80,27 @@ class Engine:
         return self._objective.losses(self._objective.logits(self._engine, batch), batch)
 
     def backward(self, batch: torch.Tensor) -> torch.Tensor:
-        """Gradients of this rank's share of one update, (B / world_size, T) int64; reduced over
-        ranks and accumulation steps on return. Returns the mean loss of the share, () fp32."""
+        """Gradients of this rank's share of one update, (n, T) int64; reduced over ranks and
+        accumulation steps on return to those of the mean loss of the global batch. Returns a loss,
+        () fp32, whose mean over the ranks is that mean: of equal shares, the share's own."""
         self._engine.train()
         # Dropout draws by update and rank, so resuming needs no generator state.
         torch.manual_seed(self._engine.global_steps << 20 | dist.rank())
-        micro_batches = batch.to(self.device, non_blocking=True).split(self._micro_batch_size)
+        size, steps = self._cut.micro_batch_size, self._cut.accumulation_steps
+        rows, weights = self._cut.fill(batch.to(self.device, non_blocking=True))
         total = torch.zeros((), device=self.device)
         self._clock.reset()
-        for i, micro_batch in enumerate(micro_batches):
+        for i, (micro_batch, weight) in enumerate(
+            zip(rows.split(size), weights.split(size), strict=True)
+        ):
             if i:  # DeepSpeed wants `step` after every `backward`; it updates at the last alone
                 self._engine.step()
             with self._clock:
-                loss = self.losses(micro_batch).mean()
+                loss = (self.losses(micro_batch) * weight).mean()
             self._engine.backward(loss)
             total += loss.detach()
         self.shards.zero_padding()
-        return total / len(micro_batches)
+        return total / steps
 
     @property
     def compute_seconds(self) -> float:
@@ -167,7 +172,7 @@ class Engine:
         self, batch: torch.Tensor, forward: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
         self._engine.eval()
-        micro_batches = batch.to(self.device).split(self._micro_batch_size)
+        micro_batches = batch.to(self.device).split(self._cut.limit)
         return torch.cat([forward(micro_batch) for micro_batch in micro_batches])
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -8,6 +8,7 @@ from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.loader import order_key
 from pmp_ds.model.parameters import num_params
 from pmp_ds.ticket.ticket import exact_k, load_ticket
+from pmp_ds.train.cut import Cut
 from pmp_ds.train.deepspeed_config import wants_compact_master, zero_stage
 from pmp_ds.train.job import Job, given_ticket
 
@@ -28,12 +29,11 @@ def describe(job: Job) -> str:
     k = d if mask.source == "none" else exact_k(mask.density, d)
     if (folder := given_ticket(config, job.run)) is not None:
         k = load_ticket(folder).mask.num_kept
-    accumulation = train.accumulation_steps(world)
+    cut = Cut.of(train, world)
     tokens = train.global_batch_size * job.store.block_size
     rows = {
-        "batch": f"{train.micro_batch_size} sequences x {accumulation} accumulation steps x "
-        f"{ranks} = {train.global_batch_size} sequences x {job.store.block_size} tokens = "
-        f"{tokens:,} tokens per update",
+        "batch": f"{cut.in_words()} x {job.store.block_size} tokens = {tokens:,} tokens per update"
+        + cut.unused,
         "updates": f"{train.steps:,}, {train.steps * tokens:,} tokens, "
         + _epochs(job, train.steps * train.global_batch_size),
         "parameters": f"d = {d:,}",

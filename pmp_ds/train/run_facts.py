@@ -12,6 +12,9 @@ from pmp_ds.data.mixed_store import MixedStore, Part
 from pmp_ds.errors import UserError
 from pmp_ds.run_dir import RunDir, read_json, write_json, write_text
 
+_MAY_CHANGE = {"run", "guard", "data.store", "train.micro_batch_size"}
+"""Sections and settings that a run may be continued with; of the store the content is compared."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataFacts:
@@ -52,7 +55,7 @@ class DataFacts:
 def claim(run: RunDir, config: Config, store: Store | MixedStore) -> None:
     """Make ``run`` this configuration's folder, or check that it is. Rank 0 alone calls it.
 
-    Raises UserError that lists what differs; run.*, guard.* and the path of the store may.
+    Raises UserError that lists what differs, save for what ``_MAY_CHANGE`` names.
     """
     data = DataFacts.of(store)
     if run.config.exists():
@@ -103,10 +106,9 @@ def _write(run: RunDir, config: Config, data: DataFacts, store: Store | MixedSto
 
 def _differences(saved: dict[str, Any], given: dict[str, Any]) -> Iterator[str]:
     for section, fields in given.items():
-        if section in ("run", "guard"):
-            continue
         for name, value in fields.items():
-            if (section, name) != ("data", "store") and saved[section][name] != value:
+            may_change = not _MAY_CHANGE.isdisjoint((section, f"{section}.{name}"))
+            if not may_change and saved[section][name] != value:
                 yield f"{section}.{name}: {saved[section][name]!r}, {value!r}"
 
 

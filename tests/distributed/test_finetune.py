@@ -9,6 +9,7 @@ import torch
 
 from pmp_ds import results
 from pmp_ds.glue.tasks import COLUMNS, TASKS
+from pmp_ds.log import read_metrics
 from pmp_ds.run_dir import RunDir
 from pmp_ds.ticket.keys import new_identity, public_keys
 from pmp_ds.ticket.ticket import load_ticket
@@ -158,11 +159,42 @@ def test_stopped_and_resumed(ranks2, home, method):
     assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
 
 
-def _stopped(folder: str, given: list[str]) -> str:
+@pytest.mark.parametrize("task", ["sst2", "stsb"])
+def test_stopped_and_resumed_on_three_ranks(ranks1, ranks3, home, task):
+    """8 examples on one rank, then 3 + 3 + 2 on three: the losses of one that was left alone."""
+    runs = [RunDir(home / "runs" / f"{task}-{name}") for name in ("one", "three")]
+    for run in runs:
+        given = [
+            "--data.glue_dir", f"{home}/glue", "--task", task, "--run.name", run.root.name,
+            "--train.steps", "8", "--train.lr", "1e-3", "--train.global_batch_size", "8",
+        ]  # fmt: skip
+        pool = ranks1
+        if run is runs[1]:
+            assert ranks1.run(_stopped, str(home), given, 0)[0] == "SIGTERM"
+            pool = ranks3
+        pool.run(tune, str(home), given)
+    losses = [[r["loss"] for r in read_metrics(run.metrics) if "loss" in r] for run in runs]
+    assert len(losses[0]) == len(losses[1]) == 8
+    assert losses[0][:4] == losses[1][:4]
+    torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=0)
+    models = [weights(run.private / "model") for run in runs]
+    for name, weight in models[0].items():
+        torch.testing.assert_close(models[1][name], weight, atol=1e-4, rtol=0)
+
+
+def test_ranks_without_an_example(ranks2, home):
+    """Found before the first cell of a sweep begins."""
+    given = flags(home, "--task", "sst2", "--run.name", "never")
+    message = ranks2.run(finetune.problem, str(home), given, ("train.global_batch_size=8,1",))[0]
+    assert "train.global_batch_size=1 is less than a sequence for each of 2 ranks" in message
+    assert not (home / "runs/never").exists()
+
+
+def _stopped(folder: str, given: list[str], rank: int = 1) -> str:
     from pmp_ds.errors import Stopped
 
     try:
-        with act(4, 1, raise_signal, signal.SIGTERM):
+        with act(4, rank, raise_signal, signal.SIGTERM):
             tune(folder, given)
     except Stopped as stop:
         return str(stop).partition(":")[0]

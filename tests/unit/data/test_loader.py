@@ -122,9 +122,18 @@ def test_batch_larger_than_the_data():
     assert [sorted(samples[i : i + 3]) for i in range(0, 24, 3)] == [[0, 1, 2]] * 8
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, 3, 4, 5, 8])
 def test_global_order_is_the_same_for_any_world_size(world: int):
     assert stream(n=21, batch=8, steps=7, world=world) == stream(n=21, batch=8, steps=7)
+
+
+def test_first_ranks_take_what_does_not_divide():
+    shares = []
+    for rank in range(5):
+        with BlockLoader(Rows(100), KEY, 8, rank, 5) as loader:
+            shares.append(len(loader.next()))
+            assert loader.consumed_samples == 8
+    assert shares == [2, 2, 2, 1, 1]
 
 
 def test_resume_at_another_world_size_mid_epoch():

@@ -211,9 +211,37 @@ def test_refused_offload(name, section, named):
     assert named in line
 
 
+# 32 sequences over 3 ranks are 11, 11 and 10: 3 micro-batches of 4 rows, 12 rows on each rank.
+UNEVEN = {
+    "train_batch_size": 36, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 3,
+}  # fmt: skip
+
+
 def test_batch_that_does_not_divide():
-    with pytest.raises(UserError, match=r"=32 is not a multiple of .* = 4 x 3 = 12"):
-        merge({}, CONFIG, 3)
+    """DeepSpeed gets numbers that multiply; the JSON may say what the recipe says."""
+    given = {"train_batch_size": 32, "train_micro_batch_size_per_gpu": 4}
+    for ds_config in ({}, given, given | {"gradient_accumulation_steps": 3}):
+        assert UNEVEN.items() <= merge(ds_config, CONFIG, 3).items()
+    with pytest.raises(UserError, match="train_batch_size is 36, the recipe says 32"):
+        merge({"train_batch_size": 36}, CONFIG, 3)
+    with pytest.raises(UserError, match="gradient_accumulation_steps is 4, the recipe says 3"):
+        merge({"gradient_accumulation_steps": 4}, CONFIG, 3)
+
+
+def test_micro_batch_that_does_not_fit():
+    """32 at most, 16 on each of 2 ranks: a JSON may name either."""
+    config = replace(CONFIG, micro_batch_size=32)
+    for given in ("auto", 16, 32):
+        merged = merge({"train_micro_batch_size_per_gpu": given}, config, 2)
+        assert merged["train_micro_batch_size_per_gpu"] == 16
+    with pytest.raises(UserError, match="train_micro_batch_size_per_gpu is 8, the recipe says 32"):
+        merge({"train_micro_batch_size_per_gpu": 8}, config, 2)
+
+
+def test_more_ranks_than_sequences():
+    merge({}, CONFIG, 32)
+    with pytest.raises(UserError, match=r"=32 is less than .* 33 ranks: start at most 32"):
+        merge({}, CONFIG, 33)
 
 
 def test_the_rest_is_passed_on_and_nothing_is_changed_in_place():

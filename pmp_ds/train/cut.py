@@ -1,0 +1,85 @@
+"""How the sequences of an update are cut up: a share for each rank, micro-batches of each share.
+
+What is learned does not depend on it, save for rounding: it may change with every start of a run.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from pmp_ds.config import TrainConfig
+from pmp_ds.errors import require
+
+
+@dataclass(frozen=True)
+class Cut:
+    """``accumulation_steps`` micro-batches of ``micro_batch_size`` rows on each of ``world_size``
+    ranks: ZeRO's collectives need as many of the same shape everywhere. A rank whose share has
+    fewer rows repeats its last one with weight 0."""
+
+    global_batch_size: int
+    world_size: int
+    micro_batch_size: int
+    accumulation_steps: int
+    limit: int
+    """``train.micro_batch_size``: the largest micro-batch that the settings allow."""
+
+    @classmethod
+    def of(cls, config: TrainConfig, world_size: int) -> "Cut":
+        """Return the cut with the fewest accumulation steps. Raises UserError when a rank would
+        have no sequence of its own."""
+        size, limit = config.global_batch_size, config.micro_batch_size
+        require(
+            world_size <= size,
+            f"train.global_batch_size={size} is less than a sequence for each of {world_size} "
+            f"ranks: start at most {size}, or begin another run with larger batches",
+        )
+        share = -(-size // world_size)
+        steps = -(-share // limit)
+        return cls(size, world_size, -(-share // steps), steps, limit)
+
+    @property
+    def rows(self) -> int:
+        """Rows that each rank computes in an update, repeated ones included."""
+        return self.micro_batch_size * self.accumulation_steps
+
+    @property
+    def repeated(self) -> int:
+        """Repeated rows of an update, over all ranks."""
+        return self.rows * self.world_size - self.global_batch_size
+
+    def fill(self, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the ``rows`` that a rank computes for its share, (n, T), and a weight for each,
+        (rows,) fp32. The mean of the weighted losses, over the rows and then over the ranks, is
+        the mean of the unweighted ones over the global batch; without repeated rows every weight
+        is exactly 1."""
+        n = len(share)
+        assert 0 < n <= self.rows
+        weights = torch.zeros(self.rows, device=share.device)
+        weights[:n] = self.rows * self.world_size / self.global_batch_size
+        if n < self.rows:
+            last = share[-1:].expand(self.rows - n, *share.shape[1:])
+            share = torch.cat([share, last])
+        return share, weights
+
+    def in_words(self) -> str:
+        """Return the arithmetic in one line, without the closing note of ``unused``."""
+        steps = _count(self.accumulation_steps, "accumulation step")
+        return (
+            f"{self.micro_batch_size} sequences x {steps} x {_count(self.world_size, 'rank')}"
+            + (f" - {self.repeated} repeated with weight 0" if self.repeated else "")
+            + f" = {self.global_batch_size} sequences"
+        )
+
+    @property
+    def unused(self) -> str:
+        """Why the micro-batches are smaller than the settings allow; empty when they are not."""
+        if self.micro_batch_size == self.limit:
+            return ""
+        share = -(-self.global_batch_size // self.world_size)
+        why = "is more than" if self.limit > share else "does not divide"
+        return f" (train.micro_batch_size={self.limit} {why} a rank's share of {share})"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' if number > 1 else ''}"
