@@ -14,7 +14,7 @@ REPO = Path(__file__).resolve().parents[2]
 # A name is a module or package directly below pmp_ds, with everything inside it.
 ROWS = (
     ("errors", "version"),
-    ("config", "run_dir", "dist", "progress", "restarts"),
+    ("config", "run_dir", "dist", "progress", "restarts", "formats"),
     ("data", "glue", "model", "ticket", "log", "results", "cli"),
     ("optim",),
     ("train",),
@@ -43,6 +43,7 @@ WITHOUT_TORCH = (
     "pmp_ds.version",
     "pmp_ds.config",
     "pmp_ds.run_dir",
+    "pmp_ds.formats",
     "pmp_ds.data.prepare_config",
     "pmp_ds.data.corpus",
     "pmp_ds.data.packing",
