@@ -16,6 +16,7 @@ from pmp_ds.errors import EXIT_MISTAKE, LostRankError, exit_code
 from pmp_ds.finetune.config import FinetuneConfig
 from pmp_ds.run_dir import RunDir
 from pmp_ds.train import deepspeed_config
+from pmp_ds.train.shelf import AFRESH
 
 DESCRIPTION = """\
 Fine-tune a released model on a GLUE task or on packed text, and append what came out to
@@ -57,6 +58,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "JSON",
         "help": "DeepSpeed settings for this machine: one of ds_configs/, or your own",
     },
+    AFRESH: {
+        "action": "store_true",
+        "help": "where a fine-tuning has checkpoints and none can be read, set them aside and "
+        "begin it again",
+    },
     "--local_rank": {"type": int, "default": 0, "help": HIDDEN},
 }
 
@@ -84,8 +90,9 @@ def main() -> None:
     dist.init()
     try:
         sweep.run_all(
-            cells, ds_config, run, where, STARTED, keep_models=options["keep_models"] or not grid
-        )
+            cells, ds_config, run, where, STARTED, keep_models=options["keep_models"] or not grid,
+            start_afresh=options["start_afresh"],
+        )  # fmt: skip
     except RuntimeError as error:
         if not dist.is_lost_rank(error):
             raise

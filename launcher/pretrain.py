@@ -19,6 +19,7 @@ from pmp_ds.errors import EXIT_MISTAKE, LostRankError, exit_code
 from pmp_ds.restarts import is_child, run_with_restarts
 from pmp_ds.run_dir import RunDir
 from pmp_ds.train import deepspeed_config
+from pmp_ds.train.shelf import AFRESH
 
 DESCRIPTION = """\
 Private Mask Pre-Training: find a sparse ticket early in training, go back to the initial weights,
@@ -63,6 +64,11 @@ def main() -> None:
                 "metavar": "JSON",
                 "help": "DeepSpeed settings for this machine: one of ds_configs/, or your own",
             },
+            AFRESH: {
+                "action": "store_true",
+                "help": "where the run has checkpoints and none can be read, set them aside and "
+                "begin again at update 0, with the same key and ticket",
+            },
             "--local_rank": {"type": int, "default": 0, "help": HIDDEN},
         },
     )
@@ -81,7 +87,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     dist.init()
     try:
-        _run(config, ds_config, store, run)
+        _run(config, ds_config, store, run, options["start_afresh"])
     except RuntimeError as error:
         if not dist.is_lost_rank(error):
             raise
@@ -92,7 +98,13 @@ def main() -> None:
         dist.shutdown()
 
 
-def _run(config: Config, ds_config: dict[str, Any], store: Store | MixedStore, run: RunDir) -> None:
+def _run(
+    config: Config,
+    ds_config: dict[str, Any],
+    store: Store | MixedStore,
+    run: RunDir,
+    start_afresh: bool,
+) -> None:
     from pmp_ds.plots import plot_run  # imports matplotlib: a second
     from pmp_ds.train import pipeline, plan, run_facts
     from pmp_ds.train.job import open_job
@@ -103,7 +115,7 @@ def _run(config: Config, ds_config: dict[str, Any], store: Store | MixedStore, r
     job = open_job(config, ds_config, store, run)
     if dist.rank() == 0:
         print(f"{config.run.name}:\n{plan.describe(job)}", flush=True)
-    outcome = pipeline.pretrain(job, STARTED)
+    outcome = pipeline.pretrain(job, STARTED, start_afresh=start_afresh)
     if dist.rank() == 0:
         plot_run(run)
         print(

@@ -72,6 +72,7 @@ def run_all(
     started: float,
     *,
     keep_models: bool,
+    start_afresh: bool = False,
 ) -> list[Result]:
     """Run what is not in the results at ``where`` yet; each result is appended as it comes.
     Collective. Mistakes in any cell are found before the first begins."""
@@ -109,6 +110,7 @@ def run_all(
                 done[name] = tune(
                     config, ds_config, tasks.of(config), folder, keepers,
                     digest=digests[config.model], keep_model=keep_models,
+                    start_afresh=start_afresh,
                 )  # fmt: skip
             except UserError as error:  # the guard's, on every rank: others may still do well
                 if len(cells) == 1:
