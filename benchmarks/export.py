@@ -27,7 +27,7 @@ from pmp_ds.cli import dump, parse
 from pmp_ds.config import Config
 from pmp_ds.data.tokenizer import train_tokenizer
 from pmp_ds.run_dir import RunDir, write_json, write_text
-from pmp_ds.train import checkpoint, theta0
+from pmp_ds.train import checkpoint, shelf, theta0
 from pmp_ds.train.checkpoint import Position, Snapshot
 from pmp_ds.train.run_facts import DataFacts
 
@@ -40,7 +40,7 @@ GOAL_RATIO = 12.0
 def main(options: argparse.Namespace, settings: list[str]) -> None:
     shutil.rmtree(options.folder / "runs", ignore_errors=True)
     run = _make_run(options.folder, settings)
-    folder, _ = checkpoint.find(run) or sys.exit("no checkpoint")
+    folder, _ = shelf.find(run) or sys.exit("no checkpoint")
     files = sorted((folder / "weights").glob("*.safetensors"))
     total = sum(path.stat().st_size for path in files)
     print(f"hardware: {hardware(torch.device('cpu'))}, {os.cpu_count()} cores")

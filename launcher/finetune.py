@@ -50,6 +50,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "JSON",
         "help": "DeepSpeed settings for this machine: one of ds_configs/, or your own",
     },
+    "--start-afresh": {
+        "action": "store_true",
+        "help": "where a fine-tuning has checkpoints and none can be read, set them aside and "
+        "begin it again",
+    },
     "--local_rank": {"type": int, "default": 0, "help": argparse.SUPPRESS},
 }
 
@@ -81,10 +86,12 @@ def prepare() -> ranks.Prepared:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     run = RunDir(Path(config.run.root) / config.run.name)
     where = Path(config.results) if config.results else run.root / "results.jsonl"
-    keep = options["keep_models"] or not grid
+    keep, afresh = options["keep_models"] or not grid, options["start_afresh"]
 
     def tune() -> None:
-        sweep.run_all(cells, ds_config, run, where, STARTED, keep_models=keep)
+        sweep.run_all(
+            cells, ds_config, run, where, STARTED, keep_models=keep, start_afresh=afresh
+        )  # fmt: skip
 
     return ranks.Prepared(str(run.root), config.guard.lost_seconds, tune)
 

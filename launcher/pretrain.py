@@ -61,6 +61,11 @@ def prepare() -> ranks.Prepared:
                 "metavar": "JSON",
                 "help": "DeepSpeed settings for this machine: one of ds_configs/, or your own",
             },
+            "--start-afresh": {
+                "action": "store_true",
+                "help": "where the run has checkpoints and none can be read, set them aside and "
+                "begin again at update 0, with the same key and ticket",
+            },
             "--local_rank": {"type": int, "default": 0, "help": HIDDEN},
         },
     )
@@ -86,7 +91,9 @@ def prepare() -> ranks.Prepared:
     def train() -> None:
         from pmp_ds.train import pipeline
 
-        outcome = pipeline.run(config, ds_config, store, run, STARTED)
+        outcome = pipeline.run(
+            config, ds_config, store, run, STARTED, start_afresh=options["start_afresh"]
+        )
         _tell(outcome, config, run)
 
     return ranks.Prepared(str(run.root), config.guard.lost_seconds, train)

@@ -14,7 +14,7 @@ Keys are those of the `age` command, or ssh-ed25519 and ssh-rsa keys. docs/VAULT
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ def seal(args: argparse.Namespace) -> None:
     if not args.no_watermark:
         from pmp_ds.ticket import watermark
 
-        key, number = _watermark(run, name)
+        key, number = _watermark(_secret(run, known, may_create=True), name)
         ticket = watermark.without(ticket, watermark.draw_marks(ticket.mask, key))
     labels = tuple(key.label for key in to)
     phrase = keys.read_passphrase(args.passphrase_file, confirm=True) if by_passphrase else None
@@ -197,7 +197,8 @@ def trace(args: argparse.Namespace) -> None:
     names = {r.watermark: r.name for r in copies if r.watermark is not None}
     if not names:
         raise UserError(f"no copy of this ticket was sealed with a watermark ({run.vault})")
-    marks = {n: watermark.draw_marks(own.mask, _watermark(run, n)[0]) for n in names.values()}
+    secret = _secret(run, copies)
+    marks = {n: watermark.draw_marks(own.mask, _watermark(secret, n)[0]) for n in names.values()}
     if args.ticket is not None:
         leaked = vault.any_ticket(args.ticket, None)
         if leaked.mask.shapes != own.mask.shapes:
@@ -234,15 +235,35 @@ def _power(log10: float) -> str:
     return f"{10**log10:.2g}" if log10 > -3 else f"10^{log10:.1f}"
 
 
-def _watermark(run: RunDir, name: str) -> tuple[bytes, str]:
-    """The recipient's key and a number for it; the same name gives the same copy again."""
-    from pmp_ds.model.secret_init import derive, load_or_create_key
+def _secret(run: RunDir, known: Sequence[vault.Record], *, may_create: bool = False) -> bytes:
+    """Return what watermarks are drawn from: the run's key, or for a run with a public seed a key
+    of the vault, made for the first copy with a watermark. Raises UserError when it is not the one
+    that earlier copies were marked with."""
+    from pmp_ds.model.secret_init import KEY_FILE, create_key, load_key
+    from pmp_ds.train import theta0
     from pmp_ds.train.run_facts import load_config
 
-    public = load_config(run).init.seed is not None
-    if not public and not (run.init / "key").exists():
-        raise UserError(f"{run.init / 'key'} is missing: watermarks are drawn from it")
-    secret = load_or_create_key(run.vault if public else run.init)
+    marked = [record for record in known if record.watermark is not None]
+    if load_config(run).init.seed is None:
+        folder, secret = run.init, theta0.require_key(run)
+    elif may_create and not marked:
+        vault.begin(run.vault)
+        folder, secret = run.vault, create_key(run.vault)
+    else:
+        folder, secret = run.vault, load_key(run.vault)
+    for record in marked:
+        if _watermark(secret, record.name)[1] != record.watermark:
+            raise UserError(
+                f"{folder / KEY_FILE} is damaged or another run's: the copy for {record.name} was "
+                "marked with another key; put the run's own key back from a backup"
+            )
+    return secret
+
+
+def _watermark(secret: bytes, name: str) -> tuple[bytes, str]:
+    """The recipient's key and a number for it; the same name gives the same copy again."""
+    from pmp_ds.model.secret_init import derive
+
     purpose = f"vault/{name.casefold()}"
     return derive(secret, f"{purpose}/marks"), bytes(derive(secret, f"{purpose}/number"))[:8].hex()
 

@@ -65,13 +65,20 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records, oldest first; a last line cut off by a kill is dropped."""
+    """Return all records, oldest first; a last line cut off by a kill is dropped. Raises UserError
+    that names another damaged line: the records after it would be lost."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            record = json.loads(line)
+            if not {"phase", "step"} <= record.keys():
+                raise ValueError("no record")
+        except (ValueError, AttributeError):
+            if number == len(lines) and not line.endswith(b"\n"):
+                break
+            raise UserError(f"{path}, line {number} is damaged: mend it, or delete it") from None
+        records.append(record)
     return records
 
 
@@ -79,4 +86,6 @@ def rewind_metrics(path: Path, last: Mapping[str, int]) -> None:
     """Drop the records after the checkpoint: those of a phase with a step beyond ``last[phase]``;
     a phase that is not named is dropped whole."""
     kept = [r for r in read_metrics(path) if r["step"] <= last.get(r["phase"], -1)]
-    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+    text = "".join(json.dumps(record) + "\n" for record in kept)
+    if not path.exists() or path.read_bytes() != text.encode():
+        write_text(path, text)

@@ -16,9 +16,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pmp_ds import __version__
+from pmp_ds import __version__, formats
 from pmp_ds.errors import UserError
+from pmp_ds.formats import FormatError
 from pmp_ds.run_dir import lock
+from pmp_ds.version import UNKNOWN, code_version
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,8 @@ class Result:
     hardware: str
     date: str = field(default_factory=lambda: datetime.now(UTC).date().isoformat())
     version: str = __version__
+    commit: str = field(default_factory=lambda: code_version().commit)
+    """Of the code that measured."""
 
     @property
     def key(self) -> str:
@@ -73,7 +77,8 @@ def arm_of(model: str) -> str:
 
 def append(path: Path, result: Result) -> None:
     """Add one line, on disk on return; a line that a kill cut off before it is removed."""
-    line = (json.dumps(asdict(result), sort_keys=True) + "\n").encode()
+    values = asdict(result) | {"format_version": formats.current("results")}
+    line = (json.dumps(values, sort_keys=True) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
         lock(file)
@@ -93,14 +98,22 @@ def read(path: Path) -> list[Result]:
     content = path.read_text(encoding="utf-8") if path.exists() else ""
     for number, line in enumerate(content.splitlines(keepends=True), start=1):
         try:
-            result = Result(**json.loads(line))
-        except (ValueError, TypeError):
+            result = _of_line(json.loads(line), f"{path}, line {number},")
+        except FormatError:
+            raise
+        except (ValueError, TypeError, AttributeError):
             if not line.endswith("\n"):
                 break
             raise UserError(f"{path}, line {number} is damaged: mend it, or delete it") from None
         found.pop(result.key, None)
         found[result.key] = result
     return list(found.values())
+
+
+def _of_line(values: dict[str, Any], where: str) -> Result:
+    found = values.pop("format_version", 1)
+    version = formats.require("results", where, found, way_out="use that version")
+    return Result(**({"commit": UNKNOWN} if version == 1 else {}) | values)
 
 
 def hardware() -> str:

@@ -168,9 +168,11 @@ def write_json(path: Path, value: Any, *, private: bool = False) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What ``write_json`` wrote of a dict. Raises UserError when it is damaged."""
+    """Return what ``write_json`` wrote of a dict. Raises UserError when it is lost or damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: bring it back from a backup") from None
     except ValueError:
         value = None
     if not isinstance(value, dict):

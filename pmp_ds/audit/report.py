@@ -10,12 +10,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from pmp_ds import formats
 from pmp_ds.audit import revisions, seeds, shadow, storage, training, values
 from pmp_ds.audit.attack import MARGIN, WORDS, Result
 from pmp_ds.audit.case import Case
 from pmp_ds.run_dir import write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = formats.current("audit")
 ATTACKS = (
     *storage.ATTACKS,
     *seeds.ATTACKS,

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pmp_ds import formats
 from pmp_ds.errors import UserError
 from pmp_ds.run_dir import write_json
 
 FORMAT = "pmp-ds packed tokens"
-FORMAT_VERSION = 1
+FORMAT_VERSION = formats.current("store")
 SPLITS = ("train", "validation")
 COLUMN = "input_ids"
 MUST_AGREE = ("block_size", "dtype", "vocab_size", "eos_id", "bos_id")
@@ -73,11 +74,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read ({error}): {AGAIN}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{path} is not the manifest of a packed store: {AGAIN}")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format version {manifest.get('format_version')}, this program reads "
-            f"{FORMAT_VERSION}: {AGAIN}, or use the version of pmp-ds that wrote it"
-        )
+    try:
+        found = manifest.get("format_version")
+        formats.require("store", folder, found, way_out=f"use that version, or {AGAIN}")
+    except TypeError as error:
+        raise UserError(f"{path} is damaged ({error}): {AGAIN}") from None
     return manifest
 
 

@@ -9,7 +9,6 @@ import contextlib
 import shutil
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from pmp_ds import dist, results
@@ -20,16 +19,18 @@ from pmp_ds.errors import UserError
 from pmp_ds.finetune.config import FinetuneConfig
 from pmp_ds.finetune.methods import load_model, mask_of, open_ticket
 from pmp_ds.finetune.tasks import LM, Metrics, Task, read_tokenizer
-from pmp_ds.log import MetricsLog, read_metrics, rewind_metrics
+from pmp_ds.log import MetricsLog, read_metrics
 from pmp_ds.progress import Progress
 from pmp_ds.results import Result
-from pmp_ds.run_dir import RunDir, make_private, sweep, write_text
+from pmp_ds.run_dir import RunDir, make_private, write_text
 from pmp_ds.ticket.mask import ParamMask
-from pmp_ds.train import checkpoint, weight_files
+from pmp_ds.train import checkpoint, shelf, start, weight_files
 from pmp_ds.train.engine import Engine
 from pmp_ds.train.guard import Guard
 from pmp_ds.train.loop import Watch, train
+from pmp_ds.train.run_facts import headed
 from pmp_ds.train.saver import Saver
+from pmp_ds.train.shelf import Found, Survey
 from pmp_ds.train.stop import StopRequest
 from pmp_ds.train.watchdog import Watchdog
 
@@ -94,18 +95,18 @@ def tune(
     *,
     digest: str,  # of the model
     keep_model: bool,
+    start_afresh: bool = False,
 ) -> Result:
-    """Run or resume a cell to its end; the result is the caller's to keep. Collective. Raises
-    Stopped when it was asked to stop before."""
+    """Run or resume a cell to its end; the result is the caller's to keep. Collective. With
+    ``start_afresh`` checkpoints of which none can be read are set aside. Raises Stopped when it was
+    asked to stop before."""
     began = time.monotonic()
-    dist.on_rank0(lambda: _claim(run, config))
+    dist.on_rank0(lambda: _check_settings(run, config))
     loop = config.loop_config(len(task.samples), dist.world_size())
     tuned = dist.together(lambda: _tuned(config, task))
-    found = _found(run, task, tuned)
-    if dist.rank() == 0:
-        sweep(run)
-        checkpoint.mend(run)
-        rewind_metrics(run.metrics, {"train": found[1].step} if found else {})
+    seen = _look(run, task, tuned, start_afresh)
+    found = seen.found
+    dist.on_rank0(lambda: _claim(run, config, seen))  # nothing was written before
     log = MetricsLog(run, enabled=dist.rank() == 0)
     saver = Saver(run, loop, log)
     saver.newest = found[1].name if found else None
@@ -142,9 +143,8 @@ _MAY_CHANGE = {
 }  # fmt: skip
 
 
-def _claim(run: RunDir, config: FinetuneConfig) -> None:
-    """Make ``run`` this configuration's folder; UserError that lists what differs when it is
-    another's."""
+def _check_settings(run: RunDir, config: FinetuneConfig) -> None:
+    """UserError that lists what differs when ``run`` is another configuration's folder."""
     if run.config.exists():
         saved, _ = parse(FinetuneConfig, ["--config", str(run.config)])
         before, now = _flat(asdict(saved)), _flat(asdict(config))
@@ -154,10 +154,15 @@ def _claim(run: RunDir, config: FinetuneConfig) -> None:
                 f"{run.root} holds a fine-tuning with other settings; choose another run.name. "
                 "What differs (its, yours):\n  " + "\n  ".join(differences)
             )
+
+
+def _claim(run: RunDir, config: FinetuneConfig, seen: Survey) -> None:
+    """Make ``run`` this configuration's folder, as it was at the checkpoint that was found."""
     run.root.mkdir(parents=True, exist_ok=True)
     for folder in (run.private, run.checkpoints):
         make_private(folder)
-    write_text(run.config, dump(config))
+    start.resume_in(run, seen.passed_over, {"train": seen.found[1].step} if seen.found else {})
+    write_text(run.config, headed(run.config, dump(config)))
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
@@ -175,7 +180,7 @@ def _train(
     ds_config: dict[str, Any],
     task: Task,
     tuned: Tuned,
-    found: tuple[Path, checkpoint.Position] | None,
+    found: Found | None,
     watch: Watch,
     saver: Saver,
 ) -> tuple[Metrics, int]:
@@ -189,12 +194,12 @@ def _train(
     engine.arm(tuned.mask)
     if found:
         checkpoint.load_state(found[0], engine, tuned.mask, found[1])
-    start = found[1] if found else None
+    begin = found[1] if found else None
     guard = Guard(
-        loop.guard, engine, watch.log, watch.stop, watch.channel, start.memory if start else {}
+        loop.guard, engine, watch.log, watch.stop, watch.channel, begin.memory if begin else {}
     )
     guard.compare_tickets(tuned.mask_id)
-    batch, done = loop.train.global_batch_size, start.step if start else 0
+    batch, done = loop.train.global_batch_size, begin.step if begin else 0
     latest: Metrics = {}
 
     def measure() -> dict[str, float]:
@@ -222,7 +227,7 @@ def _train(
     ):  # fmt: skip
         train(
             engine, loader, measure, tokens, loop, watch, guard, bar, save, done,
-            start.val_loss if start else None,
+            begin.val_loss if begin else None,
         )  # fmt: skip
     if not latest:  # it was killed between its last checkpoint and its result
         measure()
@@ -230,17 +235,18 @@ def _train(
     return latest, trainable
 
 
-def _found(run: RunDir, task: Task, tuned: Tuned) -> tuple[Path, checkpoint.Position] | None:
-    """The newest intact checkpoint of this cell."""
-    found = dist.on_rank0(lambda: checkpoint.find(run))
+def _look(run: RunDir, task: Task, tuned: Tuned, start_afresh: bool) -> Survey:
+    """Look for the newest intact checkpoint of this cell."""
+    seen = dist.on_rank0(lambda: start.survey_or_afresh(run, "train", start_afresh))
+    found = seen.found
     if found is None:
-        return None
+        return seen
     if (found[1].dataset_id, found[1].ticket_id) != (task.digest, tuned.mask_id):
         raise UserError(
             f"{run.root} was begun with other data or another ticket; bring them back, or choose "
             "another run.name"
         )
-    return found
+    return seen
 
 
 def _curve(run: RunDir, task: Task, loop: Config) -> list[list[float]]:
@@ -254,7 +260,7 @@ def _curve(run: RunDir, task: Task, loop: Config) -> list[list[float]]:
 
 def _keep(config: FinetuneConfig, run: RunDir, task: Task) -> None:
     """Write the newest checkpoint's weights as a Hugging Face folder, of LoRA the adapters."""
-    found = checkpoint.find(run)
+    found = shelf.find(run)
     assert found is not None
     folder = run.private / "model"
     aside = folder.with_name("model.incomplete")

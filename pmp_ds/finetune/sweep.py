@@ -74,11 +74,12 @@ def run_all(
     started: float,
     *,
     keep_models: bool,
+    start_afresh: bool = False,
 ) -> list[Result]:
     """Run what is not in the results at ``where`` yet; each result is appended as it comes.
     Collective. Mistakes in any cell are found before the first begins."""
     with held(run.root, f"the fine-tuning {run.root}"):
-        return _run_all(cells, ds_config, run, where, started, keep_models)
+        return _run_all(cells, ds_config, run, where, started, keep_models, start_afresh)
 
 
 def _run_all(
@@ -88,6 +89,7 @@ def _run_all(
     where: Path,
     started: float,
     keep_models: bool,
+    start_afresh: bool,
 ) -> list[Result]:
     logging.set_verbosity_error()  # of heads that are new, as they should be
     logging.disable_progress_bar()
@@ -123,6 +125,7 @@ def _run_all(
                 done[name] = tune(
                     config, ds_config, tasks.of(config), folder, keepers,
                     digest=digests[config.model], keep_model=keep_models,
+                    start_afresh=start_afresh,
                 )  # fmt: skip
             except UserError as error:  # the guard's, on every rank: others may still do well
                 if len(cells) == 1:

@@ -28,6 +28,7 @@ from pmp_ds.progress import Progress
 from pmp_ds.run_dir import atomic_path, make_private
 
 KEY_BYTES = 32
+KEY_FILE = "key"
 _CHUNK = 1 << 20  # elements drawn at once: 8 MiB of float64
 _MAX_REDRAWS = 1000
 _WAY_OUT = "set init.seed for public initial weights, or choose another architecture"
@@ -43,22 +44,34 @@ class Secret(bytes):
     __str__ = __repr__
 
 
-def load_or_create_key(folder: Path) -> Secret:
-    """The 32-byte key in ``folder``/key (a run's ``private/init``), made on the first call.
+def create_key(folder: Path) -> Secret:
+    """Write a new 32-byte key, ``folder``/key (a run's ``private/init``), and return it.
 
-    The folder becomes 0700 and the file is 0600 before its first byte. One process creates the
-    key; the others call this after it is there. Raises UserError on a damaged file.
+    The folder becomes 0700 and the file is 0600 before its first byte. Whoever calls this knows
+    that nothing was ever made with another key of that place.
     """
     make_private(folder)
-    path = folder / "key"
+    path = folder / KEY_FILE
     if not path.exists():
         with atomic_path(path, private=True) as temporary:
             temporary.write_bytes(os.urandom(KEY_BYTES))
-    key = path.read_bytes()
+    return load_key(folder)
+
+
+def load_key(folder: Path) -> Secret:
+    """Return the key in ``folder``. Raises UserError when it is missing or damaged."""
+    path = folder / KEY_FILE
+    try:
+        key = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} is missing: put the run's own key back from a backup; no other one can stand "
+            "in for it"
+        ) from None
     if len(key) != KEY_BYTES:
         raise UserError(
             f"{path} has {len(key)} bytes and a key has {KEY_BYTES}: put the run's own key back "
-            "from a backup; without it these initial weights cannot be drawn again"
+            "from a backup; no other one can stand in for it"
         )
     return Secret(key)
 

@@ -12,10 +12,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
+from pmp_ds import formats
 from pmp_ds.errors import UserError
+from pmp_ds.formats import FormatError
 from pmp_ds.run_dir import lock
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = formats.current("ledger")
 FLAG = "--another-revision"
 Kind = Literal["final", "intermediate", "derivative"]
 
@@ -84,10 +86,15 @@ def read(path: Path) -> tuple[Entry, ...]:
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             values = json.loads(line)
-            version = values.pop("format_version")
-            if version != FORMAT_VERSION or values.keys() != names:
-                raise ValueError("a format that this version does not read")
+            where = f"{path}, line {number},"
+            formats.require(
+                "ledger", where, values.pop("format_version"), way_out="export with that version"
+            )
+            if values.keys() != names:
+                raise ValueError("its fields are not those of its format")
             entries.append(Entry(**values))
+        except FormatError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path}, line {number}, is damaged ({error}): put the file back from a backup; "

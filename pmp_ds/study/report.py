@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pmp_ds import formats
 from pmp_ds import results as results_file
 from pmp_ds.errors import UserError, require
 from pmp_ds.results import Result
@@ -60,6 +61,9 @@ def read_audit(path: Path) -> dict[str, Any]:
     require(path.is_file(), f"{path} is missing: launcher/audit.py writes it")
     audit = read_json(path)
     require("attacks" in audit and "leaks" in audit, f"{path} is no audit.json")
+    version = audit.get("format_version")
+    require(isinstance(version, int), f"{path} is damaged: its format_version is not a number")
+    formats.require("audit", path, version, way_out="write the report with that version")
     return audit
 
 

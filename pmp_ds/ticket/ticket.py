@@ -14,11 +14,12 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from pmp_ds import formats
 from pmp_ds.errors import UserError
 from pmp_ds.run_dir import make_private, write_bytes
 from pmp_ds.ticket.mask import ParamMask
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = formats.current("ticket")
 MASK_FILE = "mask.safetensors"
 MANIFEST_FILE = "ticket.json"
 _ORIGIN = ("density", "source", "score", "step", "stable", "model_digest")
@@ -96,11 +97,7 @@ def from_files(read: Callable[[str], bytes], where: Path) -> Ticket:
     they are damaged or of an unknown format."""
     try:
         manifest = json.loads(read(MANIFEST_FILE))
-        if manifest["format_version"] != FORMAT_VERSION:
-            raise UserError(
-                f"ticket {where} has format version {manifest['format_version']}; this version "
-                f"reads {FORMAT_VERSION}"
-            )
+        formats.require("ticket", where, manifest["format_version"], way_out="use that version")
         shapes = {name: tuple(shape) for name, shape in manifest["parameters"].items()}
         bits = load(read(MASK_FILE))
         ticket = Ticket(

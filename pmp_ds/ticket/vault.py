@@ -17,7 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pmp_ds import formats
 from pmp_ds.errors import UserError
+from pmp_ds.formats import FormatError
 from pmp_ds.run_dir import make_private
 from pmp_ds.ticket.keys import Passphrase, PublicKey, decrypt, encrypt
 from pmp_ds.ticket.ticket import Ticket, from_files, load_ticket, to_files
@@ -62,10 +64,18 @@ def any_ticket(path: Path, by: Sequence[Any] | Passphrase | None) -> Ticket:
     return load_ticket(path) if by is None else open_sealed(path, by)
 
 
+def begin(vault: Path) -> None:
+    """Make an empty registry in ``vault`` where there is no vault yet."""
+    if not vault.exists():
+        make_private(vault)
+        os.close(os.open(vault / RECORDS_FILE, os.O_WRONLY | os.O_CREAT, 0o600))
+
+
 def remember(vault: Path, record: Record) -> None:
     """Append ``record`` to the registry in ``vault``, on disk when this returns."""
     make_private(vault)
-    line = json.dumps(asdict(record), ensure_ascii=False) + "\n"
+    values = asdict(record) | {"format_version": formats.current("registry")}
+    line = json.dumps(values, ensure_ascii=False) + "\n"
     fd = os.open(vault / RECORDS_FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     try:
         os.write(fd, line.encode())
@@ -75,14 +85,25 @@ def remember(vault: Path, record: Record) -> None:
 
 
 def records(vault: Path) -> list[Record]:
-    """All copies that were sealed, oldest first. Raises UserError that names a damaged line."""
+    """Return all copies that were sealed, oldest first. Raises UserError that names a damaged line,
+    and when a vault has lost its registry."""
     path, found = vault / RECORDS_FILE, []
+    if vault.is_dir() and not path.exists():
+        raise UserError(
+            f"{path} is missing: put it back from a backup, it says whose copies were sealed; if "
+            f"none ever was, delete {vault}"
+        )
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     for number, line in enumerate(lines, start=1):
         try:
             values = json.loads(line)
+            version = values.pop("format_version", 1)
+            where = f"{path}, line {number},"
+            formats.require("registry", where, version, way_out="use that version")
             found.append(Record(**values | {"keys": tuple(values["keys"])}))
-        except (ValueError, TypeError, KeyError):
+        except FormatError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f"{path}, line {number} is damaged: mend it, or delete it") from None
     return found
 

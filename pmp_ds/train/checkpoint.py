@@ -7,62 +7,40 @@
         state/masks.safetensors  of discovery: the candidates that its next update compares with
     private/checkpoints/latest   name of the newest, for people; written last
 
-A folder that has its name is complete: it is written as `*.incomplete` and renamed. No file holds
-code: nothing is unpickled.
+A folder that has its name is complete: it is written as `*.incomplete`, renamed and read back. No
+file holds code: nothing is unpickled. shelf.py finds and deletes them.
 """
 
-import hashlib
-import json
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from transformers import PretrainedConfig
 
-from pmp_ds import dist
+from pmp_ds import dist, lease
 from pmp_ds.errors import UserError
-from pmp_ds.run_dir import RunDir, fsync_dir, make_private, write_json, write_text
+from pmp_ds.formats import FormatError
+from pmp_ds.run_dir import RunDir, fsync_dir, make_private
 from pmp_ds.ticket.mask import ParamMask
+from pmp_ds.train import shelf
+from pmp_ds.train.manifest import DamagedError, Position, listed, sha256, verified, write_manifest
 from pmp_ds.train.state_reader import MASKS_FILE, StateReader
 from pmp_ds.train.weight_files import save_tensors, save_weights
 
 if TYPE_CHECKING:  # export reads checkpoints without DeepSpeed
     from pmp_ds.train.engine import Engine
 
-FORMAT_VERSION = 2
-MANIFEST_FILE = "manifest.json"
-LATEST = "latest"
 _SPARE_BYTES = 1 << 20  # for headers, configuration and manifest
-Phase = Literal["discover", "train"]
-_NAMES: dict[Phase, str] = {"discover": "discover", "train": "update"}
 
 T = TypeVar("T")
 Tensors = dict[str, torch.Tensor]
 Gather = Callable[[Any], list[Any]]  # a value of every rank, on every rank
-
-
-@dataclass(frozen=True, kw_only=True)
-class Position:
-    """Where a run stands after ``step`` updates of a phase. The engine adds its ``counters``."""
-
-    step: int
-    consumed_samples: int
-    ticket_id: str | None
-    dataset_id: str
-    val_loss: float | None  # newest one, nats per token
-    phase: Phase = "train"
-    counters: dict[str, float] = field(default_factory=dict)
-    memory: dict[str, Any] = field(default_factory=dict)
-    """What the phase itself remembers: running loss of the guard, IoU history of discovery."""
-
-    @property
-    def name(self) -> str:
-        return f"{_NAMES[self.phase]}-{self.step:08d}"
 
 
 @dataclass(frozen=True)
@@ -104,26 +82,39 @@ def take(
 
 
 def write(run: RunDir, snapshot: Snapshot, gather: Gather = dist.all_gather_object) -> None:
-    """Write a checkpoint; it appears whole or not at all. Collective through ``gather``.
+    """Write a checkpoint and read it back; it appears whole or not at all. Collective through
+    ``gather``.
 
-    Raises NotWrittenError on every rank when any rank could not write its part.
+    Raises NotWrittenError on every rank when any rank could not write its part, or reads another
+    one than it wrote.
     """
     final = run.checkpoints / snapshot.position.name
     folder = final.with_name(final.name + ".incomplete")
-    rank0 = dist.rank() == 0
+    rank0, published = dist.rank() == 0, False
     try:
         total = sum(gather(snapshot.num_bytes))
+        lease.confirm(run.root)
         _together(gather, lambda: _create(folder, total) if rank0 else None)
         parts = _together(gather, lambda: _write_part(folder, snapshot))
         files = {name: digest for part in parts for name, digest in part.items()}
+        lease.confirm(run.root)
         _together(gather, lambda: _publish(folder, final, snapshot, files) if rank0 else None)
+        published = True
+        mine = parts[dist.rank()]
+        _together(gather, lambda: _confirm(final, mine, files if rank0 else None))
     except NotWrittenError as error:
         if rank0:
             shutil.rmtree(folder, ignore_errors=True)
+            if published:
+                with contextlib.suppress(OSError):
+                    shelf.set_aside(final)
+        way_out = "It is set aside; check the disk of" if published else "Make room at"
         raise NotWrittenError(
             f"the checkpoint {final.name} was not written: {error}; the one before is intact. "
-            f"Make room at {run.checkpoints}"
+            f"{way_out} {run.checkpoints}"
         ) from None
+    if rank0:
+        shelf.mend(run)
 
 
 def save(run: RunDir, engine: "Engine", mask: ParamMask | None, position: Position) -> None:
@@ -137,7 +128,7 @@ def _together(gather: Gather, action: Callable[[], T]) -> list[T]:
     problem: str | None = None
     try:
         result = action()
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, DamagedError, FormatError) as error:
         problem = f"rank {dist.rank()}: {error}"
     outcomes: list[tuple[Any, str | None]] = gather((result, problem))
     problems = [text for _, text in outcomes if text]
@@ -168,108 +159,36 @@ def _write_part(folder: Path, snapshot: Snapshot) -> dict[str, str]:
         if snapshot.masks:
             written.append(folder / MASKS_FILE)
             save_tensors(snapshot.masks, written[-1])
-    return {str(path.relative_to(folder)): _sha256(path) for path in written}
-
-
-def mend(run: RunDir) -> None:
-    """Name the newest one again, where a process was killed between a checkpoint and its name."""
-    names = [folder.name for phase in _NAMES for folder in _folders(run, phase)]
-    newest = max(names, default=None)  # `update` sorts after `discover`
-    latest = run.checkpoints / LATEST
-    if newest is not None and (not latest.exists() or latest.read_text() != newest + "\n"):
-        write_text(latest, newest + "\n", private=True)
+    return {str(path.relative_to(folder)): sha256(path) for path in written}
 
 
 def _publish(folder: Path, final: Path, snapshot: Snapshot, files: dict[str, str]) -> None:
-    content = asdict(snapshot.position) | {"format_version": FORMAT_VERSION, "files": files}
-    manifest = content | {"sha256": _manifest_digest(content)}
-    write_json(folder / MANIFEST_FILE, manifest, private=True)
+    """Give a complete folder its name. One of that name that can be read is never given up."""
+    write_manifest(folder, snapshot.position, files)
     for part in (folder / "weights", folder / "state"):
         fsync_dir(part)
-    shutil.rmtree(final, ignore_errors=True)
+    if final.exists():
+        try:
+            verified(final)
+        except DamagedError:
+            shelf.set_aside(final)
+        else:
+            raise FileExistsError(f"{final} exists already and is intact: put it elsewhere")
     os.replace(folder, final)
     fsync_dir(final.parent)
-    write_text(final.with_name(LATEST), final.name + "\n", private=True)
 
 
-def _manifest_digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def prune(run: RunDir, phase: Phase, keep_last: int, keep_every: int = 0) -> None:
-    """Delete a phase's checkpoints but the newest ``keep_last`` and those of every
-    ``keep_every``-th update."""
-    folders = _folders(run, phase)
-    for folder in folders[keep_last:]:
-        if not keep_every or _step(folder) % keep_every:
-            # Killed in the middle, it must not look like a checkpoint.
-            shutil.rmtree(folder.replace(folder.with_name(folder.name + ".incomplete")))
-    if not folders[:keep_last]:
-        (run.checkpoints / LATEST).unlink(missing_ok=True)
-
-
-def find(
-    run: RunDir, step: int | None = None, phase: Phase = "train", part: str = ""
-) -> tuple[Path, Position] | None:
-    """The newest intact checkpoint of a phase, or that of update ``step``; every file whose name
-    starts with ``part`` is hashed.
-
-    A damaged one is named and passed over, unless it was asked for by ``step``: then, and when it
-    does not exist, UserError.
-    """
-    folders = _folders(run, phase)
-    for folder in folders:
-        if step is not None and _step(folder) != step:
-            continue
-        try:
-            return folder, _verified(folder, part)
-        except UserError as error:
-            if step is not None:
-                raise
-            print(f"warning: {error}; trying the one before it", flush=True)
-    if step is not None:
-        have = ", ".join(str(_step(folder)) for folder in folders) or "none"
-        raise UserError(f"{run.root} has no checkpoint of update {step}; it has: {have}")
-    return None
-
-
-def _folders(run: RunDir, phase: Phase) -> list[Path]:
-    """Complete checkpoints, newest first."""
-    complete = run.checkpoints.glob(f"{_NAMES[phase]}-????????/{MANIFEST_FILE}")
-    return sorted((path.parent for path in complete), reverse=True)
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.rpartition("-")[2])
-
-
-def _verified(folder: Path, part: str) -> Position:
-    try:
-        manifest = json.loads((folder / MANIFEST_FILE).read_text())
-        if manifest["format_version"] != FORMAT_VERSION:
-            raise UserError(f"checkpoint {folder} has a format that this version does not read")
-        if manifest.pop("sha256") != _manifest_digest(manifest):
-            raise UserError(f"checkpoint {folder} is damaged: {MANIFEST_FILE}")
-        files = manifest.pop("files")
-        there = {str(p.relative_to(folder)) for p in folder.rglob("[!.]*") if p.is_file()}
-        for name in sorted(there - {*files, MANIFEST_FILE}):  # readers look at all that is there
-            raise UserError(
-                f"checkpoint {folder} is damaged: it has {name}, which its manifest does not list"
-            )
-        for name, digest in files.items():
-            if not name.startswith(part):
-                continue
-            if not (folder / name).exists() or _sha256(folder / name) != digest:
-                raise UserError(f"checkpoint {folder} is damaged: {name}")
-        manifest.pop("format_version")
-        position = Position(**manifest)
-    except (
-        json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError
-    ) as error:  # fmt: skip
-        raise UserError(f"checkpoint {folder} is damaged: {MANIFEST_FILE} ({error})") from None
-    if position.name != folder.name:
-        raise UserError(f"checkpoint {folder} is damaged: it holds {position.name}")
-    return position
+def _confirm(final: Path, mine: dict[str, str], files: dict[str, str] | None) -> None:
+    """Read this rank's files again under their final name, and on rank 0, which gives all
+    ``files``, the manifest. Raises DamagedError when something is not as it was written."""
+    for name, digest in mine.items():
+        if sha256(final / name) != digest:
+            raise DamagedError(final, f"{name} is not as it was written")
+    if files is not None:
+        _, there = listed(final)
+        missing = [name for name in files if not (final / name).is_file()]
+        if there != files or missing:
+            raise DamagedError(final, f"{[*missing, 'manifest.json'][0]} is not as it was written")
 
 
 def load_state(
@@ -280,8 +199,3 @@ def load_state(
     reader = StateReader(folder)
     engine.restore(mask, reader.read, position.step, position.counters)
     return reader
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -31,6 +31,7 @@ class Job:
     store: Store | MixedStore
     init: theta0.Init
     table: tuple[ParamInfo, ...]
+    theta0_digest: str = ""
 
     def fresh_model(self) -> PreTrainedModel:
         """A fresh model at theta(0), fp32 on CPU; the same bits at every call and on every rank."""
@@ -77,8 +78,11 @@ def given_ticket(config: Config, run: RunDir) -> Path | None:
 def open_job(
     config: Config, ds_config: dict[str, Any], store: Store | MixedStore, run: RunDir
 ) -> Job:
-    """Draw theta(0), or draw it again and check that it is the same. Collective."""
-    init = theta0.init_of(run, config)
+    """Draw theta(0), or draw it again and check that it is the same. Collective.
+
+    Writes nothing but the key of a new run.
+    """
+    init = theta0.init_of(run, config, may_create=True)
     model = theta0.draw(config, DataFacts.of(store), init)
-    dist.on_rank0(lambda: theta0.check(run, model))
-    return Job(config, ds_config, run, store, init, parameter_table(model))
+    digest = dist.on_rank0(lambda: theta0.check(run, model, may_be_new=True))
+    return Job(config, ds_config, run, store, init, parameter_table(model), digest)

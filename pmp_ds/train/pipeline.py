@@ -13,24 +13,23 @@ from pmp_ds import dist
 from pmp_ds.config import Config
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.mixed_store import MixedStore
-from pmp_ds.errors import Stopped, UserError
-from pmp_ds.log import MetricsLog, rewind_metrics
+from pmp_ds.errors import Stopped
+from pmp_ds.log import MetricsLog
 from pmp_ds.model.parameters import digest, num_params
 from pmp_ds.model.secret_init import derive
 from pmp_ds.progress import Progress
-from pmp_ds.run_dir import RunDir, sweep
+from pmp_ds.run_dir import RunDir
 from pmp_ds.ticket.ticket import Ticket, has_ticket, load_ticket, save_ticket
-from pmp_ds.train import checkpoint, plain_weights, plan, run_facts, weight_files
+from pmp_ds.train import checkpoint, plain_weights, plan, run_facts, shelf, start, weight_files
 from pmp_ds.train.discover import Discovery, random_ticket
 from pmp_ds.train.guard import Guard
 from pmp_ds.train.held import held
 from pmp_ds.train.job import Job, open_job
 from pmp_ds.train.loop import Watch, train, validate
 from pmp_ds.train.saver import Saver
+from pmp_ds.train.shelf import Found
 from pmp_ds.train.stop import StopRequest
 from pmp_ds.train.watchdog import Watchdog
-
-Found = tuple[Path, checkpoint.Position]
 
 
 def _obtain_ticket(job: Job, found: Found | None, watch: Watch, saver: Saver) -> Ticket | None:
@@ -49,7 +48,7 @@ def _obtain_ticket(job: Job, found: Found | None, watch: Watch, saver: Saver) ->
         else:
             ticket = _discover(job, found, watch, saver)
         dist.on_rank0(lambda: save_ticket(ticket, folder))
-    dist.on_rank0(lambda: checkpoint.prune(job.run, "discover", 0))
+    dist.on_rank0(lambda: shelf.prune(job.run, "discover", 0))
     return dist.together(lambda: load_ticket(folder, model_digest=digest(job.table)))
 
 
@@ -120,39 +119,43 @@ def run(
     store: Store | MixedStore,
     folder: RunDir,
     started: float,
+    *,
+    start_afresh: bool = False,
 ) -> Outcome:
-    """Begin or resume the run in ``folder`` and lead it to its end. ``started``: when this process
-    did, monotonic seconds. Raises Stopped when it was asked to stop before."""
+    """Begin or resume the run in ``folder`` and lead it to its end.
+
+    ``started``: when this process did, monotonic seconds. With ``start_afresh`` checkpoints of
+    which none can be read are set aside, and the run begins at update 0. Raises Stopped when it was
+    asked to stop before its end.
+    """
     with held(folder.root, f"the run {folder.root}"):
         # Rank 0 alone reads every byte; a damaged store stops all ranks before anything is written.
         dist.on_rank0(lambda: store.verify() and None)
         dist.on_rank0(lambda: run_facts.claim(folder, config, store))
         job = open_job(config, ds_config, store, folder)
         _say(f"{config.run.name}:\n{plan.describe(job)}")
-        return pretrain(job, started)
+        return pretrain(job, started, start_afresh=start_afresh)
 
 
-def pretrain(job: Job, started: float) -> Outcome:
+def pretrain(job: Job, started: float, *, start_afresh: bool = False) -> Outcome:
     """``run`` for a job whose folder is held and claimed."""
     config, run = job.config, job.run
-    found = _found(job, "train")
+    # Nothing is written before all that can refuse this start.
+    trained = start.look(job, "train", start_afresh)
+    has_one = dist.on_rank0(lambda: has_ticket(run.ticket))
+    explored = start.NOTHING if has_one else start.look(job, "discover", start_afresh)
+    found, discovered = trained.found, explored.found
     step = found[1].step if found else 0
-    if dist.rank() == 0:
-        sweep(run)
-        checkpoint.mend(run)
+    # The records of what will be done again are dropped.
+    last = {"train": step} if step else {}
+    if has_one:
+        last["discover"] = config.mask.max_steps
+    elif discovered:
+        last["discover"] = discovered[1].step
+    dist.on_rank0(lambda: start.go_on(job, [trained, explored], last))
     if step == config.train.steps:
         _say(f"already finished: {step:,} of {step:,} updates")
         return dist.on_rank0(lambda: _outcome(job))
-    has_one = dist.on_rank0(lambda: has_ticket(run.ticket))
-    discovered = None if has_one else _found(job, "discover")
-    if dist.rank() == 0:
-        # Drop the records of what will be done again.
-        last = {"train": step} if step else {}
-        if has_one:
-            last["discover"] = config.mask.max_steps
-        elif discovered:
-            last["discover"] = discovered[1].step
-        rewind_metrics(run.metrics, last)
     log = MetricsLog(run, enabled=dist.rank() == 0)
     saver = Saver(run, config, log)
     saver.newest = found[1].name if found else None
@@ -165,11 +168,6 @@ def pretrain(job: Job, started: float) -> Outcome:
     ):
         watch = Watch(log, stop, dog, channel)
         ticket = _obtain_ticket(job, discovered, watch, saver)
-        if found is not None and found[1].ticket_id != (ticket.id if ticket else None):
-            raise UserError(
-                f"the ticket at {run.ticket} is not the one that {found[0]} was trained with: "
-                "bring the run's own ticket back or start a new run.name"
-            )
         _train(job, ticket, found, watch, saver)
     return dist.on_rank0(lambda: _outcome(job))
 
@@ -184,12 +182,12 @@ def _train(
         weight_files.load_weights(found[0] / "weights", model)
     engine = job.engine(model)
     engine.arm(mask)
-    start = found[1] if found else None
+    begin = found[1] if found else None
     if found:
         checkpoint.load_state(found[0], engine, mask, found[1])
         _say(f"resuming after update {found[1].step:,} of {config.train.steps:,}")
     guard = Guard(
-        config.guard, engine, watch.log, watch.stop, watch.channel, start.memory if start else {}
+        config.guard, engine, watch.log, watch.stop, watch.channel, begin.memory if begin else {}
     )
     guard.compare_tickets(ticket_id)
 
@@ -209,34 +207,16 @@ def _train(
         blocks = job.store.split("validation")
         return {"val_loss": validate(engine, blocks, config.run.val_blocks)}
 
-    done = start.step if start else 0
+    done = begin.step if begin else 0
     with (
         job.loader("train", config.data.seed, done * batch) as loader,
         Progress("train", "update", config.train.steps, initial=done) as bar,
     ):
         train(
             engine, loader, measure, batch * job.store.block_size, config, watch, guard, bar, save,
-            done, start.val_loss if start else None,
+            done, begin.val_loss if begin else None,
         )  # fmt: skip
     engine.close()
-
-
-def _found(job: Job, phase: checkpoint.Phase) -> Found | None:
-    """The newest intact checkpoint of a phase. Raises UserError when it does not go with the data
-    or the ticket that are there."""
-    run = job.run
-    found = dist.on_rank0(lambda: checkpoint.find(run, phase=phase))
-    if found is not None and found[1].dataset_id != job.store.dataset_id:
-        raise UserError(
-            f"data.store={job.config.data.store} is not what this run was trained on: its dataset "
-            "id differs from the checkpoint's; bring the data back or start a new run.name"
-        )
-    if found is not None and found[1].ticket_id is not None and not has_ticket(run.ticket):
-        raise UserError(
-            f"the ticket of this run is missing: {run.ticket} is empty and {found[0]} was trained "
-            "with it; bring it back from a backup or start a new run.name"
-        )
-    return found
 
 
 def _say(text: str) -> None:

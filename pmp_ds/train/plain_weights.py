@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from pmp_ds.errors import UserError
 from pmp_ds.run_dir import RunDir, make_private
 from pmp_ds.ticket.mask import ParamMask
-from pmp_ds.train import checkpoint, theta0, weight_files
+from pmp_ds.train import shelf, theta0, weight_files
 from pmp_ds.train.run_facts import load_config, read_data
 
 
@@ -24,7 +24,7 @@ class PlainWeights:
 def of_checkpoint(run: RunDir, step: int | None) -> PlainWeights:
     """The newest checkpoint whose weights are intact, or that of update ``step``. UserError when
     there is none."""
-    found = checkpoint.find(run, step, part="weights/")
+    found = shelf.find(run, step, part="weights/")
     if found is None:
         raise UserError(f"{run.root} has no checkpoint yet: let launcher/pretrain.py write one")
     folder, position = found

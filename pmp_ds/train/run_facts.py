@@ -3,14 +3,21 @@
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from pmp_ds import formats
 from pmp_ds.cli import dump, parse
 from pmp_ds.config import Config
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.mixed_store import MixedStore, Part
 from pmp_ds.errors import UserError
 from pmp_ds.run_dir import RunDir, read_json, write_json, write_text
+from pmp_ds.ticket.ticket import MANIFEST_FILE as TICKET_FILE
+from pmp_ds.train import shelf
+from pmp_ds.version import UNKNOWN, code_version
+
+_BEGUN = "# begun with "
 
 _MAY_CHANGE = {"run", "guard", "data.store", "train.micro_batch_size"}
 """Sections and settings that a run may be continued with; of the store the content is compared."""
@@ -55,10 +62,14 @@ class DataFacts:
 def claim(run: RunDir, config: Config, store: Store | MixedStore) -> None:
     """Make ``run`` this configuration's folder, or check that it is. Rank 0 alone calls it.
 
-    Raises UserError that lists what differs, save for what ``_MAY_CHANGE`` names.
+    A folder that is claimed already is not changed: ``record_start`` does that, once nothing can
+    refuse the start any more. Raises UserError that lists what differs, save for what
+    ``_MAY_CHANGE`` names.
     """
     data = DataFacts.of(store)
-    if run.config.exists():
+    if not run.config.exists():
+        _require_new(run)
+    else:
         saved = load_config(run)
         differences = list(_differences(asdict(saved), asdict(config)))
         if (before := read_data(run)).dataset_id != data.dataset_id:
@@ -71,12 +82,48 @@ def claim(run: RunDir, config: Config, store: Store | MixedStore) -> None:
                 f"{run.config}, or choose another run.name. What differs (run's, yours):\n  "
                 + "\n  ".join(differences)
             )
+        return
     try:
         _write(run, config, data, store)
     except OSError as error:
+        raise _not_writable(run, config, error) from None
+
+
+def record_start(run: RunDir, config: Config) -> None:
+    """Write config.yaml of a start that goes on: ``config``, and which code began the run and which
+    started it last. Rank 0 alone calls it."""
+    try:
+        run.create()
+        write_text(run.config, headed(run.config, dump(config)))
+    except OSError as error:
+        raise _not_writable(run, config, error) from None
+
+
+def headed(path: Path, text: str) -> str:
+    """Return ``text`` under comment lines that say which code began ``path`` and wrote it last."""
+    first, now = f"{_BEGUN}{code_version()}", code_version()
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        first = next((line for line in lines if line.startswith(_BEGUN)), f"{_BEGUN}{UNKNOWN}")
+    return f"{first}\n# last started with {now}\n{text}"
+
+
+def _not_writable(run: RunDir, config: Config, error: OSError) -> UserError:
+    return UserError(
+        f"run.root={config.run.root}: the run's folder {run.root} cannot be written: {error}"
+    )
+
+
+def _require_new(run: RunDir) -> None:
+    """Raises UserError for a folder that holds a run and has lost its config.yaml: with other
+    settings it would go on as if nothing had happened."""
+    made = [path for path in (run.ticket / TICKET_FILE, run.ledger, run.metrics) if path.exists()]
+    made += [run.checkpoints] if shelf.has_any(run) else []
+    if made:
         raise UserError(
-            f"run.root={config.run.root}: the run's folder {run.root} cannot be written: {error}"
-        ) from None
+            f"{run.config} is missing, and {made[0]} is a run's: bring it back from a backup, or "
+            "choose another run.name"
+        )
 
 
 def _data_differences(saved: Sequence[Part], given: Sequence[Part]) -> list[str]:
@@ -95,13 +142,13 @@ def _data_differences(saved: Sequence[Part], given: Sequence[Part]) -> list[str]
 
 def _write(run: RunDir, config: Config, data: DataFacts, store: Store | MixedStore) -> None:
     run.create()
-    if not run.config.exists():
-        if not run.tokenizer.exists():
-            aside = run.tokenizer.with_suffix(".incomplete")
-            shutil.copytree(store.tokenizer_dir, aside, dirs_exist_ok=True)
-            aside.rename(run.tokenizer)
-        write_json(run.data, asdict(data))
-    write_text(run.config, dump(config))  # last: with it the folder is claimed
+    if not run.tokenizer.exists():
+        aside = run.tokenizer.with_suffix(".incomplete")
+        shutil.copytree(store.tokenizer_dir, aside, dirs_exist_ok=True)
+        aside.rename(run.tokenizer)
+    write_json(run.data, asdict(data) | {"format_version": formats.current("data")})
+    text = headed(run.config, dump(config))
+    write_text(run.config, text)  # last: with it the folder is claimed
 
 
 def _differences(saved: dict[str, Any], given: dict[str, Any]) -> Iterator[str]:
@@ -123,6 +170,8 @@ def load_config(run: RunDir) -> Config:
 def read_data(run: RunDir) -> DataFacts:
     values = read_json(run.data)
     try:
+        version = values.pop("format_version", 1)
+        formats.require("data", run.data, version, way_out="use that version")
         parts = tuple(Part(**part) for part in values.get("parts", ()))
         return DataFacts(**values | {"sources": tuple(values["sources"]), "parts": parts})
     except (KeyError, TypeError):

@@ -14,9 +14,10 @@ from pmp_ds.config import Config
 from pmp_ds.log import MetricsLog
 from pmp_ds.run_dir import RunDir
 from pmp_ds.ticket.mask import ParamMask
-from pmp_ds.train import checkpoint
-from pmp_ds.train.checkpoint import NotWrittenError, Position, Snapshot, Tensors
+from pmp_ds.train import checkpoint, shelf
+from pmp_ds.train.checkpoint import NotWrittenError, Snapshot, Tensors
 from pmp_ds.train.engine import Engine
+from pmp_ds.train.manifest import Position
 
 
 class Saver:
@@ -104,8 +105,8 @@ class Saver:
         try:
             checkpoint.write(self._run, snapshot, gather)
             if dist.rank() == 0:
-                run = self._config.run
-                checkpoint.prune(self._run, snapshot.position.phase, run.keep_last, run.keep_every)
+                run, done = self._config.run, snapshot.position
+                shelf.prune(self._run, done.phase, run.keep_last, run.keep_every, done.name)
         except BaseException as error:  # noqa: BLE001 - raised by wait()
             self._error = error
         self._write_seconds = time.perf_counter() - start

@@ -45,3 +45,13 @@ def lives(work: Path, ranks2: RankPool, tmp_path: Path) -> Living:
         return pool.run(live, str(work), settings, fault, given, stage)
 
     return lead
+
+
+@pytest.fixture(scope="session")
+def written(ranks2: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three updates with a checkpoint of each."""
+    from tests.distributed.test_checkpoint import segment
+
+    root = tmp_path_factory.mktemp("written") / "run"
+    ranks2.run(segment, str(root), 2, "bf16", True, False, 3, [1, 2, 3])
+    return root

@@ -3,7 +3,6 @@ never killed; and what is on disk is private, whole or not there, and no program
 
 import json
 import os
-import shutil
 import stat
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -17,12 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from pmp_ds import dist
 from pmp_ds.config import MaskConfig, Precision, TrainConfig
-from pmp_ds.errors import UserError
 from pmp_ds.model.parameters import parameter_table
 from pmp_ds.optim.schedule import learning_rate
 from pmp_ds.run_dir import RunDir
 from pmp_ds.ticket.mask import ParamMask
-from pmp_ds.train import checkpoint, weight_files
+from pmp_ds.train import checkpoint, shelf, weight_files
 from pmp_ds.train.checkpoint import Position
 from pmp_ds.train.discover import random_ticket
 from pmp_ds.train.engine import Engine
@@ -62,7 +60,7 @@ def segment(
     if masked:
         mask = random_ticket(b"m" * 32, MaskConfig(), parameter_table(tiny.model())).mask
     model, done = tiny.model(), 0
-    found = checkpoint.find(run) if resume else None
+    found = shelf.find(run) if resume else None
     if found:
         weight_files.load_weights(found[0] / "weights", model)
         done = found[1].step
@@ -188,24 +186,6 @@ def test_other_shape_without_a_mask(part):
         assert resumed["losses"][step] == pytest.approx(straight["losses"][step], abs=1e-5)
 
 
-@pytest.fixture(scope="module")
-def written(ranks2, tmp_path_factory) -> Path:
-    """A run of three updates with a checkpoint of each."""
-    root = tmp_path_factory.mktemp("written") / "run"
-    ranks2.run(segment, str(root), 2, "bf16", True, False, 3, [1, 2, 3])
-    return root
-
-
-@pytest.fixture
-def run(written, tmp_path) -> RunDir:
-    """A copy of ``written`` to damage."""
-    return RunDir(Path(shutil.copytree(written, tmp_path / "run")))
-
-
-def newest(run: RunDir) -> Path:
-    return run.checkpoints / "update-00000003"
-
-
 def test_private_whatever_the_umask(written):
     paths = [written / "private", *(written / "private").rglob("*")]
     assert len([path for path in paths if path.is_file()]) == 3 * 5 + 1
@@ -231,149 +211,6 @@ def test_nothing_is_left_of_writing(written):
     assert names == {f"update-0000000{step}" for step in (1, 2, 3)} | {"latest"}
     assert (written / "private/checkpoints/latest").read_text() == "update-00000003\n"
     assert not list(written.rglob("*incomplete*"))
-
-
-def test_newest_is_found(run):
-    folder, position = checkpoint.find(run) or pytest.fail("nothing found")
-    assert folder == newest(run)
-    assert (position.step, position.consumed_samples) == (3, 3 * BATCH)
-    assert (position.ticket_id, position.dataset_id) == (POSITION.ticket_id, POSITION.dataset_id)
-
-
-def test_found_by_update(run):
-    folder, position = checkpoint.find(run, 2) or pytest.fail("nothing found")
-    assert (folder.name, position.step) == ("update-00000002", 2)
-
-
-def test_update_that_does_not_exist(run):
-    with pytest.raises(UserError, match=r"no checkpoint of update 7; it has: 3, 2, 1"):
-        checkpoint.find(run, 7)
-
-
-def test_run_without_checkpoints(tmp_path):
-    run = RunDir(tmp_path / "new")
-    run.create()
-    assert checkpoint.find(run) is None
-    with pytest.raises(UserError, match="it has: none"):
-        checkpoint.find(run, 7)
-
-
-def flip(file: str, offset: int = -1) -> Callable[[Path], None]:
-    """Flip the highest bit of one byte."""
-
-    def damage(folder: Path) -> None:
-        data = bytearray((folder / file).read_bytes())
-        data[offset] ^= 0x80
-        (folder / file).write_bytes(data)
-
-    return damage
-
-
-def cut(file: str) -> Callable[[Path], None]:
-    return lambda folder: os.truncate(folder / file, (folder / file).stat().st_size - 1)
-
-
-def rewrite(file: str, text: str) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        (folder / file).write_text(text)
-
-    return damage
-
-
-def edit(**changes: Any) -> Callable[[Path], None]:
-    """Replace entries of the manifest; None removes one."""
-
-    def damage(folder: Path) -> None:
-        manifest = json.loads((folder / "manifest.json").read_text()) | changes
-        kept = {name: value for name, value in manifest.items() if value is not None}
-        (folder / "manifest.json").write_text(json.dumps(kept))
-
-    return damage
-
-
-def swap(other: str) -> Callable[[Path], None]:
-    """Another checkpoint's content."""
-
-    def damage(folder: Path) -> None:
-        shutil.copytree(folder.with_name(other), folder, dirs_exist_ok=True)
-
-    return damage
-
-
-DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "weights": (flip("weights/model.safetensors"), "weights/model.safetensors"),
-    "config": (flip("weights/config.json", 40), "weights/config.json"),
-    "state": (flip("state/rank-00001.safetensors"), "state/rank-00001.safetensors"),
-    "state cut": (cut("state/rank-00000.safetensors"), "state/rank-00000.safetensors"),
-    "state missing": (
-        lambda folder: (folder / "state/rank-00001.safetensors").unlink(),
-        "state/rank-00001.safetensors",
-    ),
-    "manifest cut": (lambda folder: os.truncate(folder / "manifest.json", 30), "manifest.json"),
-    "manifest empty": (lambda folder: os.truncate(folder / "manifest.json", 0), "manifest.json"),
-    "manifest not text": (flip("manifest.json", 12), "manifest.json"),
-    "manifest a list": (rewrite("manifest.json", "[]"), "manifest.json"),
-    "position missing": (edit(step=None), "manifest.json"),
-    "files missing": (edit(files=None), "manifest.json"),
-    "files a list": (edit(files=["a"]), "manifest.json"),
-    "other format": (edit(format_version=99), "format"),
-    "position flipped": (edit(consumed_samples=4), "manifest.json"),
-    "under another name": (swap("update-00000002"), "it holds update-00000002"),
-}
-
-
-@pytest.mark.parametrize(("damage", "named"), DAMAGES.values(), ids=DAMAGES)
-def test_damaged_one_is_named_and_passed_over(run, capsys, damage, named):
-    damage(newest(run))
-    folder, position = checkpoint.find(run) or pytest.fail("nothing found")
-    assert (folder.name, position.step) == ("update-00000002", 2)
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"warning: checkpoint {newest(run)} ")
-    assert named in line
-
-
-@pytest.mark.parametrize(("damage", "named"), DAMAGES.values(), ids=DAMAGES)
-def test_damaged_one_that_was_asked_for(run, damage, named):
-    damage(newest(run))
-    with pytest.raises(UserError, match=named):
-        checkpoint.find(run, 3)
-    assert checkpoint.find(run, 2) is not None
-
-
-def test_all_damaged(run, capsys):
-    for step in (1, 2, 3):
-        flip("weights/model.safetensors")(run.checkpoints / f"update-0000000{step}")
-    assert checkpoint.find(run) is None
-    assert len(capsys.readouterr().out.splitlines()) == 3
-
-
-def test_unfinished_ones_do_not_count(run):
-    newest(run).rename(newest(run).with_name("update-00000003.incomplete"))
-    shutil.copytree(run.checkpoints / "update-00000001", run.checkpoints / "update-00000009")
-    (run.checkpoints / "update-00000009" / "manifest.json").unlink()
-    found = checkpoint.find(run)
-    assert found is not None
-    assert found[1].step == 2
-
-
-@pytest.mark.parametrize(("keep", "left"), [(1, [3]), (2, [2, 3]), (3, [1, 2, 3]), (9, [1, 2, 3])])
-def test_prune_keeps_the_newest(run, keep, left):
-    checkpoint.prune(run, "train", keep)
-    names = sorted(path.name for path in run.checkpoints.iterdir())
-    assert names == ["latest", *(f"update-{step:08d}" for step in left)]
-
-
-def test_goes_on_from_the_one_before_and_replaces_the_damaged_one(ranks2, run, written):
-    """The whole story: damage, resume, the same bits again. A half-written folder is in the way."""
-    flip("state/rank-00000.safetensors")(newest(run))
-    shutil.copytree(newest(run), newest(run).with_name("update-00000003.incomplete"))
-    ranks2.run(segment, str(run.root), 2, "bf16", True, True, 3, [3])
-    assert {path.name for path in run.checkpoints.iterdir()} == {
-        "latest", *(f"update-0000000{step}" for step in (1, 2, 3))
-    }
-    for path in sorted(newest(run).rglob("*")):
-        twin = written / path.relative_to(run.root)
-        assert path.is_dir() or path.read_bytes() == twin.read_bytes(), path
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 30_000, 2 << 30])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pmp_ds.run_dir import RunDir
-from pmp_ds.train import checkpoint
+from pmp_ds.train import shelf
 from tests.helpers.faults import seen
 from tests.helpers.lives import checkpoints, same_end
 
@@ -54,7 +54,7 @@ def test_checkpoint(lives, ended, calm, capsys, fault, damage: Callable[[Path], 
     for name in FILES:
         intact = (newest / name).read_bytes()
         damage(newest / name)
-        found = checkpoint.find(ended)
+        found = shelf.find(ended)
         assert found is not None
         assert found[1].step == 8
         # Without its manifest a folder is no checkpoint: nobody looks at the rest.

@@ -10,7 +10,7 @@ from pmp_ds.config import MaskConfig
 from pmp_ds.model.parameters import parameter_table
 from pmp_ds.release.export import export
 from pmp_ds.run_dir import RunDir
-from pmp_ds.train import checkpoint, weight_files
+from pmp_ds.train import checkpoint, shelf, weight_files
 from pmp_ds.train.discover import random_ticket
 from pmp_ds.train.engine import Engine
 from tests.distributed.test_checkpoint import TRAIN, segment
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.distributed
 def resume_and_save(root: str, other: str) -> int:
     """Take the newest checkpoint of ``root`` up at this world size, in ZeRO 1 with plain masters,
     and save it into ``other`` without a step in between."""
-    found = checkpoint.find(RunDir(Path(root)))
+    found = shelf.find(RunDir(Path(root)))
     assert found is not None
     folder, position = found
     mask = random_ticket(b"m" * 32, MaskConfig(), parameter_table(tiny.model())).mask
@@ -47,7 +47,7 @@ def test_the_same_bytes_after_an_elastic_resume(
     monkeypatch.setattr("pmp_ds.release.export.verify_reload", lambda *_: 0.0)
     outs = []
     for root in roots:
-        folder, _ = checkpoint.find(RunDir(Path(root)), part="weights/") or pytest.fail("none")
+        folder, _ = shelf.find(RunDir(Path(root)), part="weights/") or pytest.fail("none")
         outs.append(Path(root) / "release")
         export(folder / "weights", outs[-1], tokenizer_dir=tokenizer_dir, card=CARD)
     contents = [{path.name: path.read_bytes() for path in out.iterdir()} for out in outs]

@@ -34,6 +34,7 @@ from pmp_ds.run_dir import RunDir
 from pmp_ds.train import job, pipeline
 from pmp_ds.train.deepspeed_config import read_json
 from pmp_ds.train.engine import Engine
+from pmp_ds.train.shelf import AFRESH
 from tests.helpers import capabilities, tiny
 
 SETTINGS = (
@@ -66,11 +67,14 @@ def live(
     recipe = ("--config", str(folder / "tiny.yaml"), "--data.store", str(folder / "store"))
 
     def main() -> None:
-        config, _ = parse(Config, [*recipe, *SETTINGS, *arguments])
+        given = [*recipe, *SETTINGS, *arguments]
+        config, options = parse(Config, given, options={AFRESH: {"action": "store_true"}})
         store, run = open_data(config.data.store), RunDir(Path(config.run.root) / config.run.name)
         job.check(config, store, run)
         ds_config = read_json(folder / f"zero{stage}.json")
-        pipeline.run(config, ds_config, store, run, time.monotonic())
+        pipeline.run(
+            config, ds_config, store, run, time.monotonic(), start_afresh=options["start_afresh"]
+        )
 
     out, err = io.StringIO(), io.StringIO()
     dump = signal.getsignal(signal.SIGUSR1)

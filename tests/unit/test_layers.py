@@ -13,8 +13,8 @@ REPO = Path(__file__).resolve().parents[2]
 # Low to high. A module imports only from lower rows; neighbours in a row leave each other alone.
 # A name is a module or package directly below pmp_ds, with everything inside it.
 ROWS = (
-    ("errors",),
-    ("config", "run_dir", "progress", "launchers", "signals"),
+    ("errors", "version"),
+    ("config", "run_dir", "progress", "launchers", "signals", "formats"),
     ("meeting", "lease", "restarts", "launch"),
     ("dist",),
     ("lifeline",),
@@ -44,12 +44,14 @@ NEVER_REACHES = {
 
 WITHOUT_TORCH = (
     "pmp_ds.errors",
+    "pmp_ds.version",
     "pmp_ds.config",
     "pmp_ds.run_dir",
     "pmp_ds.signals",
     "pmp_ds.lease",
     "pmp_ds.ranks",
     "pmp_ds.launch",
+    "pmp_ds.formats",
     "launcher.pretrain",
     "launcher.finetune",
     "pmp_ds.data.prepare_config",

@@ -171,7 +171,7 @@ def test_token_outside_the_vocabulary(tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "format version 2, this program reads 1"),
+        ({"format_version": 2}, "has format 2, which a later version of pmp-ds reads; "),
         ({"format": "other"}, "is not the manifest of a packed store"),
         ({"splits": {}}, "manifest.json is damaged"),
         ({"block_size": 4}, r"holds \(5, 8\) uint16, the manifest says \(5, 4\)"),

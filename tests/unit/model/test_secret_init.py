@@ -27,7 +27,7 @@ from pmp_ds.errors import UserError
 from pmp_ds.model import secret_init
 from pmp_ds.model.build import build_model
 from pmp_ds.model.parameters import weights_digest
-from pmp_ds.model.secret_init import Secret, derive, initialize, load_or_create_key
+from pmp_ds.model.secret_init import Secret, create_key, derive, initialize, load_key
 from pmp_ds.model.stream import normals
 
 KEY = Secret(bytes(range(32)))
@@ -73,20 +73,26 @@ def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def test_key_is_created_once_for_its_owner_alone(tmp_path: Path) -> None:
     folder = tmp_path / "init"
-    key = load_or_create_key(folder)
+    key = create_key(folder)
     assert len(key) == 32
     assert stat.S_IMODE((folder / "key").stat().st_mode) == 0o600
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert load_or_create_key(folder) == key == (folder / "key").read_bytes()
+    assert load_key(folder) == create_key(folder) == key == (folder / "key").read_bytes()
     assert os.listdir(folder) == ["key"]
-    assert load_or_create_key(tmp_path / "other") != key
+    assert create_key(tmp_path / "other") != key
 
 
 def test_damaged_key_is_an_error_that_does_not_show_it(tmp_path: Path) -> None:
     (tmp_path / "key").write_bytes(b"SECRET")
     with pytest.raises(UserError, match="has 6 bytes and a key has 32") as caught:
-        load_or_create_key(tmp_path)
+        load_key(tmp_path)
     assert "SECRET" not in str(caught.value)
+
+
+def test_missing_key_is_not_made_by_reading(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="key is missing: put the run's own key back"):
+        load_key(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("show", [repr, str, "{}".format, "{!r}".format, lambda k: f"{[k]}"])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pmp_ds.errors import UserError
+from pmp_ds.formats import FormatError
 from pmp_ds.release.ledger import Claim, lineage_of, read
 
 
@@ -104,7 +105,11 @@ def test_a_damaged_ledger_lets_nothing_leave(ledger: Path, line: str) -> None:
 
 
 def test_another_format(ledger: Path) -> None:
+    """Is not damage: a backup would not help."""
     values = json.loads(ledger.read_text()) | {"more": 1}
     ledger.write_text(json.dumps(values) + "\n")
-    with pytest.raises(UserError, match="a format that this version does not read"):
+    with pytest.raises(UserError, match="its fields are not those of its format"):
+        read(ledger)
+    ledger.write_text(json.dumps(values | {"format_version": 2}) + "\n")
+    with pytest.raises(FormatError, match=r"line 1, has format 2, which a later version of pmp-ds"):
         read(ledger)

@@ -146,11 +146,11 @@ DAMAGES = {
     "mask empty": (rewrite(MASK_FILE, lambda _: b""), "damaged"),
     "one bit of the mask": (rewrite(MASK_FILE, flip_byte(-2, 3)), "do not match"),
     "one bit of the header's length": (rewrite(MASK_FILE, flip_byte(7, 6)), "damaged"),
-    "newer format": (edit(format_version=2), "format version 2; this version reads 1"),
+    "newer format": (edit(format_version=2), "format 2, which a later version of pmp-ds reads;"),
     "no format": (edit(format_version=None), "damaged"),
     "newer format, other fields": (
         lambda f: (edit(format_version=2, parameters=None)(f), (f / MASK_FILE).unlink()),
-        "format version 2",
+        "has format 2, which a later version",
     ),
 }
 

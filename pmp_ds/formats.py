@@ -1,0 +1,166 @@
+"""Every format that pmp-ds writes for itself: its versions, and which of them this version reads.
+
+    python -m pmp_ds.formats > docs/FORMATS.md
+
+Readers call ``require`` with the number that they found, so a file of another version gives one
+message everywhere, and is never taken for a damaged one.
+"""
+
+from dataclasses import dataclass
+
+from pmp_ds.errors import UserError
+from pmp_ds.version import code_version
+
+
+class FormatError(UserError):
+    """A file is intact, but of a format version that this pmp-ds does not read."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version of a format."""
+
+    number: int
+    written_by: str
+    """The releases that write it, or wrote it."""
+
+    content: str
+    """What is in it, or what changed."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """One kind of file or folder."""
+
+    what: str
+    where: str
+    versions: tuple[Version, ...]  # oldest first; the last is written
+    reads: tuple[int, ...]
+    older: str
+    """The rule for reading older ones."""
+
+
+_NOW = "pmp-ds 0.1.0"
+_BEFORE = "a development version of pmp-ds 0.1.0"
+
+FORMATS = {
+    "checkpoint": Format(
+        "checkpoint", "`private/checkpoints/*/manifest.json`",
+        (
+            Version(1, f"{_BEFORE} before commit 7175ad3",
+                    "weights and optimizer state of masked pretraining"),
+            Version(2, f"{_BEFORE} from commit 7175ad3 on",
+                    "checkpoints of discovery, the memory of the guard, a digest of the manifest"),
+            Version(3, _NOW, "version and commit of the code (`code`); unknown fields are ignored"),
+        ),
+        (2, 3),
+        "2 has all that a run needs to resume, `code` is then unknown. 1 lacks the guard's memory "
+        "and the digest: refused, never passed over for an older checkpoint.",
+    ),
+    "ticket": Format(
+        "ticket", "`private/ticket/ticket.json`, also in sealed files",
+        (Version(1, _NOW, "packed bits and their origin"),),
+        (1,), "There is no older one.",
+    ),
+    "store": Format(
+        "store", "`tokenized_data/NAME/manifest.json`",
+        (Version(1, _NOW, "packed Arrow blocks; the number is part of the dataset id"),),
+        (1,), "There is no older one.",
+    ),
+    "ledger": Format(
+        "ledger", "`private/ledger.jsonl`, in each line",
+        (Version(1, _NOW, "one line per release"),),
+        (1,), "There is no older one. A line that cannot be read lets nothing leave.",
+    ),
+    "results": Format(
+        "results", "`results.jsonl`, in each line",
+        (
+            Version(1, _BEFORE, "a measurement; the line has no number"),
+            Version(2, _NOW, "`format_version`, and the commit of the code (`commit`)"),
+        ),
+        (1, 2), "A line without a number is version 1; its commit is unknown. One file may have "
+        "lines of both.",
+    ),
+    "audit": Format(
+        "audit", "`private/audit/audit.json`",
+        (Version(1, _NOW, "the verdict and the figures of each attack"),),
+        (1,), "There is no older one.",
+    ),
+    "registry": Format(
+        "registry", "`private/vault/sealed.jsonl`, in each line",
+        (
+            Version(1, _BEFORE, "a sealed copy; the line has no number"),
+            Version(2, _NOW, "`format_version`"),
+        ),
+        (1, 2), "A line without a number is version 1.",
+    ),
+    "data": Format(
+        "data", "`data.json`",
+        (
+            Version(1, _BEFORE, "what a run knows of its tokens; the file has no number"),
+            Version(2, _NOW, "`format_version`"),
+        ),
+        (1, 2), "A file without a number is version 1. It is never rewritten.",
+    ),
+    "theta0": Format(
+        "theta0", "`private/init/theta0.json`",
+        (
+            Version(1, _BEFORE, "the digest of theta(0); the file has no number"),
+            Version(2, _NOW, "`format_version`, and for secret initial weights the one-way check "
+                    "value of the key (`key_check`)"),
+        ),
+        (1, 2), "A file without a number is version 1. The next start of `pretrain.py` rewrites it "
+        "as version 2; until then `vault.py` draws theta(0) again to check the key.",
+    ),
+}  # fmt: skip
+
+
+def current(name: str) -> int:
+    """Return the version of format ``name`` that is written."""
+    return FORMATS[name].versions[-1].number
+
+
+def require(
+    name: str, where: object, found: object, *, way_out: str, writer: object = None
+) -> int:  # fmt: skip
+    """Return the version ``found`` of the file at ``where``.
+
+    Raises FormatError when this pmp-ds does not read it; the message names the pmp-ds that does: of
+    the table, or of a version that is not in it ``writer``, the code that the file says it is from.
+    Raises TypeError when ``found`` is not a number, which only damage explains.
+    """
+    if not isinstance(found, int) or isinstance(found, bool):
+        raise TypeError("format_version is not a number")
+    form = FORMATS[name]
+    if found in form.reads:
+        return found
+    later = writer if isinstance(writer, str) else "a later version of pmp-ds"
+    reader = {version.number: version.written_by for version in form.versions}.get(found, later)
+    reads = " and ".join(map(str, form.reads))
+    raise FormatError(
+        f"{form.what} {where} has format {found}, which {reader} reads; this is {code_version()}, "
+        f"which reads format{'s' * (len(form.reads) > 1)} {reads}: {way_out}"
+    )
+
+
+def document() -> str:
+    """Return docs/FORMATS.md."""
+    lines = [
+        "# Formats",
+        "",
+        "Generated by `python -m pmp_ds.formats > docs/FORMATS.md`. What pmp-ds writes for itself",
+        "carries a version. One that is not read here is refused with a line that names the pmp-ds",
+        "that reads it, and nothing is changed. A version rises when an older pmp-ds could not",
+        "read the new files. The last row of each table is what this pmp-ds writes.",
+    ]
+    for form in FORMATS.values():
+        reads = ", ".join(map(str, form.reads))
+        lines += ["", f"## {form.what.capitalize()}", "", f"{form.where}; reads {reads}.", ""]
+        lines += ["| version | written by | what is in it, or changed |", "|---|---|---|"]
+        lines += [f"| {v.number} | {v.written_by} | {v.content} |" for v in form.versions]
+        lines += ["", f"Older ones: {form.older}"]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(document(), end="")

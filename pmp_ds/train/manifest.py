@@ -1,0 +1,114 @@
+"""The manifest of a checkpoint: where the run stood, the sha256 of every file and of itself.
+
+What is read here was written by any pmp-ds whose format docs/FORMATS.md says is read.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from pmp_ds import formats
+from pmp_ds.errors import UserError
+from pmp_ds.run_dir import write_json
+from pmp_ds.version import code_version
+
+MANIFEST_FILE = "manifest.json"
+Phase = Literal["discover", "train"]
+NAMES: dict[Phase, str] = {"discover": "discover", "train": "update"}
+# What reading a damaged manifest raises.
+_DAMAGE = (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where a run stands after ``step`` updates of a phase. The engine adds its ``counters``."""
+
+    step: int
+    consumed_samples: int
+    ticket_id: str | None
+    dataset_id: str
+    val_loss: float | None  # newest one, nats per token
+    phase: Phase = "train"
+    counters: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
+    """What the phase itself remembers: running loss of the guard, IoU history of discovery."""
+
+    @property
+    def name(self) -> str:
+        return f"{NAMES[self.phase]}-{self.step:08d}"
+
+
+class DamagedError(UserError):
+    """A checkpoint that is torn, changed or incomplete. ``reason`` leaves out which one."""
+
+    def __init__(self, folder: Path, reason: str) -> None:
+        super().__init__(f"checkpoint {folder} is damaged: {reason}")
+        self.reason = reason
+
+
+def write_manifest(folder: Path, position: Position, files: dict[str, str]) -> None:
+    """Write the manifest of ``files``, sha256 by name; with it ``folder`` is a checkpoint."""
+    content = asdict(position) | {
+        "code": str(code_version()),
+        "files": files,
+        "format_version": formats.current("checkpoint"),
+    }
+    manifest = content | {"sha256": _digest(content)}
+    write_json(folder / MANIFEST_FILE, manifest, private=True)
+
+
+def listed(folder: Path) -> tuple[Position, dict[str, str]]:
+    """Return the position and the files that an intact manifest states; no file is read.
+
+    Raises DamagedError, or FormatError for a version that this pmp-ds does not read.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        formats.require(
+            "checkpoint", folder, manifest["format_version"], writer=manifest.get("code"),
+            way_out="continue with that version, or put the folder elsewhere",
+        )  # fmt: skip
+        if manifest.pop("sha256") != _digest(manifest):
+            raise DamagedError(folder, MANIFEST_FILE)
+        files = dict(manifest["files"].items())
+        known = {one.name for one in fields(Position)}
+        position = Position(**{name: value for name, value in manifest.items() if name in known})
+        name = position.name
+    except FileNotFoundError:
+        raise DamagedError(folder, f"{MANIFEST_FILE} is missing") from None
+    except OSError as error:
+        raise DamagedError(folder, f"{MANIFEST_FILE}: {error.strerror}") from None
+    except _DAMAGE as error:
+        raise DamagedError(folder, f"{MANIFEST_FILE} ({error})") from None
+    if name != folder.name:
+        raise DamagedError(folder, f"it holds {name}")
+    return position, files
+
+
+def verified(folder: Path, part: str = "") -> Position:
+    """Return the position of an intact checkpoint; every file whose name starts with ``part`` is
+    read and hashed. Raises like ``listed``."""
+    position, files = listed(folder)
+    try:
+        there = {str(p.relative_to(folder)) for p in folder.rglob("[!.]*") if p.is_file()}
+        for name in sorted(there - {*files, MANIFEST_FILE}):  # readers look at all that is there
+            raise DamagedError(folder, f"it has {name}, which its manifest does not list")
+        for name, digest in files.items():
+            if not name.startswith(part):
+                continue
+            if name not in there or sha256(folder / name) != digest:
+                raise DamagedError(folder, name)
+    except OSError as error:
+        raise DamagedError(folder, f"{error.filename}: {error.strerror}") from None
+    return position
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,191 @@
+"""The checkpoints that a run has: which can be read, which go, and what becomes of damaged ones.
+
+    private/checkpoints/update-00000500/           a checkpoint (checkpoint.py)
+    private/checkpoints/update-00000500.damaged/   one that a start could not read and passed over
+    private/checkpoints.unreadable-1/              all of them, set aside by --start-afresh
+
+Looking changes nothing. Nothing that cannot be read is ever deleted before enough newer ones can.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+from pmp_ds.errors import UserError
+from pmp_ds.formats import FormatError
+from pmp_ds.run_dir import RunDir, fsync_dir, make_private, write_bytes, write_text
+from pmp_ds.train.manifest import NAMES, DamagedError, Phase, Position, listed, verified
+
+LATEST = "latest"
+AFRESH = "--start-afresh"
+WAY_OUT = (
+    f"bring one back from a backup, or train with {AFRESH}, which sets them aside and begins "
+    "again at update 0"
+)
+_NAME = re.compile(r"(discover|update)-(\d{8})")
+_DAMAGED = re.compile(r"(discover|update)-(\d{8})\.damaged(-\d+)?")
+
+Found = tuple[Path, Position]
+
+
+class UnreadableError(UserError):
+    """A run has checkpoints, or has had some, and none of them can be read."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a look at the checkpoints of a phase found."""
+
+    found: Found | None
+    """The newest that is intact."""
+
+    passed_over: tuple[Path, ...]
+    """Damaged ones that are newer."""
+
+
+def survey(run: RunDir, phase: Phase, part: str = "") -> Survey:
+    """Look for the newest intact checkpoint of a phase; every file whose name starts with ``part``
+    is hashed.
+
+    Newer ones that are damaged are named. Raises UnreadableError when there are checkpoints and
+    none can be read, and FormatError rather than pass over one of another format.
+    """
+    problems: list[UserError] = []
+    folders = _folders(run, phase)
+    for folder in folders:
+        try:
+            position = verified(folder, part)
+        except (DamagedError, FormatError) as error:
+            problems.append(error)
+            continue
+        for problem in problems:
+            if isinstance(problem, FormatError):
+                raise problem
+        for problem in problems:
+            print(f"warning: {problem}; trying the one before it", flush=True)
+        return Survey((folder, position), tuple(folders[: len(problems)]))
+    if problems:
+        number = f"{len(folders)} checkpoint{'s' * (len(folders) > 1)}"
+        head = f"{run.checkpoints} has {number}, and none can be read; nothing was changed:"
+        raise UnreadableError("\n  ".join([head, *map(str, problems), WAY_OUT]))
+    return Survey(None, ())
+
+
+def find(
+    run: RunDir, step: int | None = None, phase: Phase = "train", part: str = ""
+) -> Found | None:
+    """Return what ``survey`` finds, or the checkpoint of update ``step``.
+
+    A damaged one that was asked for by ``step`` is not passed over: then, and when it does not
+    exist, UserError.
+    """
+    if step is None:
+        return survey(run, phase, part).found
+    folders = _folders(run, phase)
+    for folder in folders:
+        if step_of(folder) == step:
+            return folder, verified(folder, part)
+    have = ", ".join(str(step_of(folder)) for folder in folders) or "none"
+    raise UserError(f"{run.root} has no checkpoint of update {step}; it has: {have}")
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a checkpoint that cannot be read, so that it is never counted again."""
+    names = (f"{folder.name}.damaged{f'-{n}' * (n > 1)}" for n in count(1))
+    target = next(path for path in map(folder.with_name, names) if not path.exists())
+    folder.rename(target)
+    fsync_dir(folder.parent)
+    return target
+
+
+def start_afresh(run: RunDir) -> Path:
+    """Set all checkpoints aside, with a copy of the metrics; return the folder that has both.
+
+    One rename decides: killed before it, the checkpoints are where they were; killed after it,
+    the run has none, and the copy of the metrics is safe.
+    """
+    make_private(run.checkpoints)
+    if run.metrics.exists():
+        write_bytes(run.checkpoints / run.metrics.name, run.metrics.read_bytes(), private=True)
+    names = (f"{run.checkpoints.name}.unreadable-{n}" for n in count(1))
+    target = next(path for path in map(run.private.joinpath, names) if not path.exists())
+    run.checkpoints.rename(target)
+    fsync_dir(run.private)
+    make_private(run.checkpoints)
+    return target
+
+
+def mend(run: RunDir) -> None:
+    """Name the newest one again, where a process was killed between a checkpoint and its name."""
+    names = [folder.name for phase in NAMES for folder in _folders(run, phase)]
+    newest = max(names, default=None)  # `update` sorts after `discover`
+    latest = run.checkpoints / LATEST
+    with contextlib.suppress(OSError):  # it is for people: no reason to stop a run
+        if newest is None:
+            latest.unlink(missing_ok=True)
+        elif not latest.exists() or latest.read_bytes() != f"{newest}\n".encode():
+            write_text(latest, newest + "\n", private=True)
+
+
+def prune(
+    run: RunDir, phase: Phase, keep_last: int, keep_every: int = 0, written: str | None = None
+) -> None:
+    """Delete a phase's checkpoints but the newest ``keep_last`` that can be read, those of every
+    ``keep_every``-th update, and ``written``.
+
+    What cannot be read does not count and stays. One that was set aside as damaged goes when
+    ``keep_last`` newer ones can be read.
+    """
+    readable = [folder for folder in _folders(run, phase) if _is_listed(folder)]
+    for folder in readable[keep_last:]:
+        kept = keep_every and step_of(folder) % keep_every == 0
+        if not kept and folder.name != written:
+            _remove(folder)
+    for folder in _matching(run, _DAMAGED, phase):
+        if sum(step_of(other) > step_of(folder) for other in readable) >= keep_last:
+            _remove(folder)
+    mend(run)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.partition("-")[2][:8])
+
+
+def has_any(run: RunDir, phase: Phase | None = None) -> bool:
+    """Return whether there is a checkpoint, readable or not, of ``phase`` or of any."""
+    return any(_folders(run, one) for one in NAMES if phase in (None, one))
+
+
+def _folders(run: RunDir, phase: Phase) -> list[Path]:
+    """All that have the name of a checkpoint, newest first, whether they can be read or not."""
+    return sorted(_matching(run, _NAME, phase), reverse=True)
+
+
+def _matching(run: RunDir, name: re.Pattern[str], phase: Phase) -> list[Path]:
+    try:
+        entries = [Path(entry) for entry in os.scandir(run.checkpoints)]
+    except FileNotFoundError:
+        return []
+    except OSError as error:  # not the same as having none
+        raise UserError(
+            f"{run.checkpoints} cannot be read: {error.strerror}; make it readable for this user"
+        ) from None
+    return [path for path in entries if (m := name.fullmatch(path.name)) and m[1] == NAMES[phase]]
+
+
+def _is_listed(folder: Path) -> bool:
+    """Whether its manifest is intact and its files are there; they are not read."""
+    try:
+        _, files = listed(folder)
+    except UserError:
+        return False
+    return all((folder / name).is_file() for name in files)
+
+
+def _remove(folder: Path) -> None:
+    """Killed in the middle, it must not look like a checkpoint."""
+    shutil.rmtree(folder.replace(folder.with_name(folder.name + ".incomplete")))

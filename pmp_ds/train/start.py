@@ -1,0 +1,151 @@
+"""The start of a run that may have been here before: what it resumes from, and what refuses it.
+
+``look`` changes nothing, so a refused start leaves every file as it was; ``go_on`` is then all that
+a start changes in what is there.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from pmp_ds import dist
+from pmp_ds.errors import UserError
+from pmp_ds.log import read_metrics, rewind_metrics
+from pmp_ds.model.parameters import digest
+from pmp_ds.run_dir import RunDir, sweep
+from pmp_ds.ticket.ticket import has_ticket, load_ticket
+from pmp_ds.train import plain_weights, run_facts, shelf, theta0
+from pmp_ds.train.job import Job
+from pmp_ds.train.manifest import Phase
+from pmp_ds.train.shelf import AFRESH, Found, Survey, UnreadableError
+
+NOTHING = Survey(None, ())
+
+
+def look(job: Job, phase: Phase, start_afresh: bool) -> Survey:
+    """Return what the run resumes from in a phase. Collective. Raises UserError when it does not go
+    with the data or the ticket that are there, or when checkpoints are lost.
+
+    With ``start_afresh`` lost checkpoints are set aside instead.
+    """
+    run = job.run
+    seen = dist.on_rank0(lambda: _survey(job, phase, start_afresh))
+    found = seen.found
+    if found is not None and found[1].dataset_id != job.store.dataset_id:
+        raise UserError(
+            f"data.store={job.config.data.store} is not what this run was trained on: its dataset "
+            "id differs from the checkpoint's; bring the data back or start a new run.name"
+        )
+    if found is not None and found[1].ticket_id is not None:
+        _require_ticket(job, f"{found[0]} was trained with it")
+    if found is None and run.vault.exists():
+        _require_ticket(job, f"copies of it were sealed ({run.vault})")
+    dist.on_rank0(lambda: _check_ticket(job, found))
+    return seen
+
+
+def _check_ticket(job: Job, found: Found | None) -> None:
+    """A ticket that is there must be intact, and the one that the checkpoint was trained with."""
+    ticket = job.run.ticket
+    if not has_ticket(ticket):
+        return
+    ticket_id = load_ticket(ticket, model_digest=digest(job.table)).id
+    if found is not None and found[1].ticket_id != ticket_id:
+        raise UserError(
+            f"the ticket at {ticket} is not the one that {found[0]} was trained with: bring the "
+            "run's own ticket back or start a new run.name"
+        )
+
+
+def _survey(job: Job, phase: Phase, start_afresh: bool) -> Survey:
+    """``shelf.survey``, and what to do about checkpoints that are lost; rank 0 alone."""
+
+    def check(seen: Survey) -> None:
+        if seen.found is None and (step := _last_saved(job.run, phase)):
+            raise UnreadableError(
+                f"{job.run.checkpoints} has no checkpoint, and {job.run.metrics} records that one "
+                f"of update {step} was saved; nothing was changed: {shelf.WAY_OUT}"
+            )
+
+    def before() -> None:
+        if phase == "train" and job.config.mask.source != "none":
+            _require_ticket(job, f"{job.run.checkpoints} was trained with it")
+
+    return survey_or_afresh(job.run, phase, start_afresh, check, before)
+
+
+def survey_or_afresh(
+    run: RunDir,
+    phase: Phase,
+    start_afresh: bool,
+    check: Callable[[Survey], None] = lambda _: None,
+    before: Callable[[], None] = lambda: None,
+) -> Survey:
+    """Return what ``shelf.survey`` finds and ``check`` accepts; rank 0 alone.
+
+    Where checkpoints are there and none can be read, UnreadableError; with ``start_afresh`` they
+    are set aside instead, if ``before`` does not object.
+    """
+    try:
+        seen = shelf.survey(run, phase)
+        check(seen)
+    except UnreadableError:
+        if not start_afresh:
+            raise
+        before()
+        print(f"{AFRESH}: set aside as {shelf.start_afresh(run)}", flush=True)
+        return NOTHING
+    if start_afresh and seen.found is not None:
+        print(f"{AFRESH} changes nothing: {seen.found[0].name} can be read", flush=True)
+    return seen
+
+
+def _last_saved(run: RunDir, phase: Phase) -> int:
+    """Return the last update of a phase whose checkpoint was confirmed, 0 for none."""
+    saved = (r for r in read_metrics(run.metrics) if "save_seconds" in r)
+    return max((record["step"] for record in saved if record["phase"] == phase), default=0)
+
+
+def _require_ticket(job: Job, why: str) -> None:
+    ticket = job.run.ticket
+    if not has_ticket(ticket):
+        raise UserError(
+            f"the ticket of this run is missing: {ticket} is empty and {why}; bring it back from a "
+            "backup or start a new run.name"
+        )
+
+
+def go_on(job: Job, seen: Sequence[Survey], last: Mapping[str, int]) -> None:
+    """Make the folder that of a run which resumes from ``seen``, its metrics up to the updates
+    ``last`` by phase; rank 0 alone. Nothing may refuse the start after this."""
+    run = job.run
+    _check_lineage(job, seen[0])
+    try:
+        resume_in(run, [folder for one in seen for folder in one.passed_over], last)
+        theta0.remember(run, job.theta0_digest, job.init)
+    except OSError as error:
+        raise UserError(f"{run.root} cannot be written: {error}") from None
+    run_facts.record_start(run, job.config)
+
+
+def resume_in(run: RunDir, passed_over: Sequence[Path], last: Mapping[str, int]) -> None:
+    """Rewind the metrics, remove what killed processes left, set damaged checkpoints aside."""
+    rewind_metrics(run.metrics, last)
+    sweep(run)
+    for folder in passed_over:
+        print(f"set aside as {shelf.set_aside(folder)}", flush=True)
+    shelf.mend(run)
+
+
+def _check_lineage(job: Job, trained: Survey) -> None:
+    """Where theta0.json is lost, the weights outside the ticket tell whether the key is right."""
+    if theta0.is_known(job.run) or trained.found is None or not has_ticket(job.run.ticket):
+        return
+    folder, position = trained.found
+    weights = plain_weights.PlainWeights(folder / "weights", position.step, position.val_loss)
+    mask = load_ticket(job.run.ticket).mask
+    if changed := plain_weights.complement_changes(weights, job.fresh_model(), mask):
+        raise UserError(
+            f"theta0.json is missing from {job.run.init}, and the key or seed that is there draws "
+            f"{changed:,} other weights outside the ticket than {folder} has: bring both back from "
+            "a backup"
+        )

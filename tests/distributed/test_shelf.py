@@ -1,0 +1,294 @@
+"""The checkpoints that are there: which one is found, what is said of those that cannot be read,
+what is deleted, and what never is."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pmp_ds.errors import UserError
+from pmp_ds.formats import FormatError
+from pmp_ds.run_dir import RunDir
+from pmp_ds.train import checkpoint, shelf
+from pmp_ds.train.shelf import UnreadableError
+from pmp_ds.version import code_version
+from tests.distributed.test_checkpoint import BATCH, POSITION, segment
+from tests.helpers.commands import files_of
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture
+def run(written, tmp_path) -> RunDir:
+    """A copy of ``written`` to damage."""
+    return RunDir(Path(shutil.copytree(written, tmp_path / "run")))
+
+
+def newest(run: RunDir) -> Path:
+    return run.checkpoints / "update-00000003"
+
+
+def test_newest_is_found(run):
+    folder, position = shelf.find(run) or pytest.fail("nothing found")
+    assert folder == newest(run)
+    assert (position.step, position.consumed_samples) == (3, 3 * BATCH)
+    assert (position.ticket_id, position.dataset_id) == (POSITION.ticket_id, POSITION.dataset_id)
+
+
+def test_found_by_update(run):
+    folder, position = shelf.find(run, 2) or pytest.fail("nothing found")
+    assert (folder.name, position.step) == ("update-00000002", 2)
+
+
+def test_update_that_does_not_exist(run):
+    with pytest.raises(UserError, match=r"no checkpoint of update 7; it has: 3, 2, 1"):
+        shelf.find(run, 7)
+
+
+def test_run_without_checkpoints(tmp_path):
+    run = RunDir(tmp_path / "new")
+    run.create()
+    assert shelf.find(run) is None
+    with pytest.raises(UserError, match="it has: none"):
+        shelf.find(run, 7)
+
+
+def flip(file: str, offset: int = -1) -> Callable[[Path], None]:
+    """Flip the highest bit of one byte."""
+
+    def damage(folder: Path) -> None:
+        data = bytearray((folder / file).read_bytes())
+        data[offset] ^= 0x80
+        (folder / file).write_bytes(data)
+
+    return damage
+
+
+def cut(file: str) -> Callable[[Path], None]:
+    return lambda folder: os.truncate(folder / file, (folder / file).stat().st_size - 1)
+
+
+def rewrite(file: str, text: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (folder / file).write_text(text)
+
+    return damage
+
+
+def edit(**changes: Any) -> Callable[[Path], None]:
+    """Replace entries of the manifest; None removes one."""
+
+    def damage(folder: Path) -> None:
+        manifest = json.loads((folder / "manifest.json").read_text()) | changes
+        kept = {name: value for name, value in manifest.items() if value is not None}
+        (folder / "manifest.json").write_text(json.dumps(kept))
+
+    return damage
+
+
+def swap(other: str) -> Callable[[Path], None]:
+    """Another checkpoint's content."""
+
+    def damage(folder: Path) -> None:
+        shutil.copytree(folder.with_name(other), folder, dirs_exist_ok=True)
+
+    return damage
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "weights": (flip("weights/model.safetensors"), "weights/model.safetensors"),
+    "config": (flip("weights/config.json", 40), "weights/config.json"),
+    "state": (flip("state/rank-00001.safetensors"), "state/rank-00001.safetensors"),
+    "state cut": (cut("state/rank-00000.safetensors"), "state/rank-00000.safetensors"),
+    "state missing": (
+        lambda folder: (folder / "state/rank-00001.safetensors").unlink(),
+        "state/rank-00001.safetensors",
+    ),
+    "manifest cut": (lambda folder: os.truncate(folder / "manifest.json", 30), "manifest.json"),
+    "manifest empty": (lambda folder: os.truncate(folder / "manifest.json", 0), "manifest.json"),
+    "manifest not text": (flip("manifest.json", 12), "manifest.json"),
+    "manifest a list": (rewrite("manifest.json", "[]"), "manifest.json"),
+    "position missing": (edit(step=None), "manifest.json"),
+    "files missing": (edit(files=None), "manifest.json"),
+    "files a list": (edit(files=["a"]), "manifest.json"),
+    "manifest missing": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json"),
+    "format no number": (edit(format_version="x"), "manifest.json"),
+    "position flipped": (edit(consumed_samples=4), "manifest.json"),
+    "under another name": (swap("update-00000002"), "it holds update-00000002"),
+}
+
+
+@pytest.mark.parametrize(("damage", "named"), DAMAGES.values(), ids=DAMAGES)
+def test_damaged_one_is_named_and_passed_over(run, capsys, damage, named):
+    damage(newest(run))
+    folder, position = shelf.find(run) or pytest.fail("nothing found")
+    assert (folder.name, position.step) == ("update-00000002", 2)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"warning: checkpoint {newest(run)} ")
+    assert named in line
+
+
+@pytest.mark.parametrize(("damage", "named"), DAMAGES.values(), ids=DAMAGES)
+def test_damaged_one_that_was_asked_for(run, damage, named):
+    damage(newest(run))
+    with pytest.raises(UserError, match=named):
+        shelf.find(run, 3)
+    assert shelf.find(run, 2) is not None
+
+
+def test_all_damaged(run, capsys):
+    """Not the same as having none: that would be a start at update 0."""
+    folders = [run.checkpoints / f"update-0000000{step}" for step in (3, 2, 1)]
+    flip("weights/model.safetensors")(folders[0])
+    cut("state/rank-00001.safetensors")(folders[1])
+    (folders[2] / "manifest.json").unlink()
+    before = files_of(run.root)
+    with pytest.raises(UnreadableError) as caught:
+        shelf.find(run)
+    head, *lines, way_out = str(caught.value).splitlines()
+    assert head.startswith(f"{run.checkpoints} has 3 checkpoints, and none can be read;")
+    names = (
+        "weights/model.safetensors", "state/rank-00001.safetensors", "manifest.json is missing"
+    )  # fmt: skip
+    assert lines == [
+        f"  checkpoint {folder} is damaged: {name}"
+        for folder, name in zip(folders, names, strict=True)
+    ]
+    assert way_out.startswith("  bring one back from a backup, or train with --start-afresh")
+    assert capsys.readouterr().out == ""
+    assert files_of(run.root) == before
+
+
+@pytest.mark.parametrize("step", [3, 2])
+def test_another_format_is_never_passed_over(run, step):
+    """It is not damage, so an older one is no way out."""
+    other = run.checkpoints / f"update-0000000{step}"
+    edit(format_version=1)(other)
+    if step == 2:  # what comes before it does not count
+        flip("weights/config.json", 40)(newest(run))
+    with pytest.raises(FormatError) as caught:
+        shelf.find(run)
+    assert str(caught.value).startswith(
+        f"checkpoint {other} has format 1, which a development version of pmp-ds 0.1.0 before"
+    )
+    assert f"this is {code_version()}, which reads formats 2 and 3: " in str(caught.value)
+    with pytest.raises(FormatError, match="has format 1"):
+        shelf.find(run, step)
+    shelf.prune(run, "train", 1)
+    assert other.is_dir()
+
+
+def test_another_format_of_an_older_one_is_no_matter(run):
+    edit(format_version=1)(run.checkpoints / "update-00000001")
+    assert (shelf.find(run) or pytest.fail("nothing found"))[1].step == 3
+
+
+def test_format_2_is_read(run, capsys):
+    """As it was written before the code was in the manifest."""
+    path = newest(run) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest.pop("code") == str(code_version())
+    manifest["format_version"] = 2
+    del manifest["sha256"]
+    manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(manifest))
+    assert (shelf.find(run) or pytest.fail("nothing found"))[1].step == 3
+    assert capsys.readouterr().out == ""
+
+
+def test_folder_that_cannot_be_listed(run):
+    """Is not an empty one."""
+    shutil.rmtree(run.checkpoints)
+    run.checkpoints.write_text("a mount that went wrong")
+    with pytest.raises(UserError, match=r"checkpoints cannot be read: Not a directory"):
+        shelf.find(run)
+
+
+def test_unfinished_ones_do_not_count(run):
+    newest(run).rename(newest(run).with_name("update-00000003.incomplete"))
+    shutil.copytree(run.checkpoints / "update-00000001", run.checkpoints / "update-00000009")
+    (run.checkpoints / "update-00000009").rename(run.checkpoints / "update-00000009.damaged")
+    found = shelf.find(run)
+    assert found is not None
+    assert found[1].step == 2
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [3]), (2, [2, 3]), (3, [1, 2, 3]), (9, [1, 2, 3])])
+def test_prune_keeps_the_newest(run, keep, left):
+    shelf.prune(run, "train", keep)
+    names = sorted(path.name for path in run.checkpoints.iterdir())
+    assert names == ["latest", *(f"update-{step:08d}" for step in left)]
+
+
+def test_prune_counts_what_can_be_read(run):
+    """What cannot be read neither counts nor goes, and what was just written stays, whatever the
+    others are called."""
+    for step in (8, 9):
+        shutil.copytree(newest(run), run.checkpoints / f"update-0000000{step}")
+    shelf.prune(run, "train", 2, written="update-00000001")
+    assert left(run) == [1, 2, 3, 8, 9]
+    shelf.prune(run, "train", 1, written="update-00000001")
+    assert left(run) == [1, 3, 8, 9]
+    shelf.prune(run, "train", 1)
+    assert left(run) == [3, 8, 9]
+    assert (run.checkpoints / "latest").read_text() == "update-00000009\n"
+
+
+def left(run: RunDir) -> list[int]:
+    return sorted(int(p.name[-8:]) for p in run.checkpoints.glob("update-????????"))
+
+
+def test_damaged_ones_go_when_enough_newer_ones_can_be_read(run):
+    names = {shelf.set_aside(run.checkpoints / "update-00000002").name}
+    shutil.copytree(newest(run), run.checkpoints / "update-00000002")
+    names.add(shelf.set_aside(run.checkpoints / "update-00000002").name)
+    assert names == {"update-00000002.damaged", "update-00000002.damaged-2"}
+    shelf.prune(run, "train", 2)
+    assert names <= {path.name for path in run.checkpoints.iterdir()}
+    shelf.prune(run, "train", 1)
+    assert {path.name for path in run.checkpoints.iterdir()} == {"update-00000003", "latest"}
+
+
+@pytest.mark.parametrize("intact", [True, False])
+def test_save_over_one_of_the_same_name(ranks2, run, written, intact):
+    """An intact one is never given up, not even for a moment; a damaged one is set aside."""
+    if not intact:
+        flip("weights/model.safetensors")(newest(run))
+    before = files_of(newest(run))
+    outcome = ranks2.run(saved_again, str(run.root))
+    assert len(set(outcome)) == 1
+    if intact:
+        assert "update-00000003 exists already and is intact: put it elsewhere" in str(outcome[0])
+        assert files_of(newest(run)) == before
+    else:
+        assert outcome[0] is None
+        assert (run.checkpoints / "update-00000003.damaged").is_dir()
+    assert shelf.survey(run, "train").passed_over == ()
+    assert not list(run.root.rglob("*incomplete*"))
+
+
+def saved_again(root: str) -> str | None:
+    """What a third save of update 3 raises."""
+    try:
+        segment(root, 2, "bf16", True, resume=False, last=3, save=[3])
+    except checkpoint.NotWrittenError as error:
+        return str(error)
+    return None
+
+
+def test_goes_on_from_the_one_before_and_replaces_the_damaged_one(ranks2, run, written):
+    """The whole story: damage, resume, the same bits again. A half-written folder is in the way."""
+    flip("state/rank-00000.safetensors")(newest(run))
+    shutil.copytree(newest(run), newest(run).with_name("update-00000003.incomplete"))
+    ranks2.run(segment, str(run.root), 2, "bf16", True, True, 3, [3])
+    assert {path.name for path in run.checkpoints.iterdir()} == {
+        "latest", "update-00000003.damaged", *(f"update-0000000{step}" for step in (1, 2, 3))
+    }
+    for path in sorted(newest(run).rglob("*")):
+        twin = written / path.relative_to(run.root)
+        assert path.is_dir() or path.read_bytes() == twin.read_bytes(), path

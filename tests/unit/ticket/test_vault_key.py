@@ -1,0 +1,95 @@
+"""What a vault has lost is never made anew in silence: the key of its watermarks, its registry."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launcher.vault import main
+from pmp_ds.cli import dump
+from pmp_ds.config import Config, InitConfig
+from pmp_ds.errors import UserError
+from pmp_ds.formats import FormatError
+from pmp_ds.model.secret_init import create_key
+from pmp_ds.run_dir import RunDir, write_text
+from pmp_ds.ticket.ticket import save_ticket
+from pmp_ds.ticket.vault import records
+from pmp_ds.train import theta0
+from tests.helpers.commands import files_of
+from tests.unit.ticket.test_vault import seal_for
+from tests.unit.ticket.test_watermark import ticket
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDir:
+    run = RunDir(tmp_path / "run")
+    run.create()
+    write_text(run.config, dump(Config()))
+    theta0.remember(run, "d" * 64, create_key(run.init))
+    save_ticket(ticket(), run.ticket)
+    return run
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("public", [False, True])
+@pytest.mark.parametrize("damage", [Path.unlink, flip])
+def test_the_key_of_watermarks_is_never_made_anew(run, tmp_path, damage, public):
+    """Copies of another key could not be traced, and nobody would notice."""
+    if public:
+        write_text(run.config, dump(Config(init=InitConfig(seed=42))))
+    sealed, key = seal_for(run, "Partner A", tmp_path)
+    main(["open", str(sealed), "--identity", str(key), "--out", str(tmp_path / "leak")])
+    path = (run.vault if public else run.init) / "key"
+    damage(path)
+    before = files_of(run.root)
+    root = str(run.root)
+    message = "key is missing" if damage is Path.unlink else "key is damaged or another run's"
+    with pytest.raises(UserError, match=message):
+        seal_for(run, "Partner B", tmp_path)
+    with pytest.raises(UserError, match=message):
+        main(["trace", "--run", root, "--ticket", str(tmp_path / "leak")])
+    assert files_of(run.root) == before
+    assert not (tmp_path / "B.age").exists()
+
+
+def test_a_vault_without_its_registry(run, tmp_path):
+    """Whose copies were sealed is not forgotten in silence."""
+    seal_for(run, "Partner A", tmp_path)
+    (run.vault / "sealed.jsonl").unlink()
+    with pytest.raises(UserError, match=r"sealed\.jsonl is missing: put it back from a backup"):
+        seal_for(run, "Partner B", tmp_path)
+    with pytest.raises(UserError, match=r"sealed\.jsonl is missing"):
+        main(["list", "--run", str(run.root)])
+    assert list(run.vault.iterdir()) == []
+
+
+def test_a_refused_seal_leaves_a_public_run_as_good_as_new(run, tmp_path):
+    """Between the vault's new key and its first copy a mistake may come."""
+    write_text(run.config, dump(Config(init=InitConfig(seed=42))))
+    (run.init / "key").unlink()
+    wrong = tmp_path / "empty"
+    wrong.write_text("")
+    with pytest.raises(UserError):
+        main(["seal", "--run", str(run.root), "--name", "A", "--out", str(tmp_path / "a.age"),
+              "--passphrase-file", str(wrong)])  # fmt: skip
+    seal_for(run, "A", tmp_path)
+    assert len(records(run.vault)) == 1
+
+
+def test_registry_of_an_older_version(run, tmp_path):
+    """Its lines have no number; one of a later version is not taken for damage."""
+    seal_for(run, "Partner A", tmp_path)
+    path = run.vault / "sealed.jsonl"
+    line = json.loads(path.read_text())
+    assert line.pop("format_version") == 2
+    path.write_text(json.dumps(line) + "\n")
+    seal_for(run, "Partner B", tmp_path)
+    assert [record.name for record in records(run.vault)] == ["Partner A", "Partner B"]
+    path.write_text(json.dumps(line | {"format_version": 3, "more": 1}) + "\n")
+    with pytest.raises(FormatError, match=r"line 1, has format 3, which a later version"):
+        records(run.vault)
