@@ -13,7 +13,7 @@ REPO = Path(__file__).resolve().parents[2]
 # Low to high. A module imports only from lower rows; neighbours in a row leave each other alone.
 # A name is a module or package directly below pmp_ds, with everything inside it.
 ROWS = (
-    ("errors",),
+    ("errors", "version"),
     ("config", "run_dir", "dist", "progress", "restarts"),
     ("data", "glue", "model", "ticket", "log", "results", "cli"),
     ("optim",),
@@ -40,6 +40,7 @@ NEVER_REACHES = {
 
 WITHOUT_TORCH = (
     "pmp_ds.errors",
+    "pmp_ds.version",
     "pmp_ds.config",
     "pmp_ds.run_dir",
     "pmp_ds.data.prepare_config",
