@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tests.helpers.distributed import REPO, free_port
@@ -32,9 +32,10 @@ def run(
     ranks: int | None = None,
     timeout: float = 240,
     env: Mapping[str, str] | None = None,
+    before: Sequence[str] = (),
 ) -> Done:
     """``launcher`` with ``arguments`` to its end: plain python, or ``ranks`` CPU ranks."""
-    process = start(launcher, *arguments, cwd=cwd, ranks=ranks, env=env)
+    process = start(launcher, *arguments, cwd=cwd, ranks=ranks, env=env, before=before)
     try:
         out, err = process.communicate(timeout=timeout)
     except BaseException as error:
@@ -51,15 +52,17 @@ def start(
     cwd: Path,
     ranks: int | None = None,
     env: Mapping[str, str] | None = None,
+    before: Sequence[str] = (),
 ) -> subprocess.Popen[str]:
-    """``run`` without waiting for the end. ``env`` is added to the environment."""
+    """``run`` without waiting for the end. ``env`` is added to the environment; the words of
+    ``before`` lead the command."""
     command = [sys.executable]
     if ranks is not None:
         deepspeed = Path(sys.executable).with_name("deepspeed")
         command = [str(deepspeed), "--num_accelerators", str(ranks), "--master_port",
                    str(free_port())]  # fmt: skip
     return subprocess.Popen(
-        [*command, str(LAUNCHER / launcher), *map(str, arguments)],
+        [*before, *command, str(LAUNCHER / launcher), *map(str, arguments)],
         cwd=cwd,
         env=_environment() | dict(env or {}),
         stdin=subprocess.DEVNULL,
