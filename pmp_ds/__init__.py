@@ -1,3 +1,7 @@
 """Private Mask Pre-Training (arXiv 2602.00446) on DeepSpeed."""
 
+from pmp_ds import account
+
 __version__ = "0.1.0"
+
+account.complete()

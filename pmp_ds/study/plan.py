@@ -2,19 +2,20 @@
 
 import math
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pmp_ds.cli import parse
 from pmp_ds.config import Config
+from pmp_ds.errors import UserError
 from pmp_ds.finetune.config import FinetuneConfig
 from pmp_ds.run_dir import RunDir, read_json
 from pmp_ds.study.recipe import Arm, Flags, Study, Tuning
 
 ROOT = "{root}"
 """Stands for the study's folder in settings, which name files of its other runs with it."""
-LAUNCHER = Path(os.path.relpath(Path(__file__).resolve().parents[2] / "launcher"))
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,17 @@ def _audit(study: Study) -> Iterator[Step]:
 
 
 def _file(name: str) -> str:
-    return str(LAUNCHER / f"{name}.py")
+    """Return `launcher/NAME.py` of the checkout around this package, or, where pmp_ds is installed
+    elsewhere, of the one whose study.py is running."""
+    beside_package = Path(__file__).resolve().parents[2] / "launcher"
+    of_command = Path(sys.argv[0]).resolve().parent
+    for folder in (beside_package, of_command):
+        if (folder / f"{name}.py").is_file():
+            return str(Path(os.path.relpath(folder)) / f"{name}.py")
+    raise UserError(
+        f"{name}.py is neither in {beside_package} nor in {of_command}, and a study runs it: start "
+        "study.py in the launcher/ of a checkout"
+    )
 
 
 def _flags(flags: Flags) -> list[str]:

@@ -28,14 +28,14 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for mount na
 
 @pytest.fixture
 def begin(place: Place) -> Iterator[Begin]:
-    """A process of ``place``: ``begin(*flags, env=..., prefix=...)``."""
+    """A process of ``place``: ``begin(*flags, env=..., before=...)``."""
     started: list[Process] = []
 
-    def call(*flags: str, env=None, prefix=()) -> Process:
+    def call(*flags: str, env=None, before=()) -> Process:
         environment = place.environment() | (env or {})
         started.append(
             start("pretrain.py", *place.arguments, *flags, cwd=place.work, env=environment,
-                  prefix=prefix)
+                  before=before)
         )  # fmt: skip
         return started[-1]
 
@@ -112,7 +112,7 @@ def test_a_host_without_the_folder(place, begin):
     elsewhere = f'mount -t tmpfs none {place.run.root.parent} && exec "$@"'
     port = free_port()
     one = begin(env=where(0, port))
-    other = begin(env=where(1, port), prefix=("unshare", "--mount", "sh", "-c", elsewhere, "sh"))
+    other = begin(env=where(1, port), before=("unshare", "--mount", "sh", "-c", elsewhere, "sh"))
     done = finish(one)
     seen("host without the folder", done.returncode, done.stderr)
     error_of(done)
@@ -126,7 +126,7 @@ def test_a_host_without_the_store(place, begin):
     elsewhere = f'mount -t tmpfs none {place.work / "store"} && exec "$@"'
     port = free_port()
     one = begin(env=where(0, port))
-    other = begin(env=where(1, port), prefix=("unshare", "--mount", "sh", "-c", elsewhere, "sh"))
+    other = begin(env=where(1, port), before=("unshare", "--mount", "sh", "-c", elsewhere, "sh"))
     done = finish(one)
     seen("host without the store", done.returncode, done.stderr)
     error_of(done)
@@ -140,7 +140,7 @@ def test_a_host_without_network(place, begin, main_run):
     def job() -> list[Process]:
         port = free_port()
         return [
-            begin("--guard.lost_seconds", "6", prefix=pair.on(host),
+            begin("--guard.lost_seconds", "6", before=pair.on(host),
                   env=where(rank, port, hosts.HOSTS["h1"]) | {"GLOO_SOCKET_IFNAME": "eth0"})
             for rank, host in enumerate(hosts.HOSTS)
         ]  # fmt: skip

@@ -32,9 +32,10 @@ def run(
     ranks: int | None = None,
     timeout: float = 240,
     env: Mapping[str, str] | None = None,
+    before: Sequence[str] = (),
 ) -> Done:
     """``launcher`` with ``arguments`` to its end: plain python, or ``ranks`` CPU ranks."""
-    process = start(launcher, *arguments, cwd=cwd, ranks=ranks, env=env)
+    process = start(launcher, *arguments, cwd=cwd, ranks=ranks, env=env, before=before)
     try:
         out, err = process.communicate(timeout=timeout)
     except BaseException as error:
@@ -51,20 +52,20 @@ def start(
     cwd: Path,
     ranks: int | None = None,
     env: Mapping[str, str] | None = None,
-    prefix: Sequence[str] = (),
+    before: Sequence[str] = (),
     port: int | None = 0,
 ) -> subprocess.Popen[str]:
-    """``run`` without waiting for the end. ``env`` is added to the environment; ``prefix`` is a
-    command that runs this one. ``port`` of the ranks: 0 takes a free one, None tells the launcher
+    """``run`` without waiting for the end. ``env`` is added to the environment; the words of
+    ``before`` lead the command. ``port`` of the ranks: 0 takes a free one, None tells the launcher
     nothing of ports."""
-    command = [*prefix, sys.executable]
+    command = [sys.executable]
     if ranks is not None:
         deepspeed = Path(sys.executable).with_name("deepspeed")
         command = [str(deepspeed), "--num_accelerators", str(ranks)]
         if port is not None:
             command += ["--master_port", str(port or free_port())]
     return subprocess.Popen(
-        [*command, str(LAUNCHER / launcher), *map(str, arguments)],
+        [*before, *command, str(LAUNCHER / launcher), *map(str, arguments)],
         cwd=cwd,
         env=_environment() | dict(env or {}),
         stdin=subprocess.DEVNULL,

@@ -278,9 +278,17 @@ JOBS = {
     ),
 }  # fmt: skip
 
+MACHINE = {
+    "no passwd entry": Fault(
+        "a user without a passwd entry, name or home, as under `docker run --user 12345`",
+        "every command in a user namespace, without USER, LOGNAME and HOME",
+        "none notices; caches go to a private folder in /tmp", 0, "", NOTHING,
+    ),
+}  # fmt: skip
+
 SECTIONS = {
     "Files": CHECKPOINTS, "Disk": DISK, "Updates": UPDATES, "Ranks": RANKS,
-    "Jobs and hosts": JOBS, "Signals": SIGNALS,
+    "Jobs and hosts": JOBS, "Signals": SIGNALS, "Machine": MACHINE,
 }  # fmt: skip
 FAULTS = {name: fault for section in SECTIONS.values() for name, fault in section.items()}
 

@@ -1,7 +1,7 @@
 """Two hosts on this machine: network namespaces of their own, joined by a bridge in a third one.
 
     with hosts.two() as pair:
-        start(..., prefix=pair.on("h1"))      # a command on host h1
+        start(..., before=pair.on("h1"))      # a command on host h1
         pair.cut("h2")                        # its cable; `join` plugs it in again
 
 Root and iproute2 are needed; nothing leads out of them, and nothing of the machine is changed.

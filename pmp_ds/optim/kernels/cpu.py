@@ -3,6 +3,9 @@ Kernels has the contract.
 
 Plain C functions without torch's headers: one second to compile, no Python headers needed. Where
 there is no C++ compiler ``library`` is None, and the torch reference of masked_adamw.py serves.
+An image compiles them when it is built, beside the source:
+
+    python -c 'from pmp_ds.optim.kernels import cpu; cpu.compile_beside_source()'
 """
 
 import ctypes
@@ -17,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+from pmp_ds import account
+from pmp_ds.errors import UserError
 from pmp_ds.run_dir import atomic_path
 
 SOURCE = Path(__file__).with_name("masked_adamw.cpp")
@@ -41,19 +46,42 @@ class Coefficients(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled operators, or None (with one warning) when they cannot be compiled."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    """Return the compiled operators, or None (with one warning) when there are none to be had."""
+    if not SOURCE.is_file():
+        _warn(f"{SOURCE} is missing, this installation of pmp_ds is incomplete: install it again")
+        return None
+    compiler = _compiler()
     if compiler is None:
         _warn("no C++ compiler was found (on Debian or Ubuntu: apt install g++)")
         return None
     try:
-        loaded = ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, subprocess.CalledProcessError) as error:
-        detail = getattr(error, "stderr", None) or error
-        _warn(f"{compiler} failed: {str(detail).strip()[:500]}")
+        path = _compiled(compiler)
+    except subprocess.CalledProcessError as error:
+        _warn(f"{compiler} failed: {error.stderr.strip()[:500]}")
+        return None
+    except OSError as error:
+        _warn(f"the C++ operators could not be compiled: {error}")
+        return None
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        _warn(
+            f"{path} cannot be loaded: {error} (where its folder is mounted noexec, set "
+            "XDG_CACHE_HOME to one that is not)"
+        )
         return None
     loaded.pmp_block.restype = ctypes.c_int64
     return loaded
+
+
+def compile_beside_source() -> Path:
+    """Compile into the package, where every user finds it, and return the file."""
+    compiler = _compiler()
+    if compiler is None:
+        raise UserError("no C++ compiler was found (on Debian or Ubuntu: apt install g++)")
+    path = SOURCE.with_name(_name(compiler))
+    _compile(compiler, path)
+    return path
 
 
 def _warn(reason: str) -> None:
@@ -63,24 +91,48 @@ def _warn(reason: str) -> None:
     )
 
 
-def _compiled(compiler: str) -> Path:
-    """The shared object for this source, compiler and kind of machine. Safe for many processes:
-    each compiles aside and renames."""
+def _compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+
+
+def _name(compiler: str) -> str:
+    """Return the file's name for this source, compiler and kind of machine."""
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, check=True
     ).stdout
     recipe = [SOURCE.read_text(), *FLAGS, version, platform.machine()]
     digest = hashlib.sha256("\n".join(recipe).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pmp_ds"
-    path = cache / f"masked_adamw-{digest}.so"
-    if not path.exists():
+    return f"masked_adamw-{digest}.so"
+
+
+def _compiled(compiler: str) -> Path:
+    """Return the shared object: from the package, the user's cache, or the compiler."""
+    name, cache = _name(compiler), _user_cache()
+    for folder in (SOURCE.parent, cache):
+        if (folder / name).exists():
+            return folder / name
+    try:
         cache.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
-            subprocess.run(
-                [compiler, *FLAGS, str(SOURCE), "-o", str(temporary)],
-                capture_output=True, text=True, check=True,
-            )  # fmt: skip
-    return path
+        _compile(compiler, cache / name)
+    except OSError:  # a container's home is often read-only
+        cache = account.temporary_folder()
+        if not (cache / name).exists():
+            _compile(compiler, cache / name)
+    return cache / name
+
+
+def _user_cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "pmp_ds"
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """Safe for many processes: each compiles aside and renames."""
+    with atomic_path(path) as temporary:
+        subprocess.run(
+            [compiler, *FLAGS, str(SOURCE), "-o", str(temporary)],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
 
 
 def kept_before_blocks(bits: torch.Tensor, block: int) -> torch.Tensor:
