@@ -11,12 +11,14 @@ from typing import Any, Literal
 
 from pmp_ds import formats
 from pmp_ds.errors import UserError
+from pmp_ds.progress import Progress
 from pmp_ds.run_dir import write_json
 from pmp_ds.version import code_version
 
 MANIFEST_FILE = "manifest.json"
 Phase = Literal["discover", "train"]
 NAMES: dict[Phase, str] = {"discover": "discover", "train": "update"}
+_SHOW_PROGRESS = 1 << 30  # from so many bytes on: a second of hashing
 # What reading a damaged manifest raises.
 _DAMAGE = (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError)
 
@@ -95,11 +97,18 @@ def verified(folder: Path, part: str = "") -> Position:
         there = {str(p.relative_to(folder)) for p in folder.rglob("[!.]*") if p.is_file()}
         for name in sorted(there - {*files, MANIFEST_FILE}):  # readers look at all that is there
             raise DamagedError(folder, f"it has {name}, which its manifest does not list")
-        for name, digest in files.items():
-            if not name.startswith(part):
-                continue
-            if name not in there or sha256(folder / name) != digest:
-                raise DamagedError(folder, name)
+        wanted = {name: digest for name, digest in files.items() if name.startswith(part)}
+        for name in sorted(wanted.keys() - there):
+            raise DamagedError(folder, name)
+        sizes = {name: (folder / name).stat().st_size for name in wanted}
+        total = sum(sizes.values())
+        with Progress(
+            f"verify {folder.name}", "B", total, scale=True, disable=total < _SHOW_PROGRESS
+        ) as bar:
+            for name, digest in wanted.items():
+                if sha256(folder / name) != digest:
+                    raise DamagedError(folder, name)
+                bar.update(sizes[name])
     except OSError as error:
         raise DamagedError(folder, f"{error.filename}: {error.strerror}") from None
     return position
