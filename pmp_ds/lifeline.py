@@ -71,6 +71,13 @@ class Lifeline:
         else:
             self._over.set()
 
+    def explain(self) -> None:
+        """The main thread found that another rank is gone: end this process with what the others
+        know of it."""
+        self._lost.set()
+        for thread in self._threads:
+            thread.join(3 * GRACE_SECONDS)
+
     def _keep_in_touch(self) -> None:
         """Until all ranks leave. A connection breaks at once when a process dies."""
         try:

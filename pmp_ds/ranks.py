@@ -90,16 +90,22 @@ def _run(prepared: Prepared) -> None:
     connection = meeting.another_connection()
 
     def tell(code: int, text: str) -> None:
-        if code != EXIT_FAULT:  # the others see that by themselves
-            last_words(meeting, connection, code, text)
+        if code == EXIT_FAULT:  # the others see that by themselves
+            return
+        last_words(meeting, connection, code, text)
+        if meeting.rank == 0:
+            time.sleep(WORDS_SECONDS)
 
     try:
-        with signals.farewell(tell), Lifeline(prepared.lost_seconds):
-            prepared.run()
+        with signals.farewell(tell), Lifeline(prepared.lost_seconds) as lifeline:
+            try:
+                prepared.run()
+            except RuntimeError as error:
+                if dist.is_lost_rank(error):
+                    lifeline.explain()
+                raise
     except SharedError:
         raise
     except UserError as error:
         tell(EXIT_MISTAKE, f"error: {error}")
-        if meeting.rank == 0:
-            time.sleep(WORDS_SECONDS)
         raise
