@@ -1,7 +1,8 @@
 # GPU image. DeepSpeed builds its operators on first use, which is why the base is one with the
 # CUDA toolkit (`devel`).
 #
-#   docker build --build-arg REVISION="$(git describe --always --dirty --abbrev=12)" -t pmp-ds .
+#   REVISION=$(git describe --always --exclude='*' --dirty --abbrev=12)
+#   docker build --build-arg REVISION="$REVISION" -t pmp-ds .
 #   mkdir -p runs && docker run --rm --gpus all --shm-size 8g -u "$(id -u):$(id -g)" \
 #     -v "$PWD/runs:/app/runs" -v "$PWD/tokenized_data:/app/tokenized_data" \
 #     pmp-ds deepspeed launcher/pretrain.py --config launcher/recipes/tinyllama-1.1b.yaml \
