@@ -1,16 +1,19 @@
-# GPU image. Nothing is compiled here: DeepSpeed builds its operators on first use, which is why
-# the base is one with the CUDA toolkit (`devel`).
+# GPU image. DeepSpeed builds its operators on first use, which is why the base is one with the
+# CUDA toolkit (`devel`).
 #
-#   docker build -t pmp-ds .
+#   REVISION=$(git describe --always --exclude='*' --dirty --abbrev=12)
+#   docker build --build-arg REVISION="$REVISION" -t pmp-ds .
 #   mkdir -p runs && docker run --rm --gpus all --shm-size 8g -u "$(id -u):$(id -g)" \
 #     -v "$PWD/runs:/app/runs" -v "$PWD/tokenized_data:/app/tokenized_data" \
 #     pmp-ds deepspeed launcher/pretrain.py --config launcher/recipes/tinyllama-1.1b.yaml \
 #     --deepspeed-config ds_configs/zero1.json
 #
 # --shm-size: NCCL and the loader exchange data through /dev/shm, 64 MB by default.
-# -u: what is written to the mounted folders is yours; private/ is readable by its owner alone.
+# -u: what is written to the mounted folders is yours; private/ is readable by its owner alone. Any
+#   user works, known to the image or not; without -u it is 10001.
+# --read-only: works with `--tmpfs /tmp:exec`; DeepSpeed and Triton load what they compile there.
 #
-# CPU image, for tests and the demo:
+# CPU image, for trying things out:
 #   docker build --build-arg BASE=python:3.12-slim \
 #     --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu -t pmp-ds:cpu .
 #   docker run --rm -e DS_ACCELERATOR=cpu -e OMP_NUM_THREADS=1 pmp-ds:cpu \
@@ -19,33 +22,50 @@
 ARG BASE=pytorch/pytorch:2.13.0-cuda13.0-cudnn9-devel
 FROM ${BASE}
 
-# With -u, anyone may have to write beside the mounted folders.
-RUN useradd --create-home --shell /bin/bash pmp \
- && mkdir -p /app/runs /app/tokenized_data \
- && chmod 1777 /app/runs /app/tokenized_data \
- && chown pmp:pmp /app
-WORKDIR /app
-USER pmp
+# The C++ kernels need a compiler; `slim` bases have none.
+RUN command -v g++ >/dev/null \
+ || { apt-get update && apt-get install -y --no-install-recommends g++ \
+      && rm -rf /var/lib/apt/lists/*; }
 
-# pip's user folder, beside the base's own packages: the torch of the base is used, not fetched
-# again. HOME and USER make the caches of torch, triton and Hugging Face work for any -u.
-ENV PYTHONUSERBASE=/app/.local \
-    PATH=/app/.local/bin:${PATH} \
-    PIP_BREAK_SYSTEM_PACKAGES=1 \
-    PYTHONUNBUFFERED=1 \
-    HOME=/tmp \
-    USER=pmp
+# An environment above the base's packages: its torch is used, not fetched again, and nothing of
+# the base is replaced. It belongs to root, and `python -I`, with which export checks a release,
+# sees it.
+RUN python3 -m venv --system-site-packages --without-pip /opt/pmp-ds
+ENV PATH=/opt/pmp-ds/bin:${PATH}
 
 # Dependencies first, so that a change of the code does not fetch them again.
+WORKDIR /app
 ARG TORCH_INDEX=
-COPY --chown=pmp:pmp pyproject.toml constraints.txt README.md LICENSE ./
-COPY --chown=pmp:pmp pmp_ds/__init__.py pmp_ds/
+COPY pyproject.toml constraints.txt ./
 RUN if [ -n "${TORCH_INDEX}" ]; then \
-      python3 -m pip install --user --no-cache-dir --no-deps --index-url "${TORCH_INDEX}" \
+      python3 -m pip install --no-cache-dir --no-deps --index-url "${TORCH_INDEX}" \
         "$(grep '^torch==' constraints.txt)"; \
     fi \
- && python3 -m pip install --user --no-cache-dir -c constraints.txt -e .
+ && python3 -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+print(*project["dependencies"], sep="\n")' > /tmp/requirements.txt \
+ && python3 -m pip install --no-cache-dir -c constraints.txt -r /tmp/requirements.txt \
+ && rm /tmp/requirements.txt
 
-COPY --chown=pmp:pmp . .
+# Our kernel is compiled here: at run time that would take a place to write and execute.
+COPY . .
+RUN python3 -m pip install --no-cache-dir --no-deps -e . \
+ && python3 -c 'from pmp_ds.optim.kernels import cpu; cpu.compile_beside_source()' \
+ && python3 -m compileall -q pmp_ds \
+ && mkdir -p runs tokenized_data && chmod 1777 runs tokenized_data
+
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="pmp-ds" \
+      org.opencontainers.image.description="Private Mask Pre-Training on DeepSpeed" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
+
+# HOME: the caches of torch, Triton and Hugging Face, for any -u. USER is a number, since
+# Kubernetes' runAsNonRoot cannot tell that a name is not root's.
+ENV PMP_DS_COMMIT=${REVISION} \
+    HOME=/tmp \
+    PYTHONUNBUFFERED=1
+USER 10001:10001
 
 CMD ["python3", "launcher/pretrain.py", "--help"]

@@ -177,7 +177,8 @@ def _about_words(path: Path) -> Iterator[str]:
         if match := pattern.search(text):
             yield f"{path.name}: {match[0]!r} is {what}"
     for what, word in (("user", getpass.getuser()), ("host", socket.gethostname().split(".")[0])):
-        telling = len(word) > 2 and word.lower() not in _NOBODY
+        # Podman and Kubernetes name a user after its number, which is any number in a release.
+        telling = len(word) > 2 and not word.isdecimal() and word.lower() not in _NOBODY
         if telling and re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text):
             yield f"{path.name}: {word!r} is the name of this {what}"
 

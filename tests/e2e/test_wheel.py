@@ -12,12 +12,18 @@ from pathlib import Path
 
 import pytest
 
+from pmp_ds.optim.kernels import cpu
 from pmp_ds.version import COMMIT_VARIABLE
 from tests.helpers.commands import LAUNCHER, Done, error_of, ok
 from tests.helpers.distributed import REPO
+from tests.helpers.faults import seen
 from tests.helpers.workdir import SHORT
 
-pytestmark = pytest.mark.e2e
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(shutil.which("git") is None, reason="no git"),
+    pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler"),
+]
 
 FOLDERS = ("pmp_ds", "launcher", "ds_configs")
 NOT_SOURCE = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
@@ -131,6 +137,22 @@ def test_trains_with_the_compiled_kernel(python: Path, built: Built, work: Path,
     assert compiled.suffix == ".so"
 
 
+def test_without_the_kernels_source(python: Path, work: Path, tmp_path: Path):
+    """Slow, and it says why; the compiler is not blamed."""
+    for name in ("tiny.yaml", "zero1.json"):
+        shutil.copy(work / name, tmp_path)
+    (tmp_path / "store").symlink_to(work / "store")
+    (source,) = python.parents[1].glob("lib/*/site-packages/pmp_ds/optim/kernels/*.cpp")
+    hidden = source.rename(source.with_suffix(".hidden"))
+    try:
+        done = train(python, tmp_path, *SHORT)
+    finally:
+        hidden.rename(source)
+    seen("no kernel source", done.returncode, done.stdout + done.stderr)
+    assert "g++" not in done.stderr
+    assert done.stdout.splitlines()[-1].split("|")[1] == "0"
+
+
 def train(python: Path, cwd: Path, *flags: str) -> Done:
     tiny = ("--config", "tiny.yaml", "--mask.max_steps", "4", "--mask.on_unstable", "last")
     environment = {
@@ -153,5 +175,5 @@ def test_a_study_finds_the_commands(python: Path, tmp_path: Path):
     """With the launchers of a checkout, and one clear line where they are not beside it."""
     ok(plan(python, LAUNCHER / "study.py", REPO))
     shutil.copy(LAUNCHER / "study.py", tmp_path)
-    message = error_of(plan(python, tmp_path / "study.py", REPO))
-    assert "launcher/ of a checkout" in message
+    done = plan(python, tmp_path / "study.py", REPO)
+    seen("no commands", done.returncode, error_of(done))

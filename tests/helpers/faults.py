@@ -284,6 +284,18 @@ MACHINE = {
         "every command in a user namespace, without USER, LOGNAME and HOME",
         "none notices; caches go to a private folder in /tmp", 0, "", NOTHING,
     ),
+    "no kernel source": Fault(
+        "an installation without the source of the C++ kernel",
+        "`masked_adamw.cpp` taken from an installed wheel",
+        "told, training goes on in torch operations, to the same bits", 0,
+        r"many times slower on CPU: .*masked_adamw\.cpp is missing, .* install it again", NOTHING,
+    ),
+    "no commands": Fault(
+        "a study without the other commands", "`study.py` copied away from `launcher/`",
+        "refused before anything is written", EXIT_MISTAKE,
+        r"error: prepare_data\.py is neither in .* nor in .*: start study\.py in the launcher/ of",
+        NOTHING,
+    ),
 }  # fmt: skip
 
 SECTIONS = {

@@ -1,5 +1,6 @@
 """The commit of the code, from whichever of its four places knows it."""
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from pmp_ds import __version__
 from pmp_ds.version import COMMIT_FILE, COMMIT_VARIABLE, CodeVersion, code_version, commit_of
 
+needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="no git")
 OURS = '[project]\nname = "pmp_ds"\n'
 THEIRS = '[project]\nname = "somebody_else"\n'
 
@@ -35,6 +37,7 @@ def repository(root: Path, pyproject: str = OURS) -> str:
     return git(root, "rev-parse", "--short=12", "HEAD")
 
 
+@needs_git
 def test_a_checkout_asks_git(tmp_path: Path):
     commit = repository(tmp_path)
     package = tmp_path / "pmp_ds"
@@ -47,6 +50,7 @@ def test_a_checkout_asks_git(tmp_path: Path):
     assert commit_of(package) == f"{commit}-dirty"
 
 
+@needs_git
 def test_a_worktree_is_a_checkout(tmp_path: Path):
     commit = repository(tmp_path / "main")
     git(tmp_path / "main", "worktree", "add", "--quiet", str(tmp_path / "other"))
@@ -54,6 +58,7 @@ def test_a_worktree_is_a_checkout(tmp_path: Path):
     assert commit_of(tmp_path / "other" / "pmp_ds") == commit
 
 
+@needs_git
 def test_inside_a_hook_of_another_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     commit = repository(tmp_path / "ours")
     other = repository(tmp_path / "other", THEIRS)
@@ -61,6 +66,7 @@ def test_inside_a_hook_of_another_repository(tmp_path: Path, monkeypatch: pytest
     assert commit_of(tmp_path / "ours" / "pmp_ds") == commit != other
 
 
+@needs_git
 @pytest.mark.parametrize("where", ["pmp_ds", ".venv/lib/python3.12/site-packages/pmp_ds"])
 def test_the_repository_around_an_installation_is_not_ours(tmp_path: Path, where: str):
     """`pip install --target=.`, and a virtual environment in somebody's project."""
@@ -72,6 +78,7 @@ def test_the_repository_around_an_installation_is_not_ours(tmp_path: Path, where
     assert commit_of(package) == "0123456789ab"
 
 
+@needs_git
 def test_a_broken_checkout_inside_another_repository(tmp_path: Path):
     repository(tmp_path, THEIRS)
     package = tmp_path / "vendored" / "pmp_ds"
@@ -81,6 +88,7 @@ def test_a_broken_checkout_inside_another_repository(tmp_path: Path):
     assert commit_of(package) == "unknown"
 
 
+@needs_git
 def test_without_git_the_variable_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     repository(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))

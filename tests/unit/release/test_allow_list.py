@@ -186,6 +186,16 @@ def test_common_names_of_machines_tell_nothing(
     assert problems(release) == []
 
 
+def test_a_user_named_after_its_number_tells_nothing(
+    release: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Podman writes it into a container's passwd file; 1024 may be a width of the model."""
+    monkeypatch.setattr(getpass, "getuser", lambda: "1024")
+    say("a width of 1024")(release)
+    sums_again(release)
+    assert problems(release) == []
+
+
 def test_no_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none is not a folder"):
         require_clean(tmp_path / "none")

@@ -1,0 +1,75 @@
+"""What a cluster relies on in the image, and what its build needs, as the Dockerfile says it."""
+
+import re
+import shlex
+from pathlib import Path
+
+from pmp_ds import __version__
+from pmp_ds.version import COMMIT_VARIABLE
+
+REPO = Path(__file__).resolve().parents[2]
+TEXT = (REPO / "Dockerfile").read_text(encoding="utf-8")
+
+
+def instructions() -> list[tuple[str, str]]:
+    """(`RUN`, its arguments) and so on, without comments; continued lines joined."""
+    lines = (line for line in TEXT.splitlines() if not line.lstrip().startswith("#"))
+    joined = "\n".join(lines).replace("\\\n", " ")
+    pairs = (line.partition(" ") for line in joined.splitlines() if line.strip())
+    return [(word, " ".join(rest.split())) for word, _, rest in pairs]
+
+
+def arguments_of(word: str) -> list[str]:
+    return [rest for name, rest in instructions() if name == word]
+
+
+def settings_of(word: str) -> dict[str, str]:
+    """The NAME=VALUE words of ENV, LABEL or ARG."""
+    words = (part for rest in arguments_of(word) for part in shlex.split(rest))
+    return {name: value for name, _, value in (part.partition("=") for part in words)}
+
+
+def test_the_user_is_a_number_that_is_not_root():
+    """Kubernetes refuses a name under runAsNonRoot."""
+    (user,) = arguments_of("USER")
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
+
+
+def test_nothing_is_in_a_users_site():
+    """`python -I`, which checks a release, does not look there."""
+    commands = " ".join(arguments_of("RUN"))
+    assert "--user" not in commands
+    assert not {"PYTHONUSERBASE", "PYTHONPATH"} & settings_of("ENV").keys()
+    assert "venv --system-site-packages" in commands
+
+
+def test_labels_and_commit_come_from_the_build():
+    labels, arguments = settings_of("LABEL"), settings_of("ARG")
+    assert labels["org.opencontainers.image.version"] == "${VERSION}"
+    assert labels["org.opencontainers.image.revision"] == "${REVISION}"
+    assert arguments["VERSION"] == __version__
+    assert settings_of("ENV")[COMMIT_VARIABLE] == "${REVISION}"
+
+
+def test_the_base_has_the_torch_of_the_constraints():
+    """Or the build would fetch another one."""
+    (pin,) = re.findall(r"^torch==(\S+)$", (REPO / "constraints.txt").read_text(), re.MULTILINE)
+    assert f":{pin}-" in settings_of("ARG")["BASE"]
+
+
+def test_the_kernel_is_compiled_in_the_build():
+    """At run time that would take a compiler and a folder to write to and execute from."""
+    commands = " ".join(arguments_of("RUN"))
+    assert "install -y --no-install-recommends g++" in commands
+    assert "cpu.compile_beside_source()" in commands
+
+
+def test_the_context_has_what_the_build_needs_and_no_run():
+    rules = (REPO / ".dockerignore").read_text().splitlines()
+    patterns = [line for line in rules if line and not line.startswith("#")]
+    assert patterns[0] == "*"
+    sent = {pattern[1:] for pattern in patterns if pattern.startswith("!")}
+    assert {"pyproject.toml", "setup.py", "constraints.txt", "README.md", "LICENSE"} <= sent
+    assert {"pmp_ds", "launcher", "ds_configs"} <= sent
+    assert not {"runs", "tokenized_data", ".git"} & sent
+    assert [name for name in sent if not (REPO / name).exists()] == []
