@@ -32,7 +32,7 @@ from pmp_ds.errors import exit_code
 from pmp_ds.log import TIMINGS, read_metrics
 from pmp_ds.run_dir import RunDir
 from pmp_ds.train import job, pipeline, plan, run_facts
-from pmp_ds.train.deepspeed_config import read_json
+from pmp_ds.train.deepspeed_config import merge, read_json
 from pmp_ds.train.engine import Engine
 from tests.helpers import capabilities, tiny
 
@@ -67,11 +67,12 @@ def live(
 
     def main() -> None:
         config, _ = parse(Config, [*recipe, *SETTINGS, *arguments])
+        ds_config = read_json(folder / f"zero{stage}.json")
+        merge(ds_config, config.train, dist.world_size())
         store, run = open_data(config.data.store), RunDir(Path(config.run.root) / config.run.name)
         job.check(config, store, run)
         dist.on_rank0(lambda: store.verify() and None)
         dist.on_rank0(lambda: run_facts.claim(run, config, store))
-        ds_config = read_json(folder / f"zero{stage}.json")
         opened = job.open_job(config, ds_config, store, run)
         if dist.rank() == 0:
             print(plan.describe(opened))
