@@ -32,7 +32,7 @@ from pmp_ds.errors import exit_code
 from pmp_ds.log import TIMINGS, read_metrics
 from pmp_ds.run_dir import RunDir
 from pmp_ds.train import job, pipeline
-from pmp_ds.train.deepspeed_config import read_json
+from pmp_ds.train.deepspeed_config import merge, read_json
 from pmp_ds.train.engine import Engine
 from pmp_ds.train.shelf import AFRESH
 from tests.helpers import capabilities, tiny
@@ -69,9 +69,10 @@ def live(
     def main() -> None:
         given = [*recipe, *SETTINGS, *arguments]
         config, options = parse(Config, given, options={AFRESH: {"action": "store_true"}})
+        ds_config = read_json(folder / f"zero{stage}.json")
+        merge(ds_config, config.train, dist.world_size())
         store, run = open_data(config.data.store), RunDir(Path(config.run.root) / config.run.name)
         job.check(config, store, run)
-        ds_config = read_json(folder / f"zero{stage}.json")
         pipeline.run(
             config, ds_config, store, run, time.monotonic(), start_afresh=options["start_afresh"]
         )
