@@ -154,6 +154,7 @@ def _export_run(args: argparse.Namespace) -> "ExportSummary":
                 date=card.date,
                 reason=args.another_revision,
             )
+            _require_ledger(run, args.another_revision)
         return export(
             weights.folder,
             out,
@@ -163,6 +164,15 @@ def _export_run(args: argparse.Namespace) -> "ExportSummary":
             vocab_size=read_data(run).vocab_size,
             claim=claim,
             **_form(args),
+        )
+
+
+def _require_ledger(run: RunDir, reason: str | None) -> None:
+    if run.release.exists() and not run.ledger.exists() and reason is None:
+        raise UserError(
+            f"{run.ledger} is missing, and {run.release} has left: put it back from a backup, as "
+            "nobody else knows what has left before, or say why this one must leave: "
+            "--another-revision REASON"
         )
 
 

@@ -15,6 +15,7 @@ from pmp_ds.ticket.keys import new_identity, public_keys
 from pmp_ds.ticket.ticket import load_ticket
 from pmp_ds.ticket.vault import seal
 from tests.helpers import finetune
+from tests.helpers.commands import files_of
 from tests.helpers.finetune import tune, weights, write_model
 from tests.helpers.glue import write_glue, write_rows
 from tests.helpers.lives import act, raise_signal
@@ -188,6 +189,27 @@ def test_ranks_without_an_example(ranks2, home):
     message = ranks2.run(finetune.problem, str(home), given, ("train.global_batch_size=8,1",))[0]
     assert "train.global_batch_size=1 is less than a sequence for each of 2 ranks" in message
     assert not (home / "runs/never").exists()
+
+
+def test_checkpoints_that_cannot_be_read(ranks2, home):
+    """Refused, and every file is as it was; begun again on demand, to the same bits."""
+    values = []
+    for name in ("whole", "spoilt"):
+        given = flags(home, "--task", "mrpc", "--run.name", name, "--train.steps", "8")
+        run = RunDir(home / "runs" / name)
+        if name == "spoilt":
+            ranks2.run(_stopped, str(home), given)
+            (run.checkpoints / "update-00000004" / "manifest.json").write_text("{}")
+            before = files_of(run.root)
+            message = ranks2.run(finetune.problem, str(home), given)[0]
+            assert "has 1 checkpoint, and none can be read; nothing was changed:" in message
+            assert "update-00000004 is damaged: manifest.json" in message
+            assert files_of(run.root) == before
+        (found,) = ranks2.run(tune, str(home), given, (), 1, True, name == "spoilt")[0]
+        values.append(found.values)
+    assert (run.private / "checkpoints.unreadable-1" / "update-00000004").is_dir()
+    assert values[0] == values[1]
+    assert run.config.read_text().startswith("# begun with pmp-ds ")
 
 
 def _stopped(folder: str, given: list[str], rank: int = 1) -> str:

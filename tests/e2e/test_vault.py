@@ -1,5 +1,6 @@
 """A ticket goes to a partner: sealed, opened elsewhere, trained with, traced when it leaks."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -11,11 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from launcher import vault
+from pmp_ds.run_dir import RunDir
 from pmp_ds.ticket.keys import identities, new_identity
 from pmp_ds.ticket.vault import open_sealed
 from tests.e2e.conftest import MainRun
-from tests.helpers.commands import ok, run
+from tests.helpers.commands import error_of, files_of, ok, run
 from tests.helpers.distributed import REPO
+from tests.helpers.faults import seen
 from tests.helpers.glue import write_glue
 
 pytestmark = pytest.mark.e2e
@@ -101,3 +104,57 @@ def test_a_leak_names_its_recipient(main_run: MainRun, work: Path, partner: Path
     assert len(verdicts) == 1
     assert verdicts[0].startswith("verdict: the copy of Partner A."), told
     assert main_run.run.vault.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.fixture
+def copied(main_run: MainRun, tmp_path: Path) -> RunDir:
+    """A copy of the run without its vault, and a public key beside it."""
+    run = RunDir(Path(shutil.copytree(main_run.run.root, tmp_path / "main")))
+    shutil.rmtree(run.vault, ignore_errors=True)
+    (tmp_path / "a.pub").write_text(new_identity(tmp_path / "a.key"))
+    return run
+
+
+SEAL = ("vault.py", "seal", "--run", "main", "--name", "A", "--to", "a.pub", "--out", "a.age")
+
+
+@pytest.mark.parametrize("fault", ["lost key, seal", "key, seal"])
+def test_no_copy_is_sealed_with_another_key(copied: RunDir, tmp_path: Path, fault: str):
+    """Nobody could trace it. The weights outside the ticket cannot be exported either."""
+    key = copied.init / "key"
+    if fault == "key, seal":
+        key.write_bytes(key.read_bytes()[:-1] + b"x")
+    else:
+        key.unlink()
+    before = files_of(tmp_path)
+    done = run(*SEAL, cwd=tmp_path)
+    seen(fault, done.returncode, error_of(done))
+    done = run("export.py", "--run", "main", "--checkpoint", "init", "--out", "out", cwd=tmp_path)
+    seen(fault, done.returncode, error_of(done))
+    assert files_of(tmp_path) == before
+
+
+def test_key_of_a_run_of_an_older_version(copied: RunDir, tmp_path: Path):
+    """Its theta0.json has no check value of the key: theta(0) is drawn again."""
+    path, key = copied.init / "theta0.json", copied.init / "key"
+    path.write_text(json.dumps({"sha256": json.loads(path.read_text())["sha256"]}))
+    right = key.read_bytes()
+    key.write_bytes(right[:-1] + b"x")
+    assert "theta(0) drawn again differs from the one" in error_of(run(*SEAL, cwd=tmp_path))
+    assert not copied.vault.exists()
+    key.write_bytes(right)
+    ok(run(*SEAL, cwd=tmp_path))
+    path.unlink()
+    other = (*SEAL[:-1], "b.age")
+    assert "theta0.json is missing or damaged" in error_of(run(*other, cwd=tmp_path))
+
+
+def test_no_ledger_beside_a_release(copied: RunDir, tmp_path: Path):
+    """What has left before is not forgotten with the file that says so."""
+    copied.ledger.unlink()
+    before = files_of(tmp_path)
+    export = ("export.py", "--run", "main", "--out", "again")
+    message = error_of(run(*export, cwd=tmp_path))
+    assert "main/private/ledger.jsonl is missing, and main/release has left" in message
+    assert files_of(tmp_path) == before
+    ok(run(*export, "--another-revision", "the ledger burnt", cwd=tmp_path))

@@ -50,6 +50,33 @@ CHECKPOINTS = {
         r"warning: checkpoint .* is damaged: it has .*, which its manifest does not list",
         ONE_BEFORE,
     ),
+    "unreadable": Fault(
+        "no checkpoint can be read", "one bit in the middle of a file of each",
+        "refused, nothing is changed; `--start-afresh` sets them aside and begins again",
+        EXIT_MISTAKE,
+        r"error: .*checkpoints has 2 checkpoints, and none can be read; nothing was changed:\n"
+        r"  checkpoint .*update-00000012 is damaged: .*\n  checkpoint .*update-00000008 is damaged",
+        "nothing, with a backup of one",
+    ),
+    "other format": Fault(
+        "checkpoints of another format", "the number in the newest manifest, and in each, made 1",
+        "refused, nothing is changed: an older one is no way out", EXIT_MISTAKE,
+        r"checkpoint .*update-00000012 has format 1, which a development version of pmp-ds 0\.1\.0 "
+        r"before .* reads; this is pmp-ds .*, which reads formats 2 and 3: ", NOTHING,
+    ),
+    "lost checkpoints": Fault(
+        "the folder of checkpoints lost", "deleted",
+        "refused, nothing is changed: the metrics record that there were some", EXIT_MISTAKE,
+        r"error: .*checkpoints has no checkpoint, and .*metrics\.jsonl records that one of update "
+        r"12 was saved; nothing was changed: ", "nothing, with a backup of one",
+    ),
+    "not read back": Fault(
+        "a checkpoint that does not read back as it was written",
+        "a file of each rank in turn cut between the rename and the look",
+        "set aside and told; training goes on without it", 0,
+        r"warning: the checkpoint update-00000008 was not written: rank \d: checkpoint .* is "
+        r"damaged: .*; the one before is intact\. It is set aside; check the disk of ", NOTHING,
+    ),
     "latest": Fault(
         "the name of the newest checkpoint torn", "`latest` emptied, and deleted",
         "written again; the folders themselves say which is the newest", 0, "", NOTHING,
@@ -60,7 +87,24 @@ CHECKPOINTS = {
     ),
     "key": Fault(
         "bit flip in the initial-weight key", "one bit",
-        "refused before training", EXIT_MISTAKE, r"error: theta\(0\) drawn again differs",
+        "refused before training", EXIT_MISTAKE,
+        r"error: .*init/key is damaged or another run's", "nothing, with a backup of it",
+    ),
+    "lost key": Fault(
+        "the initial-weight key lost", "deleted",
+        "refused before training: a new one is never put in its place", EXIT_MISTAKE,
+        r"error: .*init/key is missing, and .*theta0\.json was made with it: put the run's own key "
+        r"back", "nothing, with a backup of it",
+    ),
+    "lost key, seal": Fault(
+        "the same before `vault.py seal` or `trace`", "the same",
+        "refused: no copy is marked with another key", EXIT_MISTAKE,
+        r"error: .*init/key is missing, and .*theta0\.json was made with it",
+        "nothing, with a backup of it",
+    ),
+    "key, seal": Fault(
+        "bit flip in the key before `vault.py seal` or `trace`", "one bit", "the same",
+        EXIT_MISTAKE, r"error: .*init/key is damaged or another run's",
         "nothing, with a backup of it",
     ),
     "facts": Fault(

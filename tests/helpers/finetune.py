@@ -45,7 +45,8 @@ def write_model(folder: Path, config: ModelConfig = LLAMA, padding: int = 0) -> 
 
 
 def tune(
-    folder: str, flags: list[str], sweeps: tuple[str, ...] = (), stage: int = 1, keep: bool = True
+    folder: str, flags: list[str], sweeps: tuple[str, ...] = (), stage: int = 1, keep: bool = True,
+    afresh: bool = False,
 ) -> list[Result]:
     """launcher/finetune.py from its process group on, on the model of ``write_model``."""
     torch.manual_seed(0)
@@ -59,7 +60,7 @@ def tune(
     run = RunDir(home / "runs" / first.run.name)
     return sweep.run_all(
         cells, tiny.ds_json(stage), run, run.root / "results.jsonl", time.monotonic(),
-        keep_models=keep,
+        keep_models=keep, start_afresh=afresh,
     )  # fmt: skip
 
 

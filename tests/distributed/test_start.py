@@ -1,0 +1,256 @@
+"""A run that was here before never begins again by itself: what a start refuses, and that a refused
+start leaves every file as it was."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from pmp_ds.run_dir import RunDir
+from pmp_ds.train import shelf
+from pmp_ds.version import code_version
+from tests.distributed.test_damage import flip
+from tests.helpers.commands import files_of
+from tests.helpers.faults import seen
+from tests.helpers.lives import Life, checkpoints, same_end
+
+pytestmark = pytest.mark.distributed
+
+AFRESH = "--start-afresh"
+SECRET = ("--init.seed", "null", "--train.steps", "4", "--train.warmup_steps", "0")
+
+
+@pytest.fixture
+def ended(calm: RunDir, run: RunDir) -> RunDir:
+    """A copy of the undisturbed run; checkpoints of updates 8 and 12."""
+    shutil.copytree(calm.root, run.root)
+    return run
+
+
+@pytest.fixture
+def refused(lives, run) -> Callable[..., Life]:
+    """A start that ends with a mistake and changes nothing, however often it is repeated."""
+
+    def start(*flags: str) -> Life:
+        before = files_of(run.root)
+        one, _ = lives(*flags)
+        assert one.code == 1, one
+        assert files_of(run.root) == before
+        return one
+
+    return start
+
+
+def spoil(run: RunDir) -> None:
+    """A bit in a file of each checkpoint."""
+    for step in (8, 12):
+        flip(run.checkpoints / f"update-{step:08d}" / "weights" / "model.safetensors")
+
+
+def another_format(folder: Path) -> None:
+    manifest = folder / "manifest.json"
+    text = manifest.read_text()
+    assert '"format_version": 3' in text
+    manifest.write_text(text.replace('"format_version": 3', '"format_version": 1'))
+
+
+def test_none_can_be_read(refused, lives, ended, calm):
+    """Refused twice; then begun again on demand, and everything is still there."""
+    spoil(ended)
+    metrics = ended.metrics.read_bytes()
+    for _ in range(2):
+        one = refused()
+        seen("unreadable", one.code, one.err)
+    assert one.err.count("error: ") == 1
+    one, _ = lives(AFRESH)
+    aside = ended.private / "checkpoints.unreadable-1"
+    assert (one.code, f"{AFRESH}: set aside as {aside}\n" in one.out) == (0, True)
+    assert {path.name for path in aside.iterdir()} == {
+        "update-00000008", "update-00000012", "latest", "metrics.jsonl"
+    }  # fmt: skip
+    assert (aside / "metrics.jsonl").read_bytes() == metrics
+    same_end(calm, ended)
+    assert checkpoints(ended) == [8, 12]
+
+
+def test_other_format(refused, lives, ended, calm):
+    """Of the newest: an older one is no way out. Of all of them: refused, or begun again."""
+    another_format(ended.checkpoints / "update-00000012")
+    for flags in ((), (AFRESH,)):  # one can be read, so the flag changes nothing
+        one = refused(*flags)
+        seen("other format", one.code, one.err)
+    another_format(ended.checkpoints / "update-00000008")
+    one = refused()
+    seen("other format", one.code, one.err)
+    assert "has 2 checkpoints, and none can be read" in one.err
+    assert lives(AFRESH)[0].code == 0
+    same_end(calm, ended)
+
+
+def test_afresh_changes_nothing_where_one_can_be_read(lives, ended, calm):
+    """So it may stand in a job that is queued again and again."""
+    flip(ended.checkpoints / "update-00000012" / "weights" / "model.safetensors")
+    one, _ = lives(AFRESH)
+    assert f"{AFRESH} changes nothing: update-00000008 can be read" in one.out
+    assert "resuming after update 8" in one.out
+    assert not list(ended.private.glob("checkpoints.unreadable*"))
+    same_end(calm, ended)
+
+
+def test_afresh_of_a_new_run(lives, run, calm):
+    assert lives(AFRESH)[0].code == 0
+    same_end(calm, run)
+
+
+def test_afresh_that_is_killed(refused, lives, ended, calm):
+    """After the copy of the metrics, and after the checkpoints are out of the way."""
+    spoil(ended)
+    shutil.copy(ended.metrics, ended.checkpoints / "metrics.jsonl")
+    refused()
+    shelf.start_afresh(ended)
+    one = refused()
+    assert "records that one of update 12 was saved" in one.err
+    assert lives(AFRESH)[0].code == 0
+    same_end(calm, ended)
+
+
+@pytest.mark.parametrize("lost", ["folder", "content"])
+def test_lost_checkpoints(refused, lives, ended, calm, lost):
+    """A folder that was not mounted is not a run that has not begun."""
+    shutil.rmtree(ended.checkpoints)
+    if lost == "content":
+        ended.checkpoints.mkdir()
+    one = refused()
+    seen("lost checkpoints", one.code, one.err)
+    assert lives(AFRESH)[0].code == 0
+    same_end(calm, ended)
+
+
+def test_afresh_needs_the_ticket(refused, ended):
+    spoil(ended)
+    shutil.rmtree(ended.ticket)
+    assert "the ticket of this run is missing" in refused(AFRESH).err
+
+
+def test_another_ticket(refused, ended):
+    """Found before anything is written."""
+    shutil.rmtree(ended.checkpoints / "update-00000012")
+    manifest = ended.ticket / "ticket.json"
+    manifest.write_text(manifest.read_text().replace('"id": "', '"id": "0'))
+    assert "is damaged: its bits do not match its id" in refused().err
+
+
+def test_lost_settings(refused, ended):
+    """Without config.yaml other settings would pass for the run's."""
+    ended.config.unlink()
+    one = refused("--train.lr", "0.5")
+    assert f"{ended.config} is missing, and " in one.err
+
+
+def test_damaged_metrics(refused, ended):
+    """A record in the middle: those behind it would be lost."""
+    lines = ended.metrics.read_text().splitlines(keepends=True)
+    lines[3] = lines[3][:-5] + "\n"
+    ended.metrics.write_text("".join(lines))
+    assert f"{ended.metrics}, line 4 is damaged" in refused().err
+
+
+def test_code_in_settings(lives, ended):
+    """Which code began a run stays; which one started it last is written anew."""
+    now, old = str(code_version()), "pmp-ds 0.0.9 (commit abc)"
+    text = ended.config.read_text()
+    assert text.startswith(f"# begun with {now}\n# last started with {now}\nrun:\n")
+    for before, begun in (
+        (text.replace(now, old), old),
+        (text[text.index("run:\n") :], "unknown"),  # of an older version
+    ):
+        ended.config.write_text(before)
+        assert lives()[0].code == 0
+        lines = ended.config.read_text().splitlines()
+        assert lines[:3] == [f"# begun with {begun}", f"# last started with {now}", "run:"]
+
+
+def test_lost_key(refused, lives, run):
+    assert lives(*SECRET)[0].code == 0
+    key = (run.init / "key").read_bytes()
+    (run.init / "key").unlink()
+    one = refused(*SECRET)
+    seen("lost key", one.code, one.err)
+    theta0 = (run.init / "theta0.json").read_bytes()
+    (run.init / "theta0.json").unlink()
+    assert f"and {run.ticket} was made with it" in refused(*SECRET).err
+    (run.init / "theta0.json").write_bytes(theta0)
+    (run.init / "key").write_bytes(key[:-1] + bytes([key[-1] ^ 1]))
+    one = refused(*SECRET)
+    seen("key", one.code, one.err)
+
+
+def test_lost_digest(refused, lives, run):
+    """Written again where the weights outside the ticket say that the key is the run's."""
+    assert lives(*SECRET)[0].code == 0
+    path = run.init / "theta0.json"
+    text, key = path.read_text(), (run.init / "key").read_bytes()
+    path.unlink()
+    (run.init / "key").write_bytes(key[:-1] + bytes([key[-1] ^ 1]))
+    assert "other weights outside the ticket than" in refused(*SECRET).err
+    (run.init / "key").write_bytes(key)
+    assert lives(*SECRET)[0].code == 0
+    assert path.read_text() == text
+
+
+def test_digest_of_an_older_version(lives, run):
+    """It has no check value of the key: it gets one, after theta(0) was drawn and compared."""
+    assert lives(*SECRET)[0].code == 0
+    path = run.init / "theta0.json"
+    text = path.read_text()
+    values = json.loads(text)
+    assert sorted(values) == ["format_version", "key_check", "sha256"]
+    path.write_text(json.dumps({"sha256": values["sha256"]}))
+    assert lives(*SECRET)[0].code == 0
+    assert path.read_text() == text
+    path.write_text(json.dumps({"sha256": "0" * 64}))
+    one, _ = lives(*SECRET)
+    assert "theta(0) drawn again differs" in one.err
+
+
+@contextlib.contextmanager
+def cut_once_named(step: int, name: str) -> Iterator[None]:
+    """A file of a checkpoint loses its end as the folder gets its name."""
+    original = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        original(source, target)
+        if Path(target).name == f"update-{step:08d}":
+            os.truncate(Path(target) / name, (Path(target) / name).stat().st_size - 3)
+
+    with mock.patch.object(os, "replace", replace):
+        yield
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+@pytest.mark.parametrize(
+    "name", ["weights/model.safetensors", "state/rank-00001.safetensors", "manifest.json"]
+)
+def test_save_that_does_not_read_back(lives, run, calm, name, background):
+    """It is no checkpoint: the one before is kept for it, and the next start does not count it."""
+    flags = ("--run.keep_last", "1", "--run.async_save", background)
+    one, other = lives(*flags, fault=cut_once_named, given=(8, name))
+    seen("not read back", one.code, one.err)
+    assert (other.code, checkpoints(run)) == (0, [12])
+    assert not (run.checkpoints / "update-00000008.damaged").exists()  # a newer one was kept
+    same_end(calm, run)
+
+
+def test_last_save_that_does_not_read_back(lives, run, calm):
+    given = (12, "weights/model.safetensors")
+    one, other = lives("--run.keep_last", "1", fault=cut_once_named, given=given)
+    assert (one.code, other.code, checkpoints(run)) == (1, 1, [8])
+    assert (run.checkpoints / "latest").read_text() == "update-00000008\n"
+    assert (run.checkpoints / "update-00000012.damaged").is_dir()
+    assert lives()[0].code == 0
+    same_end(calm, run)
