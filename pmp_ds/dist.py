@@ -68,6 +68,7 @@ def init(
         rank=int(os.environ["RANK"]),
         world_size=world,
         timeout=datetime.timedelta(seconds=timeout_seconds),
+        device_id=device() if world > 1 and device().type == "cuda" else None,  # as DeepSpeed does
     )
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # takes the group over
 
