@@ -26,6 +26,7 @@ from typing import NoReturn
 from pmp_ds import signals
 from pmp_ds.errors import EXIT_FAULT, UserError
 from pmp_ds.launchers import job_in_words, start_ticks
+from pmp_ds.run_dir import eventually
 
 BEAT_SECONDS = 3.0
 """Between two signs of life of a holder."""
@@ -165,19 +166,13 @@ def hold(folder: Path, what: str, *, prefix: str = "", say: bool = True) -> Iter
 
 
 def is_seen(path: Path, token: str, seconds: float = 30.0) -> bool:
-    """Whether this machine sees the lease that another one took. A network file system may be late:
-    it remembers for a while that a file was not there."""
-    deadline = time.monotonic() + seconds
-    while True:
+    """Whether this machine sees the lease that another one took."""
+
+    def there() -> bool:
         found = _read(path)
-        if found is not None and found[0].token == token:
-            return True
-        if time.monotonic() > deadline:
-            return False
-        for folder in path.parents:  # opening a folder asks the server what is in it
-            with contextlib.suppress(OSError):
-                os.listdir(folder)
-        time.sleep(0.25)
+        return found is not None and found[0].token == token
+
+    return eventually(there, path, seconds)
 
 
 def _acquire(folder: Path, start: str, what: str, say: bool) -> Lease:

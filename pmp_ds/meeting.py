@@ -129,7 +129,7 @@ def _open(rank: int, place: str, deadline: float) -> Store:
     limit = datetime.timedelta(seconds=max(1.0, deadline - time.monotonic()))
     # torchrun's agent may listen there instead of rank 0.
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    listener = _listen(int(port), place).detach() if rank == 0 and not agent else None
+    listener = _listen(host, int(port), place).detach() if rank == 0 and not agent else None
     if listener is None:
         _await_listener(host, int(port), deadline)
     store = TCPStore(
@@ -139,11 +139,16 @@ def _open(rank: int, place: str, deadline: float) -> Store:
     return PrefixStore(f"pmp-ds/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def _listen(port: int, place: str) -> socket.socket:
-    dual = socket.has_dualstack_ipv6()
+def _listen(host: str, port: int, place: str) -> socket.socket:
+    """On this machine alone where no other one takes part."""
+    alone = host in ("127.0.0.1", "localhost")
+    dual = socket.has_dualstack_ipv6() and not alone
     family = socket.AF_INET6 if dual else socket.AF_INET
+    address = "127.0.0.1" if alone else ""
     try:
-        return socket.create_server(("", port), family=family, dualstack_ipv6=dual, backlog=4096)
+        return socket.create_server(
+            (address, port), family=family, dualstack_ipv6=dual, backlog=4096
+        )
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise UserError(

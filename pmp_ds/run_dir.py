@@ -12,7 +12,8 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -120,6 +121,20 @@ def fsync_dir(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def eventually(there: Callable[[], bool], path: Path, seconds: float = 30.0) -> bool:
+    """Whether ``there``, which looks at ``path`` that another machine wrote, comes true in time: a
+    network file system remembers for a while that a file was not there."""
+    deadline = time.monotonic() + seconds
+    while not there():
+        if time.monotonic() > deadline:
+            return False
+        for folder in path.parents:  # opening a folder asks the server what is in it
+            with contextlib.suppress(OSError):
+                os.listdir(folder)
+        time.sleep(0.25)
+    return True
 
 
 def lock(file: IO[bytes]) -> None:

@@ -18,7 +18,7 @@ from pmp_ds.errors import UserError
 from pmp_ds.model.build import build_model, model_config
 from pmp_ds.model.parameters import ParamInfo, digest, weights_digest
 from pmp_ds.model.secret_init import KEY_FILE, Secret, create_key, derive, initialize, load_key
-from pmp_ds.run_dir import RunDir, read_json, write_json
+from pmp_ds.run_dir import RunDir, eventually, read_json, write_json
 from pmp_ds.ticket.ticket import has_ticket
 from pmp_ds.train import shelf
 from pmp_ds.train.run_facts import DataFacts, load_config, read_data
@@ -52,12 +52,16 @@ def init_of(run: RunDir, config: Config, *, may_create: bool = False) -> Init:
     """Return what theta(0) is drawn from. Collective.
 
     The key is compared with what theta0.json remembers of it. With ``may_create``, which is for
-    the start of a run alone, rank 0 makes a key where nothing was ever made with one. Raises
-    UserError when it is missing, damaged or another.
+    the start of a run alone, rank 0 makes a key where nothing was ever made with one. Every rank
+    reads it for itself: it does not travel between them. Raises UserError when it is missing,
+    damaged or another.
     """
     if config.init.seed is not None:
         return config.init.seed
-    return Secret(dist.on_rank0(lambda: bytes(_key(run, may_create))))
+    dist.on_rank0(lambda: _key(run, may_create) and None)
+    path = run.init / KEY_FILE
+    eventually(path.exists, path)
+    return dist.together(lambda: load_key(run.init))
 
 
 def _key(run: RunDir, may_create: bool) -> Secret:
