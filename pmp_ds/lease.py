@@ -9,23 +9,16 @@ grow for STALE_SECONDS while somebody watched. A holder on this machine is looke
 """
 
 import contextlib
-import json
-import os
-import re
-import secrets
-import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
 
-from pmp_ds import signals
+from pmp_ds import lease_file, signals
 from pmp_ds.errors import EXIT_FAULT, UserError
-from pmp_ds.launchers import job_in_words, start_ticks
+from pmp_ds.lease_file import DIGITS, Holder
 from pmp_ds.run_dir import eventually
 
 BEAT_SECONDS = 3.0
@@ -33,50 +26,6 @@ BEAT_SECONDS = 3.0
 
 STALE_SECONDS = 60.0
 """A holder on another machine without a sign for so long has lost its lease."""
-
-_DIGITS = 6  # of N
-_WIDTH = 1024  # of a lease file, so that a sign of life overwrites the one before
-
-
-@dataclass(frozen=True, kw_only=True)
-class Holder:
-    """What a lease file says, but for its counter."""
-
-    token: str
-    """Of this lease alone, random."""
-
-    machine: str
-    """Boot id and process namespace: where ``pid`` means something."""
-
-    host: str
-    pid: int
-    started: int
-    """`launchers.start_ticks` of the process."""
-
-    command: str
-    job: str
-    """`SLURM job 17`, or empty."""
-
-    since: str
-    """UTC, for people."""
-
-    def __str__(self) -> str:
-        job = f", {self.job}" if self.job else ""
-        return f"{self.command} on host {self.host}, pid {self.pid}{job}, since {self.since}"
-
-    @classmethod
-    def of_this_process(cls) -> "Holder":
-        pid = os.getpid()
-        return cls(
-            token=secrets.token_hex(8),
-            machine=_machine(),
-            host=socket.gethostname()[:64],
-            pid=pid,
-            started=start_ticks(pid),
-            command=Path(sys.argv[0]).name[:64],
-            job=job_in_words()[:64],
-            since=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
-        )
 
 
 class Lease:
@@ -98,7 +47,7 @@ class Lease:
             _held.remove(self)
         if self._thread is not threading.current_thread():
             self._thread.join(BEAT_SECONDS)
-        found = _read(self.path)
+        found = lease_file.read(self.path)
         if found is not None and found[0].token == self.holder.token:
             self.path.unlink(missing_ok=True)
 
@@ -108,7 +57,7 @@ class Lease:
                 if not self._still_mine():
                     break
                 self._beats += 1
-                _write(self.path, self.holder, self._beats)
+                lease_file.write(self.path, self.holder, self._beats)
         if not self._over.is_set():
             self._end()
 
@@ -125,11 +74,11 @@ class Lease:
         )
 
     def _still_mine(self) -> bool:
-        newest = _newest(self.path.parent, self.path.name[:-_DIGITS])
+        newest = lease_file.newest(self.path.parent, self.path.name[:-DIGITS])
         if newest is None:  # somebody removed it by hand
-            _create(self.path, self.holder)
+            lease_file.create(self.path, self.holder)
             return True
-        found = _read(self.path)
+        found = lease_file.read(self.path)
         return newest == self.path and (found is None or found[0].token == self.holder.token)
 
 
@@ -144,16 +93,16 @@ def confirm(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def hold(folder: Path, what: str, *, prefix: str = "", say: bool = True) -> Iterator[Lease]:
+def hold(folder: Path, what: str, *, prefix: str = "") -> Iterator[Lease]:
     """The lease on ``folder``, or on what is called ``prefix`` in it. ``what`` names it in errors.
 
     Folders that are not there are made, and removed again when nothing else came into them. Raises
     UserError that names the holder when there is one; waits up to STALE_SECONDS for a sign of one
-    on another machine, and tells so with ``say``.
+    on another machine, and tells so.
     """
     made = _make(folder, what)
     try:
-        lease = _acquire(folder, f".{prefix}lease-", what, say)
+        lease = _acquire(folder, f".{prefix}lease-", what)
     except BaseException:
         _unmake(made)
         raise
@@ -169,37 +118,37 @@ def is_seen(path: Path, token: str, seconds: float = 30.0) -> bool:
     """Whether this machine sees the lease that another one took."""
 
     def there() -> bool:
-        found = _read(path)
+        found = lease_file.read(path)
         return found is not None and found[0].token == token
 
     return eventually(there, path, seconds)
 
 
-def _acquire(folder: Path, start: str, what: str, say: bool) -> Lease:
+def _acquire(folder: Path, start: str, what: str) -> Lease:
     mine = Holder.of_this_process()
     while True:
-        newest = _newest(folder, start)
+        newest = lease_file.newest(folder, start)
         if newest is not None:
-            _wait_until_stale(newest, what, say)
+            _wait_until_stale(newest, what)
         number = 1 if newest is None else int(newest.name[len(start) :]) + 1
-        path = folder / f"{start}{number:0{_DIGITS}d}"
+        path = folder / f"{start}{number:0{DIGITS}d}"
         try:
-            _create(path, mine)
+            lease_file.create(path, mine)
         except FileExistsError:
             continue  # another process was faster, or left: look again
         except OSError as error:
             raise UserError(f"{what} cannot be written: {error}") from None
-        for older in folder.glob(f"{start}*"):
-            if older.name < path.name:
+        for older in lease_file.numbered(folder, start):
+            if older < path:
                 older.unlink(missing_ok=True)
         return Lease(path, mine, what)
 
 
-def _wait_until_stale(path: Path, what: str, say: bool) -> None:
+def _wait_until_stale(path: Path, what: str) -> None:
     """Return when nobody holds the lease any more; raise UserError when somebody does."""
-    first = seen = _read(path)
-    if first is not None and first[0].machine == _machine():
-        if _runs(first[0]):
+    first = seen = lease_file.read(path)
+    if first is not None and first[0].machine == lease_file.machine():
+        if lease_file.runs(first[0]):
             raise UserError(_taken(what, first[0]))
         return
     began, told = time.monotonic(), False
@@ -207,11 +156,11 @@ def _wait_until_stale(path: Path, what: str, say: bool) -> None:
         time.sleep(BEAT_SECONDS / 4)
         if not path.exists():
             return
-        seen = _read(path) or seen
+        seen = lease_file.read(path) or seen
         if seen is not None and first is not None and seen != first:
             raise UserError(_taken(what, seen[0]))
         first = first or seen
-        if say and not told and time.monotonic() - began > 2 * BEAT_SECONDS:
+        if not told and time.monotonic() - began > 2 * BEAT_SECONDS:
             told = True
             who = f"by {first[0]}" if first else "by a process that did not write who it is"
             print(
@@ -227,57 +176,6 @@ def _taken(what: str, holder: Holder) -> str:
         f"{what} is in use by {holder}: wait for it or stop it. (Without a sign of life for "
         f"{STALE_SECONDS:g} s it would lose its hold.)"
     )
-
-
-def _newest(folder: Path, start: str) -> Path | None:
-    pattern = re.compile(re.escape(start) + rf"\d{{{_DIGITS}}}")
-    names = [name for name in os.listdir(folder) if pattern.fullmatch(name)]
-    return folder / max(names) if names else None
-
-
-def _create(path: Path, holder: Holder) -> None:
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
-    try:
-        _write(path, holder, 0)
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
-
-
-def _write(path: Path, holder: Holder, beats: int) -> None:
-    """In place: on NFS the next open elsewhere sees it, where a rename may hide for a minute."""
-    text = json.dumps(asdict(holder) | {"beats": beats}, sort_keys=True)
-    fd = os.open(path, os.O_WRONLY)
-    try:
-        os.pwrite(fd, text.ljust(_WIDTH).encode(), 0)
-        if not beats:
-            os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _read(path: Path) -> tuple[Holder, int] | None:
-    """The holder and its counter; None when the file is not there, or half written."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        beats = values.pop("beats")
-        return Holder(**values), int(beats)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None
-
-
-def _machine() -> str:
-    with contextlib.suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
-    return socket.gethostname()
-
-
-def _runs(holder: Holder) -> bool:
-    """Of a holder on this machine."""
-    with contextlib.suppress(OSError):
-        return start_ticks(holder.pid) == holder.started
-    return False
 
 
 def _make(folder: Path, what: str) -> list[Path]:

@@ -15,6 +15,7 @@ REPO = Path(__file__).resolve().parents[2]
 ROWS = (
     ("account", "errors", "version"),
     ("config", "run_dir", "progress", "launchers", "signals", "formats"),
+    ("lease_file",),
     ("meeting", "lease", "restarts", "launch"),
     ("dist",),
     ("lifeline",),

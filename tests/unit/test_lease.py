@@ -172,6 +172,18 @@ def test_half_a_file_is_watched_like_any(tmp_path, monkeypatch, capsys):
     assert "held by a process that did not write who it is" in capsys.readouterr().err
 
 
+def test_names_with_glob_characters(tmp_path, monkeypatch):
+    """Only what is called so is replaced."""
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(lease, "STALE_SECONDS", 0.5)
+    (tmp_path / ".ax.lease-000001").touch()
+    (tmp_path / ".[ab]x.lease-000001").write_text("{")
+    with hold(tmp_path, "it", prefix="[ab]x."):
+        assert sorted(p.name for p in tmp_path.iterdir()) == [
+            ".[ab]x.lease-000002", ".ax.lease-000001",
+        ]  # fmt: skip
+
+
 def test_two_names_in_one_folder(tmp_path):
     with hold(tmp_path, "a", prefix="a."), hold(tmp_path, "b", prefix="b."):
         assert sorted(p.name for p in tmp_path.iterdir()) == [

@@ -1,0 +1,121 @@
+"""The file of a lease: who holds it, and a counter (lease.py).
+
+It is created exclusively and then overwritten in place, which network file systems without locks do
+right; reading opens it anew each time, so that they ask the server.
+"""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import socket
+import sys
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pmp_ds.launchers import job_in_words, start_ticks
+
+DIGITS = 6  # of a lease's number
+_WIDTH = 1024  # of the file, so that a sign of life overwrites the one before
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """What a lease file says, but for its counter."""
+
+    token: str
+    """Of this lease alone, random."""
+
+    machine: str
+    """Boot id and process namespace: where ``pid`` means something."""
+
+    host: str
+    pid: int
+    started: int
+    """`launchers.start_ticks` of the process."""
+
+    command: str
+    job: str
+    """`SLURM job 17`, or empty."""
+
+    since: str
+    """UTC, for people."""
+
+    def __str__(self) -> str:
+        job = f", {self.job}" if self.job else ""
+        return f"{self.command} on host {self.host}, pid {self.pid}{job}, since {self.since}"
+
+    @classmethod
+    def of_this_process(cls) -> "Holder":
+        pid = os.getpid()
+        return cls(
+            token=secrets.token_hex(8),
+            machine=machine(),
+            host=socket.gethostname()[:64],
+            pid=pid,
+            started=start_ticks(pid),
+            command=Path(sys.argv[0]).name[:64],
+            job=job_in_words()[:64],
+            since=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
+        )
+
+
+def newest(folder: Path, start: str) -> Path | None:
+    """The lease file of the highest number whose name begins with ``start``."""
+    return max(numbered(folder, start), default=None)
+
+
+def numbered(folder: Path, start: str) -> list[Path]:
+    """All lease files whose names begin with ``start``."""
+    pattern = re.compile(re.escape(start) + rf"\d{{{DIGITS}}}")
+    return [folder / name for name in os.listdir(folder) if pattern.fullmatch(name)]
+
+
+def create(path: Path, holder: Holder) -> None:
+    """Take a lease; FileExistsError when another process was faster."""
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+    try:
+        write(path, holder, 0)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def write(path: Path, holder: Holder, beats: int) -> None:
+    """Give a sign of life, in place: on NFS the next open elsewhere sees it, where a rename may
+    hide for a minute."""
+    text = json.dumps(asdict(holder) | {"beats": beats}, sort_keys=True)
+    fd = os.open(path, os.O_WRONLY)
+    try:
+        os.pwrite(fd, text.ljust(_WIDTH).encode(), 0)
+        if not beats:
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def read(path: Path) -> tuple[Holder, int] | None:
+    """The holder and its counter; None when the file is not there, or half written."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        beats = values.pop("beats")
+        return Holder(**values), int(beats)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def machine() -> str:
+    """Where a process id means something: this start of this machine, and its process namespace."""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+    return socket.gethostname()
+
+
+def runs(holder: Holder) -> bool:
+    """Whether a holder on this machine is still there."""
+    with contextlib.suppress(OSError):
+        return start_ticks(holder.pid) == holder.started
+    return False
