@@ -239,8 +239,8 @@ RANKS = {
     ),
     "killed rank": Fault(
         "a killed rank", "SIGKILL for one of two ranks in training",
-        "the others stop within seconds and say why", EXIT_FAULT, r"fault: rank 0: .*rank is gone",
-        SINCE,
+        "the others stop within seconds and name it", EXIT_FAULT,
+        r"fault: rank 0: rank 1 on host \S+ is gone", SINCE,
     ),
     "killed rank, restarts": Fault(
         "the same with `run.restarts: 1`", "the same",
