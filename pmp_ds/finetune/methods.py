@@ -150,6 +150,8 @@ def _with_head(mask: ParamMask, table: tuple[ParamInfo, ...], *, inverted: bool)
     for row in table:
         if row.name.startswith(HEAD):
             bits[row.name] = full_bits(row.numel)
+        elif mask.shapes.get(row.name) != row.shape:
+            raise UserError(f"the ticket belongs to another model: {row.name} differs")
         elif inverted:
             bits[row.name] = pack(~mask.full(row.name))
         else:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from pmp_ds.errors import UserError
 from pmp_ds.optim.masked import MaskedOptimizer, zero_complement_ref
 from pmp_ds.optim.zero_shards import ZeroShards, flat_masks, shards_of
 from pmp_ds.ticket.mask import ParamMask
@@ -25,11 +26,35 @@ def attach(target: Any, optimizer: MaskedOptimizer, mask: ParamMask | None) -> N
     ``target``: a DeepSpeed engine that was given ``optimizer``, or a torch module whose parameters
     ``optimizer`` holds. The complement's gradient is zero when norms are taken, so clipping sees
     the ticket's alone: DeepSpeed's own, or ``torch.nn.utils.clip_grad_norm_`` after ``backward``.
+
+    Raises UserError, before anything is changed, when the parameters of ``mask`` and of ``target``
+    have other names or shapes.
     """
-    if hasattr(target, "is_gradient_accumulation_boundary"):
+    is_engine = hasattr(target, "is_gradient_accumulation_boundary")
+    if mask is not None:
+        _require_fit(target.module if is_engine else target, mask)
+    if is_engine:
         _attach_engine(target, optimizer, mask)
     else:
         _attach_module(target, optimizer, mask)
+
+
+def _require_fit(module: torch.nn.Module, mask: ParamMask) -> None:
+    # Under ZeRO 3 DeepSpeed (0.19) leaves a parameter empty and keeps its shape in `ds_shape`.
+    shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in module.named_parameters()}
+    problems = [
+        f"{name!r} is {_in_words(shapes.get(name))} in the model and "
+        f"{_in_words(mask.shapes.get(name))} in the ticket"
+        for name in sorted(shapes.keys() | mask.shapes.keys())
+        if shapes.get(name) != mask.shapes.get(name)
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise UserError(f"the ticket is of another model: {'; '.join(problems[:3])}{more}")
+
+
+def _in_words(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else f"of shape {list(shape)}"
 
 
 def arm(optimizer: MaskedOptimizer, shards: ZeroShards, mask: ParamMask | None) -> None:
@@ -66,6 +91,9 @@ def _attach_engine(engine: Any, optimizer: MaskedOptimizer, mask: ParamMask | No
 def _attach_module(
     module: torch.nn.Module, optimizer: MaskedOptimizer, mask: ParamMask | None
 ) -> None:
+    own = {param for param in module.parameters() if param.requires_grad}
+    if any(param not in own for group in optimizer.param_groups for param in group["params"]):
+        raise UserError("the optimizer holds a parameter that is not a trainable one of the model")
     bits: dict[torch.Tensor, torch.Tensor | None] = {}
     for name, param in module.named_parameters():
         if param.requires_grad:

@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from pmp_ds.errors import UserError
 from pmp_ds.optim.kernels import kernels_for
 from pmp_ds.optim.zero_shards import ZeroShards
-from pmp_ds.ticket.mask import popcount, unpack
+from pmp_ds.ticket.mask import check_bits, popcount, unpack
 
 CHUNK = 1 << 20  # elements gathered at once; a multiple of 8
 
@@ -59,8 +60,15 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """Fix the mask of every tensor and start from fresh moments.
 
         ``bits``: for each tensor of this optimizer its packed mask (ceil(numel / 8),) uint8 on the
-        tensor's device, or None to train all of it.
+        tensor's device, or None to train all of it. Raises UserError for other bits.
         """
+        for tensor, mask_bits in bits.items():
+            if mask_bits is not None:
+                check_bits(mask_bits, tensor.numel(), "a packed mask")
+                if mask_bits.device != tensor.device:
+                    raise UserError(
+                        f"a packed mask is on {mask_bits.device} and its tensor on {tensor.device}"
+                    )
         self._masks = {tensor: Mask(mask, tensor) for tensor, mask in bits.items()}
         self.state.clear()
         for tensor, mask in self._masks.items():

@@ -3,11 +3,16 @@
 True means kept: in the ticket, trained. A mask of 1.1 billion elements is 137 MB.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
+from pmp_ds.errors import UserError
+
+MOST_ELEMENTS = 1 << 48  # of a model; and no dimension is longer
+_MOST_DIMENSIONS = 16
 _BITS = (1, 2, 4, 8, 16, 32, 64, 128)
 _POPCOUNT = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.uint8)
 
@@ -53,12 +58,50 @@ def iou(num_common: int, num_kept: int) -> float:
     return num_common / (2 * num_kept - num_common)
 
 
+def check_bits(bits: torch.Tensor, numel: int, what: str) -> None:
+    """Raises UserError, which begins with ``what``, unless ``bits`` are a packed mask of ``numel``
+    elements: uint8, one dimension, exactly as long as needed, 0 after the last element."""
+    length = (numel + 7) // 8
+    if bits.dtype != torch.uint8 or bits.dim() != 1 or bits.numel() != length:
+        kind = str(bits.dtype).removeprefix("torch.")
+        raise UserError(
+            f"{what} is {kind} of shape {list(bits.shape)}, and {numel} elements need uint8 of "
+            f"shape [{length}]"
+        )
+    if numel % 8 and int(bits[-1]) >> numel % 8:
+        raise UserError(f"{what} has ones after the last of its {numel} elements")
+
+
+def _is_shape(shape: object) -> bool:
+    return (
+        isinstance(shape, tuple)
+        and len(shape) <= _MOST_DIMENSIONS
+        and all(type(size) is int and 0 <= size <= MOST_ELEMENTS for size in shape)
+    )
+
+
 @dataclass(frozen=True)
 class ParamMask:
-    """The mask of a whole model: packed bits by parameter name, on CPU."""
+    """The mask of a whole model: packed bits by parameter name, on CPU.
+
+    There is none with other bits than its shapes need: UserError names the parameter.
+    """
 
     bits: Mapping[str, torch.Tensor]
     shapes: Mapping[str, tuple[int, ...]]
+
+    def __post_init__(self) -> None:
+        for name in sorted(self.bits.keys() ^ self.shapes.keys()):
+            lacks = "bits" if name in self.shapes else "a shape"
+            raise UserError(f"the mask of {name!r} lacks {lacks}")
+        total = 0
+        for name, shape in self.shapes.items():
+            if not _is_shape(shape):
+                raise UserError(f"the shape of {name!r} is {shape!r:.80}: sizes from 0 are needed")
+            total += (numel := math.prod(shape))
+            if total > MOST_ELEMENTS:
+                raise UserError(f"the mask has more than {MOST_ELEMENTS:,} elements")
+            check_bits(self.bits[name], numel, f"the mask of {name!r}")
 
     def numel(self, name: str) -> int:
         return int(torch.Size(self.shapes[name]).numel())

@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from pmp_ds import formats
-from pmp_ds.errors import UserError
+from pmp_ds.errors import UserError, require
+from pmp_ds.formats import FormatError
 from pmp_ds.run_dir import make_private, write_bytes
 from pmp_ds.ticket.mask import ParamMask
 
@@ -25,7 +26,7 @@ MANIFEST_FILE = "ticket.json"
 _ORIGIN = ("density", "source", "score", "step", "stable", "model_digest")
 # What reading a damaged ticket raises.
 _DAMAGE = (
-    SafetensorError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError
+    SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError
 )  # fmt: skip
 
 
@@ -40,6 +41,19 @@ class Ticket:
     step: int | None  # update of discovery that drew it, from 1
     stable: bool
     model_digest: str
+
+    def __post_init__(self) -> None:
+        """A ticket of a stranger may hold anything: UserError names the field."""
+        numbers = (int, float)
+        for name, value, ok in (
+            ("density", self.density, type(self.density) in numbers and 0 <= self.density <= 1),
+            ("source", self.source, isinstance(self.source, str)),
+            ("score", self.score, self.score is None or isinstance(self.score, str)),
+            ("step", self.step, self.step is None or (type(self.step) is int and self.step > 0)),
+            ("stable", self.stable, isinstance(self.stable, bool)),
+            ("model_digest", self.model_digest, isinstance(self.model_digest, str)),
+        ):
+            require(ok, f"{name} is {value!r:.80}")
 
     @property
     def id(self) -> str:
@@ -99,12 +113,17 @@ def from_files(read: Callable[[str], bytes], where: Path) -> Ticket:
         manifest = json.loads(read(MANIFEST_FILE))
         formats.require("ticket", where, manifest["format_version"], way_out="use that version")
         shapes = {name: tuple(shape) for name, shape in manifest["parameters"].items()}
-        bits = load(read(MASK_FILE))
         ticket = Ticket(
-            mask=ParamMask(bits={name: bits[name] for name in shapes}, shapes=shapes),
+            mask=ParamMask(bits=load(read(MASK_FILE)), shapes=shapes),
             **{name: manifest[name] for name in _ORIGIN},
         )
-        intact = ticket.id == manifest["id"] and ticket.mask.num_kept == manifest["num_kept"]
+        counts = (ticket.mask.num_kept, ticket.mask.num_params)
+        intact = ticket.id == manifest["id"]
+        intact = intact and counts == (manifest["num_kept"], manifest["num_params"])
+    except FormatError:
+        raise
+    except UserError as error:
+        raise UserError(f"the ticket at {where} is damaged: {error}") from None
     except _DAMAGE as error:
         raise UserError(f"the ticket at {where} is damaged ({type(error).__name__})") from None
     if not intact:

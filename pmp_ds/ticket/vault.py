@@ -151,12 +151,15 @@ def _archive(files: dict[str, bytes]) -> bytes:
 
 def _members(archive: bytes, where: Path) -> dict[str, bytes]:
     """The files in a tar by name, in whatever folder; nothing is written anywhere."""
+    found: dict[str, bytes] = {}
     try:
         with tarfile.open(fileobj=io.BytesIO(archive), mode="r:") as tar:
-            return {
-                Path(member.name).name: file.read()
-                for member in tar
-                if member.type == tarfile.REGTYPE and (file := tar.extractfile(member))
-            }
+            for member in tar:
+                if member.type == tarfile.REGTYPE and (file := tar.extractfile(member)):
+                    name = Path(member.name).name
+                    if name in found:
+                        raise UserError(f"{where} is damaged: it holds two files called {name!r}")
+                    found[name] = file.read()
     except (tarfile.TarError, EOFError):
         raise UserError(f"{where} opens with this key, but holds no ticket") from None
+    return found

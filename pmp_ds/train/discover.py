@@ -5,7 +5,7 @@ gradients are reduced, and before clipping, their scores give a candidate mask. 
 thrown away afterwards: masked pretraining starts from theta(0) again.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -134,9 +134,8 @@ class Discovery:
         self.step, memory = position.step, position.memory
         self._early_bird.trace = list(memory["trace"])
         self._early_bird.streak = memory["streak"]
-        masks = reader.masks()
-        self._newest = self._local("newest", masks)
-        best = self._local("best", masks)
+        self._newest = self._local("newest", reader)
+        best = self._local("best", reader)
         self._best = None if best is None else (memory["best_step"], best)
         if self._newest is not None and self._mask.score != "gradient":
             self._scores.values = [
@@ -157,12 +156,13 @@ class Discovery:
             self._fragments, bits, self._table, self._engine.device, replicated=replicated
         )
 
-    def _local(self, which: str, masks: Mapping[str, torch.Tensor]) -> list[torch.Tensor] | None:
+    def _local(self, which: str, reader: StateReader) -> list[torch.Tensor] | None:
         """This rank's share of a whole candidate, packed by fragment."""
-        if not any(key.startswith(f"{which}/") for key in masks):
+        mask = reader.candidate(which, {info.name: info.shape for info in self._table})
+        if mask is None:
             return None
         return [
-            pack(unpack(masks[f"{which}/{f.name}"], f.numel, f.start)).to(self._device(f))
+            pack(mask.fragment(f.name, f.start, f.numel)).to(self._device(f))
             for f in self._fragments
         ]
 

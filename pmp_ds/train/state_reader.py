@@ -2,11 +2,15 @@
 
 from bisect import bisect_right
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+
+from pmp_ds.errors import UserError
+from pmp_ds.ticket.mask import ParamMask
+from pmp_ds.train.manifest import DamagedError
 
 MASKS_FILE = "state/masks.safetensors"
 
@@ -33,13 +37,30 @@ class StateReader:
         while count:
             start, number = parts[bisect_right(parts, first, key=lambda part: part[0]) - 1]
             stored = self._files[number].get_slice(f"{kind}/{name}/{start}")
+            dtype, dimensions = stored.get_dtype(), len(stored.get_shape())
+            if dtype != "F32" or dimensions != 1:
+                raise DamagedError(
+                    self._folder, f"{kind} of {name} is {dtype} in {dimensions} dimensions"
+                )
             piece = stored[first - start : first - start + count]
-            assert piece.numel(), f"{kind} of {name} ends before element {first}"
+            if not piece.numel():
+                raise DamagedError(self._folder, f"{kind} of {name} ends before element {first}")
             pieces.append(piece)
             first, count = first + piece.numel(), count - piece.numel()
         return torch.cat(pieces) if pieces else torch.empty(0)
 
-    def masks(self) -> dict[str, torch.Tensor]:
-        """The packed candidate masks of discovery, by `WHICH/PARAMETER`."""
-        path = self._folder / MASKS_FILE
-        return load_file(path) if path.exists() else {}
+    def candidate(self, which: str, shapes: Mapping[str, tuple[int, ...]]) -> ParamMask | None:
+        """A candidate mask of discovery on the parameters of ``shapes``; None where there is none.
+        Raises DamagedError when it is another model's or no mask."""
+        path, prefix, bits = self._folder / MASKS_FILE, f"{which}/", {}
+        if path.exists():
+            with safe_open(path, "pt") as file:
+                for key in file.keys():  # noqa: SIM118 - not a dict
+                    if key.startswith(prefix):
+                        bits[key.removeprefix(prefix)] = file.get_tensor(key)
+        if not bits:
+            return None
+        try:
+            return ParamMask(bits=bits, shapes=shapes)
+        except UserError as error:
+            raise DamagedError(self._folder, f"{MASKS_FILE}: {error}") from None

@@ -11,13 +11,14 @@ import torch
 
 from pmp_ds import dist
 from pmp_ds.config import MaskConfig
+from pmp_ds.errors import UserError
 from pmp_ds.model.parameters import parameter_table
 from pmp_ds.optim.attach import attach
 from pmp_ds.optim.masked import MaskedOptimizer
 from pmp_ds.optim.masked_adamw import MaskedAdamW
 from pmp_ds.optim.masked_rules import MaskedLion, MaskedSGD
 from pmp_ds.run_dir import RunDir
-from pmp_ds.ticket.mask import ParamMask
+from pmp_ds.ticket.mask import ParamMask, full_bits
 from pmp_ds.ticket.ticket import load_ticket, save_ticket
 from pmp_ds.train.discover import random_ticket
 from tests.helpers import tiny
@@ -74,6 +75,27 @@ def engine(kind: str, stage: int, accumulation: int) -> dict[str, torch.Tensor]:
     return weights
 
 
+def refused(stage: int) -> list[str]:
+    """What attach says of tickets of other models, on an engine; the last one fits."""
+    model, own, said = tiny.model(), mask(), []
+    optimizer = MaskedAdamW(model.parameters(), lr=3e-3)
+    config = tiny.ds_json(stage) | {
+        "train_micro_batch_size_per_gpu": SIZE // dist.world_size(),
+        "zero_allow_untested_optimizer": True,
+    }
+    users, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    name = next(iter(own.shapes))
+    lacking = {n: shape for n, shape in own.shapes.items() if n != name}
+    for shapes in (lacking, lacking | {name: (3, 5)}, own.shapes):
+        bits = {n: full_bits(torch.Size(s).numel()) for n, s in shapes.items()}
+        try:
+            attach(users, optimizer, ParamMask(bits=bits, shapes=shapes))
+        except UserError as error:
+            said.append(str(error))
+    users.destroy()
+    return said
+
+
 def readme(code: str, folder: str) -> dict[str, torch.Tensor]:
     """The README's lines as they stand there, and a few updates with what they make."""
     os.chdir(folder)
@@ -117,6 +139,15 @@ def test_lines_of_the_readme(ranks1, tmp_path):
     text = (REPO / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     check(ranks1.run(readme, code, str(tmp_path))[0])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [1, 3])
+def test_an_engine_with_the_ticket_of_another_model(ranks2, stage):
+    missing, other = ranks2.run(refused, stage)[0]
+    assert missing.startswith("the ticket is of another model: 'model.embed_tokens.weight' is of")
+    assert missing.endswith("in the model and missing in the ticket")
+    assert other.endswith("in the model and of shape [3, 5] in the ticket")
 
 
 @pytest.mark.distributed

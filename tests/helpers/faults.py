@@ -342,9 +342,21 @@ MACHINE = {
     ),
 }  # fmt: skip
 
+STRANGERS = {
+    "crafted ticket": Fault(
+        "a ticket whose packed bits are of another type or length",
+        "64-bit integers as bits, with the id that goes with them",
+        "refused before anything is loaded or written; `attach` and the operators check again",
+        EXIT_MISTAKE,
+        r"error: the ticket at .* is damaged: the mask of '.*' is int64 of shape \[.*\], and .* "
+        r"elements need uint8 of shape \[", NOTHING,
+    ),
+}  # fmt: skip
+
 SECTIONS = {
     "Files": CHECKPOINTS, "Disk": DISK, "Updates": UPDATES, "Ranks": RANKS,
     "Jobs and hosts": JOBS, "Signals": SIGNALS, "Machine": MACHINE,
+    "Files of strangers": STRANGERS,
 }  # fmt: skip
 FAULTS = {name: fault for section in SECTIONS.values() for name, fault in section.items()}
 

@@ -22,6 +22,7 @@ import torch
 
 from pmp_ds import account
 from pmp_ds.errors import UserError
+from pmp_ds.optim.kernels import checks
 from pmp_ds.run_dir import atomic_path
 
 SOURCE = Path(__file__).with_name("masked_adamw.cpp")
@@ -138,6 +139,7 @@ def _compile(compiler: str, path: Path) -> None:
 def kept_before_blocks(bits: torch.Tensor, block: int) -> torch.Tensor:
     """Kept elements before each run of ``block`` elements, (ceil(8 * len(bits) / block),) int64;
     on the device of ``bits``."""
+    checks.packed(bits, 0, bits.device)
     num_bytes = (bits.numel() * 8 + block - 1) // block * (block // 8)
     counts = torch.zeros(num_bytes, dtype=torch.uint8, device=bits.device)
     table = [byte.bit_count() for byte in range(256)]
@@ -148,7 +150,7 @@ def kept_before_blocks(bits: torch.Tensor, block: int) -> torch.Tensor:
 
 def block_prefix(bits: torch.Tensor) -> torch.Tensor:
     """Kept elements before each block of the operator."""
-    return kept_before_blocks(bits, _loaded().pmp_block())
+    return kept_before_blocks(bits, _block())
 
 
 def masked_adamw(
@@ -161,6 +163,11 @@ def masked_adamw(
     coefficients: Coefficients,
 ) -> None:
     """One AdamW step on the kept elements, in place."""
+    _check_on_cpu(weights)
+    checks.step(
+        weights, gradient, bits, prefix, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq},
+        weight_dtypes=(torch.float32,), gradient_dtypes=(torch.float32,), block=_block(),
+    )  # fmt: skip
     _loaded().pmp_masked_adamw(
         _pointer(weights), _pointer(gradient), _pointer(bits), _pointer(prefix),
         ctypes.c_int64(weights.numel()), _pointer(exp_avg), _pointer(exp_avg_sq),
@@ -186,7 +193,13 @@ def masked_adamw_master(
 ) -> None:
     """One AdamW step on the compact fp32 master with the gradient times ``factor``; the kept
     weights receive it rounded. In place."""
-    assert gradient.dtype in (torch.float32, weights.dtype)
+    _check_on_cpu(weights)
+    checks.step(
+        weights, gradient, bits, prefix,
+        {"master": master, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq},
+        weight_dtypes=checks.SIXTEEN_BIT, gradient_dtypes=(torch.float32, weights.dtype),
+        block=_block(),
+    )  # fmt: skip
     _loaded().pmp_masked_adamw_master(
         _pointer(weights), ctypes.c_int(weights.dtype == torch.float16), _pointer(gradient),
         ctypes.c_int(gradient.dtype == torch.float32), _pointer(bits), _pointer(prefix),
@@ -197,11 +210,19 @@ def masked_adamw_master(
 
 def zero_complement(values: torch.Tensor, bits: torch.Tensor, start: int) -> None:
     """Zero each value i whose bit ``start + i`` is 0, in place."""
+    _check_on_cpu(values)
+    allowed = (torch.float32, *checks.SIXTEEN_BIT)
+    checks.require("the gradient", values, allowed, None, values.device)
+    checks.packed(bits, values.numel(), values.device, start)
     _loaded().pmp_zero_complement(
         _pointer(values), ctypes.c_int64(values.element_size()), _pointer(bits),
         ctypes.c_int64(start), ctypes.c_int64(values.numel()),
         ctypes.c_int(torch.get_num_threads()),
     )  # fmt: skip
+
+
+def _block() -> int:
+    return int(_loaded().pmp_block())
 
 
 def _loaded() -> ctypes.CDLL:
@@ -210,6 +231,11 @@ def _loaded() -> ctypes.CDLL:
     return loaded
 
 
+def _check_on_cpu(tensor: torch.Tensor) -> None:
+    """The other tensors of an operator are compared with this one."""
+    if tensor.device.type != "cpu":
+        raise ValueError(f"the C++ operators work on the CPU, and a tensor is on {tensor.device}")
+
+
 def _pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
-    assert tensor is None or (tensor.is_contiguous() and tensor.device.type == "cpu")
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pmp_ds.optim.kernels import cpu
+from pmp_ds.optim.kernels import checks, cpu
 
 BLOCK = 1024  # elements per program and per entry of `prefix`, a multiple of 8
 WARPS = 8
@@ -36,8 +36,11 @@ def masked_adamw(
     coefficients: cpu.Coefficients,
 ) -> None:
     """One AdamW step on the kept elements, in place."""
+    checks.step(
+        weights, gradient, bits, prefix, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq},
+        weight_dtypes=(torch.float32,), gradient_dtypes=(torch.float32,), block=BLOCK,
+    )  # fmt: skip
     tensors = weights, gradient, bits, prefix, exp_avg, exp_avg_sq
-    assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
     numel = weights.numel()
     if numel == 0:
         return
@@ -60,7 +63,9 @@ def masked_adamw_master(*_: object) -> None:
 
 def zero_complement(values: torch.Tensor, bits: torch.Tensor, start: int) -> None:
     """Zero each value i whose bit ``start + i`` is 0, in place."""
-    assert values.is_contiguous()
+    allowed = (torch.float32, *checks.SIXTEEN_BIT)
+    checks.require("the gradient", values, allowed, None, values.device)
+    checks.packed(bits, values.numel(), values.device, start)
     numel = values.numel()
     if numel == 0:
         return

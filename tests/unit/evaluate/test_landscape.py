@@ -199,8 +199,8 @@ def test_mask_of_another_model(subject: Subject, mask: ParamMask):
         (dict(mask.shapes) | {"extra": (2,)}, "t lacks extra"),
     ]
     for shapes, message in wrong:
-        extra = {"extra": full_bits(2)}
-        other = ParamMask(bits=dict(mask.bits) | extra, shapes=shapes)
+        bits = {name: full_bits(torch.Size(shape).numel()) for name, shape in shapes.items()}
+        other = ParamMask(bits=bits, shapes=shapes)
         with pytest.raises(UserError, match=message):
             mask_on(other, subject.model, Path("t"))
     whole = {name: full_bits(mask.numel(name)) for name in mask.shapes}

@@ -127,5 +127,5 @@ def test_full_bits(numel):
 def test_nothing_of_the_content_is_printed(show):
     """Equal for every content: a mask in a log or a traceback would be a leaked mask."""
     a = ParamMask(bits={"w": TEN_BITS}, shapes={"w": (10,)})
-    b = ParamMask(bits={"w": ~TEN_BITS}, shapes={"w": (10,)})
+    b = ParamMask(bits={"w": pack(~TEN)}, shapes={"w": (10,)})
     assert show(a) == show(b) == "ParamMask(10 elements)"

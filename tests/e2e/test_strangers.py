@@ -1,0 +1,45 @@
+"""Files of strangers, given to the commands: one line, exit code 1, nothing run, nothing left."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers import tiny
+from tests.helpers.commands import error_of, files_of, run
+from tests.helpers.faults import seen
+from tests.helpers.glue import byte_tokenizer, write_glue
+from tests.helpers.strangers import write_ticket
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """release/, a model with a tokenizer of bytes, and glue/."""
+    folder = tmp_path_factory.mktemp("strangers")
+    tiny.model().save_pretrained(folder / "release")
+    byte_tokenizer().save_pretrained(folder / "release")
+    write_glue(folder / "glue")
+    return folder
+
+
+def tune(place: Path, model: str, *arguments: str) -> tuple[int, str]:
+    """What launcher/finetune.py refuses ``model`` with."""
+    before = files_of(place)
+    done = run(
+        "finetune.py", "--model", model, "--task", "sst2", "--data.glue_dir", "glue",
+        "--train.steps", "1", *arguments, cwd=place,
+    )  # fmt: skip
+    message = error_of(done)
+    assert files_of(place / "release", place / model).items() <= before.items()
+    assert not list(place.rglob("results.jsonl")), "a result was written"
+    return done.returncode, message
+
+
+def test_a_crafted_ticket(place: Path):
+    shapes = {name: tuple(param.shape) for name, param in tiny.model().named_parameters()}
+    bits = {n: torch.full(((torch.Size(s).numel() + 7) // 8,), -256) for n, s in shapes.items()}
+    write_ticket(place / "ticket", bits, shapes)
+    code, message = tune(place, "release", "--method", "ticket", "--ticket", "ticket")
+    seen("crafted ticket", code, message)
