@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -217,19 +216,6 @@ def test_killed_run_leaves_no_store_and_can_be_repeated(corpus: Path):
     reference = prepare(config(corpus, out=str(corpus.parent / "reference")))
     assert read_all(out) == read_all(reference.folder)
     assert {p.name for p in corpus.parent.iterdir()} == {"corpus", "out", "reference"}
-
-
-def test_two_runs_do_not_share_a_folder(corpus: Path):
-    import fcntl
-
-    staging = corpus.parent / "out.incomplete"
-    staging.mkdir()
-    lock = os.open(staging, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match="another run"):
-        prepare(config(corpus))
-    os.close(lock)
-    prepare(config(corpus))
 
 
 def test_unigram_cross_entropy_by_hand():
