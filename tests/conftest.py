@@ -7,7 +7,7 @@ from hypothesis import settings
 
 from tests.helpers.distributed import RankPool
 
-# No test is a matter of time: a busy machine may take a second for what usually takes a millisecond.
+# No test is a matter of time: a busy machine may take a second for what usually takes 1 ms.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
