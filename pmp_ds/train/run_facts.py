@@ -117,6 +117,8 @@ def _not_writable(run: RunDir, config: Config, error: OSError) -> UserError:
 def _require_new(run: RunDir) -> None:
     """Raises UserError for a folder that holds a run and has lost its config.yaml: with other
     settings it would go on as if nothing had happened."""
+    if not run.root.is_dir():
+        return
     made = [path for path in (run.ticket / TICKET_FILE, run.ledger, run.metrics) if path.exists()]
     made += [run.checkpoints] if shelf.has_any(run) else []
     if made:

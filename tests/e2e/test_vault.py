@@ -118,14 +118,18 @@ def copied(main_run: MainRun, tmp_path: Path) -> RunDir:
 SEAL = ("vault.py", "seal", "--run", "main", "--name", "A", "--to", "a.pub", "--out", "a.age")
 
 
-@pytest.mark.parametrize("fault", ["lost key, seal", "key, seal"])
-def test_no_copy_is_sealed_with_another_key(copied: RunDir, tmp_path: Path, fault: str):
+@pytest.mark.parametrize(
+    ("fault", "lost"), [("lost key, seal", True), ("key, seal", False)], ids=["lost", "damaged"]
+)
+def test_no_copy_is_sealed_with_another_key(
+    copied: RunDir, tmp_path: Path, fault: str, lost: bool
+):
     """Nobody could trace it. The weights outside the ticket cannot be exported either."""
     key = copied.init / "key"
-    if fault == "key, seal":
-        key.write_bytes(key.read_bytes()[:-1] + b"x")
-    else:
+    if lost:
         key.unlink()
+    else:
+        key.write_bytes(key.read_bytes()[:-1] + b"x")
     before = files_of(tmp_path)
     done = run(*SEAL, cwd=tmp_path)
     seen(fault, done.returncode, error_of(done))
