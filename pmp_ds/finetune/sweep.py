@@ -78,7 +78,7 @@ def run_all(
 ) -> list[Result]:
     """Run what is not in the results at ``where`` yet; each result is appended as it comes.
     Collective. Mistakes in any cell are found before the first begins."""
-    with held(run.root, f"the fine-tuning {run.root}"):
+    with held(run.root, f"the run's folder {run.root}"):
         return _run_all(cells, ds_config, run, where, started, keep_models, start_afresh)
 
 

@@ -25,7 +25,7 @@ def held(folder: Path, what: str) -> Iterator[None]:
         dist.together(
             lambda: require(
                 lease.is_seen(folder / name, token),
-                f"{what} is not the folder that rank 0 writes to: run.root must be one folder "
+                f"{what} is not the one that rank 0 writes to: run.root must be one folder "
                 "that all hosts of the job share",
             )
         )

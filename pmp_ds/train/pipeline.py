@@ -128,7 +128,7 @@ def run(
     which none can be read are set aside, and the run begins at update 0. Raises Stopped when it was
     asked to stop before its end.
     """
-    with held(folder.root, f"the run {folder.root}"):
+    with held(folder.root, f"the run's folder {folder.root}"):
         # Rank 0 alone reads every byte; a damaged store stops all ranks before anything is written.
         dist.on_rank0(lambda: store.verify() and None)
         dist.on_rank0(lambda: run_facts.claim(folder, config, store))

@@ -299,7 +299,7 @@ JOBS = {
     "second command": Fault(
         "a second command on one run", "the same command again while the first one trains",
         "refused, with host, process and job of the first; that one is not disturbed", EXIT_MISTAKE,
-        r"error: the run .* is in use by pretrain\.py on host .*, pid \d+", NOTHING,
+        r"error: the run's folder .* is in use by pretrain\.py on host .*, pid \d+", NOTHING,
     ),
     "taken port": Fault(
         "a taken port", "another process listens at MASTER_PORT", "refused before training",
@@ -308,7 +308,7 @@ JOBS = {
     "host without the folder": Fault(
         "a host without the run's folder", "a mount namespace with an empty `run.root` for rank 1",
         "refused before anything is written, by rank 0, which names rank and host", EXIT_MISTAKE,
-        r"error: rank 1 on host \S+: the run .* is not the folder that rank 0 writes to", NOTHING,
+        r"error: rank 1 on host \S+: the run's folder .* is not the one that rank 0 writes to", NOTHING,
     ),
     "host without the store": Fault(
         "a host without the token store", "a mount namespace with an empty `data.store` for rank 1",
