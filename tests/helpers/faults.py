@@ -308,7 +308,8 @@ JOBS = {
     "host without the folder": Fault(
         "a host without the run's folder", "a mount namespace with an empty `run.root` for rank 1",
         "refused before anything is written, by rank 0, which names rank and host", EXIT_MISTAKE,
-        r"error: rank 1 on host \S+: the run's folder .* is not the one that rank 0 writes to", NOTHING,
+        r"error: rank 1 on host \S+: the run's folder .* is not the one that rank 0 writes to",
+        NOTHING,
     ),
     "host without the store": Fault(
         "a host without the token store", "a mount namespace with an empty `data.store` for rank 1",
