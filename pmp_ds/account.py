@@ -32,6 +32,19 @@ def temporary_folder() -> Path:
     folder = Path(tempfile.gettempdir()) / f"pmp_ds-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
-    found = folder.lstat()
-    ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
+    ours = is_private(folder)
     return folder if ours else Path(tempfile.mkdtemp(prefix="pmp_ds-"))
+
+
+def is_private(folder: Path) -> bool:
+    """Whether ``folder`` is one of this user, not a link to one, and nobody else may look in."""
+    found = folder.lstat()
+    own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+    return own and not found.st_mode & 0o077
+
+
+def is_safe_program(file: Path) -> bool:
+    """Whether ``file`` is a regular one that only this user, or root, can have written."""
+    found = file.lstat()
+    own = stat.S_ISREG(found.st_mode) and found.st_uid in (os.getuid(), 0)
+    return own and not found.st_mode & 0o022

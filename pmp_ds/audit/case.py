@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pmp_ds.config import Config
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.errors import UserError
+from pmp_ds.model.folder import add_tensors, embeddings, open_folder
 from pmp_ds.ticket.mask import ParamMask
 
 SAMPLE = 1 << 21  # elements
@@ -39,26 +37,13 @@ class Weights:
     @classmethod
     def open(cls, folder: Path) -> "Weights":
         """Raises UserError when it is no such folder or lacks a parameter."""
-        config = _config(folder)
-        handles: dict[str, Any] = {}
+        opened = open_folder(folder)
+        opened.require_names(exact=False)  # others are what an attack looks for
+        handles = dict(opened.handles)
         for path in sorted(folder.glob("*.safetensors")):
-            try:
-                handle = safe_open(path, "pt")
-                handles.update(dict.fromkeys(handle.keys(), handle))
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"{path} is damaged ({error}): export it again") from error
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
-        for name, shape in shapes.items():
-            if name not in handles:
-                raise UserError(f"{folder} lacks {name}: it is no whole release")
-            found = tuple(handles[name].get_slice(name).get_shape())
-            if found != shape:
-                raise UserError(
-                    f"{folder}: {name} has shape {found} and its config.json needs {shape}"
-                )
-        return cls(folder, config, shapes, _embeddings(model), handles)
+            add_tensors(handles, path)
+        model = opened.skeleton
+        return cls(folder, opened.config, opened.shapes, embeddings(model), handles)
 
     def tensor(self, name: str) -> torch.Tensor:
         """As stored."""
@@ -76,22 +61,6 @@ class Weights:
             for name, param in model.named_parameters():
                 param.copy_(self.tensor(name))
         return model
-
-
-def _config(folder: Path) -> PreTrainedConfig:
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is no release: it has no config.json")
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise UserError(f"{folder / 'config.json'} is not readable: {error}") from error
-
-
-def _embeddings(model: nn.Module) -> frozenset[str]:
-    inside = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    known = {id(weight) for weight in [*inside, *([head.weight] if head is not None else [])]}
-    return frozenset(name for name, param in model.named_parameters() if id(param) in known)
 
 
 @dataclass(frozen=True)

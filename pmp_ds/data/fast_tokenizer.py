@@ -22,7 +22,9 @@ def load(where: Path) -> Any:
     folder = where if where.is_dir() else where.parent
     try:
         if where.is_dir() or (folder / "tokenizer_config.json").exists():
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
         else:
             tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(where))
             number = tokenizer.backend_tokenizer.token_to_id

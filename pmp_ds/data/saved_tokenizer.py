@@ -70,7 +70,9 @@ def plain_reader(folder: Path) -> Any:
     """What a user of `transformers` gets for the ``folder``."""
     from transformers import AutoTokenizer
 
-    reader = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    reader = AutoTokenizer.from_pretrained(
+        str(folder), local_files_only=True, trust_remote_code=False
+    )
     reader.model_max_length = 1 << 62  # long documents are fine here; it would warn
     return reader
 

@@ -96,7 +96,9 @@ def inspect_store(store: Store, picture: Path, samples: int = 3) -> str:
 def _tokenizer(store: Store) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(store.tokenizer_dir), local_files_only=True)
+    return AutoTokenizer.from_pretrained(
+        str(store.tokenizer_dir), local_files_only=True, trust_remote_code=False
+    )
 
 
 def _draw(found: list[SplitStatistics], picture: Path) -> None:

@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.tokenizer import load_tokenizer
 from pmp_ds.errors import UserError
+from pmp_ds.model.folder import embeddings, open_folder, open_tensors, open_tokenizer
 from pmp_ds.results import model_digest
 from pmp_ds.ticket.fit import fitted
 from pmp_ds.ticket.mask import ParamMask
-from pmp_ds.ticket.trace import open_model
 
 Read = Callable[[str], torch.Tensor]
 """From a parameter's name to its values on disk, as stored."""
@@ -37,7 +36,7 @@ class Subject:
     @classmethod
     def open(cls, folder: Path, device: str = "cpu") -> "Subject":
         """Raises UserError for a folder that is no causal model, is damaged or lacks weights."""
-        model = load_model(folder)
+        model: Any = open_folder(folder).load().eval()
         return cls(folder, model.to(device), model_digest(folder))
 
     @cached_property
@@ -45,10 +44,7 @@ class Subject:
         """Raises UserError when the folder has none."""
         if not has_tokenizer(self.folder):
             raise UserError(f"{self.folder} has no tokenizer.json: it is needed to read text")
-        try:
-            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"the tokenizer of {self.folder} is damaged: {_first(error)}") from None
+        return open_tokenizer(self.folder)
 
     @property
     def has_tokenizer(self) -> bool:
@@ -57,10 +53,7 @@ class Subject:
     @property
     def embeddings(self) -> frozenset[str]:
         """Names of the input and output embeddings."""
-        inside = [m.weight for m in self.model.modules() if isinstance(m, nn.Embedding)]
-        head = self.model.get_output_embeddings()
-        known = {id(weight) for weight in [*inside, *([head.weight] if head is not None else [])]}
-        return frozenset(n for n, p in self.model.named_parameters() if id(p) in known)
+        return embeddings(self.model)
 
     @property
     def max_positions(self) -> int:
@@ -95,22 +88,6 @@ class Subject:
             )
 
 
-def load_model(folder: Path) -> PreTrainedModel:
-    """The causal model in ``folder``, fp32 on CPU. Raises UserError."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is no model: it has no config.json")
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder} cannot be loaded as a causal model: {_first(error)}") from None
-    for name in sorted(info["missing_keys"]):
-        raise UserError(f"{folder} lacks {name}: it is no whole causal model")
-    loaded: PreTrainedModel = model.eval()
-    return loaded
-
-
 def has_tokenizer(folder: Path) -> bool:
     return (folder / "tokenizer.json").is_file()
 
@@ -118,7 +95,7 @@ def has_tokenizer(folder: Path) -> bool:
 def read_parameters(folder: Path, model: nn.Module) -> Read:
     """The parameters of ``model`` in another or the same folder of safetensors, by name. Raises
     UserError when one is missing or of another shape."""
-    handles = open_model(folder)
+    handles = open_tensors(folder)
     for name, param in model.named_parameters():
         if name not in handles:
             raise UserError(
@@ -139,7 +116,3 @@ def mask_on(mask: ParamMask, model: nn.Module, where: Path) -> ParamMask:
     if not 0 < found.num_kept < found.num_params:
         raise UserError("the ticket keeps all parameters, or none: there is nothing to compare")
     return found
-
-
-def _first(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -7,21 +7,22 @@ Both return outputs for ``pmp_ds.glue.metrics.score``.
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
 
-from pmp_ds.errors import UserError, require
+from pmp_ds.errors import require
 from pmp_ds.glue.encode import encode
 from pmp_ds.glue.read import Rows
 from pmp_ds.glue.tasks import Task
+from pmp_ds.model.folder import open_folder, open_tokenizer
 from pmp_ds.progress import Progress
 
 PROMPTS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -114,11 +115,9 @@ def untrained_head(
 
     Raises UserError when ``folder`` holds no model and tokenizer.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = _with_head(folder, task, seed).to(device)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} cannot be loaded ({error}): name a release's folder") from error
+    tokenizer = open_tokenizer(folder)
+    model: Any = _with_head(folder, task, seed)
+    model.to(device)
     model.config.pad_token_id = tokenizer.eos_token_id
     sequences = encode(tokenizer, rows, _longest(model, max_length))
     outputs = np.zeros((len(rows), task.num_outputs), np.float32)
@@ -139,9 +138,9 @@ def _with_head(folder: Path, task: Task, seed: int) -> PreTrainedModel:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
-                folder, num_labels=task.num_outputs, dtype=torch.float32, local_files_only=True
-            )
+            opened = open_folder(folder)
+            opened.config.num_labels = task.num_outputs
+            model = opened.load(AutoModelForSequenceClassification, opened.config)
     finally:
         logging.set_verbosity(verbosity)
         if had_bar:

@@ -9,6 +9,7 @@ import contextlib
 import shutil
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from pmp_ds import dist, results
@@ -18,8 +19,9 @@ from pmp_ds.data.loader import BlockLoader, order_key
 from pmp_ds.errors import UserError
 from pmp_ds.finetune.config import FinetuneConfig
 from pmp_ds.finetune.methods import load_model, mask_of, open_ticket
-from pmp_ds.finetune.tasks import LM, Metrics, Task, read_tokenizer
+from pmp_ds.finetune.tasks import LM, Metrics, Task
 from pmp_ds.log import MetricsLog, read_metrics
+from pmp_ds.model.folder import open_tokenizer
 from pmp_ds.progress import Progress
 from pmp_ds.results import Result
 from pmp_ds.run_dir import RunDir, make_private, write_text
@@ -269,7 +271,7 @@ def _keep(config: FinetuneConfig, run: RunDir, task: Task) -> None:
     fresh = load_model(config, task.num_labels)
     weight_files.load_weights(found[0] / "weights", fresh)
     fresh.save_pretrained(aside)
-    read_tokenizer(config.model).save_pretrained(aside)
+    open_tokenizer(Path(config.model)).save_pretrained(aside)
     for path in aside.rglob("*"):
         path.chmod(0o700 if path.is_dir() else 0o600)
     shutil.rmtree(folder, ignore_errors=True)

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from pmp_ds.config import MaskConfig
 from pmp_ds.data.loader import order_key
 from pmp_ds.errors import UserError
 from pmp_ds.finetune.config import FinetuneConfig
+from pmp_ds.model.folder import open_folder
 from pmp_ds.model.parameters import ParamInfo, parameter_table
 from pmp_ds.ticket.fit import fitted
 from pmp_ds.ticket.keys import identities, read_passphrase
@@ -46,22 +47,8 @@ def open_ticket(config: FinetuneConfig) -> Ticket | None:
     elif config.passphrase_file is not None:
         by = read_passphrase(Path(config.passphrase_file), confirm=False)
     ticket = any_ticket(Path(config.ticket), by)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config(config.model))
-    shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
+    shapes = open_folder(Path(config.model)).shapes
     return replace(ticket, mask=fitted(ticket.mask, shapes, f"--model {config.model}"))
-
-
-def model_config(folder: str) -> Any:
-    """The Hugging Face config of a local folder."""
-    if not (Path(folder) / "config.json").is_file():
-        raise UserError(
-            f"--model {folder} is no model: it has no config.json. Name the folder of a release"
-        )
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--model {folder}: its config.json is not usable: {error}") from None
 
 
 def load_model(config: FinetuneConfig, num_labels: int | None) -> Any:
@@ -90,7 +77,8 @@ def mask_of(
 
 def _load(config: FinetuneConfig, num_labels: int | None) -> Any:
     """The released weights, or fresh ones with ``scratch``; a head is drawn by the seed."""
-    hf_config = model_config(config.model)
+    folder = open_folder(Path(config.model))
+    hf_config = folder.config
     hf_config.use_cache = False
     kind: Any = AutoModelForCausalLM
     if num_labels is not None:
@@ -100,13 +88,9 @@ def _load(config: FinetuneConfig, num_labels: int | None) -> Any:
         hf_config.pad_token_id = hf_config.eos_token_id  # rows are padded with it
     torch.manual_seed(config.seed)
     if config.scratch:
+        folder.require_room()
         return kind.from_config(hf_config, dtype=torch.float32)
-    try:
-        return kind.from_pretrained(
-            config.model, config=hf_config, dtype=torch.float32, local_files_only=True
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {config.model} cannot be read: {error}") from None
+    return folder.load(kind, hf_config)
 
 
 def _with_adapters(model: Any, config: FinetuneConfig, has_head: bool) -> Any:

@@ -6,18 +6,17 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pmp_ds import dist
 from pmp_ds.config import Config
 from pmp_ds.data.mixed_store import open_data
 from pmp_ds.errors import UserError
 from pmp_ds.finetune.config import FinetuneConfig
-from pmp_ds.finetune.methods import model_config
 from pmp_ds.finetune.rows import Classification, EncodedRows
 from pmp_ds.glue.metrics import majority, score
 from pmp_ds.glue.read import Rows, load
 from pmp_ds.glue.tasks import find_task
+from pmp_ds.model.folder import open_tokenizer, read_config
 from pmp_ds.train.engine import Engine
 from pmp_ds.train.loop import validate
 from pmp_ds.train.objective import NextToken, Objective
@@ -59,7 +58,7 @@ class Glue:
         self.task = find_task(config.task)
         folder = config.data.glue_dir
         data = load(self.task, Path(folder) if folder else None, config.data.max_train)
-        hf_config, tokenizer = model_config(config.model), read_tokenizer(config.model)
+        hf_config, tokenizer = read_config(Path(config.model)), open_tokenizer(Path(config.model))
         if hf_config.eos_token_id is None:
             raise UserError(f"--model {config.model}: its config.json names no eos_token_id")
         longest = min(config.data.max_length, hf_config.max_position_embeddings)
@@ -114,17 +113,9 @@ class Text:
         return loss, {"LM": {"loss": loss}}
 
 
-def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{folder} has no tokenizer that can be read: {reason}") from None
-
-
 def _same_tokenizer(config: FinetuneConfig, of_store: Path) -> None:
     """Raises UserError unless every token has the same number in the model and in the store."""
-    model, store = read_tokenizer(config.model), read_tokenizer(of_store)
+    model, store = open_tokenizer(Path(config.model)), open_tokenizer(of_store)
     if model.get_vocab() != store.get_vocab():
         raise UserError(
             f"data.store={config.data.store} was tokenized for another model: prepare the text "

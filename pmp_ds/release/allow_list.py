@@ -20,7 +20,8 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from pmp_ds.errors import UserError
-from pmp_ds.release.source import INDEX_FILE, open_source
+from pmp_ds.model.folder_rules import INDEX_FILE
+from pmp_ds.release.source import open_source
 from pmp_ds.release.tensor_file import METADATA
 from pmp_ds.release.tokenizer_files import (
     TOKENIZER_FILES,

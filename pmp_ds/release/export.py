@@ -20,13 +20,14 @@ import torch
 
 from pmp_ds.errors import UserError
 from pmp_ds.lease import hold
+from pmp_ds.model.folder_rules import INDEX_FILE, SINGLE_FILE
 from pmp_ds.progress import Progress
 from pmp_ds.release.allow_list import SUMS_FILE, require_clean, sha256
 from pmp_ds.release.ledger import Claim
 from pmp_ds.release.metadata import generation_config, release_config
 from pmp_ds.release.model_card import CardFacts, DerivativeFacts, render
 from pmp_ds.release.signing import sign
-from pmp_ds.release.source import INDEX_FILE, SINGLE_FILE, Source, open_source
+from pmp_ds.release.source import Source, open_source
 from pmp_ds.release.tensor_file import write_tensors
 from pmp_ds.release.tokenizer_files import as_json, copy_tokenizer
 from pmp_ds.release.verify import run_alone, verify_reload
@@ -138,8 +139,10 @@ def generate_sample(
 ) -> str:
     """``prompt`` and its continuation by the release, loaded in a fresh process without pmp_ds.
 
-    Greedy, or sampled from ``seed``. Raises RuntimeError when the release does not load.
+    Greedy, or sampled from ``seed``. Raises UserError when tensors of the release are missing or
+    unknown, RuntimeError when it does not load.
     """
+    open_source(release).close()
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "answer.txt"
         run_alone(

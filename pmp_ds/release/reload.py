@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+_OFFLINE: Any = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+
 
 def main() -> None:
     sys.modules["pmp_ds"] = None  # type: ignore[assignment]  # an import of it now fails
@@ -29,12 +31,14 @@ def _check(request: dict[str, Any]) -> None:
 
     torch.set_num_threads(request["threads"])
     model, info = AutoModelForCausalLM.from_pretrained(
-        request["folder"], local_files_only=True, output_loading_info=True
+        request["folder"], output_loading_info=True, **_OFFLINE
     )
     problems = {key: sorted(map(str, value)) for key, value in info.items() if value}
     with torch.inference_mode():
         logits = model.eval()(input_ids=torch.tensor(request["input_ids"])).logits
-    tokenizer = AutoTokenizer.from_pretrained(request["folder"], local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        request["folder"], local_files_only=True, trust_remote_code=False
+    )
     ids = tokenizer.encode(request["text"], add_special_tokens=False)
     save_file(
         {"logits": logits.float().contiguous(), "text_ids": torch.tensor(ids, dtype=torch.int64)},
@@ -47,8 +51,10 @@ def _generate(request: dict[str, Any]) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(request["folder"], local_files_only=True).eval()
-    tokenizer = AutoTokenizer.from_pretrained(request["folder"], local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(request["folder"], **_OFFLINE).eval()
+    tokenizer = AutoTokenizer.from_pretrained(
+        request["folder"], local_files_only=True, trust_remote_code=False
+    )
     ids = tokenizer.encode(request["prompt"], add_special_tokens=False)
     if not ids:
         ids = [model.config.eos_token_id]

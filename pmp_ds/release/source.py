@@ -7,22 +7,19 @@ Tensors are keyed by ``named_parameters()`` names, tied weights once, all of one
 """
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from pmp_ds.errors import UserError
+from pmp_ds.model.folder import open_folder
+from pmp_ds.model.folder_rules import weight_files
 from pmp_ds.release.tensor_file import DTYPES, TensorFile, raw_bytes
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -86,24 +83,17 @@ def open_source(folder: Path, vocab_size: int | None = None) -> Source:
     Of a vocabulary padded beyond ``vocab_size`` tokens only that many rows are seen. Raises
     UserError when a file is missing or damaged, or a name, shape or dtype does not fit.
     """
-    config = _config(folder)
+    opened = open_folder(folder)
+    config, model = opened.config, opened.skeleton
     files: dict[str, TensorFile] = {}
-    for path in _files(folder):
+    for path in weight_files(folder):
         try:
             file = TensorFile(path)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} is damaged or missing ({error}): {_WAY_OUT}") from error
         files.update(dict.fromkeys(file.names, file))
-    model = _without_weights(folder, config)
-    shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
-    for name in shapes.keys() ^ files.keys():
-        kind = "lacks" if name in shapes else "has an unknown tensor"
-        raise UserError(f"{folder} {kind} {name}: its config.json and weights do not go together")
-    for name, shape in shapes.items():
-        if (found := files[name].shape(name)) != shape:
-            raise UserError(
-                f"{folder}: {name} has shape {list(found)} and config.json needs {list(shape)}"
-            )
+    opened.require_names()
+    shapes = opened.shapes
     dtypes = {files[name].dtype(name) for name in shapes}
     if len(dtypes) != 1 or not dtypes <= DTYPES.keys():
         raise UserError(
@@ -133,33 +123,3 @@ def _trim(
 
 
 _WAY_OUT = "export another checkpoint (--checkpoint STEP)"
-
-
-def _config(folder: Path) -> PreTrainedConfig:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: {folder} is not a folder of plain weights")
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise UserError(f"{path} is not a readable Hugging Face config: {error}") from error
-
-
-def _without_weights(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'config.json'} describes no model: {error!r}") from error
-    return model
-
-
-def _files(folder: Path) -> list[Path]:
-    index = folder / INDEX_FILE
-    if not index.is_file():
-        return [folder / SINGLE_FILE]
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return [folder / Path(name).name for name in sorted(set(weight_map.values()))]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is damaged ({error!r}): {_WAY_OUT}") from error

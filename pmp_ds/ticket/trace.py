@@ -6,17 +6,15 @@ knows; so, whatever was done to the leak, the number of them that it lacks is hy
 tail of that distribution is exactly the chance of accusing an innocent recipient.
 """
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from pmp_ds.errors import UserError
+from pmp_ds.model.folder import open_tensors, shape_of
 from pmp_ds.ticket.fit import fitted
 from pmp_ds.ticket.mask import ParamMask
 from pmp_ds.ticket.watermark import Marks, markable
@@ -109,11 +107,11 @@ def of_model(base: Path, tuned: Path, mask: ParamMask) -> Iterator[Observation]:
     """Compare two folders of safetensors. A row in which nothing changed, such as the embedding of
     a token that never came up, tells nothing and is left out; so are parameters that ``tuned``
     lacks or has in another shape. Raises UserError when nothing is left or a file is damaged."""
-    before, after = open_model(base), open_model(tuned)
+    before, after = open_tensors(base), open_tensors(tuned)
     mask = fitted_to(mask, base)
     compared = False
     for name, shape in mask.shapes.items():
-        if name not in after or _shape(after, name) != shape:
+        if name not in after or shape_of(after, name) != shape:
             continue
         new = after[name].get_tensor(name)
         old = before[name].get_tensor(name).to(new.dtype)  # a change of dtype is no training
@@ -131,27 +129,5 @@ def of_model(base: Path, tuned: Path, mask: ParamMask) -> Iterator[Observation]:
 def fitted_to(mask: ParamMask, model: Path) -> ParamMask:
     """``mask`` on the parameters of a folder of safetensors. Raises UserError when it is another
     model's."""
-    handles = open_model(model)
-    return fitted(mask, {name: _shape(handles, name) for name in handles}, model)
-
-
-def open_model(folder: Path) -> dict[str, Any]:
-    """The open safetensors file that holds each tensor of a Hugging Face folder."""
-    files = sorted(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    try:
-        if index.is_file():
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = [folder / Path(file).name for file in sorted(set(weight_map.values()))]
-        if not files:
-            raise UserError(f"{folder} is no model: it has no .safetensors file")
-        handles = [safe_open(file, "pt") for file in files]
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"the model {folder} is damaged ({type(error).__name__})") from None
-    return {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118
-
-
-def _shape(handles: Mapping[str, Any], name: str) -> tuple[int, ...]:
-    return tuple(handles[name].get_slice(name).get_shape())
+    handles = open_tensors(model)
+    return fitted(mask, {name: shape_of(handles, name) for name in handles}, model)

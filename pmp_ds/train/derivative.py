@@ -3,17 +3,19 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.errors import UserError
+from pmp_ds.model.folder import ModelFolder, open_folder
 from pmp_ds.model.secret_init import derive
 from pmp_ds.model.stream import uniforms
 from pmp_ds.progress import Progress
 from pmp_ds.run_dir import make_private
+from pmp_ds.ticket.fit import fitted
 from pmp_ds.ticket.ticket import load_ticket
 from pmp_ds.train import weight_files
 from pmp_ds.train.dither import Uniforms, dither
@@ -28,23 +30,20 @@ def write_dithered(derivative: Path, base: Path, ticket: Path, out: Path) -> Non
     The same input gives the same output: the draws are keyed by the ticket and the derivative.
     Raises UserError when the three do not belong together.
     """
-    mask = (loaded := load_ticket(ticket)).mask
-    before, after = _opened(base), _opened(derivative)
-    config = AutoConfig.from_pretrained(derivative, local_files_only=True)
+    loaded = load_ticket(ticket)
+    released, tuned = open_folder(base), open_folder(derivative)
+    before, after = _reader(released), _reader(tuned)
+    mask = fitted(loaded.mask, released.shapes, base)
     key = bytes.fromhex(loaded.id)
+    if dict(tuned.shapes) != dict(released.shapes):
+        raise UserError(f"{derivative} is no derivative of {base}: names or shapes differ")
     make_private(out)
     with Progress("dither", "tensor", len(mask.shapes)) as bar:
 
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:
             for name in mask.shapes:
                 old, kept = before(name), mask.full(name)
-                kept = kept[: old.shape[0]]  # a release has no rows that pad the vocabulary
                 new = after(name).to(old.dtype)
-                if new.shape != old.shape or kept.shape != old.shape:
-                    raise UserError(
-                        f"{name} has shape {list(new.shape)} in {derivative}, {list(old.shape)} "
-                        f"in {base} and {list(kept.shape)} in {ticket}: they do not go together"
-                    )
                 if moved := int(((new != old) & ~kept).sum()):
                     raise UserError(
                         f"{derivative} is no authorized derivative of {base}: {moved:,} elements "
@@ -54,7 +53,7 @@ def write_dithered(derivative: Path, base: Path, ticket: Path, out: Path) -> Non
                 yield name, dither(old, new, kept, _stream(key, name, new))
                 bar.update()
 
-        weight_files.save_weights(tensors(), config, out)
+        weight_files.save_weights(tensors(), tuned.config, out)
 
 
 def loss_on(weights: Path, store: Path, blocks: int) -> float:
@@ -63,7 +62,7 @@ def loss_on(weights: Path, store: Path, blocks: int) -> float:
     count = min(blocks, len(held_out))
     if not count:
         raise UserError(f"--store {store} has no validation blocks: prepare one that has")
-    model = AutoModelForCausalLM.from_pretrained(weights, local_files_only=True).eval()
+    model = open_folder(weights).load().eval()
     total = 0.0
     with torch.inference_mode():
         for low in range(0, count, _BATCH):
@@ -73,21 +72,10 @@ def loss_on(weights: Path, store: Path, blocks: int) -> float:
     return total / count
 
 
-def _opened(folder: Path) -> Callable[[str], torch.Tensor]:
-    if not list(folder.glob("*.safetensors")):
-        raise UserError(f"{folder} holds no *.safetensors: name a Hugging Face model folder")
-    read = weight_files.read_weights(folder)
-
-    def tensor(name: str) -> torch.Tensor:
-        try:
-            return read(name)
-        except KeyError:
-            raise UserError(
-                f"{folder} lacks {name}, which the ticket covers: it is another model, or an "
-                "adapter that has to be merged first"
-            ) from None
-
-    return tensor
+def _reader(folder: ModelFolder) -> Callable[[str], torch.Tensor]:
+    """The tensors of ``folder`` by name. Raises UserError when it lacks some or has others."""
+    folder.require_names()
+    return lambda name: cast(torch.Tensor, folder.handles[name].get_tensor(name))
 
 
 def _stream(key: bytes, name: str, tensor: torch.Tensor) -> Uniforms:

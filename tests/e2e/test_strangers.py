@@ -1,9 +1,12 @@
 """Files of strangers, given to the commands: one line, exit code 1, nothing run, nothing left."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.helpers import tiny
 from tests.helpers.commands import error_of, files_of, run
@@ -43,3 +46,26 @@ def test_a_crafted_ticket(place: Path):
     write_ticket(place / "ticket", bits, shapes)
     code, message = tune(place, "release", "--method", "ticket", "--ticket", "ticket")
     seen("crafted ticket", code, message)
+
+
+@pytest.mark.parametrize("new_name", [None, "model.norm.wieght"])
+def test_missing_tensors(place: Path, new_name: str | None):
+    """Training went on from random weights, with a result and exit code 0."""
+    shutil.copytree(place / "release", place / f"part-{new_name}")
+    file = place / f"part-{new_name}/model.safetensors"
+    tensors = load_file(file)
+    taken = tensors.pop("model.norm.weight")
+    if new_name is not None:
+        tensors[new_name] = taken
+    save_file(tensors, file, {"format": "pt"})
+    seen("missing tensors", *tune(place, f"part-{new_name}"))
+
+
+def test_code_in_a_release(place: Path):
+    folder = Path(shutil.copytree(place / "release", place / "code"))
+    values = json.loads((folder / "config.json").read_text())
+    values |= {"model_type": "own", "auto_map": {"AutoConfig": "own.C"}}
+    (folder / "config.json").write_text(json.dumps(values))
+    (folder / "own.py").write_text(f"open({str(place / 'ran')!r}, 'w')\n")
+    seen("code in a release", *tune(place, "code"))
+    assert not (place / "ran").exists()

@@ -344,6 +344,17 @@ MACHINE = {
 }  # fmt: skip
 
 STRANGERS = {
+    "missing tensors": Fault(
+        "a release that lacks tensors, or has them under other names",
+        "a tensor taken from a release, and one renamed, before `finetune.py`",
+        "refused, nothing is written: nothing is drawn at random in their place", EXIT_MISTAKE,
+        r"error: .* lacks model\.norm\.weight: it is no whole causal model", NOTHING,
+    ),
+    "code in a release": Fault(
+        "a release that brings code", "`auto_map` in its config.json, and a file beside it",
+        "refused, nothing is asked and nothing of it is run", EXIT_MISTAKE,
+        r"error: .*config\.json has auto_map: it brings code of its own", NOTHING,
+    ),
     "crafted ticket": Fault(
         "a ticket whose packed bits are of another type or length",
         "64-bit integers as bits, with the id that goes with them",

@@ -14,6 +14,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import warnings
 from pathlib import Path
@@ -108,18 +109,37 @@ def _name(compiler: str) -> str:
 
 def _compiled(compiler: str) -> Path:
     """Return the shared object: from the package, the user's cache, or the compiler."""
-    name, cache = _name(compiler), _user_cache()
-    for folder in (SOURCE.parent, cache):
-        if (folder / name).exists():
-            return folder / name
+    name = _name(compiler)
+    installed = SOURCE.with_name(name)
+    if installed.exists():  # who can write there can change this program as well
+        return installed
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        _compile(compiler, cache / name)
+        return _cached(compiler, _private_cache() / name)
     except OSError:  # a container's home is often read-only
-        cache = account.temporary_folder()
-        if not (cache / name).exists():
-            _compile(compiler, cache / name)
-    return cache / name
+        return _cached(compiler, account.temporary_folder() / name)
+
+
+def _cached(compiler: str, path: Path) -> Path:
+    """Return ``path``, compiled unless this user did so before; a file that another user may have
+    written is never loaded."""
+    if not (path.exists() and account.is_safe_program(path)):
+        _compile(compiler, path)
+    return path
+
+
+def _private_cache() -> Path:
+    """Return the user's cache, made 0700 whatever the umask. Raises OSError when it belongs to
+    somebody else or is a link."""
+    cache = _user_cache()
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = cache.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise PermissionError(f"{cache} is not a folder of this user")
+    if found.st_mode & 0o077:
+        cache.chmod(0o700)
+        for file in cache.glob("*.so") if found.st_mode & 0o022 else ():
+            file.unlink(missing_ok=True)  # others could write here
+    return cache
 
 
 def _user_cache() -> Path:
@@ -134,6 +154,7 @@ def _compile(compiler: str, path: Path) -> None:
             [compiler, *FLAGS, str(SOURCE), "-o", str(temporary)],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
+        temporary.chmod(0o755)  # whatever the umask and the linker
 
 
 def kept_before_blocks(bits: torch.Tensor, block: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ from pmp_ds.audit.case import Case, Shadow, Weights
 from pmp_ds.config import Config, InitConfig, MaskConfig
 from pmp_ds.errors import UserError
 from pmp_ds.model.secret_init import Secret
+from pmp_ds.ticket.mask import full_bits
 from tests.unit.audit.conftest import run_one, save, trained
 
 RECIPE = Config(init=InitConfig(seed=42))
@@ -223,7 +224,11 @@ def test_a_sample_gives_nearly_the_same_rates(make):
 def test_a_ticket_of_another_model(make):
     made = make()
     name = "model.norm.weight"
-    other = replace(made.mask, shapes=dict(made.mask.shapes) | {name: (31,)})
+    other = replace(
+        made.mask,
+        bits=dict(made.mask.bits) | {name: full_bits(31)},
+        shapes=dict(made.mask.shapes) | {name: (31,)},
+    )
     with pytest.raises(UserError, match="the ticket is of another model"):
         replace(made.case(), mask=other)
 

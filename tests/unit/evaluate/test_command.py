@@ -61,7 +61,7 @@ STORE = ("--store", "store")
         (["gradients", *STORE, "--ticket", "other"], "the ticket belongs to another model"),
         (
             ["landscape", *STORE, "--ticket", "ticket", "--finetuned", "store"],
-            r"store is no model: it has no .safetensors file",
+            r"store is no model: model.safetensors is missing",
         ),
     ],
 )

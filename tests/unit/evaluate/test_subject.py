@@ -32,10 +32,10 @@ def test_reads_bf16_exactly(release: Path, tmp_path: Path):
     ("name", "change", "message"),
     [
         ("config.json", None, "is no model: it has no config.json"),
-        ("config.json", b"{", "cannot be loaded as a causal model"),
-        ("config.json", b'{"model_type": "unheard-of"}', "cannot be loaded as a causal model"),
-        ("model.safetensors", None, "cannot be loaded as a causal model"),
-        ("model.safetensors", b"torn", "cannot be loaded as a causal model"),
+        ("config.json", b"{", "config.json is damaged: "),
+        ("config.json", b'{"model_type": "unheard-of"}', "no architecture 'unheard-of'"),
+        ("model.safetensors", None, "model.safetensors is missing"),
+        ("model.safetensors", b"torn", "model.safetensors is damaged"),
     ],
 )
 def test_damaged(release: Path, tmp_path: Path, name: str, change: bytes | None, message: str):

@@ -189,5 +189,5 @@ def test_head_is_decided_by_its_seed_and_loads_in_silence(
 
 
 def test_a_folder_without_a_model(tmp_path: Path, data: dict[str, TaskData]):
-    with pytest.raises(UserError, match=r"absent cannot be loaded .* name a release's folder"):
+    with pytest.raises(UserError, match="absent is not a folder: name the folder of a model"):
         untrained_head(tmp_path / "absent", TASKS["sst2"], first_rows(data["sst2"]), 0)

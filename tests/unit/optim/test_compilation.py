@@ -58,6 +58,52 @@ def test_in_the_users_cache(tmp_path: Path):
 
 
 @needs_compiler
+@pytest.mark.parametrize("umask", [0o000, 0o022])
+def test_the_cache_is_private_whatever_the_umask(tmp_path: Path, umask: int):
+    before = os.umask(umask)
+    try:
+        loaded, _ = ask(XDG_CACHE_HOME=str(tmp_path))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "pmp_ds").stat().st_mode & 0o777 == 0o700
+    assert Path(loaded).stat().st_mode & 0o022 == 0
+
+
+@needs_compiler
+def test_what_others_could_have_written_is_compiled_again(tmp_path: Path):
+    """A folder that was open to all, as an older version made it, and a program in it."""
+    loaded, _ = ask(XDG_CACHE_HOME=str(tmp_path))
+    for folder_mode, file_mode in ((0o777, 0o755), (0o700, 0o777)):
+        Path(loaded).write_bytes(b"planted")
+        Path(loaded).chmod(file_mode)
+        (tmp_path / "pmp_ds").chmod(folder_mode)
+        assert ask(XDG_CACHE_HOME=str(tmp_path)) == (loaded, "")
+        assert Path(loaded).read_bytes() != b"planted"
+        assert (tmp_path / "pmp_ds").stat().st_mode & 0o777 == 0o700
+
+
+@needs_compiler
+def test_a_link_in_place_of_the_cache_is_not_followed(tmp_path: Path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "pmp_ds").symlink_to("elsewhere")
+    loaded, _ = ask(XDG_CACHE_HOME=str(tmp_path), TMPDIR=str(tmp_path))
+    assert Path(loaded).parent == tmp_path / f"pmp_ds-{os.getuid()}"
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+@needs_compiler
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to give a folder away")
+@pytest.mark.parametrize("given", ["folder", "file"])
+def test_the_cache_of_another_user_is_not_used(tmp_path: Path, given: str):
+    loaded, _ = ask(XDG_CACHE_HOME=str(tmp_path))
+    Path(loaded).write_bytes(b"planted")
+    os.chown(tmp_path / "pmp_ds" if given == "folder" else loaded, 12345, 12345)
+    found, warning = ask(XDG_CACHE_HOME=str(tmp_path), TMPDIR=str(tmp_path))
+    assert warning == ""
+    assert Path(found).read_bytes() != b"planted"
+
+
+@needs_compiler
 @pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "HOME"])
 def test_a_cache_that_cannot_be_written_to(tmp_path: Path, variable: str):
     """As HOME=/ under `docker run --user 12345`."""

@@ -128,12 +128,12 @@ PLANTED: dict[str, tuple[Callable[[Path], object], str]] = {
     "index map": (other_map, "its weight_map is not what the files hold"),
     "metadata": (tensors(lambda _: None, ticket="abc"), "its metadata are"),
     "optimizer state": (
-        tensors(lambda t: t.update(exp_avg_sq=torch.zeros(3))), "an unknown tensor exp_avg_sq"
+        tensors(lambda t: t.update(exp_avg_sq=torch.zeros(3))), "has unknown tensors: exp_avg_sq"
     ),
     "fp32 tensor": (tensors(float_tensor), "holds tensors of BF16, F32"),
     "other weights": (
         lambda f: shutil.copy(next(f.glob("model-*")), f / "model.safetensors"),
-        "model.safetensors: holds nothing of the model",
+        "has both model.safetensors and model.safetensors.index.json",
     ),
     "training paths": (trained_on, "remembers '/home/alice/corpus.txt'"),
     "absolute path": (say("Trained in /home/alice/runs."), "'/home/alice/runs.' is an absolute"),

@@ -219,6 +219,7 @@ def spoil_dtype(folder: Path) -> None:
 
 
 def spoil_json(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
     (folder / "model.safetensors.index.json").write_text("{")
 
 
@@ -226,9 +227,9 @@ def spoil_json(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (spoil_config, "config.json does not exist"),
+        (spoil_config, "has no config.json"),
         (spoil_weights, "model.safetensors is damaged"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "is damaged or missing"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
         (spoil_names, "lacks transformer.ln_f.bias"),
         (spoil_values, "ln_f.bias holds NaN or infinity"),
         (spoil_shape, r"has shape \[5\] and config.json needs \[32\]"),

@@ -1,0 +1,201 @@
+"""A Hugging Face model folder, opened: the one way in for every command.
+
+    model = open_folder(Path("release")).load()
+
+Nothing in the folder is run and nothing outside it is read; what is wrong with it is a UserError
+before memory is taken (folder_rules.py). A model lacks no tensor: transformers would draw it.
+"""
+
+import copy
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from pmp_ds.errors import UserError
+from pmp_ds.model import folder_rules
+from pmp_ds.model.folder_rules import CONFIG_FILE, first_line
+
+_SPARE_BYTES = 1 << 30  # of buffers, beyond the size of the weights
+_OFFLINE = {"local_files_only": True, "trust_remote_code": False}
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """An opened folder with a config.json and safetensors."""
+
+    path: Path
+    config: PreTrainedConfig
+    handles: Mapping[str, Any]
+    """The open file of each tensor of the model's files."""
+
+    @cached_property
+    def skeleton(self) -> PreTrainedModel:
+        """The causal model on the meta device: names and shapes."""
+        return self._skeleton(AutoModelForCausalLM, self.config)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """By the names and in the order of the causal model's parameters."""
+        return {name: tuple(param.shape) for name, param in self.skeleton.named_parameters()}
+
+    def require_names(self, *, exact: bool = True) -> None:
+        """Raises UserError unless the files hold the parameters under the model's own names and in
+        its shapes, and with ``exact`` nothing else."""
+        shapes = self.shapes
+        if missing := sorted(shapes.keys() - self.handles.keys()):
+            raise UserError(f"{self.path} lacks {few(missing)}: it is no whole causal model")
+        if exact and (strange := sorted(self.handles.keys() - shapes.keys())):
+            raise UserError(f"{self.path} has unknown tensors: {few(strange)}")
+        for name, shape in shapes.items():
+            if (found := shape_of(self.handles, name)) != shape:
+                raise UserError(
+                    f"{self.path}: {name} has shape {list(found)} and {CONFIG_FILE} needs "
+                    f"{list(shape)}"
+                )
+
+    def load(self, kind: Any = AutoModelForCausalLM, config: Any = None) -> PreTrainedModel:
+        """The model in fp32 on CPU, as ``kind`` with ``config`` (None: that of the folder); torch's
+        generator draws a head that the causal model does not have. Raises UserError when anything
+        else is missing, or left over."""
+        config = self.config if config is None else config
+        causal, wanted = self.skeleton, self._skeleton(kind, config)
+        own, known = set(wanted.state_dict()), set(causal.state_dict())
+        heads = own - known
+        self.require_room(wanted, heads)
+        try:
+            model, info = kind.from_pretrained(
+                self.path, config=config, dtype=torch.float32, use_safetensors=True,
+                output_loading_info=True, **_OFFLINE,
+            )  # fmt: skip
+        except Exception as error:  # noqa: BLE001 - a stranger's file, and transformers' depths
+            raise UserError(f"{self.path} cannot be loaded: {first_line(error)}") from None
+        if missing := sorted(set(info["missing_keys"]) - heads):
+            raise UserError(f"{self.path} lacks {few(missing)}: it is no whole causal model")
+        if strange := sorted(set(info["unexpected_keys"]) - (known - own)):
+            raise UserError(f"{self.path} has unknown tensors: {few(strange)}")
+        loaded: PreTrainedModel = model
+        return loaded
+
+    def _skeleton(self, kind: Any, config: Any) -> PreTrainedModel:
+        try:
+            with torch.device("meta"), torch.random.fork_rng(devices=[]):
+                model: PreTrainedModel = kind.from_config(
+                    copy.deepcopy(config), trust_remote_code=False
+                )
+        except Exception as error:  # noqa: BLE001 - a stranger's config, and transformers' depths
+            raise UserError(
+                f"{self.path / CONFIG_FILE} describes no model: {first_line(error)}"
+            ) from None
+        return model
+
+    def require_room(self, model: nn.Module | None = None, heads: Collection[str] = ()) -> None:
+        """Raises UserError when the config describes more than the files hold: ``model`` (None:
+        the causal one) less its new ``heads``."""
+        model = self.skeleton if model is None else model
+        stored = sum(torch.Size(shape_of(self.handles, name)).numel() for name in self.handles)
+        params = dict(model.named_parameters())
+        needed = sum(param.numel() for name, param in params.items() if name not in heads)
+        if needed > stored:
+            missing = sorted(params.keys() - set(heads) - self.handles.keys())
+            if missing:
+                raise UserError(f"{self.path} lacks {few(missing)}: it is no whole causal model")
+            raise UserError(
+                f"{self.path}: {CONFIG_FILE} describes {needed:,} parameters, and the files hold "
+                f"{stored:,}"
+            )
+        if sum(buffer.nbytes for buffer in model.buffers()) > 4 * stored + _SPARE_BYTES:
+            raise UserError(f"{self.path / CONFIG_FILE} describes buffers larger than the model")
+
+
+def open_folder(path: Path) -> ModelFolder:
+    """Open a causal model. Raises UserError when it is none or is not to be trusted."""
+    return ModelFolder(path, read_config(path), open_tensors(path))
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The config of a causal model of transformers."""
+    folder_rules.check_files(folder)
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(
+            f"{folder} is no model: it has no {CONFIG_FILE}. Name the folder of a release"
+        )
+    values = folder_rules.read_json(path)
+    folder_rules.check_config(path, values)
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise UserError(f"{path}: transformers has no architecture {model_type!r:.80}")
+    if CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{path}: model_type={model_type!r} is not a causal language model")
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, **_OFFLINE)
+    except Exception as error:  # noqa: BLE001 - a stranger's config, and transformers' depths
+        raise UserError(f"{path} is not usable: {first_line(error)}") from None
+    return config
+
+
+def open_tensors(folder: Path) -> dict[str, Any]:
+    """The open safetensors file that holds each tensor of the model's files."""
+    handles: dict[str, Any] = {}
+    for path in folder_rules.weight_files(folder):
+        add_tensors(handles, path)
+    return handles
+
+
+def add_tensors(handles: dict[str, Any], path: Path) -> None:
+    """Add the tensors of one more file. Raises UserError when it is damaged."""
+    try:
+        handle = safe_open(path, "pt")
+        names = list(handle.keys())
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)})") from None
+    for name in names:
+        handles.setdefault(name, handle)
+
+
+def shape_of(handles: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    return tuple(handles[name].get_slice(name).get_shape())
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder. Raises UserError when it has none, or one with code."""
+    folder_rules.check_files(folder)
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file() and "auto_map" in folder_rules.read_json(settings):
+        raise UserError(f"{settings} has auto_map: it brings code of its own")
+    try:
+        return AutoTokenizer.from_pretrained(folder, **_OFFLINE)
+    except Exception as error:  # noqa: BLE001 - whatever transformers raises for a folder
+        raise UserError(
+            f"{folder} has no tokenizer that can be read: {first_line(error)}"
+        ) from None
+
+
+def embeddings(model: Any) -> frozenset[str]:
+    """Names of the input and output embeddings of ``model``."""
+    inside = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    head = model.get_output_embeddings()
+    known = {id(weight) for weight in [*inside, *([head.weight] if head is not None else [])]}
+    return frozenset(name for name, param in model.named_parameters() if id(param) in known)
+
+
+def few(names: Iterable[str]) -> str:
+    """The first three, and how many more there are."""
+    found = list(names)
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return ", ".join(found[:3]) + more
