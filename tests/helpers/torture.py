@@ -178,20 +178,20 @@ def strike(place: Place, blow: Blow, durations: dict[str, float], *more: str) ->
 
 class Moment:
     """When a blow falls, seen from outside. What earlier lives recorded does not count: a life that
-    gets so far begins by rewriting metrics.jsonl."""
+    gets so far rewinds metrics.jsonl and then writes config.yaml."""
 
     def __init__(self, place: Place, blow: Blow) -> None:
         """Before the command starts."""
         self._place, self._blow = place, blow
         self._kind = "discover" if "discovery" in blow.phase else "train"
-        self._old = self._inode()
+        self._old = self._start()
         self._first: int | None = None
 
     def has_come(self) -> bool:
         place, blow = self._place, self._blow
         if blow.phase in ("start", "export"):
             return True
-        if self._inode() == self._old:
+        if self._start() == self._old:
             return False
         if blow.phase.startswith("saving"):
             name = {"discover": "discover", "train": "update"}[self._kind]
@@ -202,9 +202,11 @@ class Moment:
             come = last >= max(blow.step, self._first + 1)
         return come or (self._kind == "discover" and place.last_step("train") > 0)
 
-    def _inode(self) -> int:
-        metrics = self._place.run.metrics
-        return metrics.stat().st_ino if metrics.exists() else 0
+    def _start(self) -> tuple[int, int]:
+        """Which start of the run wrote its config.yaml."""
+        config = self._place.run.config
+        found = config.stat() if config.exists() else None
+        return (found.st_ino, found.st_mtime_ns) if found else (0, 0)
 
 
 def _hit(place: Place, process: "subprocess.Popen[str]", victim: Victim) -> None:

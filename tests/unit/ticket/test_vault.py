@@ -448,7 +448,7 @@ def test_mistakes_of_the_command_line(run, tmp_path):
         ([*trace], "trace what"),
         ([*trace, "--ticket", "a", "--model", "b"], "trace what"),
         ([*trace, "--ticket", str(tmp_path / "foreign")], "belongs to another model"),
-        ([*trace, "--model", out], "is no model"),
+        ([*trace, "--model", out], "is not a folder: name the folder of a model"),
         (["unseal"], "invalid choice: 'unseal'"),
         (["seal", "--out", "x"], "required: --run, --name"),
     ]:
