@@ -8,7 +8,7 @@ process that one of them started as one of several never runs as if it were alon
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,7 +149,6 @@ def is_launcher(command: list[str]) -> bool:
     return any(word.rpartition("/")[2] in _LAUNCHERS for word in words)
 
 
-def job_in_words(environment: Mapping[str, str] | None = None) -> str:
+def job_in_words() -> str:
     """`SLURM job 17`; empty outside a scheduler."""
-    environment = os.environ if environment is None else environment
-    return next((f"{w} {environment[n]}" for n, w in _JOB_IDS.items() if environment.get(n)), "")
+    return next((f"{w} {os.environ[n]}" for n, w in _JOB_IDS.items() if os.environ.get(n)), "")

@@ -9,7 +9,6 @@ the others; and a rank that ends because of a mistake or a signal leaves its las
 import json
 import threading
 import time
-from types import TracebackType
 
 from torch.distributed import Store
 
@@ -54,17 +53,12 @@ class Lifeline:
             thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Waits for the other ranks to leave as well, unless this one fails."""
         if not self._threads:
             return
         self._leaving.set()
-        if error is None:
+        if kind is None:
             for thread in self._threads:
                 thread.join()
             self._channel.close()

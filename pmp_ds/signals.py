@@ -45,7 +45,7 @@ _reaction: Reaction = leave
 def end_at_once(code: int, text: str, *, everyone: bool = False) -> NoReturn:
     """Say the farewells, for at most a moment, and end the process; rank 0 or ``everyone`` prints
     ``text``. From any thread."""
-    farewells = list(_farewells)
+    farewells = _farewells[::-1]  # the last that was entered first, as contexts end
 
     def say() -> None:
         for farewell in farewells:

@@ -63,7 +63,7 @@ class Cut:
         return share, weights
 
     def in_words(self) -> str:
-        """Return the arithmetic in one line, without the closing note of ``unused``."""
+        """Return the arithmetic in one line, without what ``unused`` says."""
         steps = _count(self.accumulation_steps, "accumulation step")
         return (
             f"{self.micro_batch_size} sequences x {steps} x {_count(self.world_size, 'rank')}"

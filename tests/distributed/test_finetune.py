@@ -1,6 +1,7 @@
 """Fine-tuning through the real engine: every task, what each method may touch, sweeps, resume."""
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 from pmp_ds import results
 from pmp_ds.glue.tasks import COLUMNS, TASKS
+from pmp_ds.lease import hold
 from pmp_ds.log import read_metrics
 from pmp_ds.run_dir import RunDir
 from pmp_ds.ticket.keys import new_identity, public_keys
@@ -181,6 +183,14 @@ def test_stopped_and_resumed_on_three_ranks(ranks1, ranks3, home, task):
     models = [weights(run.private / "model") for run in runs]
     for name, weight in models[0].items():
         torch.testing.assert_close(models[1][name], weight, atol=1e-4, rtol=0)
+
+
+def test_one_sweep_at_a_time_in_a_folder(ranks2, home):
+    given = flags(home, "--task", "sst2", "--run.name", "held")
+    with hold(home / "runs/held", "it"):
+        message = ranks2.run(finetune.problem, str(home), given)[1]
+    assert re.search(r"the run's folder .*held is in use by .* on host ", message)
+    assert not (home / "runs/held").exists()
 
 
 def test_ranks_without_an_example(ranks2, home):

@@ -106,30 +106,21 @@ def test_ranks_of_mpirun_and_srun_find_each_other(place, begin, main_run):
 
 
 @as_root
-def test_a_host_without_the_folder(place, begin):
+@pytest.mark.parametrize(
+    ("fault", "what"), [("host without the folder", "runs"), ("host without the store", "store")]
+)
+def test_a_host_without(place, begin, fault, what):
     """On rank 1's host something else is mounted there."""
     place.run.root.parent.mkdir(parents=True, exist_ok=True)
-    elsewhere = f'mount -t tmpfs none {place.run.root.parent} && exec "$@"'
-    port = free_port()
+    folder = place.work / "store" if what == "store" else place.run.root.parent
+    elsewhere = f'mount -t tmpfs none {folder} && exec "$@"'
+    before, port = files_of(place.run.root), free_port()
     one = begin(env=where(0, port))
     other = begin(env=where(1, port), before=("unshare", "--mount", "sh", "-c", elsewhere, "sh"))
     done = finish(one)
-    seen("host without the folder", done.returncode, done.stderr)
+    seen(fault, done.returncode, done.stderr)
     error_of(done)
     assert "the same command" not in done.stderr
-    assert finish(other).returncode == 1
-
-
-@as_root
-def test_a_host_without_the_store(place, begin):
-    before = files_of(place.run.root)
-    elsewhere = f'mount -t tmpfs none {place.work / "store"} && exec "$@"'
-    port = free_port()
-    one = begin(env=where(0, port))
-    other = begin(env=where(1, port), before=("unshare", "--mount", "sh", "-c", elsewhere, "sh"))
-    done = finish(one)
-    seen("host without the store", done.returncode, done.stderr)
-    error_of(done)
     assert finish(other).returncode == 1
     assert files_of(place.run.root) == before
 

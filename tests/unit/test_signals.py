@@ -25,6 +25,10 @@ def main():
     if sys.argv[1] == "said":
         with signals.farewell(lambda code, text: print(code, text, flush=True)):
             time.sleep(600)
+    if sys.argv[1] == "two":
+        with signals.farewell(lambda *_: print("outer", flush=True)):
+            with signals.farewell(lambda *_: print("inner", flush=True)):
+                time.sleep(600)
     if sys.argv[1] == "mute":
         with signals.farewell(lambda code, text: time.sleep(600)):
             time.sleep(600)
@@ -66,6 +70,13 @@ def test_other_ranks_leave_in_silence():
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=60) == ("", "")
     assert process.returncode == 75
+
+
+def test_farewells_are_said_from_the_inside_out():
+    """A lease is given back before the other ranks are told to end."""
+    process = start("two")
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60)[0] == "inner\nouter\n"
 
 
 def test_a_farewell_that_hangs_holds_nobody_up():

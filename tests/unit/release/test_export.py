@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 
 from benchmarks.common import peak_extra_bytes
 from pmp_ds.errors import UserError
+from pmp_ds.lease import hold
 from pmp_ds.release import export as export_module
 from pmp_ds.release.export import export, generate_sample, shard_bytes
 from pmp_ds.release.ledger import Claim, read
@@ -149,6 +150,19 @@ def test_private_export(tmp_path: Path, tokenizer_dir: Path) -> None:
     export(weights, out, tokenizer_dir=tokenizer_dir, card=CARD, private=True)
     assert stat.S_IMODE(out.stat().st_mode) == 0o700
     assert {stat.S_IMODE(path.stat().st_mode) for path in out.iterdir()} == {0o600}
+
+
+@pytest.mark.usefixtures("no_reload")
+def test_a_release_in_the_making_has_one_maker(tmp_path: Path, tokenizer_dir: Path) -> None:
+    weights, out = write_weights(tmp_path / "weights", gpt2()), tmp_path / "x" / "release"
+    with (
+        hold(out.parent, "it", prefix="release."),
+        pytest.raises(UserError, match=r"the release .*release is in use by "),
+    ):
+        export(weights, out, tokenizer_dir=tokenizer_dir, card=CARD)
+    assert not out.parent.exists()
+    export(weights, out, tokenizer_dir=tokenizer_dir, card=CARD)
+    assert [path.name for path in out.parent.iterdir()] == ["release"]
 
 
 @pytest.mark.usefixtures("no_reload")
