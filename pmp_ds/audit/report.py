@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from pmp_ds import formats
-from pmp_ds.audit import revisions, seeds, shadow, storage, training, values
+from pmp_ds.audit import derivative, revisions, seeds, shadow, storage, training, values
 from pmp_ds.audit.attack import MARGIN, WORDS, Result
 from pmp_ds.audit.case import Case
 from pmp_ds.run_dir import write_json
@@ -21,6 +21,7 @@ ATTACKS = (
     *storage.ATTACKS,
     *seeds.ATTACKS,
     *revisions.ATTACKS,
+    *derivative.ATTACKS,
     *values.ATTACKS,
     *training.ATTACKS,
     *shadow.ATTACKS,

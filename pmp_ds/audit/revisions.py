@@ -20,12 +20,6 @@ def two_revisions(case: Case) -> Finding:
     return _differences(case, case.base)
 
 
-def derivative(case: Case) -> Finding:
-    """What a partner's fine-tuned model changed is what the ticket let him change."""
-    assert case.derivative is not None
-    return _differences(case, case.derivative)
-
-
 def _differences(case: Case, other: Weights) -> Finding:
     def differs(name: str) -> torch.Tensor:
         one, two = case.release.tensor(name), other.tensor(name)
@@ -82,15 +76,6 @@ ATTACKS = (
         inputs=("base",),
         preventable=True,
         countermeasure="one public revision of a run",
-        use_quota=False,
-    ),
-    Attack(
-        name="authorized derivative",
-        needs="a derivative trained with the ticket",
-        run=derivative,
-        inputs=("derivative",),
-        preventable=True,
-        countermeasure="no derivative is published, or a dithered one",
         use_quota=False,
     ),
 )

@@ -34,16 +34,22 @@ def gradients(case: Case) -> Finding:
 
 
 def mean_gradient(
-    model: PreTrainedModel, text: Store, seconds: float, most: int = GRADIENT_BATCHES
+    model: PreTrainedModel,
+    text: Store,
+    seconds: float,
+    most: int = GRADIENT_BATCHES,
+    *,
+    signed: bool = False,
 ) -> tuple[Gradients, int]:
-    """Sum of |gradient| of each parameter, in its shape, and over how many batches."""
+    """Sum of |gradient| of each parameter, or of the ``signed`` gradient, in its shape, and over
+    how many batches."""
     total = {name: torch.zeros_like(param) for name, param in model.named_parameters()}
     deadline = time.monotonic() + seconds
     for count, batch in enumerate(_batches(text, _BATCH, order_key("audit", 0)), start=1):
         _backward(model, batch)
         for name, param in model.named_parameters():
             if param.grad is not None:
-                total[name] += param.grad.abs()
+                total[name] += param.grad if signed else param.grad.abs()
         if count == most or time.monotonic() > deadline:
             return total, count
     raise AssertionError("the stream of batches has no end")

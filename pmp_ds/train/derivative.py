@@ -18,7 +18,7 @@ from pmp_ds.run_dir import make_private
 from pmp_ds.ticket.fit import fitted
 from pmp_ds.ticket.ticket import load_ticket
 from pmp_ds.train import weight_files
-from pmp_ds.train.dither import Uniforms, dither
+from pmp_ds.train.dither import Uniforms, dither, draw_donors
 
 _BATCH = 8  # blocks
 
@@ -32,25 +32,31 @@ def write_dithered(derivative: Path, base: Path, ticket: Path, out: Path) -> Non
     """
     loaded = load_ticket(ticket)
     released, tuned = open_folder(base), open_folder(derivative)
-    before, after = _reader(released), _reader(tuned)
+    before, stored = _reader(released), _reader(tuned)
     mask = fitted(loaded.mask, released.shapes, base)
     key = bytes.fromhex(loaded.id)
     if dict(tuned.shapes) != dict(released.shapes):
         raise UserError(f"{derivative} is no derivative of {base}: names or shapes differ")
+
+    def after(name: str) -> torch.Tensor:
+        return stored(name).to(before(name).dtype)
+
+    for name in mask.shapes:
+        if moved := int(((after(name) != before(name)) & ~mask.full(name)).sum()):
+            raise UserError(
+                f"{derivative} is no authorized derivative of {base}: {moved:,} elements "
+                f"outside the ticket of {ticket} changed. Name the release it was "
+                "fine-tuned from and the ticket it was fine-tuned with"
+            )
+    donors = draw_donors(mask, before, after, _stream(key, "dither/donors"))
     make_private(out)
     with Progress("dither", "tensor", len(mask.shapes)) as bar:
 
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:
             for name in mask.shapes:
-                old, kept = before(name), mask.full(name)
-                new = after(name).to(old.dtype)
-                if moved := int(((new != old) & ~kept).sum()):
-                    raise UserError(
-                        f"{derivative} is no authorized derivative of {base}: {moved:,} elements "
-                        f"outside the ticket of {ticket} changed. Name the release it was "
-                        "fine-tuned from and the ticket it was fine-tuned with"
-                    )
-                yield name, dither(old, new, kept, _stream(key, name, new))
+                old, new, kept = before(name), after(name), mask.full(name)
+                draws = _content_stream(key, name, new)
+                yield name, dither(old, new, kept, donors, draws)
                 bar.update()
 
         weight_files.save_weights(tensors(), tuned.config, out)
@@ -78,10 +84,14 @@ def _reader(folder: ModelFolder) -> Callable[[str], torch.Tensor]:
     return lambda name: cast(torch.Tensor, folder.handles[name].get_tensor(name))
 
 
-def _stream(key: bytes, name: str, tensor: torch.Tensor) -> Uniforms:
+def _content_stream(key: bytes, name: str, tensor: torch.Tensor) -> Uniforms:
     """Uniforms that depend on the ticket and on this tensor of the undithered derivative."""
     content = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
-    own, position = derive(key, f"dither/{name}/{content}"), 0
+    return _stream(key, f"dither/{name}/{content}")
+
+
+def _stream(key: bytes, purpose: str) -> Uniforms:
+    own, position = derive(key, purpose), 0
 
     def draw(count: int) -> torch.Tensor:
         nonlocal position

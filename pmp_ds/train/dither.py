@@ -1,40 +1,113 @@
-"""Derivative dither: the frozen elements of a fine-tuned matrix get changes like the ticket's.
+"""Derivative dither: the frozen elements of a fine-tuned model get changes like the ticket's.
 
 Of an authorized derivative only ticket elements differ from the released base, so the difference
-is the mask. Here every complement element takes the change of a ticket element of the same row and
-of nearly the same magnitude, scaled a little so that no two changes are equal. Beyond the
-magnitudes themselves, which are public, one element's change then tells nothing about the mask.
-Structure over many elements, such as the low rank of an update, is not imitated.
+is the mask. Here every complement element takes the change of a ticket element of nearly the same
+magnitude, scaled a little so that no two changes are equal. Whose change it takes balances rows:
+
+- a row (of any matrix of the model) that keeps less than the model's share p gives only so many
+  of its frozen elements changes of its own, that of the elements that look like this row p are
+  kept; the rest, and so all of a row or a tensor without ticket elements, look like another row;
+- that other row is drawn from those that keep more than p, in proportion to the frozen elements
+  that they lack.
+
+So the changes of frozen and of kept elements have one distribution over the model. What is
+not imitated: structure over many elements, such as the low rank of an update or the size of the
+changes of a whole tensor, and how changes go along the gradient of a text.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 
+from pmp_ds.ticket.mask import ParamMask
+
 Uniforms = Callable[[int], torch.Tensor]  # n -> (n,) in (0, 1), fresh at every call
+Tensors = Callable[[str], torch.Tensor]  # parameter -> its values
 
 WINDOW = 32  # ticket elements of nearest magnitude that a change is drawn from
 JITTER = 0.2  # largest relative change of a change
+POOL = 1024  # rows that others take their changes from
 _CHUNK = 1 << 22  # elements worked on at once
 
 
+@dataclass(frozen=True)
+class Donors:
+    """Rows of the model's matrices, or of its vectors, that keep more than their ``share``."""
+
+    share: float
+    """Of the elements of all those rows that the ticket keeps."""
+
+    magnitudes: torch.Tensor
+    """(P, W) fp32: |base| of each row's ticket elements, ascending, then infinity."""
+
+    changes: torch.Tensor
+    """(P, W) fp32: their changes, in the same order."""
+
+    counts: torch.Tensor
+    """(P,) int64: ticket elements of each row."""
+
+
+def draw_donors(
+    mask: ParamMask, base: Tensors, changed: Tensors, uniforms: Uniforms
+) -> Mapping[bool, Donors]:
+    """What ``dither`` draws from, for matrices (True) and for vectors (False)."""
+    found = {}
+    for matrices in {len(shape) > 1 for shape in mask.shapes.values()}:
+        names = [name for name, shape in mask.shapes.items() if (len(shape) > 1) is matrices]
+        counts = {name: _rows(mask.full(name)).sum(1) for name in names}
+        columns = {name: _rows(mask.full(name)).shape[1] for name in names}
+        total = sum(columns[name] * len(counts[name]) for name in names)
+        share = sum(int(count.sum()) for count in counts.values()) / total
+        if not 0 < share < 1:
+            continue
+        lacking = [
+            (counts[name] / share - columns[name]).clamp(min=0).double() for name in names
+        ]  # frozen elements that a row of this share would have beyond its own
+        chosen = _weighted(torch.cat(lacking), uniforms, POOL)
+        rows, first = [], 0
+        for name in names:
+            here = chosen[(chosen >= first) & (chosen < first + len(counts[name]))] - first
+            first += len(counts[name])
+            if not len(here):
+                continue
+            tensors = (base(name), changed(name), mask.full(name))
+            old, new, kept = (_rows(tensor)[here] for tensor in tensors)
+            magnitudes, change = old.float().abs(), new.float() - old.float()
+            for size, move, own in zip(magnitudes, change, kept, strict=True):
+                order = size[own].argsort(stable=True)
+                rows.append((size[own][order], move[own][order]))
+        pad = torch.nn.utils.rnn.pad_sequence
+        found[matrices] = Donors(
+            share,
+            pad([m for m, _ in rows], batch_first=True, padding_value=torch.inf),
+            pad([c for _, c in rows], batch_first=True),
+            torch.tensor([len(m) for m, _ in rows]),
+        )
+    return found
+
+
 def dither(
-    base: torch.Tensor, changed: torch.Tensor, kept: torch.Tensor, uniforms: Uniforms
+    base: torch.Tensor,
+    changed: torch.Tensor,
+    kept: torch.Tensor,
+    donors: Mapping[bool, Donors],
+    uniforms: Uniforms,
 ) -> torch.Tensor:
     """``changed`` with its complement dithered, in its own dtype and shape.
 
     ``base`` is the release's tensor, in the same dtype; ``kept`` (bool) is the ticket, outside
-    which ``changed`` equals ``base``. A tensor without ticket elements comes back as it is.
+    which ``changed`` equals ``base``. A model without ticket elements comes back as it is.
     """
-    if bool(kept.all()) or not bool(kept.any()):
+    others = donors.get(base.ndim > 1)
+    if bool(kept.all()) or others is None:
         return changed
-    rows = base.shape[0] if base.ndim > 1 else 1
-    columns = base.numel() // rows
-    parts = []
-    for low in range(0, rows, max(1, _CHUNK // columns)):
-        chunk = slice(low, low + max(1, _CHUNK // columns))
-        old, new, mask = (each.reshape(rows, columns)[chunk] for each in (base, changed, kept))
-        parts.append(_dither_rows(old, new, mask, uniforms))
+    rows = [_rows(tensor) for tensor in (base, changed, kept)]
+    step = max(1, _CHUNK // rows[0].shape[1])
+    parts = [
+        _dither_rows(old, new, own, others, uniforms)
+        for old, new, own in zip(*(each.split(step) for each in rows), strict=True)
+    ]
     return torch.cat(parts).view(changed.shape)
 
 
@@ -42,32 +115,66 @@ def _dither_rows(
     base: torch.Tensor,  # (R, C)
     changed: torch.Tensor,  # (R, C)
     kept: torch.Tensor,  # (R, C) bool
+    others: Donors,
     uniforms: Uniforms,
 ) -> torch.Tensor:
     change = changed.float() - base.float()
-    order = base.float().abs().argsort(dim=1, stable=True)
-    kept_sorted = kept.gather(1, order)
-    before = kept_sorted.cumsum(1)  # ticket elements of smaller magnitude
-    # Columns of the row's ticket elements by magnitude, then of the others.
-    donors = order.gather(1, kept_sorted.logical_not().byte().argsort(dim=1, stable=True))
-    row, place = kept_sorted.logical_not().nonzero(as_tuple=True)
-    source = _source_rows(before[:, -1], uniforms)[row]
-    count = before[source, -1]
-    width = torch.where(source == row, count.clamp(max=WINDOW), count)
-    low = (before[row, place] - width // 2).clamp(min=0).minimum(count - width)
-    picked = donors[source, low + (uniforms(row.numel()) * width).long()]
-    scale = 1 + JITTER * (2 * uniforms(row.numel()) - 1)
-    column = order[row, place]
-    result = changed.clone()
-    moved = base[row, column].double() + change[source, picked].double() * scale
-    result[row, column] = moved.to(changed.dtype)
-    return result
+    share = kept.double().mean(1)
+    ratio = share * (1 - others.share) / (others.share * (1 - share))  # infinite for a full row
+    foreign = ratio < 1
+    result = _moved(base, _own(base, change, kept, uniforms), uniforms)
+    if bool(foreign.any()):
+        taken = _taken(base[foreign], others, uniforms)
+        moved = _moved(base[foreign], taken, uniforms)
+        own = uniforms(moved.numel()).view(moved.shape) < ratio[foreign, None]
+        result[foreign] = torch.where(own, result[foreign], moved)
+    return torch.where(kept, changed, result)
 
 
-def _source_rows(counts: torch.Tensor, uniforms: Uniforms) -> torch.Tensor:
-    """(R,) row that each row takes its changes from: itself, or any other if it has no ticket."""
-    source = torch.arange(counts.numel())
-    empty, filled = (counts == 0).nonzero()[:, 0], counts.nonzero()[:, 0]
-    if empty.numel() and filled.numel():
-        source[empty] = filled[(uniforms(empty.numel()) * filled.numel()).long()]
-    return source
+def _own(
+    base: torch.Tensor, change: torch.Tensor, kept: torch.Tensor, uniforms: Uniforms
+) -> torch.Tensor:
+    """(R, C): a change of the same row for each element, 0 in a row without ticket elements."""
+    magnitudes = base.float().abs().masked_fill(~kept, torch.inf)
+    magnitudes, order = magnitudes.sort(dim=1, stable=True)
+    return _nearest(base, magnitudes, change.gather(1, order), kept.sum(1), uniforms)
+
+
+def _taken(base: torch.Tensor, others: Donors, uniforms: Uniforms) -> torch.Tensor:
+    """(R, C): changes of one other row for each row."""
+    source = (uniforms(len(base)) * len(others.counts)).long()
+    rows = (others.magnitudes[source], others.changes[source], others.counts[source])
+    return _nearest(base, *rows, uniforms)
+
+
+def _nearest(
+    base: torch.Tensor,  # (R, C)
+    magnitudes: torch.Tensor,  # (R, W) ascending
+    changes: torch.Tensor,  # (R, W)
+    counts: torch.Tensor,  # (R,)
+    uniforms: Uniforms,
+) -> torch.Tensor:
+    """(R, C): for each element one of the WINDOW changes with the magnitudes nearest to its own."""
+    place = torch.searchsorted(magnitudes, base.float().abs().contiguous())
+    width = counts.clamp(max=WINDOW)[:, None]
+    low = (place - width // 2).clamp(min=0).minimum(counts[:, None] - width)
+    draw = (uniforms(base.numel()).view(base.shape) * width).long()
+    found = changes.gather(1, (low + draw).clamp(min=0))
+    return torch.where(counts[:, None] > 0, found, 0)
+
+
+def _moved(base: torch.Tensor, change: torch.Tensor, uniforms: Uniforms) -> torch.Tensor:
+    scale = 1 + JITTER * (2 * uniforms(base.numel()).view(base.shape) - 1)
+    return (base.double() + change.double() * scale).to(base.dtype)
+
+
+def _weighted(weights: torch.Tensor, uniforms: Uniforms, count: int) -> torch.Tensor:
+    """(count,) indices, ascending, each in proportion to its weight."""
+    ends = weights.cumsum(0)
+    found = torch.searchsorted(ends, uniforms(count).double() * ends[-1], right=True)
+    return found.clamp(max=len(weights) - 1).sort().values
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """A view of (rows, columns); a vector is one row."""
+    return tensor.reshape(tensor.shape[0] if tensor.ndim > 1 else 1, -1)

@@ -84,7 +84,7 @@ def test_two_revisions_and_a_derivative(make, tmp_path):
     other = save(tmp_path / "later", later)
     for name, given in (
         ("two revisions", {"base": other}),
-        ("authorized derivative", {"derivative": other}),
+        ("derivative: size of change", {"derivative": other}),
     ):
         result = run_one(name, made.case(**given))
         assert result.verdict == "leak"
@@ -100,7 +100,19 @@ def test_a_dense_derivative_tells_nothing(make, tmp_path):
         for name, value in made.tensors.items()
     }
     case = made.case(derivative=save(tmp_path / "full", moved))
-    assert run_one("authorized derivative", case).auc == pytest.approx(0.5, abs=0.02)
+    for name in ("size of change", "units in the last place"):
+        assert run_one(f"derivative: {name}", case).auc == pytest.approx(0.5, abs=0.02)
+    unseen = replace(case, mask=None)
+    assert run_one("derivative: size of change", unseen).verdict == "chance"
+
+
+def test_what_stands_still_is_proof_without_the_ticket(make, tmp_path):
+    made = make()
+    later = {
+        n: t.to(torch.bfloat16) for n, t in trained(made.initial, made.mask, seed=2).items()
+    }
+    case = replace(made.case(derivative=save(tmp_path / "later", later)), mask=None)
+    assert run_one("derivative: size of change", case).verdict == "leak"
 
 
 def test_frozen_constants(make):

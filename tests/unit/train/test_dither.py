@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 from pmp_ds.config import MaskConfig, ModelConfig
 from pmp_ds.errors import UserError
 from pmp_ds.model.parameters import parameter_table
-from pmp_ds.ticket.mask import ParamMask
+from pmp_ds.ticket.mask import ParamMask, pack
 from pmp_ds.ticket.ticket import Ticket, save_ticket
 from pmp_ds.train.derivative import write_dithered
 from pmp_ds.train.discover import random_ticket
-from pmp_ds.train.dither import JITTER, dither
+from pmp_ds.train.dither import JITTER, Uniforms, dither, draw_donors
 from tests.helpers import tiny
 
 # Large enough for rates within 0.01, small enough for seconds.
@@ -31,20 +31,29 @@ def halves(count: int) -> torch.Tensor:
     return torch.full((count,), 0.5, dtype=torch.float64)
 
 
+def dithered(
+    base: torch.Tensor, changed: torch.Tensor, kept: torch.Tensor, draws: Uniforms = halves
+) -> torch.Tensor:
+    mask = ParamMask(bits={"w": pack(kept)}, shapes={"w": tuple(kept.shape)})
+    donors = draw_donors(mask, lambda _: base, lambda _: changed, draws)
+    return dither(base, changed, kept, donors, draws)
+
+
 def test_by_hand() -> None:
-    """Every frozen element takes the middle one of its row's changes; 0.5 means no jitter."""
+    """Half of 12 elements are kept. Every frozen element takes the middle one of its row's changes,
+    or in rows without any those of the one row that keeps more than half; 0.5 means no jitter."""
     base = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 1.0, 1.0], [5.0, 6.0, 7.0, 8.0]])
-    kept = torch.tensor([[True, False, True, True], [False] * 4, [True, True, False, False]])
-    changed = base + torch.tensor([[0.25, 0, 0.5, 1], [0, 0, 0, 0], [2, 3, 0, 0]])
-    wanted = base + torch.tensor([[0.25, 0.5, 0.5, 1], [3, 3, 3, 3], [2, 3, 3, 3]])
-    assert torch.equal(dither(base, changed, kept, halves), wanted)
+    kept = torch.tensor([[True, False, True, True], [False] * 4, [True, True, True, False]])
+    changed = base + torch.tensor([[0.25, 0, 0.5, 1], [0, 0, 0, 0], [2, 3, 4, 0]])
+    wanted = base + torch.tensor([[0.25, 0.5, 0.5, 1], [3, 3, 3, 3], [2, 3, 4, 3]])
+    assert torch.equal(dithered(base, changed, kept), wanted)
 
 
 def test_changes_are_scaled_apart() -> None:
     base, kept = torch.zeros(1, 4000), torch.arange(4000)[None] % 2 == 0
     changed = base + kept * 1.0
     draws = torch.Generator().manual_seed(0)
-    result = dither(base, changed, kept, lambda n: torch.rand(n, generator=draws).double())
+    result = dithered(base, changed, kept, lambda n: torch.rand(n, generator=draws).double())
     moved = result[~kept]
     assert 1 - JITTER <= float(moved.min()) < 0.81
     assert 1.19 < float(moved.max()) <= 1 + JITTER
@@ -54,7 +63,46 @@ def test_changes_are_scaled_apart() -> None:
 @pytest.mark.parametrize("keep", [True, False])
 def test_nothing_to_hide_or_to_draw_from(keep: bool) -> None:
     base, kept = torch.randn(3, 5), torch.full((3, 5), keep)
-    assert torch.equal(dither(base, base + kept, kept, halves), base + kept)
+    assert torch.equal(dithered(base, base + kept, kept), base + kept)
+
+
+def test_rows_and_tensors_do_not_show_their_share() -> None:
+    """As discovery finds it: rows that changed more are kept more, one tensor is not kept at all,
+    one wholly."""
+    draws = torch.Generator().manual_seed(0)
+    shares = {
+        "rows": torch.linspace(0, 1, 400)[:, None],
+        "other": torch.linspace(0.5, 1, 200)[:, None],
+        "empty": torch.zeros(200, 1),
+        "whole": torch.ones(100, 1),
+    }
+    base = {n: torch.randn(len(s), 96, generator=draws) for n, s in shares.items()}
+    kept = {n: torch.rand(len(s), 96, generator=draws) < s for n, s in shares.items()}
+    changed = {
+        n: base[n] + kept[n] * (0.2 + s) * torch.randn(base[n].shape, generator=draws) / 10
+        for n, s in shares.items()
+    }
+    mask = ParamMask(
+        bits={n: pack(k) for n, k in kept.items()},
+        shapes={n: (len(s), 96) for n, s in shares.items()},
+    )
+
+    def uniforms(count: int) -> torch.Tensor:
+        return torch.rand(count, generator=draws, dtype=torch.float64)
+
+    donors = draw_donors(mask, base.__getitem__, changed.__getitem__, uniforms)
+    after = {n: dither(base[n], changed[n], kept[n], donors, uniforms) for n in shares}
+    for name in shares:
+        assert torch.equal(after[name][kept[name]], changed[name][kept[name]])
+        assert bool((after[name] != base[name]).any(1).all()), "a row that stands still is proof"
+    labels = torch.cat([k.flatten() for k in kept.values()])
+    change = torch.cat([(after[n] - base[n]).abs().flatten() for n in shares])
+    assert abs(auc(change, labels) - 0.5) < 0.01
+    own = kept["rows"].flatten()
+    by_row = (after["rows"] - base["rows"]).abs()
+    assert auc((by_row / by_row.mean(1, keepdim=True)).flatten(), own) == pytest.approx(
+        0.5, abs=0.06
+    )
 
 
 @pytest.fixture(scope="module")
