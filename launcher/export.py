@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from pmp_ds.cli import PlainParser
 from pmp_ds.errors import UserError, exit_code
-from pmp_ds.run_dir import LEDGER, RunDir, make_private
+from pmp_ds.run_dir import RunDir, make_private
 from pmp_ds.train.run_facts import export_facts, load_config, read_data
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sign", type=Path, metavar="PEM", help="private key: sign the folder (extra `sign`)")
     add("--prompt", metavar="TEXT", help="let the release continue TEXT at the end")
     add("--base", type=Path, metavar="FOLDER", help="of --derivative: the release it came from")
-    add("--ticket", type=Path, metavar="FOLDER", help="of --derivative: the ticket it was given")
+    add("--ticket", type=Path, metavar="FOLDER", help="of --derivative: the run's own ticket")
     add("--store", type=Path, help="of --derivative: measure the loss on its validation blocks")
     add("--blocks", type=int, default=64, metavar="N", help="of --store. Default: 64")
     add(
@@ -148,7 +148,7 @@ def _export_run(args: argparse.Namespace) -> "ExportSummary":
         if config.mask.source != "none" and not (public or private):
             claim = Claim(
                 path=run.ledger,
-                lineage=theta0.lineage(run),
+                lineage=theta0.proven_lineage(run),
                 kind="final" if weights.updates >= config.train.steps else "intermediate",
                 updates=weights.updates,
                 date=card.date,
@@ -184,10 +184,18 @@ def _export_derivative(args: argparse.Namespace) -> "ExportSummary":
     from pmp_ds.release.ledger import Claim, lineage_of, read
     from pmp_ds.release.model_card import DerivativeFacts
     from pmp_ds.release.source import open_source
+    from pmp_ds.train import theta0
     from pmp_ds.train.derivative import loss_on, write_dithered
 
     require_absent(args.out)
-    ledger = args.ticket.resolve().parent / LEDGER
+    run = RunDir(args.ticket.resolve().parent.parent)
+    if run.ticket != args.ticket.resolve() or not theta0.is_known(run):
+        raise UserError(
+            f"--ticket {args.ticket} is not the ticket of a run, runs/NAME/private/ticket: "
+            "derivatives are released by the run's owner; dithered with a recipient's copy, a "
+            "model would no longer show whose it is"
+        )
+    ledger = run.ledger
     base = open_source(args.base)
     lineage = lineage_of(read(ledger), base.digest())
     base.close()

@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pmp_ds import formats
 from pmp_ds.cli import PlainParser
 from pmp_ds.errors import UserError, exit_code
 from pmp_ds.run_dir import RunDir, write_bytes
@@ -113,12 +114,20 @@ def seal(args: argparse.Namespace) -> None:
     to = [] if by_passphrase else keys.public_keys(args.to)
     vault.check_recipient(known, name, to)
     ticket = vault.any_ticket(run.ticket, None)
-    number = None
+    number, strength = None, ""
     if not args.no_watermark:
         from pmp_ds.ticket import watermark
+        from pmp_ds.ticket.trace import resists
 
-        key, number = _watermark(_secret(run, known, may_create=True), name)
-        ticket = watermark.without(ticket, watermark.draw_marks(ticket.mask, key))
+        secret = _secret(run, known, may_create=True)
+        code = _code(ticket.mask, secret)
+        key, number = _watermark(secret, name)
+        ticket = watermark.without(ticket, code, watermark.codeword(code, key))
+        recipients = len({record.watermark for record in known} - {None} | {number})
+        strength = (
+            f"a leak made from the copies of up to {resists(len(code), recipients)} recipients "
+            "together still names one of them"
+        )
     labels = tuple(key.label for key in to)
     phrase = keys.read_passphrase(args.passphrase_file, confirm=True) if by_passphrase else None
     sealed = vault.seal(ticket, phrase or to)
@@ -130,6 +139,8 @@ def seal(args: argparse.Namespace) -> None:
     write_bytes(args.out, sealed, private=True)
     marked = "without a watermark" if number is None else f"watermark {number}"
     print(f"{args.out}: sealed for {name} ({', '.join(labels) or 'a passphrase'}), {marked}")
+    if strength:
+        print(strength)
 
 
 def open_(args: argparse.Namespace) -> None:
@@ -194,11 +205,13 @@ def trace(args: argparse.Namespace) -> None:
         raise UserError("trace what? Give --ticket FOLDER or --model FOLDER")
     own = vault.any_ticket(run.ticket, None)
     copies = vault.records(run.vault)
-    names = {r.watermark: r.name for r in copies if r.watermark is not None}
-    if not names:
+    marked = [record for record in copies if record.watermark is not None]
+    names = {record.watermark: record.name for record in marked if record.by_code}
+    if not names and not marked:
         raise UserError(f"no copy of this ticket was sealed with a watermark ({run.vault})")
     secret = _secret(run, copies)
-    marks = {n: watermark.draw_marks(own.mask, _watermark(secret, n)[0]) for n in names.values()}
+    code = _code(own.mask, secret)
+    words = {n: watermark.codeword(code, _watermark(secret, n)[0]) for n in names.values()}
     if args.ticket is not None:
         leaked = vault.any_ticket(args.ticket, None)
         if leaked.mask.shapes != own.mask.shapes:
@@ -206,7 +219,12 @@ def trace(args: argparse.Namespace) -> None:
         observed = trace.of_ticket(leaked.mask)
     else:
         observed = trace.of_model(args.base or run.release, args.model, own.mask)
-    _report(trace.weigh(own.mask, marks, observed))
+    _report(trace.weigh(own.mask, code, words, observed))
+    if older := sorted({record.name for record in marked if not record.by_code}):
+        print(
+            f"note: the copies for {', '.join(older)} were marked by "
+            f"{formats.writer('registry', 2)}, which traces them"
+        )
     if any(record.watermark is None for record in copies):
         print("note: copies without a watermark were sealed too; they cannot be traced")
 
@@ -217,13 +235,14 @@ def _report(evidence: Mapping[str, Any]) -> None:
 
     for who, found in sorted(evidence.items(), key=lambda item: item[1].log10_p):
         print(
-            f"{who}: lacks {found.num_lacking} of {found.num_marks} marks, {found.expected:.1f} "
-            f"expected by chance, p = {_power(found.log10_p)}"
+            f"{who}: agrees in {found.num_agreeing:,} of {found.num_places:,} places, score "
+            f"{found.score:.0f} (by chance 0, give or take {found.spread:.0f}), "
+            f"p <= {_power(found.log10_p)}"
         )
     for who in (guilty := named(evidence)):
         print(
             f"verdict: the copy of {who}. The chance that this accuses an innocent one of "
-            f"{len(evidence)} recipients is {_power(corrected(evidence, who))}"
+            f"{len(evidence)} recipients is at most {_power(corrected(evidence, who))}"
         )
     if len(guilty) > 1:
         print("several are named: what leaked was made from all of their copies")
@@ -260,12 +279,21 @@ def _secret(run: RunDir, known: Sequence[vault.Record], *, may_create: bool = Fa
     return secret
 
 
+def _code(mask: Any, secret: bytes) -> Any:
+    """The places that copies may lack, the same for all recipients of the run's ticket."""
+    from pmp_ds.model.secret_init import derive
+    from pmp_ds.ticket.watermark import draw_code
+
+    return draw_code(mask, derive(secret, "vault/code"))
+
+
 def _watermark(secret: bytes, name: str) -> tuple[bytes, str]:
     """The recipient's key and a number for it; the same name gives the same copy again."""
     from pmp_ds.model.secret_init import derive
 
     purpose = f"vault/{name.casefold()}"
-    return derive(secret, f"{purpose}/marks"), bytes(derive(secret, f"{purpose}/number"))[:8].hex()
+    number = bytes(derive(secret, f"{purpose}/number"))[:8].hex()
+    return derive(secret, f"{purpose}/codeword"), number
 
 
 def _opener(args: argparse.Namespace) -> Any:

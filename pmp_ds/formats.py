@@ -90,9 +90,11 @@ FORMATS = {
         "registry", "`private/vault/sealed.jsonl`, in each line",
         (
             Version(1, _BEFORE, "a sealed copy; the line has no number"),
-            Version(2, _NOW, "`format_version`"),
+            Version(2, f"{_BEFORE} before 2026-11-28", "`format_version`"),
+            Version(3, _NOW, "the copy is marked by a code that resists coalitions"),
         ),
-        (1, 2), "A line without a number is version 1.",
+        (1, 2, 3), "A line without a number is version 1. Copies of both are listed; `trace` names "
+        "the pmp-ds that traces them.",
     ),
     "data": Format(
         "data", "`data.json`",
@@ -106,11 +108,13 @@ FORMATS = {
         "theta0", "`private/init/theta0.json`",
         (
             Version(1, _BEFORE, "the digest of theta(0); the file has no number"),
-            Version(2, _NOW, "`format_version`, and for secret initial weights the one-way check "
-                    "value of the key (`key_check`)"),
+            Version(2, f"{_BEFORE} before 2026-11-28", "`format_version`, and for secret initial "
+                    "weights the one-way check value of the key (`key_check`)"),
+            Version(3, _NOW, "the digest is sealed with the key (`seal`)"),
         ),
-        (1, 2), "A file without a number is version 1. The next start of `pretrain.py` rewrites it "
-        "as version 2; until then `vault.py` draws theta(0) again to check the key.",
+        (1, 2, 3), "A file without a number is version 1. The next start of `pretrain.py` rewrites "
+        "it as version 3; until then `vault.py` draws theta(0) again to check the key (1), and "
+        "`export.py` to check the digest (1, 2).",
     ),
 }  # fmt: skip
 
@@ -118,6 +122,11 @@ FORMATS = {
 def current(name: str) -> int:
     """Return the version of format ``name`` that is written."""
     return FORMATS[name].versions[-1].number
+
+
+def writer(name: str, number: int) -> str:
+    """Return the pmp-ds that wrote version ``number`` of format ``name``."""
+    return next(v.written_by for v in FORMATS[name].versions if v.number == number)
 
 
 def require(

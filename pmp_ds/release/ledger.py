@@ -69,10 +69,13 @@ class Claim:
         with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
             lock(file)
             _check(self, read(self.path), weights)
-            whole = file.read().rpartition(b"\n")
-            file.seek(len(whole[0] + whole[1]))
-            file.truncate()  # half a line, of an export that a power cut ended
-            file.write(line.encode() + b"\n")
+            whole = file.read()
+            if unfinished := _unfinished(whole):
+                whole = whole[: -len(unfinished)]  # of an export that a power cut ended
+            file.seek(len(whole))
+            file.truncate()
+            end = b"\n" if whole and not whole.endswith(b"\n") else b""
+            file.write(end + line.encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -83,7 +86,9 @@ def read(path: Path) -> tuple[Entry, ...]:
         return ()
     names = {field.name for field in fields(Entry)}
     entries = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+    whole = path.read_bytes()
+    whole = whole.removesuffix(_unfinished(whole)).removesuffix(b"\n")
+    for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
         try:
             values = json.loads(line)
             where = f"{path}, line {number},"
@@ -101,6 +106,16 @@ def read(path: Path) -> tuple[Entry, ...]:
                 "without it nothing may leave, since nobody knows what has left before"
             ) from None
     return tuple(entries)
+
+
+def _unfinished(content: bytes) -> bytes:
+    """The last line if it is only the beginning of one; whole JSON is an entry, newline or not."""
+    last = content.rpartition(b"\n")[2]
+    try:
+        json.loads(last)
+    except ValueError:
+        return last
+    return b""
 
 
 def lineage_of(entries: Sequence[Entry], released: str) -> str:

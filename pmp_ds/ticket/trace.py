@@ -1,9 +1,12 @@
 """Whose copy leaked? From a leaked ticket, or from a model that was fine-tuned with one.
 
-A copy lacks its recipient's marks (watermark.py), so its holder's models never change them. The
-marks of everyone else are a random sample of the ticket, drawn from a key that nobody outside
-knows; so, whatever was done to the leak, the number of them that it lacks is hypergeometric. The
-tail of that distribution is exactly the chance of accusing an innocent recipient.
+A copy lacks its recipient's codeword (watermark.py), so its holder's models never change those
+places. Each recipient has a score: how well the places that the leak lacks agree with the codeword,
+each weighed by how telling it is (the symmetric form of Tardos' score by B. Skoric, S.
+Katzenbeisser and M. Celik, Designs, Codes and Cryptography 46, 2008). The codewords of the innocent
+are drawn independently of the leak, whatever was done to it and by however many recipients
+together; so the chance that an innocent one scores that much is bounded by Chernoff's bound,
+without assumptions.
 """
 
 import math
@@ -17,7 +20,7 @@ from pmp_ds.errors import UserError
 from pmp_ds.model.folder import open_tensors, shape_of
 from pmp_ds.ticket.fit import fitted
 from pmp_ds.ticket.mask import ParamMask
-from pmp_ds.ticket.watermark import Marks, markable
+from pmp_ds.ticket.watermark import Code
 
 ALPHA = 1e-6
 """Recipients are named below this chance that any innocent one would be."""
@@ -28,63 +31,91 @@ Observation = tuple[str, torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Evidence:
-    """How much of one recipient's watermark a leak lacks."""
+    """How well a leak agrees with one recipient's codeword."""
 
-    num_marks: int  # of this recipient, among the elements that can tell
-    num_lacking: int  # of these, not in the leaked ticket, or never changed in the model
-    population: int  # ticket elements that can tell
-    population_lacking: int
-
-    @property
-    def expected(self) -> float:
-        """``num_lacking`` of an innocent recipient, on average."""
-        return self.num_marks * self.population_lacking / max(1, self.population)
-
-    @property
-    def log10_p(self) -> float:
-        """log10 of the chance that an innocent recipient's marks look at least like this."""
-        return log10_tail(
-            self.num_lacking, self.num_marks, self.population_lacking, self.population
-        )
+    num_places: int  # of the code, among the elements that can tell
+    num_agreeing: int  # of these, lacking in both or in neither
+    score: float  # 0 of an innocent recipient, on average
+    spread: float  # standard deviation of an innocent recipient's
+    log10_p: float  # log10 of a bound on the chance that an innocent one scores this much
 
 
-def log10_tail(found: int, drawn: int, special: int, total: int) -> float:
-    """log10 P(at least ``found`` of ``drawn`` are special), drawn without repetition from ``total``
-    things of which ``special`` are."""
-    most = min(drawn, special)
-    least = max(found, drawn - (total - special), 0)
-    if least == max(drawn - (total - special), 0):
-        return 0.0
-    i = torch.arange(least, most + 1, dtype=torch.float64)
-    logs = _log_choose(special, i) + _log_choose(total - special, drawn - i)
-    return min(0.0, float(logs.logsumexp(0) - _log_choose(total, torch.tensor(drawn)))) / math.log(
-        10
-    )
-
-
-def _log_choose(n: int, k: torch.Tensor) -> torch.Tensor:
-    n_, k = torch.tensor(float(n), dtype=torch.float64), k.double()
-    return torch.lgamma(n_ + 1) - torch.lgamma(k + 1) - torch.lgamma(n_ - k + 1)
+def resists(places: int, recipients: int) -> int:
+    """How many recipients may put their copies together, so that one of them is still named."""
+    needed = math.sqrt(2 * math.log(max(1, recipients) / ALPHA)) + 1  # standard deviations
+    return int(2 * math.sqrt(places) / (math.pi * needed))
 
 
 def weigh(
-    mask: ParamMask, recipients: Mapping[str, Marks], observed: Iterable[Observation]
+    mask: ParamMask,
+    code: Code,
+    words: Mapping[str, torch.Tensor],  # (m,) bool each
+    observed: Iterable[Observation],
 ) -> dict[str, Evidence]:
-    """The evidence for each of ``recipients``, given the original ``mask`` and a leak."""
-    eligible = markable(mask)
-    population = lacking = 0
-    marks, found = dict.fromkeys(recipients, 0), dict.fromkeys(recipients, 0)
-    for name, telling, absent in observed:
-        if name not in eligible:
+    """The evidence for each recipient of ``words``, given the original ``mask`` and a leak."""
+    telling = torch.zeros(len(code), dtype=torch.bool)
+    lacking = torch.zeros(len(code), dtype=torch.bool)
+    sizes = [len(places) for places in code.places.values()]
+    parts = dict(zip(code.places, zip(telling.split(sizes), lacking.split(sizes), strict=True),
+                     strict=True))  # fmt: skip
+    elsewhere = elsewhere_lacking = 0
+    for name, can_tell, absent in observed:
+        if name not in parts:
             continue
-        kept = mask.full(name).view(-1) & telling
-        population += int(kept.sum())
-        lacking += int((kept & absent).sum())
-        for who, own in recipients.items():
-            places = own[name][telling[own[name]]]
-            marks[who] += len(places)
-            found[who] += int(absent[places].sum())
-    return {who: Evidence(marks[who], found[who], population, lacking) for who in recipients}
+        places, (tells, lacks) = code.places[name], parts[name]
+        tells.copy_(can_tell[places])
+        lacks.copy_(absent[places])
+        kept = mask.full(name).view(-1) & can_tell
+        elsewhere += int(kept.sum()) - int(tells.sum())
+        elsewhere_lacking += int((kept & absent).sum()) - int((tells & lacks).sum())
+    noise = elsewhere_lacking / max(1, elsewhere)
+    lacks, chances = lacking[telling], code.chances[telling]
+    # (m,): what a place adds to the score of a recipient whose copy lacks it, and has it. Of what
+    # the leak lacks, noise explains a part.
+    weight = torch.where(lacks, (1 - noise) / (1 + noise), -1.0)
+    if_lacks, if_has = (
+        weight * ((1 - chances) / chances).sqrt(),
+        -weight * (chances / (1 - chances)).sqrt(),
+    )
+    spread = float((weight**2).sum().sqrt())
+    found = {}
+    for who, word in words.items():
+        own = word[telling]
+        score = float(torch.where(own, if_lacks, if_has).sum())
+        found[who] = Evidence(
+            num_places=len(own),
+            num_agreeing=int((own == lacks).sum()),
+            score=score,
+            spread=spread,
+            log10_p=log10_tail(score, chances, if_lacks, if_has),
+        )
+    return found
+
+
+def log10_tail(
+    score: float, chances: torch.Tensor, if_true: torch.Tensor, if_false: torch.Tensor
+) -> float:
+    """A bound on log10 P(sum of X >= ``score``), where X is ``if_true`` with its chance, else
+    ``if_false``, (m,) each and of mean 0: Chernoff's, min over t of E[exp(t (X - score))]."""
+    if not len(chances) or score <= 0:
+        return 0.0
+
+    def log_bound(t: float) -> float:
+        terms = torch.stack([chances.log() + t * if_true, (1 - chances).log() + t * if_false])
+        return float(terms.logsumexp(0).sum()) - t * score
+
+    variance = float((chances * if_true**2 + (1 - chances) * if_false**2).sum())
+    low, high = 0.0, 2 * score / max(variance, 1e-300)
+    while log_bound(2 * high) < log_bound(high):
+        high *= 2
+    high *= 2
+    for _ in range(40):  # it is convex in t, and any t gives a bound
+        third = (high - low) / 3
+        if log_bound(low + third) < log_bound(high - third):
+            high -= third
+        else:
+            low += third
+    return min(0.0, log_bound((low + high) / 2)) / math.log(10)
 
 
 def named(evidence: Mapping[str, Evidence]) -> list[str]:

@@ -37,6 +37,7 @@ class Record:
     date: str  # UTC, to the second
     watermark: str | None  # number of the watermark in hex, None: an unmarked copy
     file: str  # where the sealed file was written
+    by_code: bool = True  # False: marked by an older pmp-ds, in its way
 
 
 def seal(ticket: Ticket, to: Sequence[PublicKey] | Passphrase) -> bytes:
@@ -75,9 +76,12 @@ def remember(vault: Path, record: Record) -> None:
     """Append ``record`` to the registry in ``vault``, on disk when this returns."""
     make_private(vault)
     values = asdict(record) | {"format_version": formats.current("registry")}
+    del values["by_code"]
     line = json.dumps(values, ensure_ascii=False) + "\n"
-    fd = os.open(vault / RECORDS_FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    fd = os.open(vault / RECORDS_FILE, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
     try:
+        if (size := os.fstat(fd).st_size) and os.pread(fd, 1, size - 1) != b"\n":
+            line = "\n" + line  # an editor took the newline of a whole line
         os.write(fd, line.encode())
         os.fsync(fd)
     finally:
@@ -100,7 +104,8 @@ def records(vault: Path) -> list[Record]:
             version = values.pop("format_version", 1)
             where = f"{path}, line {number},"
             formats.require("registry", where, version, way_out="use that version")
-            found.append(Record(**values | {"keys": tuple(values["keys"])}))
+            more = {"keys": tuple(values["keys"]), "by_code": version >= 3}
+            found.append(Record(**values | more))
         except FormatError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError):

@@ -1,12 +1,18 @@
 """Marks a copy of a ticket, so that the copy or a model trained with it names its holder.
 
-A copy lacks 0.1% of the ticket's elements, drawn from a key of the recipient's own. Parameters
-that the ticket keeps whole (norms, biases) are left whole: one frozen norm element would show.
+A copy lacks some of the ticket's elements. Which ones it may lack is drawn from a key of the run;
+which of them it does lack is the recipient's codeword, of a binary fingerprinting code (G. Tardos,
+Optimal probabilistic fingerprint codes, J. ACM 55, 2008): each place has a probability of its own,
+with which every recipient's copy lacks it. Recipients who compare their copies see some of the
+places, but whatever they make of them is closer to their own codewords than to anyone else's.
+
+Parameters that the ticket keeps whole (norms, biases) are left whole: one frozen norm element
+would show.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import replace
-from fractions import Fraction
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +21,34 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from numpy.typing import NDArray
 
 from pmp_ds.errors import UserError
+from pmp_ds.model.stream import uniforms
 from pmp_ds.ticket.mask import ParamMask, popcount
 from pmp_ds.ticket.ticket import Ticket
 
-SHARE = Fraction(1, 1000)
+SHARE = 0.002
+"""Places of the code to kept elements; a copy lacks half of them on average."""
+
+FEWEST = 2048
+"""Places of the code in a small ticket, of which they may be a quarter."""
+
+CUTOFF = 0.005
+"""Least probability of a place; the largest is 1 less this."""
+
 _CHUNK = 1 << 22  # elements looked at together: 32 MiB of indices
 
-Marks = Mapping[str, torch.Tensor]
-"""Dropped elements by parameter: (n,) int64, ascending places in the flattened parameter."""
+
+@dataclass(frozen=True)
+class Code:
+    """The places that copies may lack, the same for all recipients of a run's ticket."""
+
+    places: Mapping[str, torch.Tensor]
+    """By parameter, in the mask's order: (n,) int64, ascending, in the flattened parameter."""
+
+    chances: torch.Tensor
+    """(m,) float64: with which a copy lacks each place, all parameters after one another."""
+
+    def __len__(self) -> int:
+        return len(self.chances)
 
 
 def markable(mask: ParamMask) -> dict[str, int]:
@@ -31,29 +57,43 @@ def markable(mask: ParamMask) -> dict[str, int]:
     return {name: kept[name] for name in mask.shapes if kept[name] < mask.numel(name)}
 
 
-def draw_marks(mask: ParamMask, key: bytes) -> Marks:
-    """round(0.001 k) kept elements of ``mask``, uniformly without repetition from ``key`` (32
-    bytes). Raises UserError for a ticket too small or too full to be marked."""
+def length(mask: ParamMask) -> int:
+    """How many places the code of ``mask`` has."""
+    return max(round(SHARE * mask.num_kept), FEWEST)
+
+
+def draw_code(mask: ParamMask, key: bytes) -> Code:
+    """``length`` kept elements of ``mask``, uniformly without repetition from ``key`` (32 bytes),
+    with probabilities by Tardos' arcsine law. Raises UserError for a ticket too small or too full.
+    """
     kept = markable(mask)
-    total, count = sum(kept.values()), round(SHARE * mask.num_kept)
-    if not 0 < 2 * count <= total:
+    total, count = sum(kept.values()), length(mask)
+    if 4 * count > total:
         raise UserError(
             f"a ticket of {mask.num_kept} elements, {total} of them in parameters that are trained "
-            f"in part, cannot carry a watermark of {count}: pass --no-watermark"
+            f"in part, cannot carry a watermark of {count} places: pass --no-watermark"
         )
     ranks = torch.from_numpy(_draw(key, count, total))
-    marks, first = {}, 0
+    places, first = {}, 0
     for name, num_kept in kept.items():
-        marks[name] = _elements(mask, name, _between(ranks, first, num_kept))
+        places[name] = _elements(mask, name, _between(ranks, first, num_kept))
         first += num_kept
-    return marks
+    low = math.asin(math.sqrt(CUTOFF))
+    angles = low + (math.pi / 2 - 2 * low) * uniforms(key, 8 * count, count)  # after the places
+    return Code(places, torch.from_numpy(np.sin(angles) ** 2))
 
 
-def without(ticket: Ticket, marks: Marks) -> Ticket:
-    """``ticket`` less the marked elements."""
+def codeword(code: Code, key: bytes) -> torch.Tensor:
+    """(m,) bool: the places that the copy for the holder of ``key`` (32 bytes) lacks."""
+    return torch.from_numpy(uniforms(key, 0, len(code))) < code.chances
+
+
+def without(ticket: Ticket, code: Code, word: torch.Tensor) -> Ticket:
+    """``ticket`` less the places of a codeword."""
     bits = dict(ticket.mask.bits)
-    for name, elements in marks.items():
-        packed, where = bits[name].numpy().copy(), elements.numpy()
+    words = word.split([len(places) for places in code.places.values()])
+    for (name, places), lacks in zip(code.places.items(), words, strict=True):
+        packed, where = bits[name].numpy().copy(), places[lacks].numpy()
         np.bitwise_and.at(packed, where // 8, ~(1 << where % 8).astype(np.uint8))
         bits[name] = torch.from_numpy(packed)
     return replace(ticket, mask=ParamMask(bits=bits, shapes=ticket.mask.shapes))
@@ -89,13 +129,11 @@ def _between(ranks: torch.Tensor, first: int, count: int) -> torch.Tensor:
 
 def missing_from(copy: Ticket, original: Ticket, where: Path) -> int:
     """How many elements of ``original`` the copy at ``where`` lacks. Raises UserError unless it is
-    a copy: of the same model, with nothing added and no more missing than a watermark."""
+    a copy: of the same model, with nothing added and no more missing than a watermark may."""
     if copy.mask.shapes != original.mask.shapes:
         raise UserError(f"{where} is no copy of the run's ticket: it is for another model")
-    common = sum(
-        popcount(bits & original.mask.bits[name]) for name, bits in copy.mask.bits.items()
-    )
+    common = sum(popcount(bits & original.mask.bits[name]) for name, bits in copy.mask.bits.items())
     missing = original.mask.num_kept - common
-    if common != copy.mask.num_kept or missing > round(SHARE * original.mask.num_kept):
+    if common != copy.mask.num_kept or missing > 0.6 * length(original.mask):
         raise UserError(f"{where} is no copy of the run's ticket: it keeps other elements")
     return missing

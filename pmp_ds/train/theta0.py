@@ -2,7 +2,7 @@
 the same bits.
 
     private/init/key            32 bytes; made once, by the first start of a run
-    private/init/theta0.json    digest of theta(0), and a one-way check value of the key
+    private/init/theta0.json    digest of theta(0), a one-way check value of the key, and a seal
 """
 
 import hmac
@@ -25,6 +25,7 @@ from pmp_ds.train.run_facts import DataFacts, load_config, read_data
 
 _FILE = "theta0.json"
 _CHECK = "key_check"
+_SEAL = "seal"
 Init = Secret | int  # a key, or the public seed of paper mode
 
 
@@ -96,6 +97,11 @@ def _check_value(key: Secret) -> str:
     return bytes(derive(key, "key check")).hex()
 
 
+def _seal(key: Secret, digest: str) -> str:
+    """Return what nobody without the key can write beside a digest (HMAC-SHA256)."""
+    return hmac.digest(bytes(derive(key, "theta0 seal")), digest.encode(), "sha256").hex()
+
+
 def require_key(run: RunDir) -> Secret:
     """Return the run's key after a check against theta0.json; rank 0 alone calls it.
 
@@ -144,6 +150,7 @@ def remember(run: RunDir, digest: str, init: Init) -> None:
         "format_version": formats.current("theta0"),
         "sha256": digest,
         _CHECK: _check_value(init) if isinstance(init, Secret) else None,
+        _SEAL: _seal(init, digest) if isinstance(init, Secret) else None,
     }
     write_json(run.init / _FILE, values, private=True)
 
@@ -156,6 +163,26 @@ def lineage(run: RunDir) -> str:
             f"{run.init / _FILE} is missing or damaged: put it back from a backup, or let "
             "launcher/pretrain.py write it again; nothing else says which initial weights are this "
             "run's"
+        )
+    return found
+
+
+def proven_lineage(run: RunDir) -> str:
+    """``lineage``, after a check against the run's key; of a run with secret initial weights.
+
+    A run of an older pmp-ds has no seal: then theta(0) is drawn again, which takes a while. Raises
+    UserError when the file was altered.
+    """
+    key, found = require_key(run), lineage(run)
+    seal = _remembered(run).get(_SEAL)
+    if seal is None:
+        config = load_config(run)
+        return check(run, draw(config, read_data(run), key))
+    if not hmac.compare_digest(str(seal), _seal(key, found)):
+        raise UserError(
+            f"{run.init / _FILE} was altered: its digest is not the one that was sealed with the "
+            "run's key, so nobody can say what else left from these initial weights; put it back "
+            "from a backup"
         )
     return found
 

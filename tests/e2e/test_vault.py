@@ -121,9 +121,7 @@ SEAL = ("vault.py", "seal", "--run", "main", "--name", "A", "--to", "a.pub", "--
 @pytest.mark.parametrize(
     ("fault", "lost"), [("lost key, seal", True), ("key, seal", False)], ids=["lost", "damaged"]
 )
-def test_no_copy_is_sealed_with_another_key(
-    copied: RunDir, tmp_path: Path, fault: str, lost: bool
-):
+def test_no_copy_is_sealed_with_another_key(copied: RunDir, tmp_path: Path, fault: str, lost: bool):
     """Nobody could trace it. The weights outside the ticket cannot be exported either."""
     key = copied.init / "key"
     if lost:
@@ -151,6 +149,24 @@ def test_key_of_a_run_of_an_older_version(copied: RunDir, tmp_path: Path):
     path.unlink()
     other = (*SEAL[:-1], "b.age")
     assert "theta0.json is missing or damaged" in error_of(run(*other, cwd=tmp_path))
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_digest_of_other_initial_weights(copied: RunDir, tmp_path: Path, version: int):
+    """Under another lineage a second revision could leave; version 2 has no seal to check."""
+    path = copied.init / "theta0.json"
+    values = json.loads(path.read_text())
+    assert values["format_version"] == 3
+    values["sha256"] = "0" * 64
+    if version == 2:
+        values["format_version"] = 2
+        del values["seal"]
+    path.write_text(json.dumps(values))
+    before = files_of(tmp_path)
+    message = error_of(run("export.py", "--run", "main", "--out", "again", cwd=tmp_path))
+    altered = "main/private/init/theta0.json was altered" in message
+    assert altered if version == 3 else "theta(0) drawn again differs from the one" in message
+    assert files_of(tmp_path) == before
 
 
 def test_no_ledger_beside_a_release(copied: RunDir, tmp_path: Path):

@@ -88,7 +88,17 @@ def test_one_derivative_beside_its_base(ledger: Path) -> None:
         claim(ledger).check("w2")
 
 
-@pytest.mark.parametrize("cut", [1, 30])
+def test_a_line_without_its_newline_counts(ledger: Path) -> None:
+    """An editor took it, or a power cut: the release has left all the same."""
+    whole = ledger.read_bytes()
+    ledger.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match="their difference is the mask"):
+        claim(ledger).check("w2")
+    claim(ledger).record("w1", "r1", "bf16")
+    assert ledger.read_bytes() == whole + whole
+
+
+@pytest.mark.parametrize("cut", [2, 30])
 def test_a_line_that_was_not_finished_never_happened(ledger: Path, cut: int) -> None:
     whole = ledger.read_bytes()
     ledger.write_bytes(whole + whole[:-cut])

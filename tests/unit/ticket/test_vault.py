@@ -3,6 +3,7 @@
 import base64
 import io
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -39,6 +40,7 @@ from pmp_ds.ticket.keys import (
 )
 from pmp_ds.ticket.ticket import load_ticket, save_ticket, to_files
 from pmp_ds.ticket.vault import Record, loose, open_sealed, records, remember, seal
+from pmp_ds.ticket.watermark import FEWEST
 from pmp_ds.train import theta0
 from tests.helpers import age_reference
 from tests.unit.ticket.test_watermark import ticket
@@ -354,7 +356,7 @@ def test_each_recipient_gets_a_copy_of_their_own(run, tmp_path, capsys):
         sealed, key = seal_for(run, name, tmp_path)
         opened[name] = open_sealed(sealed, identities(key))
         lost = ticket().mask.num_kept - opened[name].mask.num_kept
-        assert lost == round(0.001 * ticket().mask.num_kept)
+        assert 0.4 * FEWEST < lost < 0.6 * FEWEST
     assert opened["Partner A"].id != opened["Partner B"].id
     # The same recipient gets the same copy again, however the name is spaced or spelled.
     again, key = seal_for(run, "partner  A", tmp_path / "..")
@@ -363,9 +365,11 @@ def test_each_recipient_gets_a_copy_of_their_own(run, tmp_path, capsys):
     key.unlink()
     plain, key = seal_for(run, "Me", tmp_path, "--no-watermark")
     assert same(open_sealed(plain, identities(key)), ticket())
+    sealing = capsys.readouterr().out
     main(["list", "--run", str(run.root)])
     out, err = capsys.readouterr()
     assert "4 copies sealed" in out
+    assert "made from the copies of up to 4 recipients together still names one of them" in sealing
     assert out.count("unmarked") == 1
     assert err == ""
     assert loose(run.private) == []
@@ -407,7 +411,10 @@ def test_trace_and_verify(run, tmp_path, capsys):
     root = str(run.root)
     main(["trace", "--run", root, "--ticket", str(tmp_path / "leak")])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("Partner A: lacks 14 of 14 marks, 0.0 expected by chance, p = 10^-")
+    assert re.match(
+        r"Partner A: agrees in 2,048 of 2,048 places, score 1\d{3} "
+        r"\(by chance 0, give or take 45\), p <= 10\^-3\d\d", lines[0]
+    ), lines[0]  # fmt: skip
     assert lines[-1].startswith("verdict: the copy of Partner A.")
     assert not any("the copy of Partner B" in line for line in lines)
     main(["trace", "--run", root, "--ticket", str(run.ticket)])  # nobody's: the owner's own

@@ -81,15 +81,19 @@ def test_a_refused_seal_leaves_a_public_run_as_good_as_new(run, tmp_path):
     assert len(records(run.vault)) == 1
 
 
-def test_registry_of_an_older_version(run, tmp_path):
+def test_registry_of_an_older_version(run, tmp_path, capsys):
     """Its lines have no number; one of a later version is not taken for damage."""
     seal_for(run, "Partner A", tmp_path)
     path = run.vault / "sealed.jsonl"
     line = json.loads(path.read_text())
-    assert line.pop("format_version") == 2
-    path.write_text(json.dumps(line) + "\n")
+    assert line.pop("format_version") == 3
+    path.write_text(json.dumps(line))  # without its newline too, as an editor may leave it
     seal_for(run, "Partner B", tmp_path)
     assert [record.name for record in records(run.vault)] == ["Partner A", "Partner B"]
-    path.write_text(json.dumps(line | {"format_version": 3, "more": 1}) + "\n")
-    with pytest.raises(FormatError, match=r"line 1, has format 3, which a later version"):
+    main(["trace", "--run", str(run.root), "--ticket", str(run.ticket)])
+    said = capsys.readouterr().out
+    assert "the copies for Partner A were marked by a development version of pmp-ds 0.1.0" in said
+    assert "Partner B: agrees in" in said
+    path.write_text(json.dumps(line | {"format_version": 4, "more": 1}) + "\n")
+    with pytest.raises(FormatError, match=r"line 1, has format 4, which a later version"):
         records(run.vault)

@@ -1,7 +1,8 @@
 """Marks in copies of a ticket, and whom a leak names."""
 
+import itertools
 import math
-from fractions import Fraction
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -15,15 +16,26 @@ from pmp_ds.ticket.mask import ParamMask, pack
 from pmp_ds.ticket.ticket import Ticket
 from pmp_ds.ticket.trace import (
     Evidence,
+    Observation,
     corrected,
     fitted_to,
     log10_tail,
     named,
     of_model,
     of_ticket,
+    resists,
     weigh,
 )
-from pmp_ds.ticket.watermark import draw_marks, missing_from, without
+from pmp_ds.ticket.watermark import (
+    CUTOFF,
+    FEWEST,
+    SHARE,
+    codeword,
+    draw_code,
+    missing_from,
+    without,
+)
+from pmp_ds.train.dither import dither, draw_donors
 
 SHAPES = {"embed": (300, 40), "norm": (40,), "proj": (200, 40), "bias": (7,)}
 WHOLE = {"norm"}  # trained always
@@ -46,8 +58,15 @@ def key(number: int) -> bytes:
     return number.to_bytes(32, "big")
 
 
+CODE = key(2**200)
+
+
+def word_of(of: Ticket, number: int) -> torch.Tensor:
+    return codeword(draw_code(of.mask, CODE), key(number))
+
+
 def copy_for(number: int, of: Ticket) -> Ticket:
-    return without(of, draw_marks(of.mask, key(number)))
+    return without(of, draw_code(of.mask, CODE), word_of(of, number))
 
 
 def dense(t: Ticket) -> torch.Tensor:
@@ -55,40 +74,51 @@ def dense(t: Ticket) -> torch.Tensor:
     return torch.cat([t.mask.full(name).view(-1) for name in t.mask.shapes])
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.integers(150, 400), st.integers(10, 95), st.integers(0, 2**64), st.integers(0, 9))
-def test_a_copy_lacks_a_thousandth_and_nothing_else_changes(rows, percent, number, seed):
+@settings(deadline=None, max_examples=25)
+@given(st.integers(250, 400), st.integers(60, 95), st.integers(0, 2**64), st.integers(0, 9))
+def test_a_copy_lacks_its_codeword_and_nothing_else_changes(rows, percent, number, seed):
     own = ticket(percent / 100, {"a": (rows, 50), "norm": (2000,), "b": (rows, 30)}, seed)
     marked = copy_for(number, own)
     before, after = dense(own), dense(marked)
     assert not (after & ~before).any(), "an element was added"
-    wanted = round(Fraction(own.mask.num_kept, 1000))
-    assert own.mask.num_kept - marked.mask.num_kept == int((before & ~after).sum()) == wanted
+    word, lacks = word_of(own, number), before & ~after
+    assert int(lacks.sum()) == int(word.sum()) == own.mask.num_kept - marked.mask.num_kept
+    code = draw_code(own.mask, CODE)
+    offsets = {"a": 0, "b": rows * 50 + 2000}
+    places = torch.cat([offsets[name] + p for name, p in code.places.items()])
+    assert len(places.unique()) == len(code) == max(FEWEST, round(SHARE * own.mask.num_kept))
+    assert before[places].all()
+    assert torch.equal(lacks[places], word)
     assert marked.mask.full("norm").all(), "a frozen norm shows itself"
     assert torch.equal(dense(copy_for(number, own)), after), "not a function of the key"
-    assert missing_from(marked, own, Path("x")) == wanted
+    assert missing_from(marked, own, Path("x")) == int(word.sum())
 
 
-def test_recipients_differ_and_marks_are_spread_evenly():
+def test_codewords_follow_their_chances():
+    """500 of them; and every element of the ticket is a place of some run's code as often."""
     own = ticket()
-    lost = [dense(own) & ~dense(copy_for(n, own)) for n in range(500)]
-    assert len({tuple(one.nonzero().view(-1).tolist()) for one in lost}) == 500
-    # Every kept element is marked equally often: 500 x 14 marks over 14,000 elements, Poisson.
-    times = torch.stack(lost).sum(0)[dense(own) & ~dense(ticket(0.0))]
-    marks = int(lost[0].sum())
-    mean = 500 * marks / (own.mask.num_kept - 40)
-    assert abs(float(times.double().var()) / mean - 1) < 0.1
-    first_half = int(torch.stack(lost)[:, :12000].sum())
-    share = own.mask.full("embed").sum() / (own.mask.num_kept - 40)
-    assert abs(first_half / (500 * marks) - float(share)) < 0.03
-
-
-@pytest.mark.parametrize(
-    "of", [ticket(0.7, {"a": (20, 20)}), ticket(1.0), ticket(0.0)], ids=["small", "full", "empty"]
-)
-def test_a_ticket_that_cannot_be_marked(of):
-    with pytest.raises(UserError, match="--no-watermark"):
-        draw_marks(of.mask, key(1))
+    code = draw_code(own.mask, CODE)
+    words = torch.stack([codeword(code, key(n)) for n in range(500)])
+    assert len({tuple(word.tolist()) for word in words}) == 500
+    assert float(code.chances.min()) >= CUTOFF
+    assert float(code.chances.max()) <= 1 - CUTOFF
+    # Arcsine law: sin^2 of a uniform angle has mean 1/2; 1/8 less the ends is its variance.
+    assert float(code.chances.mean()) == pytest.approx(0.5, abs=0.04)
+    assert float(code.chances.var()) == pytest.approx(0.1125, abs=0.005)
+    deviation = (words.double().mean(0) - code.chances) / (
+        code.chances * (1 - code.chances) / 500
+    ).sqrt()
+    assert float(deviation.var()) == pytest.approx(1, abs=0.15)
+    often = torch.zeros(own.mask.num_params)
+    offsets = {"embed": 0, "proj": 12040, "bias": 20040}
+    for n in range(40):
+        for name, places in draw_code(own.mask, key(n)).places.items():
+            often[places + offsets[name]] += 1
+    assert not often[~dense(own)].any()
+    mean = 40 * len(code) / (own.mask.num_kept - 40)
+    markable = often[torch.cat([own.mask.full(n).view(-1) & (n not in WHOLE) for n in SHAPES])]
+    # Drawn without repetition: binomial of 40 draws.
+    assert float(markable.var()) == pytest.approx(mean * (1 - mean / 40), rel=0.1)
 
 
 def test_what_is_no_copy():
@@ -96,35 +126,46 @@ def test_what_is_no_copy():
     more = ParamMask(
         bits=dict(own.mask.bits) | {"proj": pack(torch.ones(8000).bool())}, shapes=SHAPES
     )
-    for other in (ticket(seed=1), ticket(0.6), copy_for(2, copy_for(1, own)), ticket(shapes={
+    for other in (ticket(seed=1), ticket(0.6), ticket(shapes={
         "x": (3, 3)}), Ticket(**vars(own) | {"mask": more})):  # fmt: skip
         with pytest.raises(UserError, match="leak is no copy"):
             missing_from(other, own, Path("leak"))
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(st.data())
-def test_tail_is_the_exact_one(data):
-    total = data.draw(st.integers(1, 60))
-    special, drawn = data.draw(st.integers(0, total)), data.draw(st.integers(0, total))
-    found = data.draw(st.integers(max(0, drawn - total + special), min(drawn, special)))
-    ways = sum(
-        math.comb(special, i) * math.comb(total - special, drawn - i)
-        for i in range(found, min(drawn, special) + 1)
+def test_tail_is_no_less_than_the_exact_one(data):
+    """All 2^m outcomes counted."""
+    m = data.draw(st.integers(1, 10))
+    chances = torch.tensor(
+        data.draw(st.lists(st.floats(0.01, 0.99), min_size=m, max_size=m)), dtype=torch.float64
     )
-    exact = math.log10(Fraction(ways, math.comb(total, drawn)))
-    assert log10_tail(found, drawn, special, total) == pytest.approx(exact, abs=1e-9)
+    size = torch.tensor(
+        data.draw(st.lists(st.floats(-2, 2), min_size=m, max_size=m)), dtype=torch.float64
+    )
+    if_true, if_false = (1 - chances) * size, -chances * size
+    outcomes = torch.tensor(list(itertools.product([True, False], repeat=m)))
+    sums = torch.where(outcomes, if_true, if_false).sum(1)
+    weights = torch.where(outcomes, chances, 1 - chances).prod(1)
+    for score in sums[:: max(1, len(sums) // 8)].tolist():
+        exact = float(weights[sums >= score - 1e-12].sum())
+        assert 10 ** log10_tail(score, chances, if_true, if_false) >= exact * (1 - 1e-9)
 
 
-def test_tail_of_large_numbers():
-    """1.1 billion elements: half of 770,000 marks unchanged by chance, then all of them."""
-    assert log10_tail(385_000, 770_000, 385_000_000, 770_000_000) == pytest.approx(-0.3, abs=0.01)
-    everything = log10_tail(770_000, 770_000, 385_000_000, 770_000_000)
-    assert everything == pytest.approx(-231_800, rel=1e-2)
+def test_tail_of_a_large_code():
+    """200,000 places: 3 standard deviations, Chernoff's bound of the normal law."""
+    chances = torch.full((200_000,), 0.5, dtype=torch.float64)
+    one = torch.ones_like(chances)
+    bound = log10_tail(3 * math.sqrt(200_000), chances, one, -one)
+    assert bound == pytest.approx(-4.5 / math.log(10), abs=0.01)
 
 
-def marks_of(own: Ticket, count: int) -> dict[str, dict[str, torch.Tensor]]:
-    return {f"partner {n}": dict(draw_marks(own.mask, key(n))) for n in range(count)}
+def words_of(own: Ticket, count: int) -> dict[str, torch.Tensor]:
+    return {f"partner {n}": word_of(own, n) for n in range(count)}
+
+
+def weighed(own: Ticket, count: int, observed: Iterable[Observation]) -> dict[str, Evidence]:
+    return weigh(own.mask, draw_code(own.mask, CODE), words_of(own, count), observed)
 
 
 def noisy(t: Ticket, share: float) -> ParamMask:
@@ -140,37 +181,81 @@ def noisy(t: Ticket, share: float) -> ParamMask:
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.15])
 def test_a_leaked_ticket_names_its_recipient_alone(share):
     own = ticket()
-    evidence = weigh(own.mask, marks_of(own, 50), of_ticket(noisy(copy_for(3, own), share)))
+    evidence = weighed(own, 50, of_ticket(noisy(copy_for(3, own), share)))
     assert named(evidence) == ["partner 3"]
-    found = evidence["partner 3"]
-    assert found.population_lacking >= found.num_marks > 13
+    assert evidence["partner 3"].num_places == len(draw_code(own.mask, CODE))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5])
 def test_nobody_is_named_for_another_copy_or_noise(share):
     """200 innocent recipients, and the leak is of somebody else's copy."""
     own = ticket()
-    evidence = weigh(own.mask, marks_of(own, 200), of_ticket(noisy(copy_for(999, own), share)))
+    evidence = weighed(own, 200, of_ticket(noisy(copy_for(999, own), share)))
     assert named(evidence) == []
     often = sum(found.log10_p < -1 for found in evidence.values())
     assert often <= 200 * 0.1 + 3 * math.sqrt(200 * 0.1 * 0.9), "p is too small too often"
 
 
-def test_two_copies_together():
+COALITIONS = {
+    "union": lambda copies, chance: torch.stack(copies).any(0),
+    "intersection": lambda copies, chance: torch.stack(copies).all(0),
+    "majority": lambda copies, chance: torch.stack(copies).sum(0) * 2 > len(copies),
+    "minority": lambda copies, chance: minority(torch.stack(copies)),
+    "one's or another's": lambda copies, chance: one_or_another(torch.stack(copies), chance),
+    "and 5% dropped": lambda copies, chance: (
+        torch.stack(copies).any(0) & (torch.rand(copies[0].shape, generator=chance) > 0.05)
+    ),
+}
+"""What those who compare their copies (n,) bool make of them, where they cannot tell."""
+
+
+def minority(copies: torch.Tensor) -> torch.Tensor:
+    """Where they differ, as the fewer of them have it."""
+    having = copies.sum(0)
+    return torch.where(
+        (having == 0) | (having == len(copies)), having > 0, having * 2 < len(copies)
+    )
+
+
+def one_or_another(copies: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
+    who = torch.randint(len(copies), copies.shape[1:], generator=chance)
+    return copies.gather(0, who[None])[0]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("attack", COALITIONS)
+def test_a_coalition_names_one_of_its_own(attack: str, size: int) -> None:
+    """Of 25 recipients two or three compare; four coalitions, nobody innocent named."""
     own = ticket()
-    one, two = copy_for(0, own).mask, copy_for(1, own).mask
-    both = ParamMask(bits={n: one.bits[n] & two.bits[n] for n in SHAPES}, shapes=SHAPES)
-    either = ParamMask(bits={n: one.bits[n] | two.bits[n] for n in SHAPES}, shapes=SHAPES)
-    recipients = marks_of(own, 5)
-    assert named(weigh(own.mask, recipients, of_ticket(both))) == ["partner 0", "partner 1"]
-    assert named(weigh(own.mask, recipients, of_ticket(either))) == []
+    chance, hits = torch.Generator().manual_seed(4), 0
+    for first in range(0, 4 * size, size):
+        members = range(first, first + size)
+        copies = [dense(copy_for(n, own)) for n in members]
+        leak = COALITIONS[attack](copies, chance).split(
+            [s.numel() for s in map(torch.Size, SHAPES.values())]
+        )
+        mask = ParamMask(
+            bits={n: pack(part.view(SHAPES[n])) for n, part in zip(SHAPES, leak, strict=True)},
+            shapes=SHAPES,
+        )
+        found = named(weighed(own, 25, of_ticket(mask)))
+        assert set(found) <= {f"partner {n}" for n in members}
+        hits += bool(found)
+    assert hits == 4, f"{hits} of 4 coalitions were named"
+
+
+def test_how_many_a_code_resists():
+    """Of a small ticket, and of a model of 1.1 billion parameters at density 0.7."""
+    assert resists(FEWEST, 50) == 4
+    assert resists(1_760, 10) == 3
+    assert resists(1_540_000, 100) > 100
 
 
 def test_more_recipients_need_more_evidence():
-    evidence = {str(n): Evidence(10, 3, 1000, 100) for n in range(100)}
-    p = evidence["0"].log10_p
-    assert corrected(evidence, "0") == min(0.0, p + 2)
-    assert corrected({"0": evidence["0"]}, "0") == p
+    evidence = {str(n): Evidence(10, 3, 9.0, 2.0, -7.0) for n in range(100)}
+    assert corrected(evidence, "0") == -5.0
+    assert corrected({"0": evidence["0"]}, "0") == -7.0
+    assert corrected({str(n): Evidence(10, 3, 0.0, 2.0, 0.0) for n in range(9)}, "0") == 0.0
 
 
 def save_model(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
@@ -211,12 +296,26 @@ def test_a_model_names_its_recipient_alone(base, tmp_path, dtype):
     weights |= {"score": torch.ones(2, 40)}
     del weights["bias"]
     tuned = save_model(tmp_path / "tuned", weights)
-    evidence = weigh(own.mask, marks_of(own, 50), of_model(base, tuned, own.mask))
+    evidence = weighed(own, 50, of_model(base, tuned, own.mask))
     assert named(evidence) == ["partner 3"]
-    found = evidence["partner 3"]
-    assert found.num_lacking == found.num_marks
-    kept_rows = own.mask.full("embed")[1::2].sum() + own.mask.full("proj").sum()
-    assert found.population == int(kept_rows), "rows that never came up count as evidence"
+    places = draw_code(own.mask, CODE).places
+    came_up = int((places["embed"] // 40 % 2 == 1).sum()) + len(places["proj"])
+    assert evidence["partner 3"].num_places == came_up, "rows that never came up count as evidence"
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_model_tuned_with_the_copies_of_a_coalition(base, tmp_path, size):
+    """One in ten changes hidden by rounding, every second row of the embedding never seen."""
+    own = ticket(0.7, SHAPES)
+    copies = [copy_for(n, own).mask for n in range(size)]
+    bits = {n: torch.stack([c.bits[n] for c in copies]) for n in SHAPES}
+    union = {n: b[0] if size == 1 else b[0] | b[1] | b[-1] for n, b in bits.items()}
+    tuned = save_model(
+        tmp_path / "tuned", tuned_weights(ParamMask(bits=union, shapes=SHAPES), torch.bfloat16)
+    )
+    found = named(weighed(own, 20, of_model(base, tuned, own.mask)))
+    assert found
+    assert set(found) <= {f"partner {n}" for n in range(size)}
 
 
 def test_a_model_trained_without_a_ticket_names_nobody(base, tmp_path):
@@ -225,7 +324,26 @@ def test_a_model_trained_without_a_ticket_names_nobody(base, tmp_path):
     )
     tuned = save_model(tmp_path / "tuned", tuned_weights(everything, torch.float32))
     own = ticket()
-    assert named(weigh(own.mask, marks_of(own, 50), of_model(base, tuned, own.mask))) == []
+    assert named(weighed(own, 50, of_model(base, tuned, own.mask))) == []
+
+
+@pytest.mark.parametrize("owner", [True, False])
+def test_marks_survive_the_dither_of_the_owner(base, tmp_path, owner):
+    """He dithers with the whole ticket; a recipient who could would wipe out the own marks."""
+    own = ticket()
+    copy = copy_for(3, own).mask
+    before, after = base_weights(), tuned_weights(copy, torch.bfloat16)
+    chance = torch.Generator().manual_seed(6)
+
+    def uniforms(count: int) -> torch.Tensor:
+        return torch.rand(count, generator=chance, dtype=torch.float64)
+
+    mask = own.mask if owner else copy
+    donors = draw_donors(mask, before.__getitem__, after.__getitem__, uniforms)
+    hidden = {n: dither(before[n], after[n], mask.full(n), donors, uniforms) for n in SHAPES}
+    tuned = save_model(tmp_path / "tuned", hidden)
+    found = named(weighed(own, 20, of_model(base, tuned, own.mask)))
+    assert found == (["partner 3"] if owner else [])
 
 
 def test_models_that_cannot_be_compared(base, tmp_path):
