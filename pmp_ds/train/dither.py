@@ -56,9 +56,8 @@ def draw_donors(
     for matrices in {len(shape) > 1 for shape in mask.shapes.values()}:
         names = [name for name, shape in mask.shapes.items() if (len(shape) > 1) is matrices]
         counts = {name: _rows(mask.full(name)).sum(1) for name in names}
-        columns = {name: _rows(mask.full(name)).shape[1] for name in names}
-        total = sum(columns[name] * len(counts[name]) for name in names)
-        share = sum(int(count.sum()) for count in counts.values()) / total
+        columns = {name: mask.numel(name) // len(counts[name]) for name in names}
+        share = sum(int(c.sum()) for c in counts.values()) / sum(map(mask.numel, names))
         if not 0 < share < 1:
             continue
         lacking = [
