@@ -29,7 +29,10 @@ SHARE = 0.002
 """Places of the code to kept elements; a copy lacks half of them on average."""
 
 FEWEST = 2048
-"""Places of the code in a small ticket, of which they may be a quarter."""
+"""Places of the code in a small ticket, where it has four times as many elements to mark."""
+
+LEAST = 128
+"""Places below which a copy would name nobody."""
 
 CUTOFF = 0.005
 """Least probability of a place; the largest is 1 less this."""
@@ -59,7 +62,7 @@ def markable(mask: ParamMask) -> dict[str, int]:
 
 def length(mask: ParamMask) -> int:
     """How many places the code of ``mask`` has."""
-    return max(round(SHARE * mask.num_kept), FEWEST)
+    return min(max(round(SHARE * mask.num_kept), FEWEST), sum(markable(mask).values()) // 4)
 
 
 def draw_code(mask: ParamMask, key: bytes) -> Code:
@@ -68,10 +71,10 @@ def draw_code(mask: ParamMask, key: bytes) -> Code:
     """
     kept = markable(mask)
     total, count = sum(kept.values()), length(mask)
-    if 4 * count > total:
+    if count < LEAST:
         raise UserError(
             f"a ticket of {mask.num_kept} elements, {total} of them in parameters that are trained "
-            f"in part, cannot carry a watermark of {count} places: pass --no-watermark"
+            f"in part, is too small for a watermark of {LEAST} places: pass --no-watermark"
         )
     ranks = torch.from_numpy(_draw(key, count, total))
     places, first = {}, 0
