@@ -6,7 +6,11 @@ from typing import Any
 
 from pmp_ds.errors import UserError
 from pmp_ds.foreign import read_object
-from pmp_ds.model.tokenizer_rules import check_description, check_tokenizer
+from pmp_ds.model.tokenizer_rules import (
+    check_description,
+    check_tokenizer,
+    panics_are_errors,
+)
 from pmp_ds.run_dir import write_json
 
 _MOST_BYTES = 1 << 28  # the largest vocabularies have 30 MB
@@ -28,16 +32,18 @@ def load(where: Path) -> Any:
     else:
         check_description(where, read_object(where, _MOST_BYTES))
     try:
-        if whole:
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(folder), local_files_only=True, trust_remote_code=False
-            )
-        else:
-            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(where))
-            number = tokenizer.backend_tokenizer.token_to_id
-            names = [name for name in _EOS_NAMES if number(name) is not None]
-            if len(names) == 1:
-                tokenizer.eos_token = names[0]
+        with panics_are_errors():
+            if whole:
+                tokenizer = AutoTokenizer.from_pretrained(
+                    str(folder), local_files_only=True, trust_remote_code=False
+                )
+            else:
+                tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(where))
+                number = tokenizer.backend_tokenizer.token_to_id
+                names = [name for name in _EOS_NAMES if number(name) is not None]
+                if len(names) == 1:
+                    tokenizer.eos_token = names[0]
+            tokenizer.encode("a b")  # some say what they lack only now
     except Exception as error:  # whatever transformers raises for a folder it cannot read
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(

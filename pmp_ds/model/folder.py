@@ -30,7 +30,7 @@ from pmp_ds.errors import UserError, shown
 from pmp_ds.foreign import read_object
 from pmp_ds.model import folder_rules
 from pmp_ds.model.folder_rules import CONFIG_FILE, first_line
-from pmp_ds.model.tokenizer_rules import check_tokenizer
+from pmp_ds.model.tokenizer_rules import check_tokenizer, panics_are_errors
 
 _SPARE_BYTES = 1 << 30  # of buffers, beyond the size of the weights
 _LONGEST_NAME = 200  # of a tensor, on screen
@@ -187,8 +187,9 @@ def open_tokenizer(folder: Path) -> Any:
     folder_rules.check_files(folder)
     check_tokenizer(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **_OFFLINE)
-        tokenizer.encode("a")  # some say what they lack only now
+        with panics_are_errors():
+            tokenizer = AutoTokenizer.from_pretrained(folder, **_OFFLINE)
+            tokenizer.encode("a b")  # some say what they lack only now
     except Exception as error:  # noqa: BLE001 - whatever transformers raises for a folder
         raise UserError(
             f"{folder} has no tokenizer that can be read: {first_line(error)}"

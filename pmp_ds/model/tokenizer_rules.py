@@ -6,6 +6,7 @@ that lies about its length ends the process. Raises UserError, which names the f
 
 import base64
 import binascii
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,17 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _MOST_BYTES = 1 << 28  # the largest vocabularies have 30 MB
 _MOST_IDS = 1 << 24
 _LONGEST = 1 << 20  # text, and padding, that a rule puts in
+
+
+@contextlib.contextmanager
+def panics_are_errors() -> Iterator[None]:
+    """Let a panic of `tokenizers` be an Exception, which it is not by itself."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise RuntimeError(str(error)) from None
 
 
 def check_tokenizer(folder: Path) -> None:

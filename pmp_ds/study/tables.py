@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pmp_ds.errors import shown
 
-_MARKDOWN = "\\`|<[!"
+_MARKDOWN = "\\`|<"
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
@@ -56,7 +56,8 @@ class Table:
 
 def plain(text: str) -> str:
     """Return ``text`` for Markdown, where it stands for itself."""
-    return "".join(f"\\{c}" if c in _MARKDOWN else c for c in shown(text))
+    escaped = "".join(f"\\{c}" if c in _MARKDOWN else c for c in shown(text))
+    return escaped.replace("](", "]\\(")  # a link; intervals have brackets too
 
 
 def as_html(text: str) -> str:
