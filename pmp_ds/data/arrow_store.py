@@ -15,6 +15,7 @@ from pmp_ds.data.arrow_header import is_packed
 from pmp_ds.data.blocks import Blocks, Tokens
 from pmp_ds.data.manifest import AGAIN, COLUMN, MUST_AGREE, SPLITS, dataset_id, read_manifest
 from pmp_ds.errors import UserError
+from pmp_ds.foreign import read_bytes
 from pmp_ds.progress import Progress
 from pmp_ds.run_dir import atomic_path
 
@@ -186,7 +187,7 @@ class Store:
             )
         for name, digest in self.manifest["tokenizer"].get("files", {}).items():
             path = self.tokenizer_dir / name
-            if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            if not path.is_file() or hashlib.sha256(read_bytes(path)).hexdigest() != digest:
                 raise UserError(
                     f"tokenizer file {path} is missing or was changed since the text was "
                     f"tokenized with it: put it back, or {AGAIN}"

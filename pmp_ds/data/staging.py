@@ -29,7 +29,7 @@ from pmp_ds.data.prepare_config import PrepareConfig
 from pmp_ds.data.tokenizer import Tokenizer, load_tokenizer
 from pmp_ds.errors import UserError
 from pmp_ds.fields import fit
-from pmp_ds.foreign import ForeignError, read_object
+from pmp_ds.foreign import ForeignError, read_bytes, read_object
 from pmp_ds.lease import Lease, hold
 from pmp_ds.run_dir import fsync_dir, write_json
 
@@ -151,7 +151,7 @@ def saved_tokenizer_files(folder: Path) -> dict[str, str] | None:
     try:
         files: dict[str, str] = fit(dict[str, str], read_object(folder / TOKENIZER), folder)
         for name, digest in files.items():
-            if hashlib.sha256((folder / "tokenizer" / name).read_bytes()).hexdigest() != digest:
+            if hashlib.sha256(read_bytes(folder / "tokenizer" / name)).hexdigest() != digest:
                 return None
     except (OSError, ValueError):
         return None

@@ -205,7 +205,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TrainedTokenizer:
 
 def load_trained(folder: Path) -> TrainedTokenizer:
     """The trained tokenizer that ``save_pretrained`` wrote to ``folder``."""
-    model = (folder / MODEL_FILE).read_bytes()
+    model = read_bytes(folder / MODEL_FILE, _MOST_BYTES)
     return TrainedTokenizer(fast_tokenizer.load(folder), str(folder), model)
 
 
