@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pmp_ds.cli import PlainParser
-from pmp_ds.errors import UserError, exit_code
+from pmp_ds.errors import UserError, exit_code, shown
+from pmp_ds.foreign import read_text
 from pmp_ds.run_dir import RunDir, make_private
 from pmp_ds.train.run_facts import export_facts, load_config, read_data
 
@@ -199,8 +200,8 @@ def _export_derivative(args: argparse.Namespace) -> "ExportSummary":
     base = open_source(args.base)
     lineage = lineage_of(read(ledger), base.digest())
     base.close()
-    title = re.search(r"^# (.+)$", (args.base / "README.md").read_text("utf-8"), re.MULTILINE)
-    name = title[1] if title else args.base.resolve().name
+    title = re.search(r"^# (.+)$", read_text(args.base / "README.md"), re.MULTILINE)
+    name = shown(title[1]) if title else args.base.resolve().name
     tokenizer = args.derivative if list(args.derivative.glob("tokenizer.*")) else args.base
     with tempfile.TemporaryDirectory(dir=args.ticket, prefix=".dither-") as scratch:
         weights = Path(scratch) / "weights"

@@ -17,13 +17,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pmp_ds import formats
 from pmp_ds.cli import PlainParser
-from pmp_ds.errors import UserError, exit_code
+from pmp_ds.errors import UserError, exit_code, shown
 from pmp_ds.run_dir import RunDir, write_bytes
 from pmp_ds.ticket import keys, vault
+
+if TYPE_CHECKING:
+    from pmp_ds.ticket.mask import ParamMask
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -102,9 +105,7 @@ def keygen(args: argparse.Namespace) -> None:
 
 
 def seal(args: argparse.Namespace) -> None:
-    run, name = RunDir(args.run), " ".join(args.name.split())
-    if not name:
-        raise UserError("--name is empty: write whom the copy is for")
+    run, name = RunDir(args.run), vault.recipient(args.name)
     _require_absent(args.out)
     by_passphrase = args.passphrase or args.passphrase_file is not None
     if bool(args.to) == by_passphrase:
@@ -193,7 +194,7 @@ def list_(args: argparse.Namespace) -> None:
     found = vault.records(run.vault)
     for record in found:
         opens = ", ".join(record.keys) or "a passphrase"
-        print(f"{record.date}  {record.watermark or 'unmarked':16}  {record.name}  {opens}")
+        print(f"{record.date}  {record.watermark or 'unmarked':16}  {shown(record.name)}  {opens}")
     print(f"{len(found)} copies sealed")
 
 
@@ -218,15 +219,30 @@ def trace(args: argparse.Namespace) -> None:
             raise UserError(f"the ticket at {args.ticket} belongs to another model than the run's")
         observed = trace.of_ticket(leaked.mask)
     else:
-        observed = trace.of_model(args.base or run.release, args.model, own.mask)
+        base = args.base or run.release
+        observed = trace.of_model(base, args.model, own.mask)
+        _report_missing(args.model, trace.fitted_to(own.mask, base))
     _report(trace.weigh(own.mask, code, words, observed))
     if older := sorted({record.name for record in marked if not record.by_code}):
         print(
-            f"note: the copies for {', '.join(older)} were marked by "
+            f"note: the copies for {shown(', '.join(older))} were marked by "
             f"{formats.writer('registry', 2)}, which traces them"
         )
     if any(record.watermark is None for record in copies):
         print("note: copies without a watermark were sealed too; they cannot be traced")
+
+
+def _report_missing(model: Path, mask: "ParamMask") -> None:
+    """A line about the parameters that cannot tell, where a leaked model lacks some."""
+    from pmp_ds.model.folder import few
+    from pmp_ds.ticket import trace
+
+    if missing := trace.not_in(model, mask):
+        compared = mask.num_params - sum(mask.numel(name) for name in missing)
+        print(
+            f"note: {model} lacks {few(missing)}, or has them in another shape: {compared:,} of "
+            f"{mask.num_params:,} elements ({compared / mask.num_params:.1%}) are compared"
+        )
 
 
 def _report(evidence: Mapping[str, Any]) -> None:
@@ -235,13 +251,13 @@ def _report(evidence: Mapping[str, Any]) -> None:
 
     for who, found in sorted(evidence.items(), key=lambda item: item[1].log10_p):
         print(
-            f"{who}: agrees in {found.num_agreeing:,} of {found.num_places:,} places, score "
+            f"{shown(who)}: agrees in {found.num_agreeing:,} of {found.num_places:,} places, score "
             f"{found.score:.0f} (by chance 0, give or take {found.spread:.0f}), "
             f"p <= {_power(found.log10_p)}"
         )
     for who in (guilty := named(evidence)):
         print(
-            f"verdict: the copy of {who}. The chance that this accuses an innocent one of "
+            f"verdict: the copy of {shown(who)}. The chance that this accuses an innocent one of "
             f"{len(evidence)} recipients is at most {_power(corrected(evidence, who))}"
         )
     if len(guilty) > 1:

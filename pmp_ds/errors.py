@@ -41,6 +41,18 @@ class LostRankError(RuntimeError):
     """Another rank is gone or did not answer."""
 
 
+def shown(text: str) -> str:
+    """Return ``text`` for a screen: what a terminal would obey, a line end or a change of the
+    direction of writing included, is spelled out as in Python."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def lines(text: str) -> str:
+    """Return a message for a screen. Its own further lines are indented; other line ends came from
+    a name in it."""
+    return "\n  ".join(shown(line) for line in text.split("\n  "))
+
+
 def exit_code(main: Callable[[], None]) -> int:
     """Run ``main`` and return the exit code of the process.
 
@@ -50,13 +62,13 @@ def exit_code(main: Callable[[], None]) -> int:
     try:
         main()
     except UserError as error:
-        _say_on_rank0(f"error: {error}")
+        _say_on_rank0(f"error: {lines(str(error))}")
         return EXIT_MISTAKE
     except Stopped as stop:
-        _say_on_rank0(f"stopped: {stop}")
+        _say_on_rank0(f"stopped: {lines(str(stop))}")
         return EXIT_REQUEUE
     except LostRankError as error:
-        print(f"fault: rank {_rank()}: {error}", file=sys.stderr, flush=True)
+        print(f"fault: rank {_rank()}: {lines(str(error))}", file=sys.stderr, flush=True)
         return EXIT_FAULT
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the last flush would fail too

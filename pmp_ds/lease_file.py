@@ -15,6 +15,9 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from pmp_ds.errors import UserError
+from pmp_ds.fields import fit
+from pmp_ds.foreign import read_object
 from pmp_ds.launchers import job_in_words, start_ticks
 
 DIGITS = 6  # of a lease's number
@@ -99,11 +102,12 @@ def write(path: Path, holder: Holder, beats: int) -> None:
 def read(path: Path) -> tuple[Holder, int] | None:
     """The holder and its counter; None when the file is not there, or half written."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        beats = values.pop("beats")
-        return Holder(**values), int(beats)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        values = read_object(path)
+        beats: int = fit(int, values.pop("beats", None), path)
+        holder: Holder = fit(Holder, values, path)
+    except UserError:
         return None
+    return holder, beats
 
 
 def machine() -> str:

@@ -9,17 +9,35 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from pmp_ds.errors import UserError
+from pmp_ds.fields import fit
+from pmp_ds.foreign import parse_object, read_bytes
 from pmp_ds.run_dir import RunDir, write_text
 
 TIMINGS = {
     "tokens_per_second", "loader_share", "save_stall_seconds", "save_seconds",
 }  # fmt: skip
 """Values that differ between two runs of the same command; all others are the same to the bit."""
+
+
+_MOST_BYTES = 1 << 31  # of metrics.jsonl: ten million updates
+
+
+NotFinite = Literal["nan", "inf", "-inf"]
+
+
+class Record(TypedDict):
+    """A line of metrics.jsonl. A value that is not finite is its name as text."""
+
+    phase: str
+    step: int
+    iou: NotRequired[float]
+    loss: NotRequired[float | NotFinite]
+    val_loss: NotRequired[float | NotFinite]
 
 
 class MetricsLog:
@@ -68,17 +86,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return all records, oldest first; a last line cut off by a kill is dropped. Raises UserError
     that names another damaged line: the records after it would be lost."""
     records = []
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    lines = read_bytes(path, _MOST_BYTES).splitlines(keepends=True) if path.exists() else []
     for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
         try:
-            record = json.loads(line)
-            if not {"phase", "step"} <= record.keys():
-                raise ValueError("no record")
-        except (ValueError, AttributeError):
+            record = parse_object(line)
+        except ValueError as error:
             if number == len(lines) and not line.endswith(b"\n"):
                 break
-            raise UserError(f"{path}, line {number} is damaged: mend it, or delete it") from None
-        records.append(record)
+            raise UserError(f"{where} is damaged: {error}; mend it, or delete it") from None
+        records.append(fit(Record, record, where))
     return records
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pmp_ds.errors import UserError
+from pmp_ds.foreign import ForeignError, read_object
 
 LEDGER = "ledger.jsonl"
 
@@ -185,11 +186,6 @@ def write_json(path: Path, value: Any, *, private: bool = False) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Return what ``write_json`` wrote of a dict. Raises UserError when it is lost or damaged."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: bring it back from a backup") from None
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged: bring it back from a backup")
-    return value
+        return read_object(path)
+    except ForeignError as error:
+        raise UserError(f"{error}: bring it back from a backup") from None

@@ -78,7 +78,7 @@ def _drawn(ticket: Ticket, records: list[dict[str, Any]]) -> str:
 def _losses(records: list[dict[str, Any]], unigram: float) -> dict[str, str]:
     rows = {}
     for label, name in (("training", "loss"), ("validation", "val_loss")):
-        values = [r[name] for r in records if r["phase"] == "train" and name in r]
+        values = [float(r[name]) for r in records if r["phase"] == "train" and name in r]
         if values:
             rows[label] = (
                 f"{values[0]:.3f} -> {values[-1]:.3f} nats per token (token frequencies alone: "

@@ -11,9 +11,11 @@ from typing import Any, BinaryIO, NoReturn
 import numpy as np
 import pyarrow as pa
 
+from pmp_ds.data.arrow_header import is_packed
 from pmp_ds.data.blocks import Blocks, Tokens
 from pmp_ds.data.manifest import AGAIN, COLUMN, MUST_AGREE, SPLITS, dataset_id, read_manifest
 from pmp_ds.errors import UserError
+from pmp_ds.foreign import read_bytes
 from pmp_ds.progress import Progress
 from pmp_ds.run_dir import atomic_path
 
@@ -85,6 +87,8 @@ class Store:
         try:
             for split in SPLITS:
                 shards = store.manifest["splits"][split]["shards"]
+                for shard in shards:
+                    _check_name(folder, split, shard["file"])
                 for shard in shards if verify else ():
                     store._check_hash(shard)  # before Arrow, which a bad header can crash
                 store._splits[split] = Blocks([store._map(shard) for shard in shards])
@@ -183,7 +187,7 @@ class Store:
             )
         for name, digest in self.manifest["tokenizer"].get("files", {}).items():
             path = self.tokenizer_dir / name
-            if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            if not path.is_file() or hashlib.sha256(read_bytes(path)).hexdigest() != digest:
                 raise UserError(
                     f"tokenizer file {path} is missing or was changed since the text was "
                     f"tokenized with it: put it back, or {AGAIN}"
@@ -201,8 +205,10 @@ class Store:
         try:
             _check_size(path, shard["bytes"])
             # Closed at once: the mapping stays, and thousands of shards need no descriptors.
-            with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
-                batch = reader.read_next_batch()
+            with pa.memory_map(str(path)) as file:
+                _require_plain(file)
+                with pa.ipc.open_stream(file) as reader:
+                    batch = reader.read_next_batch()
             batch.validate()
             column = batch.column(COLUMN)
             values = column.values.to_numpy(zero_copy_only=True)
@@ -217,6 +223,25 @@ class Store:
                 f"{self.manifest['dtype']}",
             )
         return blocks
+
+
+def _check_name(folder: Path, split: str, file: str) -> None:
+    """A shard lies in the folder of its split."""
+    home, _, name = file.partition("/")
+    if home != split or not name.isprintable() or Path(name).name != name:
+        raise UserError(
+            f"{folder / 'manifest.json'} is damaged: {file!r:.80} is no shard of {split}: {AGAIN}"
+        )
+
+
+def _require_plain(file: Any) -> None:
+    """Raises ArrowInvalid when the first batch in ``file`` is compressed. Afterwards ``file`` is at
+    its start again."""
+    messages = pa.ipc.MessageReader.open_stream(file)
+    messages.read_next_message()  # the schema
+    if is_packed(messages.read_next_message().metadata.to_pybytes()):
+        raise pa.ArrowInvalid("it is compressed, and cannot be mapped")
+    file.seek(0)
 
 
 def _check_size(path: Path, num_bytes: int) -> None:

@@ -1,13 +1,19 @@
 """Fast tokenizers of `transformers`: read, made, rewritten and saved."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from pmp_ds.errors import UserError
+from pmp_ds.foreign import read_object
+from pmp_ds.model.tokenizer_rules import (
+    check_description,
+    check_tokenizer,
+    panics_are_errors,
+)
 from pmp_ds.run_dir import write_json
 
+_MOST_BYTES = 1 << 28  # the largest vocabularies have 30 MB
 _EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[EOS]")
 
 
@@ -20,17 +26,24 @@ def load(where: Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     folder = where if where.is_dir() else where.parent
+    whole = where.is_dir() or (folder / "tokenizer_config.json").exists()
+    if whole:
+        check_tokenizer(folder)
+    else:
+        check_description(where, read_object(where, _MOST_BYTES))
     try:
-        if where.is_dir() or (folder / "tokenizer_config.json").exists():
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(folder), local_files_only=True, trust_remote_code=False
-            )
-        else:
-            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(where))
-            number = tokenizer.backend_tokenizer.token_to_id
-            names = [name for name in _EOS_NAMES if number(name) is not None]
-            if len(names) == 1:
-                tokenizer.eos_token = names[0]
+        with panics_are_errors():
+            if whole:
+                tokenizer = AutoTokenizer.from_pretrained(
+                    str(folder), local_files_only=True, trust_remote_code=False
+                )
+            else:
+                tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(where))
+                number = tokenizer.backend_tokenizer.token_to_id
+                names = [name for name in _EOS_NAMES if number(name) is not None]
+                if len(names) == 1:
+                    tokenizer.eos_token = names[0]
+            tokenizer.encode("a b")  # some say what they lack only now
     except Exception as error:  # whatever transformers raises for a folder it cannot read
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(
@@ -72,7 +85,7 @@ def save(tokenizer: Any, folder: Path) -> None:
     """`save_pretrained` under the class name that older versions of `transformers` know too."""
     tokenizer.save_pretrained(str(folder))
     path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = read_object(path)
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     write_json(path, settings)

@@ -8,10 +8,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
 from pmp_ds import formats
 from pmp_ds.errors import UserError
+from pmp_ds.fields import fit
+from pmp_ds.foreign import ForeignError, MissingError, read_object
 from pmp_ds.run_dir import write_json
 
 FORMAT = "pmp-ds packed tokens"
@@ -22,6 +24,67 @@ MUST_AGREE = ("block_size", "dtype", "vocab_size", "eos_id", "bos_id")
 """What stores that are read together have in common, beside the tokenizer."""
 AGAIN = "run launcher/prepare_data.py again (delete the folder first)"
 """What helps against a damaged store."""
+
+
+_MOST_BYTES = 1 << 28  # of a manifest: half a million shards
+
+
+class Shard(TypedDict):
+    """One file of a split."""
+
+    file: str
+    bytes: int
+    rows: int
+    sha256: str
+
+
+class Split(TypedDict):
+    """The blocks of `train` or `validation`."""
+
+    blocks: NotRequired[int]
+    documents: NotRequired[int]
+    shards: list[Shard]
+
+
+class Splits(TypedDict):
+    """Both of them."""
+
+    train: Split
+    validation: Split
+
+
+class TokenizerEntry(TypedDict):
+    """What the manifest says of the tokenizer."""
+
+    fingerprint: str
+    files: NotRequired[dict[str, str]]
+
+
+class Input(TypedDict):
+    """One of `settings.input`."""
+
+    input: str
+
+
+class Settings(TypedDict):
+    """Those that readers of the manifest use."""
+
+    input: list[Input]
+
+
+class Manifest(TypedDict):
+    """What every reader may count on in a manifest; there is more."""
+
+    dataset_id: str
+    block_size: int
+    dtype: Literal["uint16", "uint32"]
+    vocab_size: int
+    eos_id: int
+    bos_id: NotRequired[int | None]
+    unigram_cross_entropy: float
+    splits: Splits
+    settings: NotRequired[Settings]
+    tokenizer: TokenizerEntry
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -63,22 +126,26 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a store; UserError when there is none or this version cannot read it."""
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+        manifest = read_object(path, _MOST_BYTES)
+    except MissingError as error:
         what = "has no manifest.json" if folder.is_dir() else "does not exist"
         raise UserError(
             f"the data folder {folder} {what}: it is not a complete store; make it with "
             f"`python launcher/prepare_data.py --out {folder}`"
         ) from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): {AGAIN}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    except ForeignError as error:
+        raise UserError(f"{error}: {AGAIN}") from error
+    if manifest.get("format") != FORMAT:
         raise UserError(f"{path} is not the manifest of a packed store: {AGAIN}")
     try:
         found = manifest.get("format_version")
         formats.require("store", folder, found, way_out=f"use that version, or {AGAIN}")
     except TypeError as error:
         raise UserError(f"{path} is damaged ({error}): {AGAIN}") from None
+    try:
+        fit(Manifest, manifest, path)
+    except UserError as error:
+        raise UserError(f"{error}: {AGAIN}") from None
     return manifest
 
 

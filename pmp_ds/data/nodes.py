@@ -15,7 +15,6 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -50,6 +49,7 @@ from pmp_ds.data.tokenizer import Tokenizer, load_trained
 from pmp_ds.data.units import PackJob, UnitResult, finished_unit
 from pmp_ds.data.workers import available_cores, pack_units
 from pmp_ds.errors import UserError
+from pmp_ds.foreign import MissingError, read_object
 from pmp_ds.progress import Progress
 from pmp_ds.run_dir import write_json
 
@@ -207,14 +207,14 @@ def _add_up(out: Path, planned: _Planned) -> UnitResult:
 def _read_plan(out: Path) -> _Planned:
     folder = staging_folder(out)
     try:
-        planned: dict[str, Any] = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        planned = read_object(folder / PLAN)
         config = PrepareConfig(**planned["config"] | {"input": tuple(planned["config"]["input"])})
-    except FileNotFoundError as error:
+    except MissingError as error:
         raise UserError(
             f"{folder} holds no plan: run `python launcher/prepare_data.py plan --out {out}` with "
             "all settings first, once, and wait for its end"
         ) from error
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{folder / PLAN} cannot be read ({error}); run plan again") from error
     request = Request.of(config)
     _check_same(folder, request)

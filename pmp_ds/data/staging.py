@@ -28,6 +28,8 @@ from pmp_ds.data.manifest import FORMAT_VERSION, SPLITS, read_manifest
 from pmp_ds.data.prepare_config import PrepareConfig
 from pmp_ds.data.tokenizer import Tokenizer, load_tokenizer
 from pmp_ds.errors import UserError
+from pmp_ds.fields import fit
+from pmp_ds.foreign import ForeignError, read_bytes, read_object
 from pmp_ds.lease import Lease, hold
 from pmp_ds.run_dir import fsync_dir, write_json
 
@@ -139,18 +141,17 @@ def held(out: Path) -> AbstractContextManager[Lease]:
 def read_identity(folder: Path) -> dict[str, Any] | None:
     """What the run that wrote ``folder`` depended on; None when that cannot be read."""
     try:
-        found: dict[str, Any] = json.loads((folder / _IDENTITY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(folder / _IDENTITY)
+    except ForeignError:
         return None
-    return found
 
 
 def saved_tokenizer_files(folder: Path) -> dict[str, str] | None:
     """The sha256 of the tokenizer files that were saved, if they are there to the byte."""
     try:
-        files: dict[str, str] = json.loads((folder / TOKENIZER).read_text(encoding="utf-8"))
+        files: dict[str, str] = fit(dict[str, str], read_object(folder / TOKENIZER), folder)
         for name, digest in files.items():
-            if hashlib.sha256((folder / "tokenizer" / name).read_bytes()).hexdigest() != digest:
+            if hashlib.sha256(read_bytes(folder / "tokenizer" / name)).hexdigest() != digest:
                 return None
     except (OSError, ValueError):
         return None

@@ -16,9 +16,11 @@ from typing import Any, Protocol
 from pmp_ds.data import fast_tokenizer
 from pmp_ds.data.encoder import Encoder, EncoderSpec, Ids
 from pmp_ds.data.spm import fast_from_sentencepiece, parse_model, train_model
-from pmp_ds.errors import UserError
+from pmp_ds.errors import UserError, require
+from pmp_ds.foreign import read_bytes
 
 MODEL_FILE = "tokenizer.model"
+_MOST_BYTES = 1 << 28  # of a sentencepiece model; one of 250,000 pieces has 5 MB
 
 
 class Tokenizer(Protocol):
@@ -77,7 +79,7 @@ def load_tokenizer(path: str) -> Tokenizer:
             "sentencepiece .model file, or leave it unset to train one on the input"
         )
     if where.suffix == ".model":
-        return SentencePieceTokenizer(where.read_bytes(), path)
+        return SentencePieceTokenizer(read_bytes(where, _MOST_BYTES), path)
     return HuggingFaceTokenizer(fast_tokenizer.load(where), path)
 
 
@@ -145,6 +147,7 @@ class SentencePieceTokenizer:
 
         try:
             proto = parse_model(model)
+            require(len(proto.pieces) > 0, "it has no pieces")
             sentencepiece.SentencePieceProcessor(model_proto=model)
         except Exception as error:  # protobuf and sentencepiece have no common exception
             raise UserError(f"tokenizer {name} is not a sentencepiece model: {error}") from error
@@ -202,7 +205,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TrainedTokenizer:
 
 def load_trained(folder: Path) -> TrainedTokenizer:
     """The trained tokenizer that ``save_pretrained`` wrote to ``folder``."""
-    model = (folder / MODEL_FILE).read_bytes()
+    model = read_bytes(folder / MODEL_FILE, _MOST_BYTES)
     return TrainedTokenizer(fast_tokenizer.load(folder), str(folder), model)
 
 

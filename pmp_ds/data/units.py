@@ -1,7 +1,6 @@
 """Pack one work unit: its shards, and what is counted about them. Runs in any process."""
 
 import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +17,7 @@ from pmp_ds.data.encoder import Encoder, EncoderSpec
 from pmp_ds.data.manifest import SPLITS
 from pmp_ds.data.packing import Packer, Tokens, is_validation
 from pmp_ds.data.readers import read_documents
+from pmp_ds.foreign import read_object
 from pmp_ds.run_dir import atomic_path, write_json
 
 _BATCH_BYTES = 4 << 20
@@ -111,8 +111,7 @@ def finished_unit(job: PackJob, unit: Unit) -> UnitResult | None:
     """What the ledger says of a unit, if it is finished and every shard has its sha256."""
     entry_path, counts_path = _paths(job.folder, unit.index)
     try:
-        with open(entry_path, encoding="utf-8") as file:
-            entry = json.load(file)
+        entry = read_object(entry_path)
         expected = (job.run, unit.digest, _sha256(counts_path))
         if tuple(entry.pop(key) for key in ("run", "digest", "unigrams")) != expected:
             return None

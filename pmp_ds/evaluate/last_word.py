@@ -6,7 +6,6 @@ The last word is what follows the last white space. It counts as known when ever
 is the most likely one after what stands before it, so that greedy continuation would write it.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,9 @@ import torch
 from transformers import PreTrainedModel
 
 from pmp_ds.errors import UserError
+from pmp_ds.foreign import ForeignError, parse_object, read_text
+
+_MOST_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,9 @@ class Example:
 def read_texts(path: Path) -> list[str]:
     """Raises UserError that names a line without `text`, or an empty file."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--text {path} cannot be read: {error}") from None
+        lines = read_text(path, _MOST_BYTES).splitlines()
+    except ForeignError as error:
+        raise UserError(f"--text {error}") from None
     texts = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -51,8 +53,8 @@ def read_texts(path: Path) -> list[str]:
 
 def _field(line: str, where: str) -> str:
     try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError):
+        text = parse_object(line).get("text")
+    except ValueError:
         text = None
     if not isinstance(text, str):
         raise UserError(f'{where} is not {{"text": "..."}}: mend it, or name a .txt of plain lines')

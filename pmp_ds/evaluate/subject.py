@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.tokenizer import load_tokenizer
 from pmp_ds.errors import UserError
-from pmp_ds.model.folder import embeddings, open_folder, open_tensors, open_tokenizer
+from pmp_ds.model.folder import embeddings, few, open_folder, open_tensors, open_tokenizer
 from pmp_ds.results import model_digest
 from pmp_ds.ticket.fit import fitted
 from pmp_ds.ticket.mask import ParamMask
@@ -96,6 +96,12 @@ def read_parameters(folder: Path, model: nn.Module) -> Read:
     """The parameters of ``model`` in another or the same folder of safetensors, by name. Raises
     UserError when one is missing or of another shape."""
     handles = open_tensors(folder)
+    known = set(model.state_dict())
+    if strange := sorted(handles.keys() - known):
+        raise UserError(
+            f"{folder} has {few(strange)}, which this model does not have: name a folder with "
+            "whole weights of this very model, without a new head"
+        )
     for name, param in model.named_parameters():
         if name not in handles:
             raise UserError(

@@ -4,7 +4,6 @@ hf = model_config(config.model, vocab_size=..., eos_id=..., bos_id=..., block_si
 model = build_model(hf)
 """
 
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from pmp_ds.config import ModelConfig
 from pmp_ds.errors import UserError
+from pmp_ds.foreign import read_object
 
 _NORM_EPS = 1e-5
 
@@ -134,7 +134,7 @@ def _auto(config: ModelConfig, tokens: dict[str, Any]) -> PreTrainedConfig:
             "config.json, or the file; nothing is downloaded"
         )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_object(path)
         model_type = values.pop("model_type")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(

@@ -26,11 +26,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pmp_ds.errors import UserError
+from pmp_ds.errors import UserError, shown
+from pmp_ds.foreign import read_object
 from pmp_ds.model import folder_rules
 from pmp_ds.model.folder_rules import CONFIG_FILE, first_line
+from pmp_ds.model.tokenizer_rules import check_tokenizer, panics_are_errors
 
 _SPARE_BYTES = 1 << 30  # of buffers, beyond the size of the weights
+_LONGEST_NAME = 200  # of a tensor, on screen
 _OFFLINE = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -124,7 +127,14 @@ class ModelFolder:
 
 def open_folder(path: Path) -> ModelFolder:
     """Open a causal model. Raises UserError when it is none or is not to be trusted."""
-    return ModelFolder(path, read_config(path), open_tensors(path))
+    config, handles = read_config(path), open_tensors(path)
+    layers = getattr(config, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > len(handles):  # a thousand take a while to build
+        raise UserError(
+            f"{path / CONFIG_FILE} describes {layers} layers, and the files hold {len(handles)} "
+            "tensors"
+        )
+    return ModelFolder(path, config, handles)
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
@@ -135,7 +145,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise UserError(
             f"{folder} is no model: it has no {CONFIG_FILE}. Name the folder of a release"
         )
-    values = folder_rules.read_json(path)
+    values = read_object(path)
     folder_rules.check_config(path, values)
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
@@ -175,15 +185,16 @@ def shape_of(handles: Mapping[str, Any], name: str) -> tuple[int, ...]:
 def open_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder. Raises UserError when it has none, or one with code."""
     folder_rules.check_files(folder)
-    settings = folder / "tokenizer_config.json"
-    if settings.is_file() and "auto_map" in folder_rules.read_json(settings):
-        raise UserError(f"{settings} has auto_map: it brings code of its own")
+    check_tokenizer(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, **_OFFLINE)
+        with panics_are_errors():
+            tokenizer = AutoTokenizer.from_pretrained(folder, **_OFFLINE)
+            tokenizer.encode("a b")  # some say what they lack only now
     except Exception as error:  # noqa: BLE001 - whatever transformers raises for a folder
         raise UserError(
             f"{folder} has no tokenizer that can be read: {first_line(error)}"
         ) from None
+    return tokenizer
 
 
 def embeddings(model: Any) -> frozenset[str]:
@@ -195,7 +206,7 @@ def embeddings(model: Any) -> frozenset[str]:
 
 
 def few(names: Iterable[str]) -> str:
-    """The first three, and how many more there are."""
+    """The first three, cut where they are absurdly long, and how many more there are."""
     found = list(names)
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    return ", ".join(found[:3]) + more
+    return ", ".join(shown(name)[:_LONGEST_NAME] for name in found[:3]) + more

@@ -5,7 +5,7 @@ architecture of transformers, no code, no quantization, no attention code from t
 sizes. Raises UserError, which names the folder or the file.
 """
 
-import json
+import os
 import re
 import stat
 from collections.abc import Iterator
@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from pmp_ds.errors import UserError
+from pmp_ds.foreign import read_object
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-_LONGEST_JSON = 32 << 20  # bytes; the index of a model of a million tensors is smaller
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-.*\.safetensors")  # transformers prefers them
 _ATTENTION = ("eager", "sdpa", "flex_attention")  # others may be fetched from the hub
@@ -51,7 +51,7 @@ def check_files(folder: Path) -> None:
     if root.parent.name == "snapshots":
         inside.append(root.parent.parent / "blobs")
     for entry in sorted(folder.iterdir()):
-        target = entry.resolve()
+        target = Path(os.path.realpath(entry))  # Path.resolve() raises for a link to itself
         if not any(target.is_relative_to(home) for home in inside):
             raise UserError(f"{entry} is a link that leads out of the folder: copy the file there")
         if not target.exists():
@@ -80,31 +80,18 @@ def weight_files(folder: Path) -> list[Path]:
         raise UserError(f"{folder} is no model: {SINGLE_FILE} is missing")
     if single.is_file():
         raise UserError(f"{folder} has both {SINGLE_FILE} and {INDEX_FILE}: remove one of them")
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     names = weight_map.values() if isinstance(weight_map, dict) else ()
     if not names or not all(isinstance(name, str) for name in names):
         raise UserError(f"{index} is damaged: it has no weight_map from tensors to files")
     for name in sorted(set(names)):
         if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-            raise UserError(f"{index} leads to {name!r}, which is no .safetensors file beside it")
+            raise UserError(
+                f"{index} leads to {name!r:.80}, which is no .safetensors file beside it"
+            )
         if not (folder / name).is_file():
             raise UserError(f"{folder} is damaged or incomplete: {name} is missing")
     return [folder / name for name in sorted(set(names))]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of bounded size."""
-    try:
-        if path.stat().st_size > _LONGEST_JSON:
-            raise UserError(f"{path} is longer than {_LONGEST_JSON:,} bytes")
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except UserError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {first_line(error)}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged: it is no JSON object")
-    return found
 
 
 def check_config(path: Path, values: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from pmp_ds.errors import UserError
+from pmp_ds.foreign import MissingError, read_bytes
 from pmp_ds.model.build import build_model
 from pmp_ds.model.stream import Floats, normals, uniforms
 from pmp_ds.progress import Progress
@@ -29,6 +30,7 @@ from pmp_ds.run_dir import atomic_path, make_private
 
 KEY_BYTES = 32
 KEY_FILE = "key"
+_MOST_BYTES = 1 << 20
 _CHUNK = 1 << 20  # elements drawn at once: 8 MiB of float64
 _MAX_REDRAWS = 1000
 _WAY_OUT = "set init.seed for public initial weights, or choose another architecture"
@@ -62,8 +64,8 @@ def load_key(folder: Path) -> Secret:
     """Return the key in ``folder``. Raises UserError when it is missing or damaged."""
     path = folder / KEY_FILE
     try:
-        key = path.read_bytes()
-    except FileNotFoundError:
+        key = read_bytes(path, _MOST_BYTES)
+    except MissingError:
         raise UserError(
             f"{path} is missing: put the run's own key back from a backup; no other one can stand "
             "in for it"

@@ -9,7 +9,6 @@ breach, so a file, key or field that somebody adds has to be added here, on purp
 
 import getpass
 import hashlib
-import json
 import re
 import socket
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from pmp_ds.errors import UserError
+from pmp_ds.foreign import ForeignError, read_bytes, read_object, read_text
 from pmp_ds.model.folder_rules import INDEX_FILE
 from pmp_ds.release.source import open_source
 from pmp_ds.release.tensor_file import METADATA
@@ -96,8 +96,8 @@ def _problems(folder: Path) -> Iterator[str]:
 def _read_json(path: Path) -> Any:
     """None where there is nothing that can be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(path)
+    except ForeignError:
         return None
 
 
@@ -117,7 +117,8 @@ def config_keys(config_class: type[PreTrainedConfig]) -> set[str]:
 
 def _config_keys(config: Any) -> set[str]:
     kind = config.get("model_type") if isinstance(config, dict) else None
-    return config_keys(CONFIG_MAPPING[kind]) if kind in CONFIG_MAPPING else CONFIG_KEYS
+    known = isinstance(kind, str) and kind in CONFIG_MAPPING
+    return config_keys(CONFIG_MAPPING[kind]) if known else CONFIG_KEYS
 
 
 def _about_tokenizer(folder: Path, names: set[str]) -> Iterator[str]:
@@ -129,7 +130,7 @@ def _about_tokenizer(folder: Path, names: set[str]) -> Iterator[str]:
         if file in names:
             yield from _about_keys(file, _read_json(folder / file), keys)
     if "tokenizer.model" in names:
-        for text in trainer_paths((folder / "tokenizer.model").read_bytes()):
+        for text in trainer_paths(read_bytes(folder / "tokenizer.model")):
             yield f"tokenizer.model: remembers {text!r} of its training"
 
 
@@ -159,7 +160,7 @@ def _about_weights(folder: Path, names: set[str], config: Any) -> Iterator[str]:
 
 def _about_sums(folder: Path, names: set[str]) -> Iterator[str]:
     """SHA256SUMS names every file but itself and the signature, once, and truly."""
-    lines = (folder / SUMS_FILE).read_text(encoding="utf-8").splitlines()
+    lines = read_text(folder / SUMS_FILE).splitlines()
     parts = [line.split("  ", 1) for line in lines]
     if sorted(part[-1] for part in parts) != sorted(names - {SUMS_FILE, SIGNATURE_FILE}):
         yield f"{SUMS_FILE}: does not name every file once"
@@ -173,7 +174,7 @@ def _about_words(path: Path) -> Iterator[str]:
     """The vocabulary of tokenizer.json is text of anybody; everything else is ours."""
     if path.name == "tokenizer.json":
         return
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = read_bytes(path).decode(errors="replace")
     for what, pattern in _FORBIDDEN.items():
         if match := pattern.search(text):
             yield f"{path.name}: {match[0]!r} is {what}"

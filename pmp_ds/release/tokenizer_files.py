@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pmp_ds.errors import UserError
+from pmp_ds.foreign import read_bytes, read_object
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -45,12 +46,12 @@ def copy_tokenizer(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
     settings = target / "tokenizer_config.json"
     if settings.is_file():
-        values = json.loads(settings.read_text(encoding="utf-8"))
+        values = read_object(settings)
         kept = {key: value for key, value in values.items() if key in TOKENIZER_KEYS}
         settings.write_text(as_json(kept), encoding="utf-8")
     model = target / "tokenizer.model"
-    if model.is_file() and list(trainer_paths(model.read_bytes())):
-        proto = _parse(model.read_bytes())
+    if model.is_file() and list(trainer_paths(content := read_bytes(model))):
+        proto = _parse(content)
         for field in _TRAINER_PATHS:
             proto.trainer_spec.ClearField(field)
         model.write_bytes(proto.SerializeToString(deterministic=True))

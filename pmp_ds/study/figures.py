@@ -1,5 +1,6 @@
 """Drawing for a study: colours, saving, and points with intervals."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pmp_ds.errors import shown
 from pmp_ds.study.runs import AVERAGE, is_lm, ordered
 from pmp_ds.study.statistics import Estimate
 
@@ -43,8 +45,8 @@ def save(figure: Figure, folder: Path, picture: Picture) -> Picture:
 
 
 def short(label: str, most: int = 28) -> str:
-    """A long name cut in the middle."""
-    half = (most - 3) // 2
+    """A name for a picture: cut in the middle where it is long, and never a formula."""
+    label, half = re.sub(r"(?<!\\)\$", r"\\$", shown(label)), (most - 3) // 2
     return label if len(label) <= most else f"{label[:half]}...{label[-half:]}"
 
 
@@ -63,11 +65,11 @@ def dots(
     """One group of points per column, one colour per series, intervals as bars."""
     width = 0.7 / max(1, len(series))
     for i, (name, found) in enumerate(series.items()):
-        shown = [c for c in columns if c in found]
-        if not shown:
+        own = [c for c in columns if c in found]
+        if not own:
             continue
-        places = [columns.index(c) + (i - (len(series) - 1) / 2) * width for c in shown]
-        values = [error(found[c], factor) for c in shown]
+        places = [columns.index(c) + (i - (len(series) - 1) / 2) * width for c in own]
+        values = [error(found[c], factor) for c in own]
         axes.errorbar(
             places, [v[0] for v in values], yerr=list(zip(*(v[1:] for v in values), strict=True)),
             fmt=MARKERS[i % len(MARKERS)], color=COLOURS[i % len(COLOURS)], markersize=4.5,
@@ -75,7 +77,7 @@ def dots(
         )  # fmt: skip
     many = len(columns) > 4
     axes.set_xticks(
-        range(len(columns)), [LABELS.get(c, c) for c in columns], rotation=40 if many else 0,
+        range(len(columns)), [LABELS.get(c, short(c)) for c in columns], rotation=40 if many else 0,
         ha="right" if many else "center", rotation_mode="anchor", fontsize=9,
     )  # fmt: skip
     axes.set_xlim(-0.6, len(columns) - 0.4)

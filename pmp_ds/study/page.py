@@ -1,13 +1,12 @@
 """The report as Markdown and as one HTML file that needs nothing beside it."""
 
 import base64
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pmp_ds.study.figures import Picture
-from pmp_ds.study.tables import Table
+from pmp_ds.study.tables import Table, as_html, plain
 
 
 @dataclass(frozen=True)
@@ -28,17 +27,20 @@ def markdown(title: str, sections: Sequence[Section]) -> str:
                 case Table():
                     lines.append(part.markdown())
                 case Picture():
-                    lines.append(f"![{part.alt}](figures/{part.name}.png)\n\n{part.caption}\n")
+                    text = (
+                        f"![{plain(part.alt)}](figures/{part.name}.png)\n\n{plain(part.caption)}\n"
+                    )
+                    lines.append(text)
                 case _:
-                    lines.append(f"{part}\n")
+                    lines.append(f"{plain(part)}\n")
     return "\n".join(lines)
 
 
 def page(title: str, sections: Sequence[Section], figures: Path) -> str:
     """Self-contained: pictures of the folder ``figures`` are inside."""
-    body = [f"<h1>{html.escape(title)}</h1>"]
+    body = [f"<h1>{as_html(title)}</h1>"]
     for section in sections:
-        body.append(f"<h2>{html.escape(section.title)}</h2>")
+        body.append(f"<h2>{as_html(section.title)}</h2>")
         for part in section.parts:
             match part:
                 case Table():
@@ -46,15 +48,15 @@ def page(title: str, sections: Sequence[Section], figures: Path) -> str:
                 case Picture():
                     body.append(_figure(part, figures))
                 case _:
-                    body.append(f"<p>{html.escape(part)}</p>")
-    return _PAGE.format(title=html.escape(title), style=_STYLE, body="\n".join(body))
+                    body.append(f"<p>{as_html(part)}</p>")
+    return _PAGE.format(title=as_html(title), style=_STYLE, body="\n".join(body))
 
 
 def _figure(picture: Picture, figures: Path) -> str:
     content = base64.b64encode((figures / f"{picture.name}.png").read_bytes()).decode()
     return (
-        f'<figure><img src="data:image/png;base64,{content}" alt="{html.escape(picture.alt)}">\n'
-        f"<figcaption>{html.escape(picture.caption)}</figcaption></figure>"
+        f'<figure><img src="data:image/png;base64,{content}" alt="{as_html(picture.alt)}">\n'
+        f"<figcaption>{as_html(picture.caption)}</figcaption></figure>"
     )
 
 

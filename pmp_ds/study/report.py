@@ -7,9 +7,10 @@ from typing import Any
 from pmp_ds import formats
 from pmp_ds import results as results_file
 from pmp_ds.errors import UserError, require
+from pmp_ds.fields import fit
 from pmp_ds.results import Result
 from pmp_ds.run_dir import read_json, write_text
-from pmp_ds.study import glue_figures, model_figures
+from pmp_ds.study import glue_figures, measured, model_figures
 from pmp_ds.study.controls import Control, controls, edges
 from pmp_ds.study.figures import Picture
 from pmp_ds.study.glue_tables import table_canonical, table_methods, table_one
@@ -30,24 +31,34 @@ from pmp_ds.study.verdict import verdict
 TITLE = "Private Mask Pre-Training: results of the study"
 NOT_RUN = "Not run."
 
+# What numbers of well-formed lines raise that contradict each other: a metric that is nowhere,
+# lists of two lengths, a plot from minus to plus infinity.
+_DO_NOT_FIT = (KeyError, IndexError, ValueError, TypeError, ArithmeticError, RuntimeError)
+
 Part = str | Table | Picture
 
 
 def write(results_path: Path, audit_paths: Sequence[Path], out: Path) -> list[str]:
     """Write the report; returns the verdict. Raises UserError for missing or damaged input."""
     require(
-        results_path.is_file(),
+        results_path.exists(),
         f"{results_path} is missing: launcher/finetune.py and evaluate.py write it",
     )
-    results = results_file.read(results_path)
+    results = measured.check(results_path, results_file.read(results_path))
     require(bool(results), f"{results_path} is empty: measure something first")
     audits = {str(path): read_audit(path) for path in audit_paths}
-    runs = _fine_tunes(results_path, results)
-    six = headline(results, runs, audits)
     for folder in (out / "tables", figures := out / "figures"):
         folder.mkdir(parents=True, exist_ok=True)
-    pictures = glue_figures.draw(figures, results, runs, six) | model_figures.draw(figures, results)
-    made = sections(results, runs, six, pictures)
+    try:
+        runs = fine_tunes(results)
+        six = headline(results, runs, audits)
+        drawn = glue_figures.draw(figures, results, runs, six)
+        made = sections(results, runs, six, drawn | model_figures.draw(figures, results))
+    except _DO_NOT_FIT as error:
+        raise UserError(
+            f"{results_path}: its measurements do not fit together "
+            f"({type(error).__name__}: {error!s:.80}); delete the lines of other programs"
+        ) from error
     for table in (part for section in made for part in section.parts if isinstance(part, Table)):
         write_text(out / "tables" / f"{table.name}.md", table.markdown())
         write_text(out / "tables" / f"{table.name}.tex", table.latex())
@@ -58,22 +69,13 @@ def write(results_path: Path, audit_paths: Sequence[Path], out: Path) -> list[st
 
 def read_audit(path: Path) -> dict[str, Any]:
     """An audit.json of launcher/audit.py."""
-    require(path.is_file(), f"{path} is missing: launcher/audit.py writes it")
+    require(path.exists(), f"{path} is missing: launcher/audit.py writes it")
     audit = read_json(path)
     require("attacks" in audit and "leaks" in audit, f"{path} is no audit.json")
-    version = audit.get("format_version")
-    require(isinstance(version, int), f"{path} is damaged: its format_version is not a number")
+    version = fit(int, audit.get("format_version"), f"{path}: format_version")
     formats.require("audit", path, version, way_out="write the report with that version")
-    return audit
-
-
-def _fine_tunes(path: Path, results: Sequence[Result]) -> list[FineTune]:
-    try:
-        return fine_tunes(results)
-    except KeyError as error:
-        raise UserError(
-            f"{path}: a line of kind finetune has no {error}: delete the lines of other programs"
-        ) from None
+    found: dict[str, Any] = fit(measured.Audit, audit, path)
+    return found
 
 
 def sections(
@@ -150,7 +152,9 @@ def _provenance(results: Sequence[Result]) -> str:
     )
 
 
-METHOD = [text.replace("\n", " ") for text in f"""\
+METHOD = [
+    text.replace("\n", " ")
+    for text in f"""\
 Choice of settings: an attacker tries every setting of the sweep and keeps the best. Both sides of a
 comparison choose among the same settings, those that both completed with all seeds, by the mean
 validation score over the seeds, once per task. The score is that of the validation split on which
@@ -171,5 +175,6 @@ them all. Language modelling stays apart, in nats per token.
 may use whichever setting reaches it first. The ratio is over the seeds that got there, so it is too
 low where some never did.
 
-Matched base: pretraining losses at most {MATCHED:g} nats per token apart.""".split("\n\n")]
+Matched base: pretraining losses at most {MATCHED:g} nats per token apart.""".split("\n\n")
+]
 """Paragraphs."""

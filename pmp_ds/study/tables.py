@@ -4,6 +4,9 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pmp_ds.errors import shown
+
+_MARKDOWN = "\\`|<"
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
@@ -23,10 +26,8 @@ class Table:
 
     def markdown(self) -> str:
         lines = [self.head, ["---"] * len(self.head), *self.rows]
-        body = "\n".join(
-            "| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines
-        )
-        return f"{body}\n\n{self.caption}\n"
+        body = "\n".join("| " + " | ".join(map(plain, line)) + " |" for line in lines)
+        return f"{body}\n\n{plain(self.caption)}\n"
 
     def latex(self) -> str:
         """A table environment that needs no package."""
@@ -43,19 +44,26 @@ class Table:
     def html(self) -> str:
         def line(cells: Sequence[str], tag: str) -> str:
             scope = ' scope="col"' if tag == "th" else ""
-            return "<tr>" + "".join(f"<{tag}{scope}>{_html(c)}</{tag}>" for c in cells) + "</tr>"
+            return "<tr>" + "".join(f"<{tag}{scope}>{as_html(c)}</{tag}>" for c in cells) + "</tr>"
 
         body = "\n".join(line(row, "td") for row in self.rows)
         return (
             '<div class="wide"><table>\n'
-            f"<caption>{_html(self.caption)}</caption>\n<thead>{line(self.head, 'th')}</thead>\n"
+            f"<caption>{as_html(self.caption)}</caption>\n<thead>{line(self.head, 'th')}</thead>\n"
             f"<tbody>\n{body}\n</tbody>\n</table></div>"
         )
 
 
+def plain(text: str) -> str:
+    """Return ``text`` for Markdown, where it stands for itself."""
+    escaped = "".join(f"\\{c}" if c in _MARKDOWN else c for c in shown(text))
+    return escaped.replace("](", "]\\(")  # a link; intervals have brackets too
+
+
+def as_html(text: str) -> str:
+    """Return ``text`` for HTML, where it stands for itself."""
+    return html.escape(shown(text))
+
+
 def _latex(text: str) -> str:
-    return "".join(_LATEX.get(letter, letter) for letter in text)
-
-
-def _html(text: str) -> str:
-    return html.escape(text)
+    return "".join(_LATEX.get(letter, letter) for letter in shown(text))

@@ -7,6 +7,7 @@ The format is that of the `age` command, in both directions. No error shows a ke
 
 import base64
 import binascii
+import contextlib
 import getpass
 import hashlib
 from collections.abc import Sequence
@@ -18,10 +19,14 @@ from typing import Any
 import pyrage
 
 from pmp_ds.errors import UserError
+from pmp_ds.foreign import read_bytes
 from pmp_ds.run_dir import write_text
 
 _KINDS = "age (age1...), ssh-ed25519 or ssh-rsa"
 _SECRET = "AGE-SECRET-KEY-"
+_MOST_BYTES = 1 << 20  # of a file of keys
+MOST_HEADER = 1 << 16  # of a sealed file: a hundred recipients
+_ARMOR = b"-----BEGIN AGE ENCRYPTED FILE-----"
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def _public_key(text: str, where: str) -> PublicKey:
 def identities(path: Path) -> list[Any]:
     """The secret keys in ``path``: lines as ``age-keygen`` writes them, or one ssh private key.
     Raises UserError."""
-    data = _read(path)
+    data = read_bytes(path, _MOST_BYTES)
     if data.startswith(b"age-encryption.org/"):
         raise UserError(f"--identity {path} is itself sealed: open it first, with `age -d`")
     try:
@@ -99,7 +104,7 @@ def identities(path: Path) -> list[Any]:
 def read_passphrase(file: Path | None, *, confirm: bool) -> Passphrase:
     """The first line of ``file`` (/dev/fd/N for a descriptor), or asked for on the terminal."""
     if file is not None:
-        lines = _text(file).splitlines()
+        lines = _text(file, pipe=True).splitlines()
         text = lines[0] if lines else ""
     else:
         try:
@@ -137,12 +142,25 @@ def encrypt(data: bytes, to: Sequence[PublicKey] | Passphrase) -> bytes:
 def decrypt(sealed: bytes, by: Sequence[Any] | Passphrase, where: Path) -> bytes:
     """The content of a file sealed here or by `age`. Raises UserError that says whether the key or
     the file is at fault, and nothing else; ``where`` names the file in it."""
+    require_sealed(sealed, where)
     try:
         if isinstance(by, Passphrase):
             return bytes(pyrage.passphrase.decrypt(sealed, by.text))
         return bytes(pyrage.decrypt(sealed, by))
     except pyrage.DecryptError as error:
         raise UserError(f"{where} {_reason(str(error), isinstance(by, Passphrase))}") from None
+
+
+def require_sealed(start: bytes, where: Path) -> None:
+    """Raises UserError unless ``start``, the first bytes of ``where``, hold a whole header of age:
+    one without an end keeps pyrage busy for minutes."""
+    start = start[:MOST_HEADER]
+    if start.startswith(_ARMOR):
+        letters = b"".join(start.removeprefix(_ARMOR).partition(b"-----END")[0].split())
+        with contextlib.suppress(binascii.Error):
+            start = base64.b64decode(letters[: len(letters) // 4 * 4])
+    if not start.startswith(b"age-encryption.org/") or b"\n--- " not in start:
+        raise UserError(f"{where} is no sealed file, or its first lines are damaged")
 
 
 def _reason(message: str, by_passphrase: bool) -> str:
@@ -168,15 +186,8 @@ def _lines(path: Path) -> list[tuple[int, str]]:
     return [(n, line) for n, line in lines if line and not line.startswith("#")]
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, *, pipe: bool = False) -> str:
     try:
-        return _read(path).decode()
+        return read_bytes(path, _MOST_BYTES, pipe=pipe).decode()
     except UnicodeDecodeError:
         raise UserError(f"{path} is not text: it holds no key or passphrase") from None
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None

@@ -13,6 +13,7 @@ from pmp_ds.errors import UserError
 
 MOST_ELEMENTS = 1 << 48  # of a model; and no dimension is longer
 _MOST_DIMENSIONS = 16
+_LONGEST_NAME = 1000
 _BITS = (1, 2, 4, 8, 16, 32, 64, 128)
 _POPCOUNT = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.uint8)
 
@@ -72,6 +73,20 @@ def check_bits(bits: torch.Tensor, numel: int, what: str) -> None:
         raise UserError(f"{what} has ones after the last of its {numel} elements")
 
 
+def check_shapes(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises UserError unless ``shapes`` are those of a model's parameters, under names that can be
+    printed."""
+    total = 0
+    for name, shape in shapes.items():
+        if not (name.isprintable() and len(name) <= _LONGEST_NAME):
+            raise UserError(f"{name!r:.80} is not a parameter's name")
+        if not _is_shape(shape):
+            raise UserError(f"the shape of {name!r} is {shape!r:.80}: sizes from 0 are needed")
+        total += math.prod(shape)
+        if total > MOST_ELEMENTS:
+            raise UserError(f"the mask has more than {MOST_ELEMENTS:,} elements")
+
+
 def _is_shape(shape: object) -> bool:
     return (
         isinstance(shape, tuple)
@@ -94,14 +109,9 @@ class ParamMask:
         for name in sorted(self.bits.keys() ^ self.shapes.keys()):
             lacks = "bits" if name in self.shapes else "a shape"
             raise UserError(f"the mask of {name!r} lacks {lacks}")
-        total = 0
+        check_shapes(self.shapes)
         for name, shape in self.shapes.items():
-            if not _is_shape(shape):
-                raise UserError(f"the shape of {name!r} is {shape!r:.80}: sizes from 0 are needed")
-            total += (numel := math.prod(shape))
-            if total > MOST_ELEMENTS:
-                raise UserError(f"the mask has more than {MOST_ELEMENTS:,} elements")
-            check_bits(self.bits[name], numel, f"the mask of {name!r}")
+            check_bits(self.bits[name], math.prod(shape), f"the mask of {name!r}")
 
     def numel(self, name: str) -> int:
         return int(torch.Size(self.shapes[name]).numel())

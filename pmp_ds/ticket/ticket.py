@@ -1,28 +1,33 @@
 """The ticket on disk: the mask and where it came from. As secret as the mask.
 
-    FOLDER/mask.safetensors   packed bits per parameter (ticket/mask.py), uint8
-    FOLDER/ticket.json        format version, parameters, k, density, score, step, digests
+FOLDER/mask.safetensors   packed bits per parameter (ticket/mask.py), uint8
+FOLDER/ticket.json        format version, parameters, k, density, score, step, digests
 """
 
 import hashlib
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from pmp_ds import formats
 from pmp_ds.errors import UserError, require
+from pmp_ds.fields import fit
+from pmp_ds.foreign import MissingError, parse_object, read_bytes
 from pmp_ds.formats import FormatError
 from pmp_ds.run_dir import make_private, write_bytes
-from pmp_ds.ticket.mask import ParamMask
+from pmp_ds.ticket.mask import ParamMask, check_shapes
 
 FORMAT_VERSION = formats.current("ticket")
 MASK_FILE = "mask.safetensors"
 MANIFEST_FILE = "ticket.json"
+_MOST_MANIFEST = 1 << 28
 _ORIGIN = ("density", "source", "score", "step", "stable", "model_digest")
 # What reading a damaged ticket raises.
 _DAMAGE = (
@@ -94,10 +99,9 @@ def load_ticket(folder: Path, *, model_digest: str | None = None) -> Ticket:
     """Read and check a ticket. Raises UserError when it is missing, damaged, of an unknown format,
     or, where ``model_digest`` is given, of another model."""
     try:
-        ticket = from_files(lambda name: (folder / name).read_bytes(), folder)
-    except (FileNotFoundError, NotADirectoryError):
-        missing = MASK_FILE if has_ticket(folder) else MANIFEST_FILE
-        raise UserError(f"no ticket at {folder}: {missing} is missing") from None
+        ticket = from_files(lambda name, most: read_bytes(folder / name, most), folder)
+    except MissingError as error:
+        raise UserError(f"no ticket at {folder}: {error}") from None
     if model_digest is not None and ticket.model_digest != model_digest:
         raise UserError(
             f"the ticket at {folder} belongs to a model with other parameters: their names or "
@@ -106,21 +110,21 @@ def load_ticket(folder: Path, *, model_digest: str | None = None) -> Ticket:
     return ticket
 
 
-def from_files(read: Callable[[str], bytes], where: Path) -> Ticket:
-    """The ticket whose files ``read`` gives by name. Raises UserError, which says ``where``, when
-    they are damaged or of an unknown format."""
+def from_files(read: Callable[[str, int], bytes], where: Path) -> Ticket:
+    """The ticket whose files ``read`` gives by name and the most bytes that one may have. Raises
+    UserError, which says ``where``, when they are damaged or of an unknown format."""
     try:
-        manifest = json.loads(read(MANIFEST_FILE))
+        manifest = _manifest(read(MANIFEST_FILE, _MOST_MANIFEST))
         formats.require("ticket", where, manifest["format_version"], way_out="use that version")
-        shapes = {name: tuple(shape) for name, shape in manifest["parameters"].items()}
+        shapes = fit(dict[str, tuple[int, ...]], manifest["parameters"], "parameters")
         ticket = Ticket(
-            mask=ParamMask(bits=load(read(MASK_FILE)), shapes=shapes),
+            mask=ParamMask(bits=load(read(MASK_FILE, _most_bytes(shapes))), shapes=shapes),
             **{name: manifest[name] for name in _ORIGIN},
         )
         counts = (ticket.mask.num_kept, ticket.mask.num_params)
         intact = ticket.id == manifest["id"]
         intact = intact and counts == (manifest["num_kept"], manifest["num_params"])
-    except FormatError:
+    except (FormatError, MissingError):
         raise
     except UserError as error:
         raise UserError(f"the ticket at {where} is damaged: {error}") from None
@@ -129,6 +133,21 @@ def from_files(read: Callable[[str], bytes], where: Path) -> Ticket:
     if not intact:
         raise UserError(f"the ticket at {where} is damaged: its bits do not match its id")
     return ticket
+
+
+def _manifest(content: bytes) -> dict[str, Any]:
+    try:
+        return parse_object(content)
+    except ValueError as error:
+        raise UserError(f"{MANIFEST_FILE}: {error}") from None
+
+
+def _most_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """The most bytes of a mask file for parameters of these ``shapes``: bits and a header. Raises
+    UserError when they are no shapes of a model."""
+    check_shapes(shapes)
+    bits = sum(math.prod(shape) // 8 + 1 for shape in shapes.values())
+    return bits + sum(len(name.encode()) + 256 for name in shapes) + 4096
 
 
 def exact_k(density: float, num_params: int) -> int:

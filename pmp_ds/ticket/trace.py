@@ -157,6 +157,16 @@ def of_model(base: Path, tuned: Path, mask: ParamMask) -> Iterator[Observation]:
         )
 
 
+def not_in(tuned: Path, mask: ParamMask) -> list[str]:
+    """Parameters of ``mask`` that ``tuned`` lacks or has in another shape: they tell nothing."""
+    after = open_tensors(tuned)
+    return [
+        name
+        for name, shape in mask.shapes.items()
+        if name not in after or shape_of(after, name) != shape
+    ]
+
+
 def fitted_to(mask: ParamMask, model: Path) -> ParamMask:
     """``mask`` on the parameters of a folder of safetensors. Raises UserError when it is another
     model's."""

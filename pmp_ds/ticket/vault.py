@@ -12,20 +12,31 @@ import io
 import json
 import os
 import tarfile
+import unicodedata
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pmp_ds import formats
 from pmp_ds.errors import UserError
-from pmp_ds.formats import FormatError
+from pmp_ds.fields import fit
+from pmp_ds.foreign import parse_object, read_bytes, read_text
 from pmp_ds.run_dir import make_private
-from pmp_ds.ticket.keys import Passphrase, PublicKey, decrypt, encrypt
-from pmp_ds.ticket.ticket import Ticket, from_files, load_ticket, to_files
+from pmp_ds.ticket.keys import MOST_HEADER, Passphrase, PublicKey, decrypt, encrypt, require_sealed
+from pmp_ds.ticket.ticket import (
+    MANIFEST_FILE,
+    MASK_FILE,
+    Ticket,
+    from_files,
+    load_ticket,
+    to_files,
+)
 
 FOLDER = "ticket"
 RECORDS_FILE = "sealed.jsonl"
+_MOST_BYTES = 1 << 35
+"""Of a sealed file: the ticket of 250 billion parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +59,10 @@ def seal(ticket: Ticket, to: Sequence[PublicKey] | Passphrase) -> bytes:
 def open_sealed(file: Path, by: Sequence[Any] | Passphrase) -> Ticket:
     """The ticket in a sealed file. Raises UserError for a wrong key and a damaged or foreign
     file, without a word of what is in it."""
-    try:
-        sealed = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    require_sealed(read_bytes(file, _MOST_BYTES, only=MOST_HEADER), file)
+    sealed = read_bytes(file, _MOST_BYTES)
     members = _members(decrypt(sealed, by, file), file)
-    return from_files(members.__getitem__, file)
+    return from_files(lambda name, _: members[name], file)
 
 
 def any_ticket(path: Path, by: Sequence[Any] | Passphrase | None) -> Ticket:
@@ -97,32 +106,46 @@ def records(vault: Path) -> list[Record]:
             f"{path} is missing: put it back from a backup, it says whose copies were sealed; if "
             f"none ever was, delete {vault}"
         )
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    for number, line in enumerate(lines, start=1):
+    text = read_text(path) if path.exists() else ""
+    for number, line in enumerate(io.StringIO(text), start=1):
+        where = f"{path}, line {number}"
         try:
-            values = json.loads(line)
-            version = values.pop("format_version", 1)
-            where = f"{path}, line {number},"
-            formats.require("registry", where, version, way_out="use that version")
-            more = {"keys": tuple(values["keys"]), "by_code": version >= 3}
-            found.append(Record(**values | more))
-        except FormatError:
-            raise
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise UserError(f"{path}, line {number} is damaged: mend it, or delete it") from None
+            values = parse_object(line)
+        except ValueError as error:
+            raise UserError(f"{where} is damaged: {error}; mend it, or delete it") from None
+        version = fit(int, values.pop("format_version", 1), f"{where}: format_version")
+        formats.require("registry", f"{where},", version, way_out="use that version")
+        found.append(replace(fit(Record, values, where), by_code=version >= 3))
     return found
 
 
-def same_name(one: str, other: str) -> bool:
-    return one.casefold() == other.casefold()
+def recipient(given: str) -> str:
+    """Return a recipient's name as it is kept: NFKC, with single blanks. Raises UserError when it
+    is empty or holds what cannot be printed, such as a change of the direction of writing."""
+    name = " ".join(unicodedata.normalize("NFKC", given).split())
+    if not name:
+        raise UserError("--name is empty: write whom the copy is for")
+    if not name.isprintable():
+        raise UserError(f"--name {name!r} holds characters that cannot be printed: leave them out")
+    return name
+
+
+def _folded(name: str) -> str:
+    """The same for all spellings of a name."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
 
 
 def check_recipient(known: Sequence[Record], name: str, keys: Sequence[PublicKey]) -> None:
-    """UserError when one of ``keys`` belongs to a recipient of another name: who holds copies with
-    two watermarks sees both where they differ."""
+    """UserError when ``name`` is another spelling of a known one, or one of ``keys`` belongs to a
+    recipient of another name: who holds copies with two watermarks sees both where they differ."""
     labels = {key.label for key in keys}
     for record in known:
-        if (shared := labels & set(record.keys)) and not same_name(record.name, name):
+        if record.name != name and _folded(record.name) == _folded(name):
+            raise UserError(
+                f"--name {name}: a copy was sealed under the name {record.name!r}, which is the "
+                "same in another spelling; use that name"
+            )
+        if (shared := labels & set(record.keys)) and record.name != name:
             raise UserError(
                 f"--name {name}: a copy for the key {min(shared)} was sealed under the name "
                 f"{record.name!r}; use that name, since two watermarks in one hand show themselves"
@@ -160,11 +183,17 @@ def _members(archive: bytes, where: Path) -> dict[str, bytes]:
     try:
         with tarfile.open(fileobj=io.BytesIO(archive), mode="r:") as tar:
             for member in tar:
-                if member.type == tarfile.REGTYPE and (file := tar.extractfile(member)):
-                    name = Path(member.name).name
-                    if name in found:
-                        raise UserError(f"{where} is damaged: it holds two files called {name!r}")
-                    found[name] = file.read()
-    except (tarfile.TarError, EOFError):
+                name = Path(member.name).name
+                if name not in (MASK_FILE, MANIFEST_FILE) or member.type != tarfile.REGTYPE:
+                    continue
+                if name in found:
+                    raise UserError(f"{where} is damaged: it holds two files called {name!r}")
+                # Holes and sizes of a header cost nothing to write, and memory to believe.
+                if member.issparse() or member.offset_data + member.size > len(archive):
+                    raise UserError(f"{where} is damaged: {name} is not in it as it stands")
+                found[name] = archive[member.offset_data : member.offset_data + member.size]
+    except UserError:
+        raise
+    except Exception:  # noqa: BLE001 - a stranger's archive, and whatever tarfile raises for it
         raise UserError(f"{where} opens with this key, but holds no ticket") from None
     return found

@@ -11,6 +11,9 @@ from typing import Any, Literal
 
 from pmp_ds import formats
 from pmp_ds.errors import UserError
+from pmp_ds.fields import fit
+from pmp_ds.foreign import read_object
+from pmp_ds.formats import FormatError
 from pmp_ds.progress import Progress
 from pmp_ds.run_dir import write_json
 from pmp_ds.version import code_version
@@ -20,7 +23,7 @@ Phase = Literal["discover", "train"]
 NAMES: dict[Phase, str] = {"discover": "discover", "train": "update"}
 _SHOW_PROGRESS = 1 << 30  # from so many bytes on: a second of hashing
 # What reading a damaged manifest raises.
-_DAMAGE = (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError)
+_DAMAGE = (KeyError, TypeError, AttributeError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +70,7 @@ def listed(folder: Path) -> tuple[Position, dict[str, str]]:
     Raises DamagedError, or FormatError for a version that this pmp-ds does not read.
     """
     try:
-        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        manifest = read_object(folder / MANIFEST_FILE)
         formats.require(
             "checkpoint", folder, manifest["format_version"], writer=manifest.get("code"),
             way_out="continue with that version, or put the folder elsewhere",
@@ -76,12 +79,13 @@ def listed(folder: Path) -> tuple[Position, dict[str, str]]:
             raise DamagedError(folder, MANIFEST_FILE)
         files = dict(manifest["files"].items())
         known = {one.name for one in fields(Position)}
-        position = Position(**{name: value for name, value in manifest.items() if name in known})
+        values = {name: value for name, value in manifest.items() if name in known}
+        position: Position = fit(Position, values, MANIFEST_FILE)
         name = position.name
-    except FileNotFoundError:
-        raise DamagedError(folder, f"{MANIFEST_FILE} is missing") from None
-    except OSError as error:
-        raise DamagedError(folder, f"{MANIFEST_FILE}: {error.strerror}") from None
+    except (DamagedError, FormatError):
+        raise
+    except UserError as error:
+        raise DamagedError(folder, str(error).removeprefix(f"{folder}/")) from None
     except _DAMAGE as error:
         raise DamagedError(folder, f"{MANIFEST_FILE} ({error})") from None
     if name != folder.name:

@@ -12,6 +12,7 @@ from pmp_ds.config import Config
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.mixed_store import MixedStore, Part
 from pmp_ds.errors import UserError
+from pmp_ds.fields import fit
 from pmp_ds.run_dir import RunDir, read_json, write_json, write_text
 from pmp_ds.ticket.ticket import MANIFEST_FILE as TICKET_FILE
 from pmp_ds.train import shelf
@@ -54,7 +55,9 @@ class DataFacts:
             unigram_cross_entropy=store.unigram_cross_entropy,
             documents=sum(split["documents"] for split in splits),
             tokens=sum(split["blocks"] for split in splits) * store.block_size,
-            sources=tuple(given["input"] for m in manifests for given in m["settings"]["input"]),
+            sources=tuple(
+                one["input"] for m in manifests for one in m.get("settings", {}).get("input", ())
+            ),
             parts=store.parts if isinstance(store, MixedStore) else (),
         )
 
@@ -171,13 +174,13 @@ def load_config(run: RunDir) -> Config:
 
 def read_data(run: RunDir) -> DataFacts:
     values = read_json(run.data)
+    version = fit(int, values.pop("format_version", 1), f"{run.data}: format_version")
+    formats.require("data", run.data, version, way_out="use that version")
     try:
-        version = values.pop("format_version", 1)
-        formats.require("data", run.data, version, way_out="use that version")
-        parts = tuple(Part(**part) for part in values.get("parts", ()))
-        return DataFacts(**values | {"sources": tuple(values["sources"]), "parts": parts})
-    except (KeyError, TypeError):
-        raise UserError(f"{run.data} is damaged: bring it back from a backup") from None
+        facts: DataFacts = fit(DataFacts, values, run.data)
+    except UserError as error:
+        raise UserError(f"{error}: bring it back from a backup") from None
+    return facts
 
 
 def export_facts(run: RunDir, step: int, val_loss: float | None) -> dict[str, Any]:

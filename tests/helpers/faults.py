@@ -363,6 +363,37 @@ STRANGERS = {
         r"error: the ticket at .* is damaged: the mask of '.*' is int64 of shape \[.*\], and .* "
         r"elements need uint8 of shape \[", NOTHING,
     ),
+    "no file": Fault(
+        "a FIFO, a device, a folder or 8 GiB of holes where a file should be",
+        "each in the place of a ticket's manifest, of results.jsonl and of audit.json",
+        "refused at once: nothing is waited for, nothing is read without bounds", EXIT_MISTAKE,
+        r"error: .* (is not a regular file|is longer than [\d,]+ bytes)", NOTHING,
+    ),
+    "odd fields": Fault(
+        "a results.jsonl or an audit.json with fields of another type",
+        "text for a loss, a list for a name, JSON nested 100,000 deep, a key twice",
+        "refused: the file, the line and the field are named", EXIT_MISTAKE,
+        r"error: .*(results\.jsonl|audit\.json).* is damaged: ", NOTHING,
+    ),
+    "sparse archive": Fault(
+        "a sealed ticket that asks for more memory than it has bytes",
+        "tar headers of 4 GiB, with holes and without, inside a small age file",
+        "refused, nothing is unpacked", EXIT_MISTAKE,
+        r"error: .*\.age (is damaged: mask\.safetensors is not in it as it stands|opens with this "
+        r"key, but holds no ticket)", NOTHING,
+    ),
+    "second spelling": Fault(
+        "a recipient under a second spelling of the name",
+        "another case, full-width letters, a soft hyphen, a change of the direction of writing",
+        "refused: two copies of one partner would bear two watermarks", EXIT_MISTAKE,
+        r"error: --name .* (was sealed under the name 'Partner A', which is the same in another "
+        r"spelling|holds characters that cannot be printed)", NOTHING,
+    ),
+    "names on screen": Fault(
+        "names that a terminal obeys", "escape codes and line ends in the name of a tensor",
+        "spelled out on screen and in report.md", EXIT_MISTAKE,
+        r"error: .* has unknown tensors: \\x1b\[31mred\\nerror: ", NOTHING,
+    ),
 }  # fmt: skip
 
 SECTIONS = {

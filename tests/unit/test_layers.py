@@ -14,6 +14,7 @@ REPO = Path(__file__).resolve().parents[2]
 # A name is a module or package directly below pmp_ds, with everything inside it.
 ROWS = (
     ("account", "errors", "version"),
+    ("foreign", "fields"),
     ("config", "run_dir", "progress", "launchers", "signals", "formats"),
     ("lease_file",),
     ("meeting", "lease", "restarts", "launch"),

@@ -189,7 +189,7 @@ def test_changed_manifest(folder: Path, change: dict, message: str):
 
 def test_unreadable_manifest(folder: Path, tmp_path: Path):
     (folder / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="json is damaged: it is not JSON"):
         Store.open(folder)
     (folder / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"has no manifest\.json.*prepare_data"):

@@ -203,8 +203,8 @@ BAD = {
         "cola", _file("CoLA/train.jsonl.gz", gzip.compress(b'{"sentence": "a", "label": 1}')[:-9]),
         "CoLA/train.jsonl.gz cannot be read",
     ),
-    "not JSON": ("sst2", _line("SST-2", b"great\t1\n"), "train.jsonl, line 2: not JSON: 'great"),
-    "not UTF-8": ("sst2", _line("SST-2", b'"\xff"\n'), "train.jsonl, line 2: not JSON"),
+    "not JSON": ("sst2", _line("SST-2", b"great\t1\n"), "train.jsonl, line 2: it is not JSON"),
+    "not UTF-8": ("sst2", _line("SST-2", b'"\xff"\n'), "train.jsonl, line 2: it is not UTF-8"),
     "not an object": ("sst2", _line("SST-2", ["a", 1]), "line 2: ['a', 1] is not a JSON object"),
     "no column": (
         "sst2", _line("SST-2", {"text": "a", "label": 1}),
@@ -216,7 +216,8 @@ BAD = {
         "line 2: field 'sentence' is None, not a text",
     ),
     "half a character": (
-        "sst2", _line("SST-2", b'{"sentence": "\\ud800", "label": 1}\n'), "line 2: 'utf-8' codec",
+        "sst2", _line("SST-2", b'{"sentence": "\\ud800", "label": 1}\n'),
+        "line 2: it is not UTF-8, or has",
     ),
     "hidden label": (
         "sst2", _line("SST-2", {"sentence": "a", "label": -1}),

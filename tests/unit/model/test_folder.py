@@ -108,7 +108,9 @@ FOLDERS: dict[str, tuple[Change, str]] = {
     "vocabulary": (config(vocab_size=1 << 40), "vocab_size=1.09951e+12, more than the 16,777,216"),
     "width": (config(intermediate_size=1 << 72), "intermediate_size=4.72237e+21, more than"),
     "larger than the files": (config(vocab_size=1 << 23), "parameters, and the files hold"),
-    "more layers than the files": (config(num_hidden_layers=900), "and 8079 more: it is no whole"),
+    "more layers than the files": (
+        config(num_hidden_layers=900), "describes 900 layers, and the files hold"
+    ),
     "unknown": (config(model_type="unheard-of"), "transformers has no architecture 'unheard-of'"),
     "an encoder": (config(model_type="vit"), "'vit' is not a causal language model"),
     "nonsense": (config(hidden_size="much"), "config.json is not usable"),

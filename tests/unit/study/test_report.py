@@ -104,7 +104,7 @@ def test_table_one_exact():
 def test_table_texts():
     table = Table("t", "A & B, 5%", ("x_1", "y"), [("a|b", "1 ± 2"), ("<c>", "-")])
     assert table.markdown() == (
-        "| x_1 | y |\n| --- | --- |\n| a\\|b | 1 ± 2 |\n| <c> | - |\n\nA & B, 5%\n"
+        "| x_1 | y |\n| --- | --- |\n| a\\|b | 1 ± 2 |\n| \\<c> | - |\n\nA & B, 5%\n"
     )
     assert table.latex() == (
         "\\begin{table}\n\\centering\n\\small\n\\begin{tabular}{ll}\n\\hline\nx\\_1 & y \\\\\n"
@@ -140,5 +140,5 @@ def test_bad_input(tmp_path: Path, content: str | None, audit: str | None, messa
 
 def test_foreign_line_is_named(tmp_path: Path):
     path = save([study.result("finetune", "a", {"task": "sst2"}, {})], tmp_path)
-    with pytest.raises(UserError, match=r"a line of kind finetune has no 'method'"):
+    with pytest.raises(UserError, match=r"kind finetune \(a\): settings is damaged: it lacks meth"):
         report.write(path, [], tmp_path / "report")

@@ -191,8 +191,8 @@ def flip(at: int):
 DAMAGES = {
     "cut at its end": (lambda d: d[:-1], "damaged or cut off"),
     "cut in the middle": (lambda d: d[: len(d) // 2], "damaged or cut off"),
-    "cut in its header": (lambda d: d[:60], "damaged or cut off"),
-    "empty": (lambda d: b"", "damaged or cut off"),
+    "cut in its header": (lambda d: d[:60], "is no sealed file"),
+    "empty": (lambda d: b"", "is no sealed file"),
     "longer": (lambda d: d + b"x", "damaged or cut off"),
     "a bit of the content": (flip(-100), "damaged or cut off"),
     "a bit of the first byte": (flip(0), "is no sealed file"),
@@ -266,7 +266,7 @@ def test_bad_keys(tmp_path):
     for given, message in {
         str(tmp_path / "none"): "no public key in there",
         str(tmp_path / "binary"): "binary is not text",
-        str(tmp_path / "gone"): "gone cannot be read: No such file",
+        str(tmp_path / "gone"): "gone is missing",
         str(key): "key.txt, line 3: this is a secret key",
         str(ecdsa_public): "line 3: this is no public key that can be used; an age",
         public[:-1]: "this is no public key",
@@ -279,7 +279,7 @@ def test_bad_keys(tmp_path):
         assert secret not in str(caught.value)
     for path, message in {
         tmp_path / "none": "holds no usable secret key",
-        tmp_path / "gone": "gone cannot be read",
+        tmp_path / "gone": "gone is missing",
         ecdsa: "holds no usable secret key",
         locked: "protected by a passphrase",
         tmp_path / "sealed": "is itself sealed",
@@ -358,8 +358,8 @@ def test_each_recipient_gets_a_copy_of_their_own(run, tmp_path, capsys):
         lost = ticket().mask.num_kept - opened[name].mask.num_kept
         assert 0.4 * FEWEST < lost < 0.6 * FEWEST
     assert opened["Partner A"].id != opened["Partner B"].id
-    # The same recipient gets the same copy again, however the name is spaced or spelled.
-    again, key = seal_for(run, "partner  A", tmp_path / "..")
+    # The same recipient gets the same copy again, however the name is spaced.
+    again, key = seal_for(run, "Partner  \uff21", tmp_path / "..")
     assert open_sealed(again, identities(key)).id == opened["Partner A"].id
     again.unlink()
     key.unlink()
@@ -445,7 +445,7 @@ def test_mistakes_of_the_command_line(run, tmp_path):
         ([*to[:4], " ", *to[5:], "--to", public], "--name is empty"),
         (["seal", "--run", str(tmp_path), *to[3:], "--to", public], "is not a run"),
         (["open", str(sealed), "--out", out], "--identity KEY or --passphrase"),
-        (["open", str(tmp_path / "gone"), "--identity", str(key), "--out", out], "gone cannot be"),
+        (["open", str(tmp_path / "gone"), "--identity", str(key), "--out", out], "gone is missing"),
         (["open", str(sealed), "--identity", str(key), "--out", root], "exists already"),
         (["open", str(sealed), "--identity", str(key), "--out", "/proc/new"], "/proc/new: No such"),
         (["verify", str(sealed)], "verify against what"),

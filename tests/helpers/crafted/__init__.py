@@ -1,0 +1,8 @@
+"""Files that a stranger could hand to us, crafted to do harm: every kind of file, every variant.
+
+    python -m tests.helpers.crafted            a table: inputs by kind, tracebacks, hangs, memory
+    python -m tests.helpers.crafted KIND       each input of one kind, and what was said of it
+
+A kind (kinds.py) is a good folder and what opens it; an input (variants.py) is a change to it. A
+worker (runner.py) opens one after the other: each works, or is refused in one printable line.
+"""

@@ -1,0 +1,44 @@
+"""Crafted files of strangers: each works, or is refused in one printable line.
+
+A sample of the inputs; `python -m tests.helpers.crafted` opens them all and prints a table.
+"""
+
+import pytest
+
+from tests.helpers.crafted.corpus import inputs
+from tests.helpers.crafted.kinds import KINDS
+from tests.helpers.crafted.runner import Outcome, outcomes
+
+EVERY = {"results": 29, "run": 11, "pictures": 12, "release": 7, "store": 7}
+"""Of the larger kinds one in so many; of the others one in three."""
+TO_MEND = {"ledger": "a ledger is read without bounds"}
+
+
+def sample(kind: str) -> list[tuple[str, str]]:
+    return [(kind, one.name) for one in inputs(kind)[:: EVERY.get(kind, 3)]]
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, list[Outcome]]:
+    """What became of the sample, by kind."""
+    seen: dict[str, list[Outcome]] = {kind: [] for kind in KINDS}
+    for outcome in outcomes([one for kind in KINDS for one in sample(kind)]):
+        seen[outcome.kind].append(outcome)
+    return seen
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", KINDS)
+def test_refused_in_a_line_or_opened(found: dict[str, list[Outcome]], kind: str) -> None:
+    if kind in TO_MEND:
+        pytest.xfail(TO_MEND[kind])
+    bad = [one for one in found[kind] if not one.good]
+    assert len(found[kind]) == len(sample(kind))
+    assert not bad, "\n".join(f"{one.name}: {one.what} {one.said}" for one in bad)
+
+
+def test_there_are_many() -> None:
+    """All names differ, so that each can be run alone."""
+    everything = [(one.kind, one.name) for kind in KINDS for one in inputs(kind)]
+    assert len(everything) == len(set(everything))
+    assert len(everything) > 5000
