@@ -81,6 +81,7 @@ def test_it_holds_the_last_checkpoint(main_run: MainRun):
     for name, tensor in released.items():
         assert torch.equal(tensor, wanted[name].to(torch.bfloat16))
     assert "same bytes" in main_run.export.stdout
+    assert "the model card names no licence" in main_run.export.stderr
     assert "kana " in main_run.export.stdout.splitlines()[-1]
 
 
@@ -95,6 +96,7 @@ def test_initial_weights_go_to_a_private_folder_alone(main_run: MainRun, work: P
 
     done = ok(run(*export, "--out", "theta0", cwd=work))
     assert "keep them private" in done.stderr
+    assert "--license" not in done.stderr
     assert (work / "theta0").stat().st_mode & 0o777 == 0o700
     stored = load_file(work / "theta0" / "model.safetensors")
     for name, tensor in initial_weights(main_run.run).items():
