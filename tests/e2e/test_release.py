@@ -18,6 +18,7 @@ from pmp_ds.ticket.ticket import load_ticket
 from tests.e2e.conftest import MainRun
 from tests.e2e.test_main_job import final_weights, initial_weights
 from tests.helpers.commands import RECIPES, error_of, files_of, ok, run
+from tests.helpers.faults import seen
 from tests.helpers.workdir import SHORT, STEPS
 
 pytestmark = pytest.mark.e2e
@@ -160,6 +161,9 @@ def test_check_of_a_finished_folder(main_run: MainRun, work: Path):
     shutil.copy(main_run.run.ledger, work / "planted")
     message = error_of(run("export.py", "--check", "planted", cwd=work))
     assert "ledger.jsonl: not a file of a release" in message
+    config = work / "planted/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rope_theta": 7.0}))
+    seen("two names", 1, error_of(run("export.py", "--check", "planted", cwd=work)))
 
 
 def fine_tuned(main_run: MainRun, folder: Path) -> Path:
