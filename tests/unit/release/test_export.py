@@ -493,6 +493,28 @@ def test_a_ledger_entry_comes_with_the_release(tmp_path: Path, tokenizer_dir: Pa
     assert len(read(tmp_path / "ledger.jsonl")) == 2
 
 
+@pytest.mark.usefixtures("no_reload")
+def test_an_old_release_again_is_no_second_revision(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ledger compares weights; config.json now says more about the same ones."""
+    weights = write_weights(tmp_path / "weights", llama(True), torch.bfloat16)
+    claim = Claim(path=tmp_path / "ledger.jsonl", lineage="l", kind="final", updates=1,
+                  date=CARD.date, reason=None)  # fmt: skip
+
+    def config_of(name: str) -> str:
+        out = tmp_path / name
+        export(weights, out, tokenizer_dir=tokenizer_dir, card=CARD, claim=claim)
+        return (out / "config.json").read_text()
+
+    with monkeypatch.context() as before:
+        before.setattr("pmp_ds.release.metadata.older_names", lambda *_: {})
+        old = config_of("old")
+    assert "rope_theta" in json.loads(config_of("new")).keys() - json.loads(old).keys()
+    first, second = read(tmp_path / "ledger.jsonl")
+    assert (first.weights, first.released) == (second.weights, second.released)
+
+
 def test_a_signature_needs_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "model_signing", None)
     with pytest.raises(UserError, match=r"pip install 'pmp_ds\[sign\]'"):
