@@ -90,7 +90,8 @@ def settle_tokenizer(
         for role in ("unk", "pad"):
             if _number(fast, settings.get(f"{role}_token")) is None and "eos_token" in settings:
                 settings[f"{role}_token"] = settings["eos_token"]
-        pad = _number(fast, settings.get("pad_token"))
+        if (found := _number(fast, settings.get("pad_token"))) is not None:
+            pad = found
         if leading_bos is not None:
             _lead(fast, tokens["bos"] if leading_bos else None, folder / "tokenizer.json")
     path.write_text(as_json(settings), encoding="utf-8")
