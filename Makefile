@@ -4,6 +4,7 @@
 #   TORCH_INDEX=URL      take torch, and only torch, from this index (see `make help`)
 #   PYTEST_ARGS="-k x"   passed on to pytest
 #   TORTURE_ARGS="--seed 7"   the same kills again
+#   CLIENTS_ARGS="--only vLLM"   those clients alone; the table is only printed
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -14,6 +15,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
 TORTURE_ARGS ?=
+CLIENTS_ARGS ?=
 VENV := .venv
 STAMP := $(VENV)/.installed
 # The commands below find python, the deepspeed launcher and ninja there.
@@ -36,6 +38,7 @@ help:
 	@echo 'make test-matrix   every supported combination of stage, precision, offload and ranks'
 	@echo 'make torture       SIGKILL a run 50 times in all of its phases; it must come to the same bits'
 	@echo 'make study   pretrain, fine-tune, attack and report, as RECIPE=FILE says (STUDY_ARGS=--plan: only say what)'
+	@echo 'make clients      load tiny releases with transformers 4 and 5, llama.cpp, vLLM and others (10 GB)'
 	@echo 'make lint    ruff and mypy alone'
 	@echo 'make setup   only the installation into .venv; the others do it when it is missing or old'
 	@echo 'make clean   remove caches and build leftovers; runs/, tokenized_data/ and .venv stay'
@@ -92,6 +95,10 @@ test-matrix: $(STAMP)
 .PHONY: torture
 torture: $(STAMP)
 	python -m tests.helpers.torture --kills 50 $(TORTURE_ARGS)
+
+.PHONY: clients
+clients: $(STAMP)
+	python -m tests.clients $(CLIENTS_ARGS)
 
 .PHONY: clean
 clean:

@@ -61,6 +61,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     add("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file, such as 5GB")
     add("--license", metavar="ID", help="licence for the model card, such as apache-2.0")
+    add(
+        "--language", action="append", default=[], metavar="CODE",
+        help="language of the data for the model card, such as en; once for each",
+    )  # fmt: skip
+    add(
+        "--dataset", action="append", default=[], metavar="OWNER/NAME",
+        help="data set on the Hugging Face hub for the model card, once for each. Default: the "
+        "`hf:` inputs of the data",
+    )  # fmt: skip
     add("--sign", type=Path, metavar="PEM", help="private key: sign the folder (extra `sign`)")
     add("--prompt", metavar="TEXT", help="let the release continue TEXT at the end")
     add("--base", type=Path, metavar="FOLDER", help="of --derivative: the release it came from")
@@ -90,6 +99,9 @@ def main(argv: list[str] | None = None) -> None:
         require_clean(args.check)
         print(f"{args.check}: nothing in it but what a release may hold")
         return
+    from pmp_ds.release.model_card import check_metadata
+
+    check_metadata(args.language, args.dataset)
     if args.sign is not None:
         from pmp_ds.release.signing import require_signing
 
@@ -105,6 +117,12 @@ def main(argv: list[str] | None = None) -> None:
         print(
             "warning: these weights and those of another update together are the mask: keep them "
             "private",
+            file=sys.stderr,
+        )
+    elif args.license is None:
+        print(
+            "warning: the model card names no licence, so nobody knows what they may do with the "
+            "release: name one with --license, such as apache-2.0",
             file=sys.stderr,
         )
     if args.prompt is not None:
@@ -143,8 +161,9 @@ def _export_run(args: argparse.Namespace) -> "ExportSummary":
         else:
             step = None if args.checkpoint == "latest" else int(args.checkpoint)
             weights = plain_weights.of_checkpoint(run, step)
+        data = read_data(run)
         facts = export_facts(run, weights.updates, weights.val_loss)
-        card = CardFacts(**facts, date=_today(), license=args.license)
+        card = CardFacts(**facts, date=_today(), **_metadata(args))
         claim = None
         if config.mask.source != "none" and not (public or private):
             claim = Claim(
@@ -162,7 +181,8 @@ def _export_run(args: argparse.Namespace) -> "ExportSummary":
             tokenizer_dir=run.tokenizer,
             card=card,
             private=private,
-            vocab_size=read_data(run).vocab_size,
+            vocab_size=data.vocab_size,
+            leading_bos=data.bos_id is not None,
             claim=claim,
             **_form(args),
         )
@@ -217,7 +237,7 @@ def _export_derivative(args: argparse.Namespace) -> "ExportSummary":
                 f"{args.blocks} validation blocks of {args.store}"
             )
         today = _today()
-        card = DerivativeFacts(name=args.out.name, base=name, date=today, license=args.license)
+        card = DerivativeFacts(name=args.out.name, base=name, date=today, **_metadata(args))
         claim = Claim(
             path=ledger, lineage=lineage, kind="derivative", updates=None, date=today,
             reason=args.another_revision,
@@ -225,6 +245,14 @@ def _export_derivative(args: argparse.Namespace) -> "ExportSummary":
         return export(
             weights, args.out, tokenizer_dir=tokenizer, card=card, claim=claim, **_form(args)
         )
+
+
+def _metadata(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "license": args.license,
+        "languages": tuple(args.language),
+        "datasets": tuple(args.dataset),
+    }
 
 
 def _form(args: argparse.Namespace) -> dict[str, Any]:

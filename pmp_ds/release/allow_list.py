@@ -21,6 +21,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from pmp_ds.errors import UserError
 from pmp_ds.foreign import ForeignError, read_bytes, read_object, read_text
 from pmp_ds.model.folder_rules import INDEX_FILE
+from pmp_ds.release.older_names import older_names
 from pmp_ds.release.source import open_source
 from pmp_ds.release.tensor_file import METADATA
 from pmp_ds.release.tokenizer_files import (
@@ -85,6 +86,7 @@ def _problems(folder: Path) -> Iterator[str]:
             yield from _about_words(path)
     config = _read_json(folder / "config.json")
     yield from _about_keys("config.json", config, _config_keys(config))
+    yield from _about_older_names(config)
     generation = _read_json(folder / "generation_config.json")
     yield from _about_keys("generation_config.json", generation, GENERATION_KEYS)
     yield from _about_tokenizer(folder, names)
@@ -116,9 +118,23 @@ def config_keys(config_class: type[PreTrainedConfig]) -> set[str]:
 
 
 def _config_keys(config: Any) -> set[str]:
+    kind = _model_type(config)
+    if kind is None:
+        return CONFIG_KEYS
+    return config_keys(CONFIG_MAPPING[kind]) | older_names(kind, config).keys()
+
+
+def _about_older_names(config: Any) -> Iterator[str]:
+    """What stands under two names is the same. Releases of before have the newer ones alone."""
+    kind = _model_type(config)
+    for key, value in older_names(kind, config).items() if kind is not None else ():
+        if config.get(key, value) != value:
+            yield f"config.json: {key} is {config[key]!r}, and its newer name says {value!r}"
+
+
+def _model_type(config: Any) -> str | None:
     kind = config.get("model_type") if isinstance(config, dict) else None
-    known = isinstance(kind, str) and kind in CONFIG_MAPPING
-    return config_keys(CONFIG_MAPPING[kind]) if known else CONFIG_KEYS
+    return kind if isinstance(kind, str) and kind in CONFIG_MAPPING else None
 
 
 def _about_tokenizer(folder: Path, names: set[str]) -> Iterator[str]:

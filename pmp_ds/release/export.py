@@ -24,12 +24,18 @@ from pmp_ds.model.folder_rules import INDEX_FILE, SINGLE_FILE
 from pmp_ds.progress import Progress
 from pmp_ds.release.allow_list import SUMS_FILE, require_clean, sha256
 from pmp_ds.release.ledger import Claim
-from pmp_ds.release.metadata import generation_config, release_config
+from pmp_ds.release.metadata import (
+    begin_of_text,
+    end_of_text,
+    generation_config,
+    longest_context,
+    release_config,
+)
 from pmp_ds.release.model_card import CardFacts, DerivativeFacts, render
 from pmp_ds.release.signing import sign
 from pmp_ds.release.source import Source, open_source
 from pmp_ds.release.tensor_file import write_tensors
-from pmp_ds.release.tokenizer_files import as_json, copy_tokenizer
+from pmp_ds.release.tokenizer_files import as_json, copy_tokenizer, settle_tokenizer
 from pmp_ds.release.verify import run_alone, verify_reload
 from pmp_ds.run_dir import fsync_dir
 
@@ -66,16 +72,18 @@ def export(
     max_shard_size: str | int = "5GB",
     private: bool = False,
     vocab_size: int | None = None,
+    leading_bos: bool | None = None,
     claim: Claim | None = None,
     signing_key: Path | None = None,
 ) -> ExportSummary:
     """Release ``weights`` (a folder as in source.py) as the new folder ``out``.
 
-    The default dtype is bf16 whatever the run's; another is refused where a part of the weights
-    was ever rounded otherwise, since its low bits would show which. Embeddings are cut to
-    ``vocab_size`` tokens. One parameter is in memory while writing, before and after its
-    conversion, and one copy of the model in ``dtype`` while checking. With ``private`` the folder
-    is 0700. A ``claim`` is held against its ledger first and recorded there before ``out``
+    The default dtype is bf16 whatever the run's; another is refused where a part of the weights was
+    ever rounded otherwise, since its low bits would show which. Embeddings are cut to
+    ``vocab_size`` tokens. ``leading_bos``: whether a begin of text leads every document of the
+    data; None: as the tokenizer has it. One parameter is in memory while writing, before and after
+    its conversion, and one copy of the model in ``dtype`` while checking. With ``private`` the
+    folder is 0700. A ``claim`` is held against its ledger first and recorded there before ``out``
     appears. ``signing_key`` is a PEM file.
 
     Raises UserError for an existing ``out``, unusable weights or tokenizer, a refused dtype or
@@ -102,9 +110,15 @@ def export(
             config = release_config(source.config, str(_TORCH[dtype]).removeprefix("torch."))
             readme = render(card, config, source.num_params, dtype)
             (staging / "config.json").write_text(as_json(config), encoding="utf-8")
-            generation = as_json(generation_config(source.config))
-            (staging / "generation_config.json").write_text(generation, encoding="utf-8")
             copy_tokenizer(tokenizer_dir, staging)
+            pad_id = settle_tokenizer(
+                staging,
+                {"bos": begin_of_text(source.config), "eos": end_of_text(source.config)},
+                leading_bos=leading_bos,
+                context=longest_context(source.config),
+            )
+            generation = as_json(generation_config(source.config, pad_id))
+            (staging / "generation_config.json").write_text(generation, encoding="utf-8")
             (staging / "README.md").write_text(readme, encoding="utf-8")
             difference = verify_reload(source, staging, _TORCH[dtype])
             _write_sums(staging, sums)

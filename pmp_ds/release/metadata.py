@@ -8,16 +8,21 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from pmp_ds.errors import UserError
 from pmp_ds.release.allow_list import config_keys
+from pmp_ds.release.older_names import older_names
 
 
 def release_config(config: PreTrainedConfig, dtype: str) -> dict[str, Any]:
     """config.json: the fields that the architecture itself declares, and how to load it.
 
-    Raises UserError when a value looks like a path.
+    Keys that had other names before version 5 of transformers are there under both. Raises
+    UserError when a value looks like a path.
     """
     own = config_keys(type(config))
-    values = {key: value for key, value in config.to_dict().items() if key in own}
-    values = _without_private(values)
+    given = _without_private(config.to_dict()) | {"dtype": dtype}
+    values = {key: value for key, value in given.items() if key in own}
+    values |= older_names(config.model_type, given)
+    if "bos_token_id" in values:
+        values["bos_token_id"] = begin_of_text(config)
     _refuse_paths(values, "config.json")
     return values | {
         "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__],
@@ -27,13 +32,39 @@ def release_config(config: PreTrainedConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-def generation_config(config: PreTrainedConfig) -> dict[str, Any]:
-    """generation_config.json: the special tokens; padding falls back to the end-of-text token."""
-    values = {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id")}
-    pad = getattr(config, "pad_token_id", None)
-    eos = values["eos_token_id"]
-    values["pad_token_id"] = pad if pad is not None else eos[0] if isinstance(eos, list) else eos
-    values["transformers_version"] = transformers.__version__
+def begin_of_text(config: PreTrainedConfig) -> int | None:
+    """The id before a document in training: the end of the last one where no other leads it.
+
+    CTranslate2 loads nothing without one, and lm-eval scores a first token after it.
+    """
+    found: int | None = getattr(config, "bos_token_id", None)
+    return found if found is not None else end_of_text(config)
+
+
+def end_of_text(config: PreTrainedConfig) -> int | None:
+    """The id after a document; the first of several."""
+    eos = getattr(config, "eos_token_id", None)
+    found: int | None = eos[0] if isinstance(eos, list) else eos
+    return found
+
+
+def longest_context(config: PreTrainedConfig) -> int | None:
+    """The longest input in tokens; None where the architecture sets no limit."""
+    names = ("max_position_embeddings", "max_seq_len")
+    return next((found for name in names if (found := getattr(config, name, None))), None)
+
+
+def generation_config(config: PreTrainedConfig, pad_id: int | None) -> dict[str, Any]:
+    """generation_config.json: the special tokens, with the ``pad_id`` of the tokenizer.
+
+    config.json does not get it: there it would keep the embedding of that token from learning.
+    """
+    values = {
+        "bos_token_id": begin_of_text(config),
+        "eos_token_id": getattr(config, "eos_token_id", None),
+        "pad_token_id": pad_id,
+        "transformers_version": transformers.__version__,
+    }
     return {key: value for key, value in values.items() if value is not None}
 
 

@@ -2,9 +2,18 @@
 
 import json
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from pmp_ds.data.corpus import STREAM
+from pmp_ds.errors import UserError
+
+_SHOWN_TOKENS = 40
+_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|multilingual|code")
+_DATASET = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +51,12 @@ class CardFacts:
     license: str | None = None
     """Identifier for the front matter, such as `apache-2.0`."""
 
+    languages: tuple[str, ...] = ()
+    """Codes of ISO 639 for the front matter."""
+
+    datasets: tuple[str, ...] = ()
+    """Names on the Hugging Face hub for the front matter; empty: those that the data came from."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DerivativeFacts:
@@ -53,6 +68,21 @@ class DerivativeFacts:
 
     date: str
     license: str | None = None
+    languages: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
+
+
+def check_metadata(languages: Sequence[str], datasets: Sequence[str]) -> None:
+    """Raises UserError for a language that is no code, and for a data set that is a path."""
+    for language in languages:
+        if not _LANGUAGE.fullmatch(language):
+            raise UserError(f"--language {language!r} is not a code such as en or pt-BR")
+    for name in datasets:
+        if not _DATASET.fullmatch(name) or Path(name).exists():
+            raise UserError(
+                f"--dataset {name!r} is not a name on the Hugging Face hub, such as OWNER/NAME: "
+                "a path would tell of this machine"
+            )
 
 
 def render(
@@ -60,11 +90,16 @@ def render(
 ) -> str:
     """The card's Markdown with YAML front matter; ``config`` is the released config.json."""
     secrecy = facts.secrecy if isinstance(facts, CardFacts) else "secret"
-    front = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if facts.license is not None:
-        front["license"] = facts.license
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "license": facts.license,
+        "language": facts.languages,
+        "datasets": facts.datasets or _streamed(facts),
+    }
+    said = (f"{key}: {json.dumps(value)}" for key, value in sorted(front.items()) if value)
     tags = ["causal-lm"] + (["pmp"] if secrecy != "none" else [])
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in sorted(front.items()))]
+    lines = ["---", *said]
     lines += [f"tags: {json.dumps(tags)}", "---", "", f"# {facts.name}", ""]
     if isinstance(facts, DerivativeFacts):
         lines += [_FINE_TUNED.format(base=facts.base, date=facts.date), ""]
@@ -76,7 +111,8 @@ def render(
         lines += [facts.data_description, ""]
         lines += [f"- {_public_source(source)}" for source in facts.dataset_sources]
         lines += ["", "## Evaluation", "", *_table(_evaluation(facts.val_loss)), ""]
-    lines += ["## Use", "", _USE, ""]
+    context = config.get("max_position_embeddings") or config.get("n_positions") or _SHOWN_TOKENS
+    lines += ["## Use", "", _USE.format(new=min(_SHOWN_TOKENS, context // 2)), ""]
     if secrecy != "none":
         lines += ["## What Private Mask Pre-Training promises, and what it does not", ""]
         lines += [_PROMISE, ""]
@@ -126,6 +162,13 @@ def _table(rows: list[tuple[str, str]]) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)]
 
 
+def _streamed(facts: CardFacts | DerivativeFacts) -> tuple[str, ...]:
+    """The data sets of the hub that a run's data came from; the card lists them anyway."""
+    sources = facts.dataset_sources if isinstance(facts, CardFacts) else ()
+    names = (source.removeprefix(STREAM) for source in sources if source.startswith(STREAM))
+    return tuple(name for name in names if _DATASET.fullmatch(name))
+
+
 def _public_source(source: str) -> str:
     """A data set's name; of a local file or folder only its last part."""
     path = Path(source)
@@ -151,8 +194,12 @@ _FINE_TUNED = (
 _USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+path = "."  # the folder of this card
 model = AutoModelForCausalLM.from_pretrained(path)
 tokenizer = AutoTokenizer.from_pretrained(path)
+inputs = tokenizer("Once", return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens={new})
+print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```
 
 Meant for text completion and for research on pretraining. It has had no instruction tuning and no

@@ -2,8 +2,12 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from pmp_ds.errors import UserError
 from pmp_ds.foreign import read_bytes, read_object
@@ -55,6 +59,74 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         for field in _TRAINER_PATHS:
             proto.trainer_spec.ClearField(field)
         model.write_bytes(proto.SerializeToString(deterministic=True))
+
+
+def settle_tokenizer(
+    folder: Path, tokens: Mapping[str, int | None], *, leading_bos: bool | None, context: int | None
+) -> int | None:
+    """Make the copied tokenizer say what clients want to know, as the model's config says it.
+
+    ``tokens``: the ids of the model's ``bos`` and ``eos``. ``leading_bos``: whether a begin of text
+    leads every document in training; None leaves that as the tokenizer has it. ``context``: the
+    longest input. Returns the id of the padding, which is the end of text where there is none.
+    """
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings["model_input_names"] = ["input_ids", "attention_mask"]  # token_type_ids stop generate
+    settings.pop("model_max_length", None)
+    if context is not None:
+        settings["model_max_length"] = context
+    if isinstance(extra := settings.get("extra_special_tokens"), list):  # 4 wants a dictionary
+        del settings["extra_special_tokens"]
+        if extra:
+            settings["additional_special_tokens"] = extra
+    if leading_bos is not None:
+        settings["add_bos_token"] = leading_bos
+    pad = tokens["eos"]
+    if (folder / "tokenizer.json").is_file():
+        fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        for role, number in tokens.items():
+            if number is not None and (text := fast.id_to_token(number)) is not None:
+                settings[f"{role}_token"] = text
+        for role in ("unk", "pad"):
+            if _number(fast, settings.get(f"{role}_token")) is None and "eos_token" in settings:
+                settings[f"{role}_token"] = settings["eos_token"]
+        if (found := _number(fast, settings.get("pad_token"))) is not None:
+            pad = found
+        if leading_bos is not None:
+            _lead(fast, tokens["bos"] if leading_bos else None, folder / "tokenizer.json")
+    path.write_text(as_json(settings), encoding="utf-8")
+    _repeat(settings, folder / "special_tokens_map.json")
+    return pad
+
+
+def _number(fast: Tokenizer, token: Any) -> int | None:
+    """The id of a token as tokenizer_config.json has it; None when there is none."""
+    text = token.get("content") if isinstance(token, dict) else token
+    found: int | None = fast.token_to_id(text) if isinstance(text, str) else None
+    return found
+
+
+def _lead(fast: Tokenizer, bos: int | None, path: Path) -> None:
+    """Let ``fast`` begin a text with ``bos`` and nothing else; ``path`` is written when it does
+    not yet."""
+    plain = fast.encode("a", add_special_tokens=False).ids
+    if fast.encode("a").ids == ([] if bos is None else [bos]) + plain:
+        return
+    lead = {} if bos is None else {fast.id_to_token(bos): bos}
+    fast.post_processor = TemplateProcessing(
+        single=[*lead, "$A"], pair=[*lead, "$A", "$B:1"], special_tokens=list(lead.items())
+    )
+    fast.save(str(path))
+
+
+def _repeat(settings: Mapping[str, Any], path: Path) -> None:
+    """Older versions of transformers believe special_tokens_map.json, where it is there."""
+    if path.is_file():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        roles = (f"{role}_token" for role in ("bos", "eos", "unk", "pad"))
+        known |= {role: settings[role] for role in roles if role in settings}
+        path.write_text(as_json(known), encoding="utf-8")
 
 
 def trainer_paths(model: bytes) -> list[str]:

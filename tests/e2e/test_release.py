@@ -18,6 +18,7 @@ from pmp_ds.ticket.ticket import load_ticket
 from tests.e2e.conftest import MainRun
 from tests.e2e.test_main_job import final_weights, initial_weights
 from tests.helpers.commands import RECIPES, error_of, files_of, ok, run
+from tests.helpers.faults import seen
 from tests.helpers.workdir import SHORT, STEPS
 
 pytestmark = pytest.mark.e2e
@@ -81,6 +82,7 @@ def test_it_holds_the_last_checkpoint(main_run: MainRun):
     for name, tensor in released.items():
         assert torch.equal(tensor, wanted[name].to(torch.bfloat16))
     assert "same bytes" in main_run.export.stdout
+    assert "the model card names no licence" in main_run.export.stderr
     assert "kana " in main_run.export.stdout.splitlines()[-1]
 
 
@@ -95,6 +97,7 @@ def test_initial_weights_go_to_a_private_folder_alone(main_run: MainRun, work: P
 
     done = ok(run(*export, "--out", "theta0", cwd=work))
     assert "keep them private" in done.stderr
+    assert "--license" not in done.stderr
     assert (work / "theta0").stat().st_mode & 0o777 == 0o700
     stored = load_file(work / "theta0" / "model.safetensors")
     for name, tensor in initial_weights(main_run.run).items():
@@ -158,6 +161,9 @@ def test_check_of_a_finished_folder(main_run: MainRun, work: Path):
     shutil.copy(main_run.run.ledger, work / "planted")
     message = error_of(run("export.py", "--check", "planted", cwd=work))
     assert "ledger.jsonl: not a file of a release" in message
+    config = work / "planted/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rope_theta": 7.0}))
+    seen("two names", 1, error_of(run("export.py", "--check", "planted", cwd=work)))
 
 
 def fine_tuned(main_run: MainRun, folder: Path) -> Path:

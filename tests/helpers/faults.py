@@ -355,6 +355,13 @@ STRANGERS = {
         "refused, nothing is asked and nothing of it is run", EXIT_MISTAKE,
         r"error: .*config\.json has auto_map: it brings code of its own", NOTHING,
     ),
+    "two names": Fault(
+        "a release that says two things under an older and a newer name",
+        "`rope_theta` of a finished release changed, before `export.py --check`",
+        "refused: clients of transformers 4 would compute other logits than those of 5",
+        EXIT_MISTAKE,
+        r"config\.json: rope_theta is 7\.0, and its newer name says 10000\.0", NOTHING,
+    ),
     "crafted ticket": Fault(
         "a ticket whose packed bits are of another type or length",
         "64-bit integers as bits, with the id that goes with them",

@@ -119,6 +119,8 @@ PLANTED: dict[str, tuple[Callable[[Path], object], str]] = {
     "hidden config key": (key("config.json", _name_or_path="x"), "the key '_name_or_path'"),
     "run path": (key("config.json", hidden_act="/home/al/run"), "an absolute path"),
     "wrong dtype": (key("config.json", dtype="float32"), "says float32, and the weights are"),
+    "older name": (key("config.json", rope_theta=7.0), "rope_theta is 7.0, and its newer name"),
+    "older dtype": (key("config.json", torch_dtype="float32"), "torch_dtype is 'float32', and"),
     "generation key": (key("generation_config.json", _from="x"), "the key '_from'"),
     "tokenizer key": (key("tokenizer_config.json", name_or_path="x"), "the key 'name_or_path'"),
     "tokenizer.json key": (key("tokenizer.json", made_by="x"), "the key 'made_by'"),
@@ -167,6 +169,20 @@ def test_planted(release: Path, plant: Callable[[Path], None], named: str) -> No
 def test_clean_passes(clean: Path) -> None:
     assert problems(clean) == []
     require_clean(clean)
+
+
+def test_a_release_of_before_passes(release: Path) -> None:
+    """Without the older names, and with a tokenizer that says less."""
+    for file, keys in (
+        ("config.json", ("rope_theta", "torch_dtype")),
+        ("tokenizer_config.json", ("add_bos_token", "model_input_names", "pad_token", "bos_token")),
+    ):
+        values = json.loads((release / file).read_text())
+        assert file == "tokenizer_config.json" or values.keys() >= set(keys)
+        kept = {key: value for key, value in values.items() if key not in keys}
+        (release / file).write_text(json.dumps(kept))
+    sums_again(release)
+    assert problems(release) == []
 
 
 def test_sums(release: Path) -> None:

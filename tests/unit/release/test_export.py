@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import re
+import runpy
 import stat
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedConfig
@@ -21,8 +24,8 @@ from pmp_ds.lease import hold
 from pmp_ds.release import export as export_module
 from pmp_ds.release.export import export, generate_sample, shard_bytes
 from pmp_ds.release.ledger import Claim, read
-from pmp_ds.release.metadata import generation_config, release_config
-from pmp_ds.release.model_card import CardFacts, DerivativeFacts, render
+from pmp_ds.release.metadata import release_config
+from pmp_ds.release.model_card import CardFacts, DerivativeFacts, check_metadata, render
 from pmp_ds.release.signing import require_signing
 from pmp_ds.release.source import open_source
 from pmp_ds.release.verify import give_memory_back, verify_reload
@@ -121,6 +124,25 @@ def test_config_and_card(released: tuple[Path, Path, Any]) -> None:
         assert shown in card
     for hidden in ("density", "secret-client", "0.7"):
         assert hidden not in card
+
+
+@pytest.mark.parametrize("released", ["gpt2"], indirect=True)
+def test_the_snippet_of_the_card_runs(
+    released: tuple[Path, Path, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """From the folder that it came in, as somebody pastes it, to a text that goes on."""
+    card = (released[1] / "README.md").read_text()
+    snippet = re.search(r"^```python\n(.*?)^```$", card, re.MULTILINE | re.DOTALL)
+    assert snippet is not None
+    (tmp_path / "snippet.py").write_text(snippet[1])
+    monkeypatch.chdir(released[1])
+    runpy.run_path(str(tmp_path / "snippet.py"))
+    text = capsys.readouterr().out.replace(" ", "").strip()
+    assert text.startswith("nce")  # the tokenizer of these tests knows no capitals
+    assert len(text) > len("nce")
 
 
 @pytest.mark.parametrize("released", ["gpt2"], indirect=True)
@@ -287,7 +309,7 @@ def test_a_release_that_computes_something_else_is_refused(
 
     def forgetful(config: PreTrainedConfig, dtype: str) -> dict[str, Any]:
         kept = release_config(config, dtype)
-        del kept["rope_parameters"]
+        del kept["rope_parameters"], kept["rope_theta"]
         return kept
 
     monkeypatch.setattr(export_module, "release_config", forgetful)
@@ -302,15 +324,6 @@ def test_paths_in_a_config_are_refused() -> None:
     config.rope_parameters["rope_type"] = "/home/alice/rope"
     with pytest.raises(UserError, match="rope_type is '/home/alice/rope'"):
         release_config(config, "bfloat16")
-
-
-def test_padding_falls_back_to_the_end_of_text() -> None:
-    config = llama(False)
-    assert generation_config(config)["pad_token_id"] == 0
-    config.eos_token_id = [5, 6]
-    assert generation_config(config)["pad_token_id"] == 5
-    config.pad_token_id = 7
-    assert generation_config(config)["pad_token_id"] == 7
 
 
 def test_shard_sizes() -> None:
@@ -330,6 +343,43 @@ def test_card_says_what_the_secret_is_worth(secrecy: Any) -> None:
     assert ("public seed" in card) == (secrecy == "public")
     assert "not measured" in card
     assert 'license: "mit"' in card
+
+
+def front_of(**metadata: Any) -> dict[str, Any]:
+    """The card's front matter, as the hub reads it."""
+    facts = CardFacts(**{**vars(CARD), **metadata})
+    card = render(facts, {"architectures": ["LlamaForCausalLM"]}, 10, "bf16")
+    front: dict[str, Any] = yaml.safe_load(card.split("---\n")[1])
+    return front
+
+
+def test_metadata_of_the_card() -> None:
+    assert not front_of().keys() & {"license", "language", "datasets"}
+    front = front_of(license="apache-2.0", languages=("en", "de"), datasets=("a/b",))
+    assert front["license"] == "apache-2.0"
+    assert front["language"] == ["en", "de"]
+    assert front["datasets"] == ["a/b"]
+    streamed = front_of(dataset_sources=("hf:a/b", "/home/alice/x.jsonl", "hf:plain", "python"))
+    assert streamed["datasets"] == ["a/b", "plain"]
+
+
+@pytest.mark.parametrize(
+    ("languages", "datasets", "message"),
+    [
+        (("English",), (), "--language 'English' is not a code such as en"),
+        ((), ("/home/alice/corpus",), "--dataset '/home/alice/corpus' is not a name on the"),
+        ((), ("corpus/secret",), "a path would tell of this machine"),
+        ((), ("../corpus",), "is not a name"),
+    ],
+)
+def test_metadata_that_is_refused(
+    languages: Any, datasets: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "corpus/secret").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        check_metadata(languages, datasets)
+    check_metadata(("en", "pt-BR", "zho", "code"), ("squad", "DKYoon/SlimPajama-6B"))
 
 
 def test_card_of_a_derivative() -> None:
@@ -453,6 +503,28 @@ def test_a_ledger_entry_comes_with_the_release(tmp_path: Path, tokenizer_dir: Pa
         run("two", "bf16", torch.float32)
     assert not (tmp_path / "two-bf16").exists()
     assert len(read(tmp_path / "ledger.jsonl")) == 2
+
+
+@pytest.mark.usefixtures("no_reload")
+def test_an_old_release_again_is_no_second_revision(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ledger compares weights; config.json now says more about the same ones."""
+    weights = write_weights(tmp_path / "weights", llama(True), torch.bfloat16)
+    claim = Claim(path=tmp_path / "ledger.jsonl", lineage="l", kind="final", updates=1,
+                  date=CARD.date, reason=None)  # fmt: skip
+
+    def config_of(name: str) -> str:
+        out = tmp_path / name
+        export(weights, out, tokenizer_dir=tokenizer_dir, card=CARD, claim=claim)
+        return (out / "config.json").read_text()
+
+    with monkeypatch.context() as before:
+        before.setattr("pmp_ds.release.metadata.older_names", lambda *_: {})
+        old = config_of("old")
+    assert "rope_theta" in json.loads(config_of("new")).keys() - json.loads(old).keys()
+    first, second = read(tmp_path / "ledger.jsonl")
+    assert (first.weights, first.released) == (second.weights, second.released)
 
 
 def test_a_signature_needs_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

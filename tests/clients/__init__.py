@@ -1,0 +1,1 @@
+"""Releases tried with the programs that people load them with: `make clients`."""
