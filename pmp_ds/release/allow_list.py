@@ -13,14 +13,14 @@ import json
 import re
 import socket
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING
 
 from pmp_ds.errors import UserError
 from pmp_ds.model.folder_rules import INDEX_FILE
+from pmp_ds.release.architecture import strangers
 from pmp_ds.release.source import open_source
 from pmp_ds.release.tensor_file import METADATA
 from pmp_ds.release.tokenizer_files import (
@@ -83,14 +83,20 @@ def _problems(folder: Path) -> Iterator[str]:
     for path in regular:
         if path.suffix in _TEXTS:
             yield from _about_words(path)
-    config = _read_json(folder / "config.json")
-    yield from _about_keys("config.json", config, _config_keys(config))
-    generation = _read_json(folder / "generation_config.json")
-    yield from _about_keys("generation_config.json", generation, GENERATION_KEYS)
     yield from _about_tokenizer(folder, names)
-    yield from _about_weights(folder, names, config)
+    yield from about_model(folder)
     if SUMS_FILE in names:
         yield from _about_sums(folder, names)
+
+
+def about_model(folder: Path) -> Iterator[str]:
+    """Breaches of the configs and weights alone."""
+    names = {path.name for path in folder.iterdir()}
+    config = _read_json(folder / "config.json")
+    yield from _about_config(config)
+    generation = _read_json(folder / "generation_config.json")
+    yield from _about_keys("generation_config.json", generation, GENERATION_KEYS)
+    yield from _about_weights(folder, names, config)
 
 
 def _read_json(path: Path) -> Any:
@@ -109,15 +115,14 @@ def _about_keys(file: str, values: Any, allowed: set[str]) -> Iterator[str]:
         yield f"{file}: the key {key!r} is not on the list"
 
 
-def config_keys(config_class: type[PreTrainedConfig]) -> set[str]:
-    """What the architecture itself declares, and how to load it."""
-    own = {field.name for field in fields(config_class)}
-    return own - {field.name for field in fields(PreTrainedConfig)} | CONFIG_KEYS
-
-
-def _config_keys(config: Any) -> set[str]:
+def _about_config(config: Any) -> Iterator[str]:
+    """config.json: what the architecture needs, and how to load it."""
     kind = config.get("model_type") if isinstance(config, dict) else None
-    return config_keys(CONFIG_MAPPING[kind]) if kind in CONFIG_MAPPING else CONFIG_KEYS
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        yield from _about_keys("config.json", config, CONFIG_KEYS)
+        return
+    for key in sorted({*strangers(CONFIG_MAPPING[kind], config)} - CONFIG_KEYS):
+        yield f"config.json: the key {key!r} is not on the list"
 
 
 def _about_tokenizer(folder: Path, names: set[str]) -> Iterator[str]:

@@ -7,17 +7,15 @@ import transformers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from pmp_ds.errors import UserError
-from pmp_ds.release.allow_list import config_keys
+from pmp_ds.release.architecture import kept
 
 
 def release_config(config: PreTrainedConfig, dtype: str) -> dict[str, Any]:
-    """config.json: the fields that the architecture itself declares, and how to load it.
+    """config.json: what describes the architecture, and how to load it.
 
     Raises UserError when a value looks like a path.
     """
-    own = config_keys(type(config))
-    values = {key: value for key, value in config.to_dict().items() if key in own}
-    values = _without_private(values)
+    values = _without_private(kept(config))
     _refuse_paths(values, "config.json")
     return values | {
         "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__],
