@@ -29,6 +29,7 @@ from transformers import (
 from pmp_ds.errors import UserError
 from pmp_ds.model import folder_rules
 from pmp_ds.model.folder_rules import CONFIG_FILE, first_line
+from pmp_ds.model.parameters import constants
 
 _SPARE_BYTES = 1 << 30  # of buffers, beyond the size of the weights
 _OFFLINE = {"local_files_only": True, "trust_remote_code": False}
@@ -53,10 +54,15 @@ class ModelFolder:
         """By the names and in the order of the causal model's parameters."""
         return {name: tuple(param.shape) for name, param in self.skeleton.named_parameters()}
 
+    @property
+    def constants(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the persistent buffers, by name: they are in the files like the parameters."""
+        return {name: tuple(buffer.shape) for name, buffer in constants(self.skeleton).items()}
+
     def require_names(self, *, exact: bool = True) -> None:
-        """Raises UserError unless the files hold the parameters under the model's own names and in
-        its shapes, and with ``exact`` nothing else."""
-        shapes = self.shapes
+        """Raises UserError unless the files hold the parameters and constants under the model's own
+        names and in its shapes, and with ``exact`` nothing else."""
+        shapes = self.shapes | self.constants
         if missing := sorted(shapes.keys() - self.handles.keys()):
             raise UserError(f"{self.path} lacks {few(missing)}: it is no whole causal model")
         if exact and (strange := sorted(self.handles.keys() - shapes.keys())):

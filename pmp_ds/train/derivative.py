@@ -52,6 +52,8 @@ def write_dithered(derivative: Path, base: Path, ticket: Path, out: Path) -> Non
                     )
                 yield name, dither(old, new, kept, _stream(key, name, new))
                 bar.update()
+            for name in released.constants:
+                yield name, before(name)
 
         weight_files.save_weights(tensors(), tuned.config, out)
 
