@@ -82,6 +82,12 @@ class ModelFolder:
         causal, wanted = self.skeleton, self._skeleton(kind, config)
         own, known = set(wanted.state_dict()), set(causal.state_dict())
         heads = own - known
+        inside = f"{causal.base_model_prefix}."
+        if strange := sorted(n for n in own ^ known if n.startswith(inside) and "pooler" not in n):
+            raise UserError(
+                f"{self.path}: {type(wanted).__name__} is not built on the causal model: "
+                f"{few(strange)} would be lost or random"
+            )
         self.require_room(wanted, heads)
         try:
             model, info = kind.from_pretrained(
@@ -92,7 +98,10 @@ class ModelFolder:
             raise UserError(f"{self.path} cannot be loaded: {first_line(error)}") from None
         if missing := sorted(set(info["missing_keys"]) - heads):
             raise UserError(f"{self.path} lacks {few(missing)}: it is no whole causal model")
-        if strange := sorted(set(info["unexpected_keys"]) - (known - own)):
+        lost = known - own  # the output matrix, which older files call otherwise
+        shapes = {tuple(causal.state_dict()[name].shape) for name in lost}
+        left = set(info["unexpected_keys"]) - lost
+        if strange := sorted(name for name in left if shape_of(self.handles, name) not in shapes):
             raise UserError(f"{self.path} has unknown tensors: {few(strange)}")
         loaded: PreTrainedModel = model
         return loaded

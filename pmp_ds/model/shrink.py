@@ -20,14 +20,14 @@ _LARGEST = (
     (r"token_i(d|ndex)|_ids?$", VOCAB - 1),
     (r"vocab", VOCAB),
     (r"period|offset|interval|freq|every|step|replace|hash|bucket|axial", _KEEP),
-    (r"experts_per_tok|num_selected|top_?k$", 2),
+    (r"experts_per_tok|num_selected|top_?k$|moe_k$", 2),
     (r"n_group|topk_group|num_expert_group", 1),
     (r"shared_experts?$", _KEEP),
     (r"expert.*(size|dim)|ffn|inner|intermediate", 2 * _WIDTH),
     (r"experts", 4),
+    (r"head_?\w*dim|head_size|kv_channels|rotary_dim|d_head$|d_kv|qk_\w*dim|v_dim", _HEAD),
     (r"heads?$|head_num", _HEADS),
     (r"rank$", _HEAD),
-    (r"head_\w*dim|head_size|kv_channels|rotary_dim|d_head|d_kv|qk_\w*dim|v_dim", _HEAD),
     (r"position|seq_len|n_ctx|max_length|context|query_length", POSITIONS),
     (r"window|chunk|block_size|local_attention", _HEAD),
     (r"hidden|embd|embed|d_model|width|dim$|size$", _WIDTH),
@@ -74,6 +74,8 @@ def _smaller(key: str, value: Any, layers: int | None, kept: int) -> Any:
         if key == "per_layer_config":
             return {index: more for index, more in value.items() if int(index) < kept}
         return _shrunk(value, layers)
+    if key == "attention_types":  # of gpt_neo: pairs of types and how often they are repeated
+        return [[types, 1] for types, _ in value[:1]]
     if isinstance(value, list):
         return [_smaller(key, item, layers, kept) for item in _cut(value, layers, kept)]
     if not isinstance(value, int) or isinstance(value, bool):
