@@ -89,8 +89,12 @@ def prepare() -> ranks.Prepared:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
     def train() -> None:
+        from pmp_ds import dist
+        from pmp_ds.release.rehearsal import rehearse
         from pmp_ds.train import pipeline
 
+        architecture = job.architecture(config, store)
+        dist.on_rank0(lambda: rehearse(architecture, secret=config.init.seed is None))
         outcome = pipeline.run(
             config, ds_config, store, run, STARTED, start_afresh=options["start_afresh"]
         )

@@ -54,6 +54,7 @@ def main() -> None:
 
     planned = plan.steps(study)
     print(plan.describe(study, planned), flush=True)
+    plan.rehearse_arms(study, planned)
     if not options["plan"]:
         driver.run(study, planned, options["launch"], options["jobs"])
 

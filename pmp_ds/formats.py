@@ -51,7 +51,8 @@ FORMATS = {
                     "weights and optimizer state of masked pretraining"),
             Version(2, f"{_BEFORE} from commit 7175ad3 on",
                     "checkpoints of discovery, the memory of the guard, a digest of the manifest"),
-            Version(3, _NOW, "version and commit of the code (`code`); unknown fields are ignored"),
+            Version(3, _NOW, "version and commit of the code (`code`); unknown fields are ignored; "
+                    "persistent buffers are among the weights of the architectures that have some"),
         ),
         (2, 3),
         "2 has all that a run needs to resume, `code` is then unknown. 1 lacks the guard's memory "

@@ -16,6 +16,7 @@ from pmp_ds.config import Config
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.errors import UserError
 from pmp_ds.model.folder import add_tensors, embeddings, open_folder
+from pmp_ds.model.parameters import constants
 from pmp_ds.ticket.mask import ParamMask
 
 SAMPLE = 1 << 21  # elements
@@ -34,6 +35,9 @@ class Weights:
     handles: Mapping[str, Any]
     """The open file of each tensor, others than the model's included."""
 
+    constants: frozenset[str]
+    """Persistent buffers: of the model, and never trained."""
+
     @classmethod
     def open(cls, folder: Path) -> "Weights":
         """Raises UserError when it is no such folder or lacks a parameter."""
@@ -43,7 +47,8 @@ class Weights:
         for path in sorted(folder.glob("*.safetensors")):
             add_tensors(handles, path)
         model = opened.skeleton
-        return cls(folder, opened.config, opened.shapes, embeddings(model), handles)
+        fixed = frozenset(opened.constants)
+        return cls(folder, opened.config, opened.shapes, embeddings(model), handles, fixed)
 
     def tensor(self, name: str) -> torch.Tensor:
         """As stored."""
@@ -58,8 +63,8 @@ class Weights:
         """The model with these weights, fp32 on CPU."""
         model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
         with torch.no_grad():
-            for name, param in model.named_parameters():
-                param.copy_(self.tensor(name))
+            for name, tensor in [*model.named_parameters(), *constants(model).items()]:
+                tensor.copy_(self.tensor(name))
         return model
 
 

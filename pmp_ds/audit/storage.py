@@ -25,7 +25,7 @@ def dtypes(case: Case) -> Finding:
 def optimizer_files(case: Case) -> Finding:
     """Tensors and files of an optimizer: a moment of exactly zero was never trained."""
     known = set(case.release.shapes)
-    extra = sorted(set(case.release.handles) - known)
+    extra = sorted(set(case.release.handles) - known - case.release.constants)
     moments = {
         name: tensor
         for name in known
@@ -53,7 +53,7 @@ def forbidden_files(case: Case) -> Finding:
     folder = case.release.folder
     names = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.is_file()]
     strange = [name for name in names if not is_release_file(name)]
-    strange += sorted(set(case.release.handles) - set(case.release.shapes))
+    strange += sorted(set(case.release.handles) - set(case.release.shapes) - case.release.constants)
     for handle in {id(h): h for h in case.release.handles.values()}.values():
         keys = set(handle.metadata() or {}) - METADATA.keys()
         strange += [f"metadata {key}" for key in sorted(keys)]

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.tokenizer import load_tokenizer
 from pmp_ds.errors import UserError
+from pmp_ds.model.build import context_length
 from pmp_ds.model.folder import embeddings, few, open_folder, open_tensors, open_tokenizer
 from pmp_ds.results import model_digest
 from pmp_ds.ticket.fit import fitted
@@ -58,7 +59,7 @@ class Subject:
     @property
     def max_positions(self) -> int:
         """Most tokens that the model reads at once."""
-        return int(getattr(self.model.config, "max_position_embeddings", None) or 1 << 30)
+        return context_length(self.model.config)
 
     def reader(self) -> Read:
         """Its parameters from disk. Raises UserError when they have other names there."""

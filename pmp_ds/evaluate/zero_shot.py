@@ -11,17 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import (
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from pmp_ds.errors import require
 from pmp_ds.glue.encode import encode
 from pmp_ds.glue.read import Rows
 from pmp_ds.glue.tasks import Task
+from pmp_ds.model.build import context_length
+from pmp_ds.model.classifier import classifier
 from pmp_ds.model.folder import open_folder, open_tokenizer
 from pmp_ds.progress import Progress
 
@@ -116,9 +114,8 @@ def untrained_head(
     Raises UserError when ``folder`` holds no model and tokenizer.
     """
     tokenizer = open_tokenizer(folder)
-    model: Any = _with_head(folder, task, seed)
+    model: Any = _with_head(folder, task, seed, tokenizer.eos_token_id)
     model.to(device)
-    model.config.pad_token_id = tokenizer.eos_token_id
     sequences = encode(tokenizer, rows, _longest(model, max_length))
     outputs = np.zeros((len(rows), task.num_outputs), np.float32)
     for batch in _batches([len(sequence) for sequence in sequences], batch_size):
@@ -130,7 +127,7 @@ def untrained_head(
     return outputs[:, 0] if task.is_regression else outputs
 
 
-def _with_head(folder: Path, task: Task, seed: int) -> PreTrainedModel:
+def _with_head(folder: Path, task: Task, seed: int, padding: int) -> PreTrainedModel:
     """On CPU, in evaluation mode."""
     verbosity, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # that the head is new is what is wanted
@@ -139,8 +136,8 @@ def _with_head(folder: Path, task: Task, seed: int) -> PreTrainedModel:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             opened = open_folder(folder)
-            opened.config.num_labels = task.num_outputs
-            model = opened.load(AutoModelForSequenceClassification, opened.config)
+            kind = classifier(opened.config, task.num_outputs, padding)
+            model = opened.load(kind, opened.config)
     finally:
         logging.set_verbosity(verbosity)
         if had_bar:
@@ -150,7 +147,7 @@ def _with_head(folder: Path, task: Task, seed: int) -> PreTrainedModel:
 
 def _longest(model: PreTrainedModel, max_length: int) -> int:
     """``max_length``, or the number of positions the model has."""
-    return min(max_length, getattr(model.config, "max_position_embeddings", max_length))
+    return min(max_length, context_length(model.config))
 
 
 def _answered(

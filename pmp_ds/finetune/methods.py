@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM
 
 from pmp_ds.config import MaskConfig
 from pmp_ds.data.loader import order_key
 from pmp_ds.errors import UserError
 from pmp_ds.finetune.config import FinetuneConfig
+from pmp_ds.model.classifier import classifier, pad_id
 from pmp_ds.model.folder import open_folder
 from pmp_ds.model.parameters import ParamInfo, parameter_table
 from pmp_ds.ticket.fit import fitted
@@ -28,9 +29,6 @@ from pmp_ds.ticket.mask import ParamMask, full_bits, pack
 from pmp_ds.ticket.ticket import Ticket
 from pmp_ds.ticket.vault import any_ticket
 from pmp_ds.train.discover import random_ticket
-
-HEAD = "score."
-"""Prefix of the classification head's parameters in `transformers`' causal models."""
 
 
 def open_ticket(config: FinetuneConfig) -> Ticket | None:
@@ -70,7 +68,8 @@ def mask_of(
         return None, None
     table = parameter_table(model)
     if config.method == "random":
-        ticket = _random(config, [row for row in table if not row.name.startswith(HEAD)])
+        known = open_folder(Path(config.model)).shapes
+        ticket = _random(config, [row for row in table if row.name in known])
     assert ticket is not None
     return _with_head(ticket.mask, table, inverted=config.method == "complement"), ticket.id
 
@@ -82,10 +81,7 @@ def _load(config: FinetuneConfig, num_labels: int | None) -> Any:
     hf_config.use_cache = False
     kind: Any = AutoModelForCausalLM
     if num_labels is not None:
-        kind = AutoModelForSequenceClassification
-        hf_config.num_labels = num_labels
-        hf_config.problem_type = "regression" if num_labels == 1 else "single_label_classification"
-        hf_config.pad_token_id = hf_config.eos_token_id  # rows are padded with it
+        kind = classifier(hf_config, num_labels, pad_id(hf_config))
     torch.manual_seed(config.seed)
     if config.scratch:
         folder.require_room()
@@ -104,7 +100,7 @@ def _with_adapters(model: Any, config: FinetuneConfig, has_head: bool) -> Any:
         lora_dropout=lora.dropout,
         target_modules=targets,
         task_type=TaskType.SEQ_CLS if has_head else TaskType.CAUSAL_LM,
-        fan_in_fan_out=model.config.model_type == "gpt2",
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
     )
     try:
         return get_peft_model(model, settings)
@@ -128,13 +124,14 @@ def _random(config: FinetuneConfig, table: list[ParamInfo]) -> Ticket:
 
 
 def _with_head(mask: ParamMask, table: tuple[ParamInfo, ...], *, inverted: bool) -> ParamMask:
-    """``mask`` (or its complement) on the parameters of ``table``; a head is trained whole. What
-    the table lacks, such as the output matrix of a language model, is left out."""
+    """``mask`` (or its complement) on the parameters of ``table``; a head, which the mask does not
+    know, is trained whole. What the table lacks, such as the output matrix of a language model, is
+    left out."""
     bits = {}
     for row in table:
-        if row.name.startswith(HEAD):
+        if row.name not in mask.shapes:
             bits[row.name] = full_bits(row.numel)
-        elif mask.shapes.get(row.name) != row.shape:
+        elif mask.shapes[row.name] != row.shape:
             raise UserError(f"the ticket belongs to another model: {row.name} differs")
         elif inverted:
             bits[row.name] = pack(~mask.full(row.name))

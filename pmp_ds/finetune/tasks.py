@@ -16,6 +16,8 @@ from pmp_ds.finetune.rows import Classification, EncodedRows
 from pmp_ds.glue.metrics import majority, score
 from pmp_ds.glue.read import Rows, load
 from pmp_ds.glue.tasks import find_task
+from pmp_ds.model.build import context_length
+from pmp_ds.model.classifier import pad_id
 from pmp_ds.model.folder import open_tokenizer, read_config
 from pmp_ds.train.engine import Engine
 from pmp_ds.train.loop import validate
@@ -59,14 +61,14 @@ class Glue:
         folder = config.data.glue_dir
         data = load(self.task, Path(folder) if folder else None, config.data.max_train)
         hf_config, tokenizer = read_config(Path(config.model)), open_tokenizer(Path(config.model))
-        if hf_config.eos_token_id is None:
-            raise UserError(f"--model {config.model}: its config.json names no eos_token_id")
-        longest = min(config.data.max_length, hf_config.max_position_embeddings)
+        try:
+            padding = pad_id(hf_config)
+        except UserError as error:
+            raise UserError(f"--model {config.model}: its {error}") from None
+        longest = min(config.data.max_length, context_length(hf_config))
 
         def encode(rows: Rows) -> EncodedRows:
-            return EncodedRows(
-                rows, tokenizer, max_length=longest, pad_id=hf_config.eos_token_id
-            )
+            return EncodedRows(rows, tokenizer, max_length=longest, pad_id=padding)
 
         self.samples = encode(data.train)
         self.objective: Objective = Classification()
@@ -134,5 +136,3 @@ def predict(engine: Engine, rows: EncodedRows) -> npt.NDArray[np.float32]:
     for indices, values in parts:
         logits[indices] = values
     return logits
-
-

@@ -49,8 +49,8 @@ def model_config(
         hf_config = _gpt2(config, tokens)
     else:
         hf_config = _auto(config, tokens)
-    longest = getattr(hf_config, "max_position_embeddings", None)
-    if longest is not None and block_size > longest:
+    longest = context_length(hf_config)
+    if block_size > longest:
         where = "model.max_positions" if config.family != "auto" else f"that of {config.path}"
         raise UserError(
             f"the data's block_size={block_size} is longer than the model's longest context "
@@ -58,6 +58,17 @@ def model_config(
         )
     hf_config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)].__name__]
     return hf_config
+
+
+UNBOUNDED = 1 << 30  # tokens
+_CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "context_length",
+            "n_ctx")  # fmt: skip
+
+
+def context_length(hf_config: PreTrainedConfig) -> int:
+    """The longest context in tokens, by whatever name; ``UNBOUNDED`` where a family has none."""
+    found = (getattr(hf_config, name, None) for name in _CONTEXT)
+    return next((n for n in found if isinstance(n, int) and n > 0), UNBOUNDED)
 
 
 def build_model(hf_config: PreTrainedConfig) -> PreTrainedModel:
@@ -155,9 +166,4 @@ def _auto(config: ModelConfig, tokens: dict[str, Any]) -> PreTrainedConfig:
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise UserError(f"{path} is not accepted by {config_class.__name__}: {error}") from error
     assert isinstance(hf_config, PreTrainedConfig)
-    if getattr(hf_config, "is_decoder", True) is False:
-        raise UserError(
-            f"{path}: model_type={model_type!r} reads both ways unless it says "
-            '"is_decoder": true, and pretraining needs a causal model: add that line'
-        )
     return hf_config

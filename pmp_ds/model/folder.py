@@ -30,6 +30,7 @@ from pmp_ds.errors import UserError, shown
 from pmp_ds.foreign import read_object
 from pmp_ds.model import folder_rules
 from pmp_ds.model.folder_rules import CONFIG_FILE, first_line
+from pmp_ds.model.parameters import constants
 from pmp_ds.model.tokenizer_rules import check_tokenizer, panics_are_errors
 
 _SPARE_BYTES = 1 << 30  # of buffers, beyond the size of the weights
@@ -56,10 +57,15 @@ class ModelFolder:
         """By the names and in the order of the causal model's parameters."""
         return {name: tuple(param.shape) for name, param in self.skeleton.named_parameters()}
 
+    @property
+    def constants(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the persistent buffers, by name: they are in the files like the parameters."""
+        return {name: tuple(buffer.shape) for name, buffer in constants(self.skeleton).items()}
+
     def require_names(self, *, exact: bool = True) -> None:
-        """Raises UserError unless the files hold the parameters under the model's own names and in
-        its shapes, and with ``exact`` nothing else."""
-        shapes = self.shapes
+        """Raises UserError unless the files hold the parameters and constants under the model's own
+        names and in its shapes, and with ``exact`` nothing else."""
+        shapes = self.shapes | self.constants
         if missing := sorted(shapes.keys() - self.handles.keys()):
             raise UserError(f"{self.path} lacks {few(missing)}: it is no whole causal model")
         if exact and (strange := sorted(self.handles.keys() - shapes.keys())):
@@ -79,6 +85,12 @@ class ModelFolder:
         causal, wanted = self.skeleton, self._skeleton(kind, config)
         own, known = set(wanted.state_dict()), set(causal.state_dict())
         heads = own - known
+        inside = f"{causal.base_model_prefix}."
+        if strange := sorted(n for n in own ^ known if n.startswith(inside) and "pooler" not in n):
+            raise UserError(
+                f"{self.path}: {type(wanted).__name__} is not built on the causal model: "
+                f"{few(strange)} would be lost or random"
+            )
         self.require_room(wanted, heads)
         try:
             model, info = kind.from_pretrained(
@@ -89,7 +101,10 @@ class ModelFolder:
             raise UserError(f"{self.path} cannot be loaded: {first_line(error)}") from None
         if missing := sorted(set(info["missing_keys"]) - heads):
             raise UserError(f"{self.path} lacks {few(missing)}: it is no whole causal model")
-        if strange := sorted(set(info["unexpected_keys"]) - (known - own)):
+        lost = known - own  # the output matrix, which older files call otherwise
+        shapes = {tuple(causal.state_dict()[name].shape) for name in lost}
+        left = set(info["unexpected_keys"]) - lost
+        if strange := sorted(name for name in left if shape_of(self.handles, name) not in shapes):
             raise UserError(f"{self.path} has unknown tensors: {few(strange)}")
         loaded: PreTrainedModel = model
         return loaded

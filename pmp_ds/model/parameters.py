@@ -40,6 +40,16 @@ def parameter_table(model: nn.Module) -> tuple[ParamInfo, ...]:
     return tuple(table)
 
 
+def constants(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The persistent buffers, by name: of the model's state, though no gradient changes them.
+
+    Checkpoints and releases carry them behind the parameters, in their own dtype; they do not count
+    in d, and no ticket names them.
+    """
+    stored = model.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in model.named_buffers() if name in stored}
+
+
 def num_params(table: Sequence[ParamInfo]) -> int:
     """d: the number of trainable elements."""
     return sum(info.numel for info in table)

@@ -12,15 +12,15 @@ import hashlib
 import re
 import socket
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING
 
 from pmp_ds.errors import UserError
 from pmp_ds.foreign import ForeignError, read_bytes, read_object, read_text
 from pmp_ds.model.folder_rules import INDEX_FILE
+from pmp_ds.release.architecture import strangers
 from pmp_ds.release.older_names import older_names
 from pmp_ds.release.source import open_source
 from pmp_ds.release.tensor_file import METADATA
@@ -84,15 +84,20 @@ def _problems(folder: Path) -> Iterator[str]:
     for path in regular:
         if path.suffix in _TEXTS:
             yield from _about_words(path)
-    config = _read_json(folder / "config.json")
-    yield from _about_keys("config.json", config, _config_keys(config))
-    yield from _about_older_names(config)
-    generation = _read_json(folder / "generation_config.json")
-    yield from _about_keys("generation_config.json", generation, GENERATION_KEYS)
     yield from _about_tokenizer(folder, names)
-    yield from _about_weights(folder, names, config)
+    yield from about_model(folder)
     if SUMS_FILE in names:
         yield from _about_sums(folder, names)
+
+
+def about_model(folder: Path) -> Iterator[str]:
+    """Breaches of the configs and weights alone."""
+    names = {path.name for path in folder.iterdir()}
+    config = _read_json(folder / "config.json")
+    yield from _about_config(config)
+    generation = _read_json(folder / "generation_config.json")
+    yield from _about_keys("generation_config.json", generation, GENERATION_KEYS)
+    yield from _about_weights(folder, names, config)
 
 
 def _read_json(path: Path) -> Any:
@@ -111,30 +116,20 @@ def _about_keys(file: str, values: Any, allowed: set[str]) -> Iterator[str]:
         yield f"{file}: the key {key!r} is not on the list"
 
 
-def config_keys(config_class: type[PreTrainedConfig]) -> set[str]:
-    """What the architecture itself declares, and how to load it."""
-    own = {field.name for field in fields(config_class)}
-    return own - {field.name for field in fields(PreTrainedConfig)} | CONFIG_KEYS
-
-
-def _config_keys(config: Any) -> set[str]:
-    kind = _model_type(config)
-    if kind is None:
-        return CONFIG_KEYS
-    return config_keys(CONFIG_MAPPING[kind]) | older_names(kind, config).keys()
-
-
-def _about_older_names(config: Any) -> Iterator[str]:
-    """What stands under two names is the same. Releases of before have the newer ones alone."""
-    kind = _model_type(config)
-    for key, value in older_names(kind, config).items() if kind is not None else ():
+def _about_config(config: Any) -> Iterator[str]:
+    """config.json: what the architecture needs, under its names now and before, and how to load
+    it."""
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        yield from _about_keys("config.json", config, CONFIG_KEYS)
+        return
+    older = older_names(kind, config)
+    for key in sorted({*strangers(CONFIG_MAPPING[kind], config)} - CONFIG_KEYS - older.keys()):
+        yield f"config.json: the key {key!r} is not on the list"
+    # What stands under two names is the same. Releases of before have the newer ones alone.
+    for key, value in older.items():
         if config.get(key, value) != value:
             yield f"config.json: {key} is {config[key]!r}, and its newer name says {value!r}"
-
-
-def _model_type(config: Any) -> str | None:
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    return kind if isinstance(kind, str) and kind in CONFIG_MAPPING else None
 
 
 def _about_tokenizer(folder: Path, names: set[str]) -> Iterator[str]:

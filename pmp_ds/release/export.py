@@ -40,7 +40,7 @@ from pmp_ds.release.verify import run_alone, verify_reload
 from pmp_ds.run_dir import fsync_dir
 
 ReleaseDtype = Literal["bf16", "fp16", "fp32"]
-_TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 _ROUNDED_SHARE = 0.01  # of a matrix; by chance 2^-13 of fp32 numbers have 13 low bits of zero
 
@@ -106,10 +106,9 @@ def export(
         shutil.rmtree(staging, ignore_errors=True)  # of an export that was killed
         staging.mkdir(mode=0o700 if private else 0o755)
         try:
-            sums = _write_weights(source, staging, dtype, limit)
-            config = release_config(source.config, str(_TORCH[dtype]).removeprefix("torch."))
+            sums = write_model(source, staging, dtype, limit)
+            config = release_config(source.config, str(TORCH_DTYPES[dtype]).removeprefix("torch."))
             readme = render(card, config, source.num_params, dtype)
-            (staging / "config.json").write_text(as_json(config), encoding="utf-8")
             copy_tokenizer(tokenizer_dir, staging)
             pad_id = settle_tokenizer(
                 staging,
@@ -120,7 +119,7 @@ def export(
             generation = as_json(generation_config(source.config, pad_id))
             (staging / "generation_config.json").write_text(generation, encoding="utf-8")
             (staging / "README.md").write_text(readme, encoding="utf-8")
-            difference = verify_reload(source, staging, _TORCH[dtype])
+            difference = verify_reload(source, staging, TORCH_DTYPES[dtype])
             _write_sums(staging, sums)
             if signing_key is not None:
                 sign(staging, signing_key)
@@ -136,7 +135,7 @@ def export(
         out=out,
         files=names,
         num_params=source.num_params,
-        total_bytes=source.num_params * _TORCH[dtype].itemsize,
+        total_bytes=_total_bytes(source, dtype),
         dtype=dtype,
         logits_difference=difference,
     )
@@ -187,7 +186,7 @@ def _digest(source: Source) -> str:
 
 
 def _released_digest(folder: Path, source: Source, digest: str, dtype: ReleaseDtype) -> str:
-    if source.dtype == _TORCH[dtype]:
+    if source.dtype == TORCH_DTYPES[dtype]:
         return digest
     released = open_source(folder)
     try:
@@ -198,7 +197,7 @@ def _released_digest(folder: Path, source: Source, digest: str, dtype: ReleaseDt
 
 def _refuse_rounded(source: Source, dtype: ReleaseDtype) -> None:
     """fp32 or fp16 may leave only when no part of the weights was rounded to 16 bits on the way."""
-    stored = next(short for short, found in _TORCH.items() if found == source.dtype)
+    stored = next(short for short, found in TORCH_DTYPES.items() if found == source.dtype)
     if stored not in (dtype, "fp32"):
         raise UserError(
             f"dtype={dtype} is refused: {source.folder} holds {stored} weights, and in {dtype} "
@@ -206,7 +205,7 @@ def _refuse_rounded(source: Source, dtype: ReleaseDtype) -> None:
         )
     if stored != "fp32":
         return
-    for name in source.shapes:
+    for name in source.shapes.keys() - source.constants:
         bits = source.tensor(name, torch.float32).view(torch.int32)
         rounded = ((bits & 0x1FFF) == 0) & (bits != 0)  # fp16 has 13 bits less, bf16 has 16
         if bits.ndim > 1 and int(rounded.sum()) > 1 + _ROUNDED_SHARE * bits.numel():
@@ -216,15 +215,26 @@ def _refuse_rounded(source: Source, dtype: ReleaseDtype) -> None:
             )
 
 
-def _write_weights(
-    source: Source, folder: Path, dtype: ReleaseDtype, limit: int
+def write_model(
+    source: Source, folder: Path, dtype: ReleaseDtype, limit: int, *, quiet: bool = False
 ) -> dict[str, str]:  # file -> sha256
+    """Write weights of at most ``limit`` bytes a file, and what transformers needs to load them.
+    Returns the sums of the weights."""
+    config = release_config(source.config, str(TORCH_DTYPES[dtype]).removeprefix("torch."))
+    (folder / "config.json").write_text(as_json(config), encoding="utf-8")
+    generation = as_json(generation_config(source.config, end_of_text(source.config)))
+    (folder / "generation_config.json").write_text(generation, encoding="utf-8")
+    return _write_weights(source, folder, dtype, limit, quiet)
+
+
+def _write_weights(
+    source: Source, folder: Path, dtype: ReleaseDtype, limit: int, quiet: bool
+) -> dict[str, str]:
     """Greedy shards in the model's order, one parameter in memory at a time."""
-    itemsize = _TORCH[dtype].itemsize
     shards: list[list[str]] = [[]]
     size = 0
     for name in source.shapes:
-        nbytes = source.numel(name) * itemsize
+        nbytes = source.nbytes(name, TORCH_DTYPES[dtype])
         if shards[-1] and size + nbytes > limit:
             shards.append([])
             size = 0
@@ -232,26 +242,32 @@ def _write_weights(
         size += nbytes
     sums: dict[str, str] = {}
     files: dict[str, str] = {}
-    with Progress("export", "element", source.num_params, scale=True) as bar:
+    total = sum(map(source.numel, source.shapes))
+    with Progress("export", "element", total, scale=True, disable=quiet) as bar:
 
         def tensor(name: str) -> torch.Tensor:
             bar.update(source.numel(name))
-            return source.tensor(name, _TORCH[dtype])
+            return source.tensor(name, TORCH_DTYPES[dtype])
 
         for number, names in enumerate(shards, start=1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             if len(shards) == 1:
                 file = SINGLE_FILE
             shapes = {name: source.shapes[name] for name in names}
-            sums[file] = write_tensors(folder / file, shapes, _TORCH[dtype], tensor)
+            dtypes = {name: source.released_dtype(name, TORCH_DTYPES[dtype]) for name in names}
+            sums[file] = write_tensors(folder / file, shapes, dtypes, tensor)
             files |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {
-            "metadata": {"total_size": source.num_params * itemsize},
+            "metadata": {"total_size": _total_bytes(source, dtype)},
             "weight_map": files,
         }
         (folder / INDEX_FILE).write_text(as_json(index), encoding="utf-8")
     return sums
+
+
+def _total_bytes(source: Source, dtype: ReleaseDtype) -> int:
+    return sum(source.nbytes(name, TORCH_DTYPES[dtype]) for name in source.shapes)
 
 
 def _write_sums(folder: Path, written: dict[str, str]) -> None:

@@ -7,20 +7,19 @@ import transformers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from pmp_ds.errors import UserError
-from pmp_ds.release.allow_list import config_keys
+from pmp_ds.model.build import UNBOUNDED, context_length
+from pmp_ds.release.architecture import kept
 from pmp_ds.release.older_names import older_names
 
 
 def release_config(config: PreTrainedConfig, dtype: str) -> dict[str, Any]:
-    """config.json: the fields that the architecture itself declares, and how to load it.
+    """config.json: what describes the architecture, and how to load it.
 
     Keys that had other names before version 5 of transformers are there under both. Raises
     UserError when a value looks like a path.
     """
-    own = config_keys(type(config))
-    given = _without_private(config.to_dict()) | {"dtype": dtype}
-    values = {key: value for key, value in given.items() if key in own}
-    values |= older_names(config.model_type, given)
+    values = _without_private(kept(config))
+    values |= older_names(config.model_type, _without_private(config.to_dict()) | {"dtype": dtype})
     if "bos_token_id" in values:
         values["bos_token_id"] = begin_of_text(config)
     _refuse_paths(values, "config.json")
@@ -50,8 +49,8 @@ def end_of_text(config: PreTrainedConfig) -> int | None:
 
 def longest_context(config: PreTrainedConfig) -> int | None:
     """The longest input in tokens; None where the architecture sets no limit."""
-    names = ("max_position_embeddings", "max_seq_len")
-    return next((found for name in names if (found := getattr(config, name, None))), None)
+    found = context_length(config)
+    return None if found == UNBOUNDED else found
 
 
 def generation_config(config: PreTrainedConfig, pad_id: int | None) -> dict[str, Any]:

@@ -27,24 +27,31 @@ def main() -> None:
 def _check(request: dict[str, Any]) -> None:
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     torch.set_num_threads(request["threads"])
-    model, info = AutoModelForCausalLM.from_pretrained(
-        request["folder"], output_loading_info=True, **_OFFLINE
-    )
-    problems = {key: sorted(map(str, value)) for key, value in info.items() if value}
-    with torch.inference_mode():
-        logits = model.eval()(input_ids=torch.tensor(request["input_ids"])).logits
+    logits, problems, dtype = compute(request["folder"], torch.tensor(request["input_ids"]))
     tokenizer = AutoTokenizer.from_pretrained(
         request["folder"], local_files_only=True, trust_remote_code=False
     )
     ids = tokenizer.encode(request["text"], add_special_tokens=False)
     save_file(
-        {"logits": logits.float().contiguous(), "text_ids": torch.tensor(ids, dtype=torch.int64)},
+        {"logits": logits, "text_ids": torch.tensor(ids, dtype=torch.int64)},
         request["result"],
-        metadata={"problems": json.dumps(problems), "dtype": str(model.dtype)},
+        metadata={"problems": json.dumps(problems), "dtype": dtype},
     )
+
+
+def compute(folder: str, input_ids: Any) -> tuple[Any, dict[str, list[str]], str]:
+    """Logits (B, T, V) fp32 of a release, what was wrong when it was loaded, and its dtype."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **_OFFLINE)
+    problems = {key: sorted(map(str, value)) for key, value in info.items() if value}
+    with torch.inference_mode():
+        logits = model.eval()(input_ids=input_ids).logits
+    return logits.float().contiguous(), problems, str(model.dtype)
 
 
 def _generate(request: dict[str, Any]) -> None:

@@ -3,7 +3,8 @@
     weights/  config.json  model.safetensors
               or model-00001-of-0000N.safetensors ... and model.safetensors.index.json
 
-Tensors are keyed by ``named_parameters()`` names, tied weights once, all of one dtype.
+Tensors are keyed by ``named_parameters()`` names, tied weights once, all of one dtype; persistent
+buffers by their own names, in their own dtypes.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from pmp_ds.errors import UserError
 from pmp_ds.model.folder import open_folder
 from pmp_ds.model.folder_rules import weight_files
-from pmp_ds.release.tensor_file import DTYPES, TensorFile, raw_bytes
+from pmp_ds.release.tensor_file import DTYPES, TRAINED, TensorFile, raw_bytes
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,22 @@ class Source:
 
     dtype: torch.dtype
     shapes: dict[str, tuple[int, ...]]
-    """By name, in the model's own order, as released."""
+    """By name, in the model's own order, as released; the constants last."""
+
+    constants: frozenset[str]
+    """Persistent buffers: never trained, so released as they are, whatever the dtype."""
 
     files: dict[str, TensorFile]
     """The open file that holds each name."""
 
     def tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """One weight in the release's dtype; raises UserError when it is not finite."""
+        """One weight in the release's dtype; raises UserError when it is not finite. A constant as
+        stored."""
         stored = self.files[name].read(name)
         if self.shapes[name] != tuple(stored.shape):
             stored = stored[: self.shapes[name][0]]
+        if name in self.constants:
+            return stored
         if not _finite(stored):
             raise UserError(f"{self.folder}: {name} holds NaN or infinity; export an earlier step")
         tensor = stored.to(dtype)
@@ -58,12 +65,20 @@ class Source:
             each(self.numel(name))
         return sha.hexdigest()
 
+    def released_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """Of one tensor in a release of ``dtype``."""
+        return DTYPES[self.files[name].dtype(name)] if name in self.constants else dtype
+
     def numel(self, name: str) -> int:
         return torch.Size(self.shapes[name]).numel()
 
     @property
     def num_params(self) -> int:
-        return sum(map(self.numel, self.shapes))
+        return sum(self.numel(name) for name in self.shapes if name not in self.constants)
+
+    def nbytes(self, name: str, dtype: torch.dtype) -> int:
+        """Of one tensor in a release of ``dtype``."""
+        return self.numel(name) * self.released_dtype(name, dtype).itemsize
 
     def close(self) -> None:
         for file in self.files.values():
@@ -95,13 +110,18 @@ def open_source(folder: Path, vocab_size: int | None = None) -> Source:
     opened.require_names()
     shapes = opened.shapes
     dtypes = {files[name].dtype(name) for name in shapes}
-    if len(dtypes) != 1 or not dtypes <= DTYPES.keys():
+    if len(dtypes) != 1 or not dtypes <= TRAINED.keys():
         raise UserError(
             f"{folder} holds tensors of {', '.join(sorted(dtypes))}; a run's weights are all of "
-            f"one of {', '.join(sorted(DTYPES))}"
+            f"one of {', '.join(sorted(TRAINED))}"
         )
     _trim(model, config, shapes, vocab_size)
-    return Source(folder, config, DTYPES[dtypes.pop()], shapes, files)
+    constants = opened.constants
+    for name in constants:
+        if files[name].dtype(name) not in DTYPES:
+            raise UserError(f"{folder}: {name} is of the unknown dtype {files[name].dtype(name)}")
+    dtype = TRAINED[dtypes.pop()]
+    return Source(folder, config, dtype, shapes | constants, frozenset(constants), files)
 
 
 def _trim(

@@ -14,7 +14,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+TRAINED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = TRAINED | {
+    "F64": torch.float64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
+    "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 METADATA = {"format": "pt"}
 _LENGTH = 8  # bytes of the header's length
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -60,7 +64,7 @@ class TensorFile:
 def write_tensors(
     path: Path,
     shapes: Mapping[str, tuple[int, ...]],
-    dtype: torch.dtype,
+    dtypes: Mapping[str, torch.dtype],
     tensor: Callable[[str], torch.Tensor],
 ) -> str:
     """Write ``tensor(name)`` for every name, in order, fsynced; sha256 (hex) of what was written.
@@ -70,8 +74,8 @@ def write_tensors(
     header: dict[str, Any] = {"__metadata__": METADATA}
     end = 0
     for name, shape in shapes.items():
-        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+        start, end = end, end + torch.Size(shape).numel() * dtypes[name].itemsize
+        header[name] = {"dtype": _NAMES[dtypes[name]], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _LENGTH)  # so that the tensors are aligned
     digest = hashlib.sha256()
@@ -81,7 +85,7 @@ def write_tensors(
             digest.update(piece)
         for name, shape in shapes.items():
             value = tensor(name)
-            assert (value.dtype, tuple(value.shape)) == (dtype, shape), name
+            assert (value.dtype, tuple(value.shape)) == (dtypes[name], shape), name
             file.write(raw_bytes(value))
             digest.update(raw_bytes(value))
         file.flush()

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from pmp_ds.errors import UserError
+from pmp_ds.model.build import context_length
+from pmp_ds.model.parameters import constants
 from pmp_ds.release.source import Source
 
 # Largest difference of logits between processes, relative to the largest logit. Usually it is 0;
@@ -34,10 +36,8 @@ def verify_reload(source: Source, folder: Path, dtype: torch.dtype) -> float:
     not load or computes something else, UserError when its tokenizer encodes otherwise. One copy of
     the model is in memory at a time: this process forgets its own before the other starts.
     """
-    length = min(16, getattr(source.config, "max_position_embeddings", None) or 16)
-    vocab = source.config.vocab_size
-    input_ids = (torch.arange(2 * length) * 7919 % vocab).view(2, length)
-    wanted = _reference_logits(source, input_ids, dtype)
+    input_ids = probe(source.config)
+    wanted = reference_logits(source, input_ids, dtype)
     give_memory_back()
     # Inside the folder: when this process is killed, the next export removes both.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -55,10 +55,22 @@ def verify_reload(source: Source, folder: Path, dtype: torch.dtype) -> float:
             facts = answer.metadata()
     if json.loads(facts["problems"]) or facts["dtype"] != str(dtype):
         raise RuntimeError(f"the release does not load cleanly: {facts}")
+    difference = require_same(logits, wanted, dtype)
+    _compare_ids(folder, text_ids.tolist(), source.config.vocab_size)
+    return difference
+
+
+def probe(config: PreTrainedConfig) -> torch.Tensor:  # (2, T) int64
+    """Token ids that any model of ``config`` reads."""
+    length = min(16, context_length(config))
+    return (torch.arange(2 * length) * 7919 % config.vocab_size).view(2, length)
+
+
+def require_same(logits: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> float:
+    """Return the largest difference; raises RuntimeError when rounding does not explain it."""
     difference = float((logits - wanted).abs().max())
     if not difference <= LOGITS_TOLERANCE[dtype] * float(wanted.abs().max()):
         raise RuntimeError(f"the release's logits differ by {difference} from the run's")
-    _compare_ids(folder, text_ids.tolist(), vocab)
     return difference
 
 
@@ -79,15 +91,16 @@ def run_alone(**request: Any) -> None:
         raise RuntimeError(f"the release does not load in a fresh process:\n{done.stderr[-2000:]}")
 
 
-def _reference_logits(
+def reference_logits(
     source: Source, input_ids: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:  # (B, T, V) fp32
+    """What the model in ``source`` computes in ``dtype``."""
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(source.config, dtype=dtype)
     model.tie_weights()
     with torch.inference_mode():
-        for name, param in model.named_parameters():
-            param.copy_(source.tensor(name, dtype))
+        for name, tensor in [*model.named_parameters(), *constants(model).items()]:
+            tensor.copy_(source.tensor(name, dtype))
         logits: torch.Tensor = model.eval()(input_ids=input_ids).logits
     return logits.float()
 

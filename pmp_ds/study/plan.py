@@ -14,6 +14,7 @@ from pmp_ds.finetune.config import FinetuneConfig
 from pmp_ds.run_dir import RunDir, read_json
 from pmp_ds.study.recipe import Arm, Flags, Study, Tuning
 
+_VOCAB = 1 << 18  # stands for that of a tokenizer that may not be there yet
 ROOT = "{root}"
 """Stands for the study's folder in settings, which name files of its other runs with it."""
 
@@ -94,6 +95,24 @@ def _pretrain(study: Study) -> Iterator[Step]:
         yield Step(f"export-{name}", argv, run.release)
 
 
+def rehearse_arms(study: Study, planned: Sequence[Step]) -> None:
+    """Raise UserError for an arm, not pretrained yet, whose model could not be released."""
+    from pmp_ds.model.build import model_config  # imports transformers: seconds
+    from pmp_ds.release.rehearsal import rehearse
+
+    todo = {step.name for step in planned if not step.is_done(Path(study.root))}
+    seen = []
+    for name, arm in study.arms.items():
+        config, _ = parse(Config, _arm_flags(study, name, arm))
+        what = (config.model, config.init.seed is None)
+        if f"pretrain-{name}" not in todo or what in seen:
+            continue
+        seen.append(what)
+        rows = config.model.vocab_size or _VOCAB
+        hf_config = model_config(config.model, vocab_size=rows, eos_id=0, bos_id=None, block_size=1)
+        rehearse(hf_config, secret=what[1])
+
+
 def _arm_flags(study: Study, name: str, arm: Arm) -> list[str]:
     configs = [word for path in arm.configs for word in ("--config", path)]
     where = ["--run.root", str(Path(study.root) / "runs"), "--run.name", name]
@@ -144,9 +163,7 @@ def _tuning(
         argv += ["--sweep", f"{setting}={','.join(map(_word, values))}"]
     cells = math.prod(len(values) for values in grid.values())
     output = root / "results.jsonl"
-    return Step(
-        f"finetune-{name}", tuple(argv), output, ranks=True, cells=cells, independent=True
-    )
+    return Step(f"finetune-{name}", tuple(argv), output, ranks=True, cells=cells, independent=True)
 
 
 def _evaluate(study: Study) -> Iterator[Step]:

@@ -2,7 +2,8 @@
 
     private/checkpoints/update-00000500/      of masked pretraining; discover-XXXXXXXX of discovery
         manifest.json            format version, position, sha256 of every file and of itself
-        weights/                 every parameter whole in the training dtype, and config.json
+        weights/                 every parameter whole in the training dtype, persistent buffers in
+                                 their own, and config.json
         state/rank-00000.safetensors   this rank's compact optimizer state (optim/logical_state.py)
         state/masks.safetensors  of discovery: the candidates that its next update compares with
     private/checkpoints/latest   name of the newest, for people; written last
@@ -16,6 +17,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -68,7 +70,7 @@ def take(
 
     With ``copy`` training may go on; else ``write`` must follow first, and is collective too.
     """
-    weights: Iterable[tuple[str, torch.Tensor]] = engine.parameters()
+    weights: Iterable[tuple[str, torch.Tensor]] = chain(engine.parameters(), engine.constants())
     writes = dist.rank() == 0 or not engine.shards.replicated
     state = engine.local_state(mask) if writes else None
     full = Position(**vars(position) | {"counters": engine.counters()})

@@ -58,6 +58,8 @@ def write_dithered(derivative: Path, base: Path, ticket: Path, out: Path) -> Non
                 draws = _content_stream(key, name, new)
                 yield name, dither(old, new, kept, donors, draws)
                 bar.update()
+            for name in released.constants:
+                yield name, before(name)
 
         weight_files.save_weights(tensors(), tuned.config, out)
 

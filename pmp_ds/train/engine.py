@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from pmp_ds import dist
 from pmp_ds.config import TrainConfig
+from pmp_ds.model.parameters import constants
 from pmp_ds.optim.attach import arm, mask_gradients
 from pmp_ds.optim.logical_state import Collected, Read, collect, restore
 from pmp_ds.optim.masked import parameter_groups
@@ -187,13 +188,19 @@ class Engine:
                 whole = wanted.to("cpu", copy=True)
             yield name, whole
 
+    def constants(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each persistent buffer on CPU in its own dtype."""
+        for name, buffer in constants(self._engine.module).items():
+            yield name, buffer.to("cpu", copy=True)
+
     @property
     def weight_bytes(self) -> int:
-        """Of ``parameters``, on rank 0."""
+        """Of ``parameters`` and ``constants``, on rank 0."""
+        module = self._engine.module
         return sum(
             getattr(param, "ds_numel", param.numel()) * param.element_size()
-            for param in self._engine.module.parameters()
-        )
+            for param in module.parameters()
+        ) + sum(buffer.nbytes for buffer in constants(module).values())
 
     @property
     def state_bytes(self) -> int:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from pmp_ds import dist
 from pmp_ds.config import Config
@@ -63,9 +63,14 @@ class Job:
 def check(config: Config, store: Store | MixedStore, run: RunDir) -> None:
     """Do model, data and a given ticket fit together? Raises UserError; writes nothing."""
     data = DataFacts.of(store)
-    theta0.architecture(config, data)
+    architecture(config, store)
     if (folder := given_ticket(config, run)) is not None:
         load_ticket(folder, model_digest=theta0.model_digest(config, data))
+
+
+def architecture(config: Config, store: Store | MixedStore) -> PreTrainedConfig:
+    """The Hugging Face config of the model. Raises UserError when model and data do not fit."""
+    return theta0.architecture(config, DataFacts.of(store))
 
 
 def given_ticket(config: Config, run: RunDir) -> Path | None:

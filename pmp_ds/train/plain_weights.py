@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from pmp_ds.errors import UserError
+from pmp_ds.model.parameters import constants
 from pmp_ds.run_dir import RunDir, make_private
 from pmp_ds.ticket.mask import ParamMask
 from pmp_ds.train import shelf, theta0, weight_files
@@ -36,11 +37,12 @@ def of_init(run: RunDir, folder: Path) -> PlainWeights:
     config = load_config(run)
     model = theta0.draw(config, read_data(run), theta0.init_of(run, config))
     theta0.check(run, model)
+    fixed = {name: buffer.clone() for name, buffer in constants(model).items()}  # keep their dtype
     if config.train.precision == "bf16":
         model = model.bfloat16()
     make_private(folder)
-    parameters = ((name, param.detach()) for name, param in model.named_parameters())
-    weight_files.save_weights(parameters, model.config, folder)
+    tensors = {name: param.detach() for name, param in model.named_parameters()}
+    weight_files.save_weights((tensors | fixed).items(), model.config, folder)
     return PlainWeights(folder, 0, None)
 
 

@@ -1,5 +1,6 @@
 """Whole parameters as private safetensors files beside a config.json."""
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pmp_ds import dist
+from pmp_ds.model.parameters import constants
 from pmp_ds.run_dir import write_json
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -71,10 +73,14 @@ def read_weights(folder: Path) -> Callable[[str], torch.Tensor]:
 
 @torch.no_grad()
 def load_weights(folder: Path, model: PreTrainedModel) -> None:
-    """Fill a model's parameters from a ``weights/`` folder, cast to the model's dtype."""
+    """Fill a model's parameters and constants from a ``weights/`` folder, cast to the model's
+    dtype. Constants that an older pmp-ds did not write are the model's own."""
     stored = read_weights(folder)
     for name, param in model.named_parameters():
         param.copy_(stored(name))
+    for name, buffer in constants(model).items():
+        with contextlib.suppress(KeyError):
+            buffer.copy_(stored(name))
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:

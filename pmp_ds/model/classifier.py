@@ -1,0 +1,75 @@
+"""A causal model with a new classification head on the last token.
+
+    kind = classifier(folder.config, 2, padding=pad_id(folder.config))
+    model = folder.load(kind, folder.config)
+
+Where transformers has no such class for an architecture, its generic head is put on the base model.
+"""
+
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GenericForSequenceClassification
+
+from pmp_ds.errors import UserError
+from pmp_ds.model.shrink import shrunk
+
+
+def pad_id(config: PreTrainedConfig) -> int:
+    """The token that rows are padded with: the first that ends a text. Raises UserError when there
+    is none."""
+    found = config.eos_token_id if config.eos_token_id is not None else config.pad_token_id
+    first = found[0] if isinstance(found, list) and found else found
+    if not isinstance(first, int):
+        raise UserError("config.json names no eos_token_id, which rows are padded with: add it")
+    return first
+
+
+def classifier(config: PreTrainedConfig, num_outputs: int, padding: int) -> Any:
+    """Return what builds the classifier of ``config``, which is set up for ``num_outputs`` and rows
+    padded with the token ``padding``. Raises UserError for an architecture that takes no head."""
+    config.num_labels = num_outputs
+    config.problem_type = "regression" if num_outputs == 1 else "single_label_classification"
+    config.pad_token_id = padding
+    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+        AutoModelForSequenceClassification.register(
+            type(config), _generic(type(config)), exist_ok=True
+        )
+    _require_head(config)
+    return AutoModelForSequenceClassification
+
+
+def _generic(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    """The generic head on what the causal model is built on, so the names of weights are equal."""
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    family = next(c for c in causal.__mro__[1:] if issubclass(c, PreTrainedModel))
+    name = f"{config_class.__name__.removesuffix('Config')}ForSequenceClassification"
+    content = {"config_class": config_class, "base_model_prefix": causal.base_model_prefix}
+    return type(name, (GenericForSequenceClassification, family), content)
+
+
+def _require_head(config: PreTrainedConfig) -> None:
+    """Try a generic head at tiny width."""
+    kind = AutoModelForSequenceClassification._model_mapping[type(config)]
+    if kind.__module__ != __name__:
+        return
+    try:
+        small = shrunk(config)
+        with torch.random.fork_rng(devices=[]):
+            model = kind._from_config(small)
+        input_ids = torch.arange(1, 9).view(2, 4)
+        options = {"attention_mask": torch.ones_like(input_ids), "use_cache": False}
+        shape = tuple(model(input_ids=input_ids, **options).logits.shape)
+        if shape != (2, config.num_labels):
+            raise ValueError(shape)
+    except Exception:  # noqa: BLE001 - transformers' depths
+        raise UserError(
+            f"model_type={config.model_type!r} takes no classification head: transformers has no "
+            "such class, and its base model no plain head. Fine-tune it on text: --task lm"
+        ) from None
