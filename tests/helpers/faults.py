@@ -365,10 +365,24 @@ STRANGERS = {
     ),
 }  # fmt: skip
 
+SETTINGS = {
+    "section twice": Fault(
+        "a setting or section that stands twice in a YAML file", "`train:` at the top and the end",
+        "refused with both lines: YAML itself would forget the first", EXIT_MISTAKE,
+        r"error: --config .*, line 3: train stands twice, in line 1 too", NOTHING,
+    ),
+    "null": Fault(
+        "`null`, an empty value or `~` for a setting that needs a value",
+        "every setting of every command in turn (`python -m tests.helpers.odd_settings`)",
+        "refused with the setting's name and what it takes", EXIT_MISTAKE,
+        r"error: mask\.source: expected one of 'earlybird', .*, got null", NOTHING,
+    ),
+}  # fmt: skip
+
 SECTIONS = {
     "Files": CHECKPOINTS, "Disk": DISK, "Updates": UPDATES, "Ranks": RANKS,
     "Jobs and hosts": JOBS, "Signals": SIGNALS, "Machine": MACHINE,
-    "Files of strangers": STRANGERS,
+    "Files of strangers": STRANGERS, "Settings": SETTINGS,
 }  # fmt: skip
 FAULTS = {name: fault for section in SECTIONS.values() for name, fault in section.items()}
 
