@@ -80,6 +80,7 @@ def prepare() -> ranks.Prepared:
 
     ds_config = deepspeed_config.read_json(Path(options["deepspeed_config"]))
     deepspeed_config.merge(ds_config, config.train, int(os.environ.get("WORLD_SIZE", "1")))
+    deepspeed_config.require_precision(config.train)
     store = open_data(config.data.store)
     run = RunDir(Path(config.run.root) / config.run.name)
     from pmp_ds.train import job  # imports transformers: seconds

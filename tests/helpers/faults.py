@@ -379,10 +379,35 @@ SETTINGS = {
     ),
 }  # fmt: skip
 
+DEEPSPEED = {
+    "misspelt key": Fault(
+        "a misspelt key in the DeepSpeed JSON", "`zero_optimisation`, which DeepSpeed ignores",
+        "refused before anything is written, all of them in one list", EXIT_MISTAKE,
+        r"zero_optimisation: DeepSpeed does not know this key: did you mean zero_optimization\?",
+        NOTHING,
+    ),
+    "unsupported section": Fault(
+        "a section of DeepSpeed that masked updates cannot use",
+        "`elasticity`, `sequence_parallel_size`, `compression_training` and the others",
+        "refused by name with the reason", EXIT_MISTAKE,
+        r"elasticity: a run resumes on any number of ranks without it; remove it", NOTHING,
+    ),
+    "static loss scale": Fault(
+        "a static loss scale", "`fp16.loss_scale: 128`", "refused; dynamic scaling needs none",
+        EXIT_MISTAKE, r"fp16\.loss_scale: the loss scale is dynamic", NOTHING,
+    ),
+    "no fp16": Fault(
+        "a precision that the device does not have", "fp16 on a CPU that reports none",
+        "refused before the run's name is taken", EXIT_MISTAKE,
+        r"error: train\.precision=fp16 is not supported on \w+ here: use bf16 or fp32", NOTHING,
+    ),
+}  # fmt: skip
+
 SECTIONS = {
     "Files": CHECKPOINTS, "Disk": DISK, "Updates": UPDATES, "Ranks": RANKS,
     "Jobs and hosts": JOBS, "Signals": SIGNALS, "Machine": MACHINE,
     "Files of strangers": STRANGERS, "Settings": SETTINGS,
+    "DeepSpeed JSON": DEEPSPEED,
 }  # fmt: skip
 FAULTS = {name: fault for section in SECTIONS.values() for name, fault in section.items()}
 

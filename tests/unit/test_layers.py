@@ -36,6 +36,7 @@ MAY_IMPORT_DEEPSPEED = {
     "pmp_ds.optim.zero_shards",
     "pmp_ds.train.engine",
     "pmp_ds.train.checkpoint",
+    "pmp_ds.train.deepspeed_keys",
 }
 
 # What cannot see the mask cannot leak it: not even through another module.
