@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pmp_ds import formats
-from pmp_ds.errors import UserError
+from pmp_ds.errors import UserError, quoted
 from pmp_ds.run_dir import write_json
 
 FORMAT = "pmp-ds packed tokens"
@@ -68,7 +68,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         what = "has no manifest.json" if folder.is_dir() else "does not exist"
         raise UserError(
             f"the data folder {folder} {what}: it is not a complete store; make it with "
-            f"`python launcher/prepare_data.py --out {folder}`"
+            f"`python launcher/prepare_data.py --out {quoted(folder)}`"
         ) from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): {AGAIN}") from error

@@ -403,11 +403,38 @@ DEEPSPEED = {
     ),
 }  # fmt: skip
 
+DATA = {
+    "link back": Fault(
+        "a folder that an input reaches twice", "a link in the folder to the folder above it",
+        "refused by name; links to other folders are entered", EXIT_MISTAKE,
+        r"error: input .* reaches .*/loop twice, as .* too: its documents would count double",
+        NOTHING,
+    ),
+    "hidden files": Fault(
+        "hidden files in an input folder", "`.ipynb_checkpoints/`, `._a.txt`",
+        "left out, and counted in the summary", 0,
+        r"left out 2 hidden \(first: \._a\.txt", "those files",
+    ),
+    "other files": Fault(
+        "files of other types in an input folder", "`.csv`, `.txt.gz`", "left out, and counted", 0,
+        r"left out 2 of other types \(first: .*1 x \.csv", "those files",
+    ),
+    "random tokenizer": Fault(
+        "a tokenizer that draws at random", "`dropout` in a tokenizer.json", "refused",
+        EXIT_MISTAKE,
+        r"error: tokenizer .* has dropout=0\.1: it cuts a text differently every time", NOTHING,
+    ),
+    "growing file": Fault(
+        "an input that is written to while it is read", "a line added between two reads",
+        "refused", EXIT_MISTAKE, r"error: input .* changed while it was read", NOTHING,
+    ),
+}  # fmt: skip
+
 SECTIONS = {
     "Files": CHECKPOINTS, "Disk": DISK, "Updates": UPDATES, "Ranks": RANKS,
     "Jobs and hosts": JOBS, "Signals": SIGNALS, "Machine": MACHINE,
     "Files of strangers": STRANGERS, "Settings": SETTINGS,
-    "DeepSpeed JSON": DEEPSPEED,
+    "DeepSpeed JSON": DEEPSPEED, "Input of prepare_data": DATA,
 }  # fmt: skip
 FAULTS = {name: fault for section in SECTIONS.values() for name, fault in section.items()}
 
