@@ -25,7 +25,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--release", type=Path, required=True, metavar="FOLDER", help="what is attacked")
     add("--ticket", type=Path, metavar="TICKET", help="the true ticket, to measure against")
-    add("--config", metavar="FILE", help="the recipe as the attacker knows it, with its init.seed")
+    add("--config", type=Path, metavar="FILE", help="the attacker's recipe, with its init.seed")
     add("--base", type=Path, metavar="FOLDER", help="another revision of the same run")
     add("--derivative", type=Path, metavar="FOLDER", help="a model tuned with the ticket")
     add("--text", type=Path, metavar="STORE", help="packed tokens, for gradients and discovery")
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(
             f"--out {out} is inside --release {args.release}, which others may read: name another"
         )
-    config = parse(Config, ["--config", args.config])[0] if args.config else None
+    config = parse(Config, ["--config", str(args.config)])[0] if args.config else None
     # Slow imports come after the quick checks.
     from pmp_ds.audit.attack import run_attacks
     from pmp_ds.audit.case import Case, Shadow, Weights

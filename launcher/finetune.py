@@ -77,6 +77,7 @@ def prepare() -> ranks.Prepared:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     train = config.train.complete(config.train.global_batch_size, world)
     deepspeed_config.merge(ds_config, train, world)
+    deepspeed_config.require_precision(train)
     from pmp_ds.finetune import sweep  # imports transformers: seconds
 
     grid = sweep.grid(options["sweep"])

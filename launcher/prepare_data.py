@@ -15,7 +15,7 @@ from pmp_ds.data.prepare import prepare
 from pmp_ds.data.prepare_config import PrepareConfig
 from pmp_ds.data.statistics import inspect_store
 from pmp_ds.data.summary import PrepareSummary
-from pmp_ds.errors import UserError, exit_code
+from pmp_ds.errors import UserError, exit_code, quoted
 
 DESCRIPTION = """\
 Turn text into the packed token blocks that training reads, once: documents are tokenized, joined
@@ -80,7 +80,7 @@ def _parse(argv: list[str]) -> PrepareConfig:
 
 def _report(summary: PrepareSummary) -> None:
     print(summary)
-    print(f"  next           train on it with --data.store {summary.folder}")
+    print(f"  next           train on it with --data.store {quoted(summary.folder)}")
 
 
 def _plan(arguments: list[str]) -> None:
@@ -91,9 +91,9 @@ def _plan(arguments: list[str]) -> None:
         return
     print(
         f"planned: {config.out}: {units} units\n"
-        f"  next           python launcher/prepare_data.py pack {config.out} --node I --nodes N "
-        f"for I from 0 to N - 1, with N up to {units},\n"
-        f"                 then python launcher/prepare_data.py finish {config.out}"
+        f"  next           python launcher/prepare_data.py pack {quoted(config.out)} --node I "
+        f"--nodes N for I from 0 to N - 1, with N up to {units},\n"
+        f"                 then python launcher/prepare_data.py finish {quoted(config.out)}"
     )
 
 

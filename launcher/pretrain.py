@@ -80,6 +80,7 @@ def prepare() -> ranks.Prepared:
 
     ds_config = deepspeed_config.read_json(Path(options["deepspeed_config"]))
     deepspeed_config.merge(ds_config, config.train, int(os.environ.get("WORLD_SIZE", "1")))
+    deepspeed_config.require_precision(config.train)
     store = open_data(config.data.store)
     run = RunDir(Path(config.run.root) / config.run.name)
     from pmp_ds.train import job  # imports transformers: seconds
@@ -105,6 +106,7 @@ def prepare() -> ranks.Prepared:
 
 def _tell(outcome: "Outcome", config: "Config", run: "RunDir") -> None:
     from pmp_ds import dist
+    from pmp_ds.errors import quoted
     from pmp_ds.plots import plot_run  # imports matplotlib: a second
 
     if dist.rank() != 0:
@@ -115,8 +117,8 @@ def _tell(outcome: "Outcome", config: "Config", run: "RunDir") -> None:
         f"{outcome.complement_changed} elements of the complement changed"
     )
     if config.mask.source != "none":
-        print(f"  what it keeps, for you alone: python launcher/vault.py show {run.ticket}")
-    print(f"  next: python launcher/export.py --run {run.root}", flush=True)
+        print(f"  what it keeps, for you alone: python launcher/vault.py show {quoted(run.ticket)}")
+    print(f"  next: python launcher/export.py --run {quoted(run.root)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 from pmp_ds.cli import PlainParser
 from pmp_ds.errors import UserError, exit_code
 from pmp_ds.run_dir import RunDir
+from pmp_ds.settings import expanded
 from pmp_ds.train.run_facts import load_config
 
 PROMPT = "def "
@@ -74,7 +75,8 @@ def _study(args: argparse.Namespace) -> None:
 def _arm(text: str) -> tuple[str, Path]:
     """`pmp=runs/demo`; of `runs/pmp` alone the arm is `pmp`."""
     arm, equals, path = text.partition("=")
-    found = (arm, Path(path)) if equals else (Path(text).name, Path(text))
+    where = Path(expanded(path if equals else text, "--collect"))
+    found = (arm if equals else where.name, where)
     if not found[0]:
         raise UserError(f"--collect {text}: write ARM=RUN as in pmp=runs/demo")
     return found

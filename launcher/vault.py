@@ -23,6 +23,7 @@ from pmp_ds import formats
 from pmp_ds.cli import PlainParser
 from pmp_ds.errors import UserError, exit_code, shown
 from pmp_ds.run_dir import RunDir, write_bytes
+from pmp_ds.settings import expanded
 from pmp_ds.ticket import keys, vault
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def seal(args: argparse.Namespace) -> None:
         raise UserError("give --to KEY, or a passphrase, and not both: age allows either")
     _warn(run.ticket, run.vault, run.init)
     known = vault.records(run.vault)
-    to = [] if by_passphrase else keys.public_keys(args.to)
+    to = [] if by_passphrase else keys.public_keys([expanded(key, "--to") for key in args.to])
     vault.check_recipient(known, name, to)
     ticket = vault.any_ticket(run.ticket, None)
     number, strength = None, ""

@@ -11,17 +11,23 @@ import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
-from pmp_ds.errors import UserError
+from pmp_ds.errors import UserError, require
+from pmp_ds.settings import checked, checked_option, expanded
+from pmp_ds.strict_yaml import parse as parse_yaml
+from pmp_ds.strict_yaml import read_settings
 
 C = TypeVar("C")
 
 HIDDEN = argparse.SUPPRESS
 """As an option's ``help``: accepted but not shown."""
+
+_parsers: dict[tuple[Any, ...], ArgumentParser] = {}
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -41,6 +47,33 @@ def parse(
     keywords of ``add_argument``; its value is found under the flag's name with underscores.
     ``--help`` and ``--print_config`` print and raise ``SystemExit(0)``. Raises UserError.
     """
+    key = (cls, prog, description, epilog, repr(options))
+    if key not in _parsers:  # a sweep parses hundreds of times
+        _parsers[key] = _parser(cls, prog, description, epilog, options)
+    parser = _parsers[key]
+    try:
+        namespace = parser.parse_args(_join_lists(cls, _read_files(cls, argv)))
+        _check_values(cls, namespace)
+        values = parser.instantiate(namespace)
+        config = cls(**{f.name: values[f.name] for f in dataclasses.fields(cls)})  # type: ignore[arg-type]
+    except UserError:
+        raise
+    except (argparse.ArgumentError, TypeError, ValueError) as error:
+        raise UserError(_one_line(error, parser)) from error
+    if namespace.print_config:
+        print(dump(config), end="")
+        raise SystemExit(0)
+    found = {flag: flag.lstrip("-").replace("-", "_") for flag in options or {}}
+    return config, {name: _option(namespace[name], flag) for flag, name in found.items()}
+
+
+def _parser(
+    cls: type[Any],
+    prog: str | None,
+    description: str | None,
+    epilog: str | None,
+    options: Mapping[str, Any] | None,
+) -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog,
         description=description,
@@ -67,21 +100,7 @@ def parse(
     for action in parser._actions:  # `--section FILE` works, and would only clutter --help
         if action.metavar == "CONFIG" and action.dest != "config":
             action.help = HIDDEN
-    _check_files(argv)
-    try:
-        namespace = parser.parse_args(_join_lists(cls, argv))
-        _check_sections(cls, namespace)
-        values = parser.instantiate(namespace)
-        config = cls(**{f.name: values[f.name] for f in dataclasses.fields(cls)})  # type: ignore[arg-type]
-    except UserError:
-        raise
-    except (argparse.ArgumentError, TypeError, ValueError) as error:
-        raise UserError(_one_line(error, parser)) from error
-    if namespace.print_config:
-        print(dump(config), end="")
-        raise SystemExit(0)
-    names = [flag.lstrip("-").replace("-", "_") for flag in options or {}]
-    return config, {name: namespace[name] for name in names}
+    return parser
 
 
 def dump(config: Any) -> str:
@@ -103,6 +122,13 @@ class PlainParser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Paths may begin with `~` or `$VARIABLE`; numbers are finite, counts not negative."""
+        found = super().parse_args(args, namespace)
+        for name, value in vars(found).items():
+            setattr(found, name, checked_option(value, f"--{name.replace('_', '-')}"))
+        return found
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
 
@@ -114,30 +140,46 @@ class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter)
         super().add_usage("%(prog)s [options]" if usage is None else usage, actions, groups, prefix)
 
 
-def _check_files(argv: Sequence[str]) -> None:
-    """Name the ``--config`` file that is no YAML mapping; jsonargparse does not."""
-    for number, word in enumerate(argv):
+def _read_files(cls: type[Any], argv: Sequence[str]) -> list[str]:
+    """The words of the command line, with what a ``--config`` file says in the place of its name:
+    jsonargparse would neither name the file of a mistake nor notice all of them."""
+    words = iter(argv)
+    out: list[str] = []
+    for word in words:
         flag, equals, path = word.partition("=")
-        if flag != "--config" or (not equals and number + 1 == len(argv)):
-            continue
-        path = path if equals else argv[number + 1]
-        try:
-            with open(path, encoding="utf-8") as file:
-                settings = yaml.safe_load(file)
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"--config {path} cannot be read: {reason}") from error
-        except yaml.YAMLError as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"--config {path} is not YAML: {reason}") from error
-        if not isinstance(settings, dict):
-            raise UserError(f"--config {path} holds no settings: write `name: value` lines")
+        if flag != "--config":
+            out.append(word)
+        elif path := path if equals else next(words, ""):
+            settings = _read_file(cls, path)
+            text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+            out.append(f"--config={text}")
+        else:
+            out.append(flag)
+    return out
 
 
-def _check_sections(cls: type[Any], namespace: Any) -> None:
+def _read_file(cls: type[Any], path: str) -> dict[str, Any]:
+    name = f"--config {path}"
+    settings = read_settings(Path(expanded(path, "--config")), name)
+    for key in ("config", "print_config"):
+        require(key not in settings, f"{name}: {key} is a flag, not a setting")
+    for field in _list_fields(cls):  # a list of text may be one text
+        *sections, last = field.split(".")
+        values: Any = settings
+        for section in sections:
+            values = values.get(section) if isinstance(values, dict) else None
+        if isinstance(values, dict) and isinstance(values.get(last), str):
+            values[last] = [values[last]]
+    return settings
+
+
+def _check_values(cls: type[Any], namespace: Namespace) -> None:
     for name, hint in get_type_hints(cls).items():
-        if dataclasses.is_dataclass(hint) and not isinstance(namespace[name], Namespace):
-            raise UserError(f"{name} is a section of settings, not a value: {namespace[name]!r}")
+        namespace[name] = checked(hint, namespace[name], name)
+
+
+def _option(value: Any, flag: str) -> Any:
+    return expanded(value, flag) if isinstance(value, str) else value
 
 
 def _join_lists(cls: type[Any], argv: Sequence[str]) -> list[str]:
@@ -158,11 +200,19 @@ def _join_lists(cls: type[Any], argv: Sequence[str]) -> list[str]:
             continue
         out.append(word)
     for flag, words in values.items():
-        if len(words) == 1 and words[0].startswith("["):
+        if len(words) == 1 and _is_list(words[0]):
             out += [flag, words[0]]
         else:
             out += [flag, json.dumps(words)]
     return out
+
+
+def _is_list(word: str) -> bool:
+    """Whether it is `[a, b]`; `[ab]1.jsonl` is a pattern."""
+    try:
+        return word.startswith("[") and isinstance(parse_yaml(word), list)
+    except yaml.YAMLError:
+        return False
 
 
 def _list_fields(cls: type[Any], prefix: str = "") -> list[str]:
@@ -206,10 +256,14 @@ def _did_you_mean(word: str, known: Sequence[str]) -> str:
 
 
 def _plain_types(text: str) -> str:
+    text = re.sub(r"Problem with given class_path '[^']*': ", "", text)
+    text = re.sub(r'Parser key "([^"]+)": ', r"\1: ", text)
+    text = re.sub(r"the following arguments are required: (.*)$", r"\1 is missing", text)
     text = re.sub(r"<class '([\w.]+)'>", r"\1", text)
     if match := re.search(r"Subtypes: \[(.*?)\] Errors.*Given value: (.*)$", text):
         kinds = match[1].replace("NoneType", "null").replace(", ", " or ")
         return f"expected {kinds}, got {match[2]}"
     text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", text)
     text = re.sub(r"\bExpected an? ", "expected ", text)
-    return re.sub(r"\. Got value: (.*)$", r", got \1", text)
+    text = re.sub(r"\. Got value: ?(.*)$", r", got \1", text)
+    return re.sub(r", got None$", ", got null", text)

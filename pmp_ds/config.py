@@ -231,19 +231,24 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, f"data.seed={self.seed} must be between 0 and 2^63 - 1")
-        if isinstance(self.store, str):
-            require(
-                not self.store.startswith(("{", "[")) and self.store != "",
-                f"data.store={self.store} is neither a folder nor a mixture: write "
-                "{FOLDER: WEIGHT, FOLDER: WEIGHT} with numbers for the weights",
-            )
-            return
-        require(len(self.store) > 0, "data.store={} names no folder")
-        for folder, weight in self.store.items():
-            require(
-                0.0 < weight < float("inf"),
-                f"data.store: the weight of {folder} is {weight}; it must be positive",
-            )
+        check_store(self.store)
+
+
+def check_store(store: dict[str, float] | str) -> None:
+    """Raise UserError unless ``data.store`` names a folder or a mixture."""
+    if isinstance(store, str):
+        require(
+            not store.startswith(("{", "[")) and store != "",
+            f"data.store={store} is neither a folder nor a mixture: write "
+            "{FOLDER: WEIGHT, FOLDER: WEIGHT} with numbers for the weights, each folder once",
+        )
+        return
+    require(len(store) > 0, "data.store={} names no folder")
+    for folder, weight in store.items():
+        require(
+            0.0 < weight < float("inf"),
+            f"data.store: the weight of {folder} is {weight}; it must be positive",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,18 +45,11 @@ def init(
         _meeting = meet(run, mistake, MEET_SECONDS)
     elif mistake is not None:
         raise UserError(mistake)
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Reproducible matrix products on CUDA; has no meaning elsewhere.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-    import deepspeed
-    import deepspeed.ops
+    deepspeed = import_deepspeed()
     from deepspeed.accelerator import get_accelerator
 
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # A shared-memory collective for inference; on CPU DeepSpeed would compile it for a minute.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Or every torch.empty is filled, and DeepSpeed's buckets are large: most of a CPU step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -71,6 +64,19 @@ def init(
         device_id=device() if world > 1 and device().type == "cuda" else None,  # as DeepSpeed does
     )
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # takes the group over
+
+
+def import_deepspeed() -> Any:
+    """Return the module, told which accelerator there is and to be quiet."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # A shared-memory collective for inference; on CPU DeepSpeed would compile it for a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
 
 
 def meeting() -> Meeting | None:

@@ -1,6 +1,8 @@
 """How a command ends: done, a user's mistake, asked to stop, or a fault of the machine."""
 
+import io
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -33,6 +35,11 @@ def require(ok: bool, message: str) -> None:
         raise UserError(message)
 
 
+def quoted(path: object) -> str:
+    """A path in a command that is printed, ready to be pasted into a shell."""
+    return shlex.quote(str(path))
+
+
 class Stopped(Exception):
     """The run stopped before its end because it was asked to; its state is saved."""
 
@@ -59,6 +66,9 @@ def exit_code(main: Callable[[], None]) -> int:
     A ``UserError`` becomes one line on standard error. Every rank of a run meets the same mistake,
     so only rank 0 prints it; a fault may be of one rank alone, so each prints its own.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a Latin-1 terminal, a name that is not UTF-8
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:

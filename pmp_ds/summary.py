@@ -5,6 +5,7 @@ from typing import Any
 from pmp_ds.config import Config
 from pmp_ds.data.loader import order_key
 from pmp_ds.data.mixture import realised
+from pmp_ds.errors import quoted
 from pmp_ds.log import read_metrics
 from pmp_ds.model.parameters import num_params, parameter_table
 from pmp_ds.release.export import generate_sample
@@ -50,7 +51,7 @@ def summarize(run: RunDir, prompt: str) -> str:
         rows["release"] = f"{run.release}/: {files}"
         rows["sample"] = repr(generate_sample(run.release, prompt, seed=0))
     else:
-        rows["release"] = f"none yet: python launcher/export.py --run {run.root}"
+        rows["release"] = f"none yet: python launcher/export.py --run {quoted(run.root)}"
     return "\n".join(f"  {name:<12}{text}" for name, text in rows.items())
 
 

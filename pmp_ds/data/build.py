@@ -139,7 +139,7 @@ def complete_store(
             },
             "unigram_cross_entropy": unigram_cross_entropy(*total.unigrams),
             "vocab_size": tokenizer.vocab_size,
-            "warnings": list(warnings),
+            "warnings": [*request.left_out, *warnings],
         },
     )
     return read_manifest(job.folder)

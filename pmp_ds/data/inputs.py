@@ -3,7 +3,8 @@
 import glob
 import os
 import sysconfig
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +24,31 @@ _PATTERN = frozenset("*?[")
 _SKIPPED_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 
 
-def find_sources(inputs: Iterable[str], stream: StreamOptions | None = None) -> list[Source]:
+def find_sources(
+    inputs: Iterable[str],
+    stream: StreamOptions | None = None,
+    notes: list[str] | None = None,  # gets a line on what each input holds and is not read
+) -> list[Source]:
     """All input files in the order of ``inputs``; those of a folder or pattern sorted by path.
 
-    Raises UserError for a path that does not exist, a file of an unknown type, a folder or pattern
-    without any known file, and a file that is named twice.
+    Folders that are links are entered, hidden files and folders are not. Raises UserError for a
+    path that does not exist, a file of an unknown type, a folder or pattern without any known file,
+    and a file or folder that is reached twice.
     """
     sources: list[Source] = []
+    notes = [] if notes is None else notes
     for given in inputs:
         if given == PYTHON:
             sources += _python_sources()
         elif given.startswith(STREAM):
             sources.append(_stream_source(given, stream))
         elif "://" in given:
-            sources += _url_sources(given)
+            sources += _url_sources(given, notes)
         else:
-            sources += _path_sources(given)
-    seen: dict[tuple[str, Path | str], str] = {}
+            sources += _path_sources(given, notes)
+    seen: dict[tuple[str, object], str] = {}
     for source in sources:
-        key = (source.kind, source.url or source.path.resolve())
+        key = (source.kind, source.url or _file_of(source.path))
         if key in seen:
             raise UserError(
                 f"input names {source.url or source.path} twice ({seen[key]} and {source.name}): "
@@ -51,30 +58,27 @@ def find_sources(inputs: Iterable[str], stream: StreamOptions | None = None) -> 
     return sources
 
 
-def _path_sources(given: str) -> list[Source]:
+def _file_of(path: Path) -> object:
+    """The same for every name of a file: links of either kind are one input."""
+    facts = path.stat() if path.exists() else None
+    if facts is not None and facts.st_nlink > 1 and facts.st_ino:
+        return facts.st_dev, facts.st_ino
+    return path.resolve()
+
+
+def _path_sources(given: str, notes: list[str]) -> list[Source]:
     root = Path(given)
     if root.is_dir():
-        # Compared as text, so that the order is that of the printed names.
-        paths = [
-            path
-            for path in sorted(root.rglob("*"), key=lambda path: path.relative_to(root).as_posix())
-            if path.name.endswith(_KNOWN) and path.is_file()
-        ]
-        if not paths:
-            raise UserError(f"input {given} holds no {', '.join(_KNOWN)} file")
         prefix = given.rstrip("/")
-        return [
-            _file_source(given, f"{prefix}/{path.relative_to(root).as_posix()}", path)
-            for path in paths
-        ]
+        # Compared as text, so that the order is that of the printed names.
+        names = sorted(path.relative_to(root).as_posix() for path in _files(given, root))
+        names = _readable(given, names, notes)
+        return [_file_source(given, f"{prefix}/{name}", root / name) for name in names]
     if not root.exists() and _PATTERN & set(given):
-        names = [
-            name
-            for name in sorted(glob.glob(given, recursive=True))
-            if name.endswith(_KNOWN) and Path(name).is_file()
-        ]
-        if not names:
-            raise UserError(f"input {given} matches no {', '.join(_KNOWN)} file")
+        found = (
+            name for name in sorted(glob.glob(given, recursive=True)) if not os.path.isdir(name)
+        )
+        names = _readable(given, found, notes, hidden=False)
         return [_file_source(given, name, Path(name)) for name in names]
     if not root.exists():
         raise UserError(
@@ -85,6 +89,58 @@ def _path_sources(given: str) -> list[Source]:
     if not root.name.endswith(_KNOWN):
         raise UserError(f"input {given} is not a {', '.join(_KNOWN)} file or a folder of them")
     return [_file_source(given, given, root)]
+
+
+def _files(given: str, root: Path) -> Iterator[Path]:
+    """All files below ``root``; hidden folders as they are, without what is in them."""
+    reached: dict[tuple[int, int], Path] = {}
+
+    def stop(error: OSError) -> None:
+        raise UserError(f"input {given}: {error.filename} cannot be read: {error.strerror}")
+
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=stop):
+        facts, here = os.stat(folder), Path(folder)
+        first = reached.setdefault((facts.st_dev, facts.st_ino), here)
+        if first != here:
+            raise UserError(
+                f"input {given} reaches {here} twice, as {first} too: its documents would count "
+                "double; remove the link"
+            )
+        yield from (here / name for name in names)
+        yield from (here / name for name in subfolders if name.startswith("."))
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+
+
+def _readable(
+    given: str, names: Iterable[str], notes: list[str], *, hidden: bool = True
+) -> list[str]:
+    """The names of known files; a note on the others, and UserError if there are only others.
+    Unless ``hidden``, names that begin with a dot were asked for."""
+    readable: list[str] = []
+    left_out: dict[str, list[str]] = {}
+    root = Path(given) if hidden else Path()
+    for name in names:
+        path = Path(name)
+        if hidden and path.name.startswith("."):
+            left_out.setdefault("hidden", []).append(name)
+        elif not name.endswith(_KNOWN):
+            left_out.setdefault("of other types", []).append(name)
+        elif "://" not in given and not (root / path).is_file():
+            raise UserError(f"input {given}: {name} is a link to nothing, or not a file; remove it")
+        else:
+            readable.append(name)
+    lines = []
+    for why, others in left_out.items():
+        kinds = Counter("".join(Path(name).suffixes[-2:]) or "no suffix" for name in others)
+        few = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(3))
+        lines.append(f"{len(others)} {why} (first: {others[0]}; {few})")
+    if not readable:
+        raise UserError(
+            f"input {given} {'holds' if hidden or '://' in given else 'matches'} no "
+            f"{', '.join(_KNOWN)} file" + (f", but {'; '.join(lines)}" if lines else "")
+        )
+    notes += [f"input {given}: left out {line}" for line in lines]
+    return readable
 
 
 def _kind(name: str) -> Kind:
@@ -103,7 +159,7 @@ def _file_source(given: str, name: str, path: Path) -> Source:
     )
 
 
-def _url_sources(given: str) -> list[Source]:
+def _url_sources(given: str, notes: list[str]) -> list[Source]:
     import fsspec
 
     try:
@@ -116,15 +172,17 @@ def _url_sources(given: str) -> list[Source]:
             paths = [root]
             if not root.endswith(_KNOWN):
                 raise UserError(f"input {given} is not a {', '.join(_KNOWN)} file or a folder")
-        paths = [path for path in paths if path.endswith(_KNOWN)]
+        below = {path: path.removeprefix(root.rstrip("/") + "/") for path in paths}
+        visible = [path for path, name in below.items() if "/." not in f"/{name}"]
+        if len(visible) < len(paths):
+            notes.append(f"input {given}: left out {len(paths) - len(visible)} hidden")
+        paths = _readable(given, visible, notes, hidden=False)
         sources = [_url_source(given, system, path) for path in paths]
     except UserError:
         raise
     except Exception as error:  # every file system of fsspec has its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(f"input {given} cannot be read: {reason}") from error
-    if not sources:
-        raise UserError(f"input {given} holds no {', '.join(_KNOWN)} file")
     return sources
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
 from pmp_ds import formats
-from pmp_ds.errors import UserError
+from pmp_ds.errors import UserError, quoted
 from pmp_ds.fields import fit
 from pmp_ds.foreign import ForeignError, MissingError, read_object
 from pmp_ds.run_dir import write_json
@@ -131,7 +131,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         what = "has no manifest.json" if folder.is_dir() else "does not exist"
         raise UserError(
             f"the data folder {folder} {what}: it is not a complete store; make it with "
-            f"`python launcher/prepare_data.py --out {folder}`"
+            f"`python launcher/prepare_data.py --out {quoted(folder)}`"
         ) from error
     except ForeignError as error:
         raise UserError(f"{error}: {AGAIN}") from error

@@ -12,7 +12,7 @@ import numpy as np
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.manifest import MUST_AGREE, SPLITS, write_manifest
 from pmp_ds.data.units import unigram_cross_entropy
-from pmp_ds.errors import UserError
+from pmp_ds.errors import UserError, quoted
 from pmp_ds.run_dir import fsync_dir
 
 
@@ -69,7 +69,7 @@ def _check_alike(stores: Sequence[Store]) -> None:
         if found := first.unlike(other):
             raise UserError(
                 f"{first.folder} and {other.folder} cannot be merged: {'; '.join(found)}; prepare "
-                f"one of them again (--tokenizer {first.tokenizer_dir})"
+                f"one of them again (--tokenizer {quoted(first.tokenizer_dir)})"
             )
 
 

@@ -16,7 +16,7 @@ from typing import Literal, overload
 
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.mixture import PERIOD, InTurn, Mixture, slots_of
-from pmp_ds.errors import UserError
+from pmp_ds.errors import UserError, quoted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,5 +126,5 @@ def _check_together(stores: list[Store]) -> None:
             raise UserError(
                 f"data.store: {first.folder} and {other.folder} cannot be mixed: "
                 f"{'; '.join(found)}; prepare one of them again "
-                f"(--tokenizer {first.tokenizer_dir})"
+                f"(--tokenizer {quoted(first.tokenizer_dir)})"
             )

@@ -48,7 +48,7 @@ from pmp_ds.data.summary import PrepareSummary
 from pmp_ds.data.tokenizer import Tokenizer, load_trained
 from pmp_ds.data.units import PackJob, UnitResult, finished_unit
 from pmp_ds.data.workers import available_cores, pack_units
-from pmp_ds.errors import UserError
+from pmp_ds.errors import UserError, quoted
 from pmp_ds.foreign import MissingError, read_object
 from pmp_ds.progress import Progress
 from pmp_ds.run_dir import write_json
@@ -199,7 +199,7 @@ def _add_up(out: Path, planned: _Planned) -> UnitResult:
         raise Unfinished(
             f"{len(missing)} of {len(planned.units)} units are missing in {job.folder}: "
             f"{', '.join(missing[:_NAMED])}{more}; repeat the nodes that did not end, or pack all "
-            f"that is missing here: python launcher/prepare_data.py pack {out}"
+            f"that is missing here: python launcher/prepare_data.py pack {quoted(out)}"
         )
     return total
 
@@ -211,8 +211,8 @@ def _read_plan(out: Path) -> _Planned:
         config = PrepareConfig(**planned["config"] | {"input": tuple(planned["config"]["input"])})
     except MissingError as error:
         raise UserError(
-            f"{folder} holds no plan: run `python launcher/prepare_data.py plan --out {out}` with "
-            "all settings first, once, and wait for its end"
+            f"{folder} holds no plan: run `python launcher/prepare_data.py plan "
+            f"--out {quoted(out)}` with all settings first, once, and wait for its end"
         ) from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{folder / PLAN} cannot be read ({error}); run plan again") from error

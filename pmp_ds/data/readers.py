@@ -5,6 +5,7 @@ import functools
 import gzip
 import io
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, cast
@@ -51,6 +52,7 @@ def read_documents(
                     on_bytes(source.num_bytes)
                 else:
                     yield from _json_documents(source, raw, text_field, rejects, on_bytes)
+            _require_unchanged(source)
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         raise UserError(f"input {source.url or source.path} cannot be read: {error}") from error
 
@@ -100,7 +102,8 @@ def _accepted(rows: Iterable[tuple[str, bytes]], rejects: Rejects) -> Iterator[b
             text = raw.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             line = raw.count(b"\n", 0, error.start) + 1
-            rejects.add("invalid UTF-8", f"{where}:{line}")
+            wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+            rejects.add("UTF-16, not UTF-8" if wide else "invalid UTF-8", f"{where}:{line}")
             continue
         if text.strip():
             yield raw.removeprefix(codecs.BOM_UTF8)
@@ -226,6 +229,11 @@ def _parse_line(line: bytes, text_field: str) -> tuple[str | None, str]:
         return None, "invalid UTF-8"
     except (ValueError, RecursionError):
         return None, "not JSON"
+    if isinstance(row, dict) and row.get(text_field, "") is None:
+        return (
+            "",
+            "",
+        )  # what pandas writes for a missing text; of a stream it may be a missing field
     return parse_row(row, text_field)
 
 
@@ -254,11 +262,7 @@ def _parquet_documents(
             "text_field"
         )
     kind = file.schema_arrow.field(text_field).type
-    if not any(
-        test(kind)
-        for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary,
-                     pa.types.is_large_binary)
-    ):  # fmt: skip
+    if not _is_text(kind):
         raise UserError(
             f"column {text_field!r} of input {source.name} holds {kind}, no text; set text_field"
         )
@@ -269,8 +273,31 @@ def _parquet_documents(
         for value in batch.column(0).cast(pa.large_binary()).to_pylist():
             row += 1
             where = f"{source.name}:{row}"
-            if value is None:
-                rejects.rows += 1
-                rejects.add(f"field {text_field!r} is not a string", where)
-            else:
-                yield from _accepted([(where, value)], rejects)
+            yield from _accepted([(where, value or b"")], rejects)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    """Whether a column is text in one of Arrow's ways: pandas and polars write views and
+    dictionaries, and nothing but nulls has a type of its own."""
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    types = pa.types
+    tests = (
+        types.is_string, types.is_large_string, types.is_string_view, types.is_binary,
+        types.is_large_binary, types.is_binary_view, types.is_null,
+    )  # fmt: skip
+    return any(test(kind) for test in tests)
+
+
+def _require_unchanged(source: Source) -> None:
+    """Raise UserError for a file that was written to while it was read."""
+    if source.url is None and source.version:
+        facts = os.stat(source.path)
+        whole = source.num_parts == 1
+        if str(facts.st_mtime_ns) != source.version or (
+            whole and facts.st_size != source.num_bytes
+        ):
+            raise UserError(
+                f"input {source.path} changed while it was read: wait until it is complete, then "
+                "start again"
+            )

@@ -55,16 +55,21 @@ class Request:
     settings: dict[str, Any]
     """What the content of the store depends on."""
 
+    left_out: tuple[str, ...] = ()
+    """What the inputs hold and is not read, a line each."""
+
     @classmethod
     def of(cls, config: PrepareConfig) -> "Request":
         """Find the sources and load the tokenizer; UserError when one cannot be used."""
-        sources = find_sources(config.input, _stream_options(config))
+        notes: list[str] = []
+        sources = find_sources(config.input, _stream_options(config), notes)
         tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
         return cls(
             config=config,
             sources=sources,
             tokenizer=tokenizer,
             settings=_settings(config, sources, tokenizer),
+            left_out=tuple(notes),
         )
 
     @property

@@ -96,6 +96,7 @@ class HuggingFaceTokenizer:
         self.eos_id: int = tokenizer.eos_token_id
         self.bos_id: int | None = tokenizer.bos_token_id
         description = json.loads(tokenizer.backend_tokenizer.to_str())
+        _require_deterministic(description["model"], tokenizer, name)
         ids: dict[str, int] = tokenizer.get_vocab()
         self.vocab_size = max(ids.values()) + 1
         added = description["added_tokens"]
@@ -207,6 +208,20 @@ def load_trained(folder: Path) -> TrainedTokenizer:
     """The trained tokenizer that ``save_pretrained`` wrote to ``folder``."""
     model = read_bytes(folder / MODEL_FILE, _MOST_BYTES)
     return TrainedTokenizer(fast_tokenizer.load(folder), str(folder), model)
+
+
+def _require_deterministic(model: dict[str, Any], tokenizer: Any, name: str) -> None:
+    """Raise UserError for a tokenizer that draws at random how it cuts a text."""
+    settings = getattr(tokenizer, "init_kwargs", {}).get("sp_model_kwargs") or {}
+    drawn = {key: model.get(key) for key in ("dropout", "alpha", "nbest_size")}
+    drawn |= {key: settings.get(key) for key in ("enable_sampling",)}
+    for key, value in drawn.items():
+        if value:
+            file = "tokenizer_config.json" if key in settings else "tokenizer.json"
+            raise UserError(
+                f"tokenizer {name} has {key}={value}: it cuts a text differently every time; "
+                f"remove {key} from its {file}"
+            )
 
 
 def _marked(names: Iterable[str]) -> tuple[str, ...]:

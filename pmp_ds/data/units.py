@@ -95,7 +95,12 @@ def pack_unit(
     for batch in _batches(documents):
         held_out = np.array([is_validation(document, job.val_fraction) for document in batch])
         ids = encoder.encode_batch(batch)
-        for number, chosen in enumerate((~held_out, held_out)):
+        spoken = np.array([len(tokens) > 0 for tokens in ids])
+        for index in np.flatnonzero(~spoken):  # a tokenizer may drop all that is in a text
+            result.rejects.add_empty(
+                f"no token for {batch[index][:40].decode('utf-8', 'ignore')!r}"
+            )
+        for number, chosen in enumerate((spoken & ~held_out, spoken & held_out)):
             result.documents[SPLITS[number]] += int(chosen.sum())
             writers[number].add(packers[number].add(ids[i] for i in np.flatnonzero(chosen)))
         on_bytes(0)

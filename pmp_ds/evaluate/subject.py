@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.tokenizer import load_tokenizer
-from pmp_ds.errors import UserError
+from pmp_ds.errors import UserError, quoted
 from pmp_ds.model.build import context_length
 from pmp_ds.model.folder import embeddings, few, open_folder, open_tensors, open_tokenizer
 from pmp_ds.results import model_digest
@@ -85,7 +85,7 @@ class Subject:
         if (other := load_tokenizer(str(store.tokenizer_dir)).fingerprint) != own:
             raise UserError(
                 f"--store {store.folder} was tokenized with another tokenizer ({other[:12]}) than "
-                f"the model's ({own[:12]}): prepare it with --tokenizer {self.folder}"
+                f"the model's ({own[:12]}): prepare it with --tokenizer {quoted(self.folder)}"
             )
 
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pmp_ds.config import Config, GuardConfig, Precision, RunConfig, TrainConfig
+from pmp_ds.config import Config, GuardConfig, Precision, RunConfig, TrainConfig, check_store
 from pmp_ds.errors import require
 
 Method = Literal["full", "lora", "ticket", "random", "complement"]
@@ -34,6 +34,8 @@ class TuneDataConfig:
             self.max_train is None or self.max_train >= 1,
             f"data.max_train={self.max_train} must be at least 1",
         )
+        if self.store is not None:
+            check_store(self.store)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import torch
 from pmp_ds import dist
 from pmp_ds.config import Config
 from pmp_ds.data.mixed_store import open_data
-from pmp_ds.errors import UserError
+from pmp_ds.errors import UserError, quoted
 from pmp_ds.finetune.config import FinetuneConfig
 from pmp_ds.finetune.rows import Classification, EncodedRows
 from pmp_ds.glue.metrics import majority, score
@@ -121,7 +121,7 @@ def _same_tokenizer(config: FinetuneConfig, of_store: Path) -> None:
     if model.get_vocab() != store.get_vocab():
         raise UserError(
             f"data.store={config.data.store} was tokenized for another model: prepare the text "
-            f"with --tokenizer {config.model}"
+            f"with --tokenizer {quoted(config.model)}"
         )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pmp_ds import results
-from pmp_ds.errors import UserError
+from pmp_ds.errors import UserError, quoted
 from pmp_ds.log import read_metrics
 from pmp_ds.results import Result, model_digest
 from pmp_ds.run_dir import RunDir
@@ -29,7 +29,9 @@ def pretrain_result(run: RunDir, arm: str) -> Result:
             "command goes on"
         )
     if not run.release.is_dir():
-        raise UserError(f"{run.root} has no release: python launcher/export.py --run {run.root}")
+        raise UserError(
+            f"{run.root} has no release: python launcher/export.py --run {quoted(run.root)}"
+        )
     found = config.mask.source == "earlybird"
     return Result(
         kind="pretrain",

@@ -5,47 +5,73 @@ one error. The rest of it reaches DeepSpeed untouched.
 """
 
 import json
+import math
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
+from pmp_ds import dist
 from pmp_ds.config import TrainConfig
-from pmp_ds.errors import UserError
+from pmp_ds.errors import UserError, require
+from pmp_ds.train import deepspeed_keys, deepspeed_refused
 from pmp_ds.train.cut import Cut
+from pmp_ds.train.deepspeed_refused import REFUSED
 
 OWN_SECTION = "pmp_ds"  # settings of ours in the JSON; DeepSpeed never sees them
-_REFUSED = {
-    "optimizer": "the optimizer is train.* in the recipe",
-    "scheduler": "the schedule is train.lr, train.warmup_steps and train.min_lr_ratio",
-    "zero_optimization.round_robin_gradients": "it breaks DeepSpeed's parameter mapping; remove it",
-    "zero_optimization.elastic_checkpoint": "checkpoints here resume at any world size; remove it",
-    "zero_optimization.zenflow": "masked updates are not defined for it; remove it",
-    "zero_optimization.mics_shard_size": "MiCS is not supported; use stage 3",
-    "zero_optimization.zero_quantized_gradients": "it changes the gradients; remove it",
-    "zero_optimization.zero_quantized_weights": "it rounds the complement; remove it",
-    "bf16.bf16_master_weights_and_grads": "use pmp_ds.compact_master instead",
-    "bf16.bf16_optimizer_states": "moments stay fp32; use pmp_ds.compact_master to save memory",
-    "communication_data_type": "it rounds gradients; remove it",
-    "prescale_gradients": "it changes how gradients are rounded; remove it",
-    "sparse_gradients": "the ticket needs dense gradients; remove it",
-    "data_types": "the recipe's train.precision decides",
-    "amp": "the recipe's train.precision decides",
-    "torch_autocast": "the recipe's train.precision decides",
-}  # fmt: skip
+MAX_BYTES = 1 << 18
+_MAX_BUCKET = 1 << 40  # elements: more than any machine holds
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON as a dict; raises UserError when it is missing or not a JSON object."""
+    """The JSON as a dict; raises UserError when it is missing or not a plain JSON object."""
+    name = f"--deepspeed-config {path}"
     try:
-        value = json.loads(path.read_text())
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would wait for ever
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise UserError(f"{name} is not a file")
+            raw = file.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            raise UserError(f"{name} is larger than {MAX_BYTES:,} bytes: it is no DeepSpeed JSON")
+        value = json.loads(
+            raw.decode("utf-8-sig"), object_pairs_hook=_once, parse_constant=_no_number,
+            parse_float=_finite, parse_int=_small,
+        )  # fmt: skip
     except FileNotFoundError:
-        raise UserError(
-            f"--deepspeed-config {path}: no such file; ds_configs/ has one per ZeRO stage"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"--deepspeed-config {path} is not JSON: {error}") from None
+        raise UserError(f"{name}: no such file; ds_configs/ has one per ZeRO stage") from None
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error.strerror}") from None
+    except RecursionError:
+        raise UserError(f"{name} is nested too deep: it is no DeepSpeed JSON") from None
+    except UserError as error:
+        raise UserError(str(error) if str(error).startswith(name) else f"{name}: {error}") from None
+    except ValueError as error:
+        raise UserError(f"{name} is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise UserError(f"--deepspeed-config {path} must hold a JSON object")
+        raise UserError(f"{name} must hold a JSON object")
     return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    for key in found:
+        require(sum(key == one for one, _ in pairs) == 1, f"{key!r} stands twice; leave one out")
+    return found
+
+
+def _no_number(word: str) -> Any:
+    raise UserError(f"{word} is not a number in JSON")
+
+
+def _finite(text: str) -> float:
+    require(math.isfinite(float(text)), f"{text} is too large")
+    return float(text)
+
+
+def _small(text: str) -> int:
+    require(len(text) < 20 and abs(int(text)) < 2**63, f"{text[:20]}... is too large")
+    return int(text)
 
 
 def zero_stage(ds_config: dict[str, Any]) -> int:
@@ -66,19 +92,24 @@ def merge(ds_config: dict[str, Any], config: TrainConfig, world_size: int) -> di
         "bf16": {"enabled": config.precision == "bf16"},
         "fp16": {"enabled": config.precision == "fp16"},
     }
-    problems = [
-        f"{name}: {reason}" for name, reason in _REFUSED.items() if _lookup(ds_config, name)
-    ]
+    problems = deepspeed_refused.problems(ds_config)
+    ds_config = _without_auto(deepspeed_refused.without(ds_config))
     derived = {"train_micro_batch_size_per_gpu": cut.micro_batch_size}
     for name, value in owned.items():
         given = ds_config.get(name, "auto")
         if given not in ("auto", derived.get(name)) and not _agrees(given, value):
             problems.append(f"{name} is {json.dumps(given)}, the recipe says {json.dumps(value)}")
     zero = ds_config.get("zero_optimization", {})
-    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
         problems.append("zero_optimization.stage must be 0, 1, 2 or 3")
-    else:
+    elif not (odd := deepspeed_keys.problems({"zero_optimization": zero}, ())):
         problems += _zero_problems(zero, config)
+    else:
+        problems += odd
+    rest = {n: v for n, v in ds_config.items() if n not in ("zero_optimization", OWN_SECTION)}
+    odd = deepspeed_keys.problems(rest, [*REFUSED, OWN_SECTION])
+    problems += odd or _fp16_problems(ds_config)
     problems += _own_problems(ds_config, config)
     if problems:
         raise UserError(
@@ -109,10 +140,44 @@ def wants_compact_master(ds_config: dict[str, Any]) -> bool:
     return bool((ds_config.get(OWN_SECTION) or {}).get("compact_master", False))
 
 
+def require_precision(config: TrainConfig) -> None:
+    """Raise UserError for a precision that this machine's devices do not have."""
+    accelerator = dist.import_deepspeed().get_accelerator()
+    supported = {
+        "fp32": lambda: True,
+        "bf16": accelerator.is_bf16_supported,
+        "fp16": accelerator.is_fp16_supported,
+    }
+    require(
+        bool(supported[config.precision]()),
+        f"train.precision={config.precision} is not supported on {accelerator.device_name()} here: "
+        "use bf16 or fp32",
+    )
+
+
+def _fp16_problems(ds_config: dict[str, Any]) -> list[str]:
+    """Bounds that DeepSpeed does not check: it would divide by a scale of 0 or infinity."""
+    section = ds_config.get("fp16")
+    if not isinstance(section, dict):
+        return []
+    bounds = {
+        "initial_scale_power": (0, 127), "loss_scale_window": (1, 2**31), "hysteresis": (1, 2**31),
+        "min_loss_scale": (1, 2**31),
+    }  # fmt: skip
+    return [
+        f"fp16.{name} is {section[name]}; it must be between {low} and {high}"
+        for name, (low, high) in bounds.items()
+        if name in section and not low <= section[name] <= high
+    ]
+
+
 def _own_problems(ds_config: dict[str, Any], config: TrainConfig) -> list[str]:
     section = ds_config.get(OWN_SECTION, {})
     if not isinstance(section, dict) or not set(section) <= {"compact_master"}:
         return [f"{OWN_SECTION} is {json.dumps(section)}; it holds compact_master alone"]
+    if not isinstance(section.get("compact_master", False), bool):
+        given = json.dumps(section["compact_master"])
+        return [f"{OWN_SECTION}.compact_master is {given}; it is true or false"]
     problems = []
     if wants_compact_master(ds_config):
         if config.precision == "fp32" or zero_stage(ds_config) == 0:
@@ -127,8 +192,11 @@ def _zero_problems(zero: dict[str, Any], config: TrainConfig) -> list[str]:
     problems = []
     if stage in (1, 2) and zero.get("overlap_comm"):
         problems.append("zero_optimization.overlap_comm is not safe at stages 1 and 2; remove it")
-    if zero.get("zero_hpz_partition_size", 1) != 1:
-        problems.append("zero_optimization.zero_hpz_partition_size is not supported; remove it")
+    problems += [
+        f"zero_optimization.{name} is {zero[name]}; at most {_MAX_BUCKET} elements"
+        for name in ("reduce_bucket_size", "allgather_bucket_size")
+        if zero.get(name, 0) > _MAX_BUCKET
+    ]
     if stage == 0 and config.precision == "fp16":
         problems.append("fp16 needs stage 1, 2 or 3: stage 0 unscales what it did not scale")
     if stage <= 1 and config.precision == "bf16" and config.accumulate_fp32:
@@ -154,11 +222,13 @@ def _offload_problems(zero: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _lookup(ds_config: dict[str, Any], dotted: str) -> Any:
-    value: Any = ds_config
-    for key in dotted.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
+def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
+    """What says "auto" is left to the recipe or to DeepSpeed; the stage has to be said."""
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in section.items()
+        if value != "auto" or key in ("zero_optimization", "stage")
+    }
 
 
 def _agrees(given: Any, value: Any) -> bool:

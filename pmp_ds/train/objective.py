@@ -41,4 +41,5 @@ class NextToken:
         if self._separator_id is None:
             return losses.mean(dim=1)
         counted = batch[:, :-1] != self._separator_id
-        return losses.where(counted, 0.0).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
+        counted |= ~counted.any(dim=1, keepdim=True)  # nothing but separators is no loss of 0
+        return losses.where(counted, 0.0).sum(dim=1) / counted.sum(dim=1)

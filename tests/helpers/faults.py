@@ -403,10 +403,76 @@ STRANGERS = {
     ),
 }  # fmt: skip
 
+SETTINGS = {
+    "section twice": Fault(
+        "a setting or section that stands twice in a YAML file", "`train:` at the top and the end",
+        "refused with both lines: YAML itself would forget the first", EXIT_MISTAKE,
+        r"error: --config .*, line 3: train stands twice, in line 1 too", NOTHING,
+    ),
+    "null": Fault(
+        "`null`, an empty value or `~` for a setting that needs a value",
+        "every setting of every command in turn (`python -m tests.helpers.odd_settings`)",
+        "refused with the setting's name and what it takes", EXIT_MISTAKE,
+        r"error: mask\.source: expected one of 'earlybird', .*, got null", NOTHING,
+    ),
+}  # fmt: skip
+
+DEEPSPEED = {
+    "misspelt key": Fault(
+        "a misspelt key in the DeepSpeed JSON", "`zero_optimisation`, which DeepSpeed ignores",
+        "refused before anything is written, all of them in one list", EXIT_MISTAKE,
+        r"zero_optimisation: DeepSpeed does not know this key: did you mean zero_optimization\?",
+        NOTHING,
+    ),
+    "unsupported section": Fault(
+        "a section of DeepSpeed that masked updates cannot use",
+        "`elasticity`, `sequence_parallel_size`, `compression_training` and the others",
+        "refused by name with the reason", EXIT_MISTAKE,
+        r"elasticity: a run resumes on any number of ranks without it; remove it", NOTHING,
+    ),
+    "static loss scale": Fault(
+        "a static loss scale", "`fp16.loss_scale: 128`", "refused; dynamic scaling needs none",
+        EXIT_MISTAKE, r"fp16\.loss_scale: the loss scale is dynamic", NOTHING,
+    ),
+    "no fp16": Fault(
+        "a precision that the device does not have", "fp16 on a CPU that reports none",
+        "refused before the run's name is taken", EXIT_MISTAKE,
+        r"error: train\.precision=fp16 is not supported on \w+ here: use bf16 or fp32", NOTHING,
+    ),
+}  # fmt: skip
+
+DATA = {
+    "link back": Fault(
+        "a folder that an input reaches twice", "a link in the folder to the folder above it",
+        "refused by name; links to other folders are entered", EXIT_MISTAKE,
+        r"error: input .* reaches .*/loop twice, as .* too: its documents would count double",
+        NOTHING,
+    ),
+    "hidden files": Fault(
+        "hidden files in an input folder", "`.ipynb_checkpoints/`, `._a.txt`",
+        "left out, and counted in the summary", 0,
+        r"left out 2 hidden \(first: \._a\.txt", "those files",
+    ),
+    "other files": Fault(
+        "files of other types in an input folder", "`.csv`, `.txt.gz`", "left out, and counted", 0,
+        r"left out 2 of other types \(first: .*1 x \.csv", "those files",
+    ),
+    "random tokenizer": Fault(
+        "a tokenizer that draws at random", "`dropout` in a tokenizer.json", "refused",
+        EXIT_MISTAKE,
+        r"error: tokenizer .* has dropout=0\.1: it cuts a text differently every time", NOTHING,
+    ),
+    "growing file": Fault(
+        "an input that is written to while it is read", "a line added between two reads",
+        "refused", EXIT_MISTAKE, r"error: input .* changed while it was read", NOTHING,
+    ),
+}  # fmt: skip
+
 SECTIONS = {
     "Files": CHECKPOINTS, "Disk": DISK, "Updates": UPDATES, "Ranks": RANKS,
     "Jobs and hosts": JOBS, "Signals": SIGNALS, "Machine": MACHINE,
-    "Files of strangers": STRANGERS,
+    "Files of strangers": STRANGERS, "Settings": SETTINGS,
+    "DeepSpeed JSON": DEEPSPEED, "Input of prepare_data": DATA,
 }  # fmt: skip
 FAULTS = {name: fault for section in SECTIONS.values() for name, fault in section.items()}
 

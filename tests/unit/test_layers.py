@@ -15,7 +15,7 @@ REPO = Path(__file__).resolve().parents[2]
 ROWS = (
     ("account", "errors", "version"),
     ("foreign", "fields"),
-    ("config", "run_dir", "progress", "launchers", "signals", "formats"),
+    ("config", "run_dir", "progress", "launchers", "signals", "formats", "settings", "strict_yaml"),
     ("lease_file",),
     ("meeting", "lease", "restarts", "launch"),
     ("dist",),
@@ -37,6 +37,7 @@ MAY_IMPORT_DEEPSPEED = {
     "pmp_ds.optim.zero_shards",
     "pmp_ds.train.engine",
     "pmp_ds.train.checkpoint",
+    "pmp_ds.train.deepspeed_keys",
 }
 
 # What cannot see the mask cannot leak it: not even through another module.

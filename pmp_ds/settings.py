@@ -1,0 +1,109 @@
+"""What holds for every setting of every command, whatever its name.
+
+A value is not null unless its type says so, numbers are finite and fit into 64 bits, and a path
+may begin with `~` or `$VARIABLE`. The rest is checked by the settings' own classes.
+"""
+
+import dataclasses
+import math
+import os
+import re
+import types
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pmp_ds.errors import UserError, require
+
+_VARIABLE = re.compile(r"\$(\w+|\{\w+\})(?=/|$)")
+
+
+def checked(hint: Any, value: Any, where: str = "") -> Any:
+    """Return ``value`` of a setting or section of type ``hint`` with its paths expanded.
+
+    Sections may be anything with items; they are changed in place. Raises UserError.
+    """
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, str | int | float | list | None):
+            shown = "null" if value is None else repr(value)
+            raise UserError(f"{where} is a section of settings, not a value: {shown}")
+        prefix = f"{where}." if where else ""
+        for name, inner in get_type_hints(hint).items():
+            value[name] = checked(inner, value[name], prefix + name)
+        return value
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if value is None:
+        if not {type(None), Any} & set(kinds):
+            raise UserError(
+                f"{where}: expected {_in_words(kinds)}, got null (in YAML also an empty value and "
+                "`~`); leave it out for the default"
+            )
+        return None
+    if isinstance(value, float):
+        require(math.isfinite(value), f"{where}={value} is not a finite number")
+    elif isinstance(value, int):
+        require(abs(value) < 2**63, f"{where}={value} is too large: at most 2^63 - 1")
+    elif isinstance(value, str):
+        return expanded(value, where)
+    elif isinstance(value, dict):
+        inner = _inner(kinds, dict, 1)
+        for key in value:
+            require(isinstance(key, str), f"{where}: {key!r} is not text; put it in quotes")
+        return {
+            expanded(key, where): checked(inner, one, f"{where}.{key}" if where else key)
+            for key, one in value.items()
+        }
+    elif isinstance(value, list | tuple):
+        inner = _inner(kinds, type(value), 0)
+        return type(value)(checked(inner, one, where) for one in value)
+    return value
+
+
+def expanded(text: str, where: str) -> str:
+    """Return ``text`` with a leading `~`, `~USER` or `$VARIABLE` replaced, as a shell does.
+
+    Raises UserError where there is no such home or variable: nobody wants a folder called `~`.
+    """
+    if text.startswith("~"):
+        home = os.path.expanduser(text)
+        if home == text:
+            raise UserError(f"{where}={text}: there is no such home; write it out, or ./{text}")
+        return home
+    if match := _VARIABLE.match(text):
+        name = match[1].strip("{}")
+        if name not in os.environ:
+            raise UserError(f"{where}={text}: the variable {name} is not set; write the path out")
+        return os.environ[name] + text[match.end() :]
+    return text
+
+
+def checked_option(value: Any, flag: str) -> Any:
+    """Return the value of a command's option with its paths expanded. Raises UserError for a number
+    that is not finite or too large and for a whole one below 0, which all count something."""
+    if isinstance(value, Path):
+        return Path(expanded(str(value), flag))
+    if isinstance(value, list):
+        return [checked_option(one, flag) for one in value]
+    if isinstance(value, float):
+        require(math.isfinite(value), f"{flag} {value} is not a finite number")
+    elif isinstance(value, int):
+        require(0 <= value < 2**63, f"{flag} {value} must be between 0 and 2^63 - 1")
+    return value
+
+
+def _inner(kinds: tuple[Any, ...], kind: type, place: int) -> Any:
+    """The type of the elements of a ``kind``, as far as a hint says."""
+    for hint in kinds:
+        origin = get_origin(hint)
+        if origin is kind or (kind is not dict and origin in (tuple, list)):
+            return get_args(hint)[place]
+    return Any
+
+
+def _in_words(kinds: tuple[Any, ...]) -> str:
+    words = []
+    for kind in kinds:
+        if get_origin(kind) is Literal:
+            words.append(f"one of {', '.join(map(repr, get_args(kind)))}")
+        else:
+            words.append(getattr(get_origin(kind) or kind, "__name__", str(kind)))
+    return " or ".join(words)

@@ -1,0 +1,151 @@
+"""YAML without surprises: every key once, no aliases, bounded in size and depth.
+
+    settings = read_settings(Path("recipe.yaml"), "--config recipe.yaml")
+
+Used for files and, as the loader of jsonargparse, for values on the command line.
+"""
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import set_loader
+
+from pmp_ds.errors import UserError
+
+MAX_BYTES = 1 << 18
+MAX_DEPTH = 16
+_QUOTES = "text that begins with one of [ { * & ! % @ needs quotes"
+_FLOAT = "tag:yaml.org,2002:float"
+_TIMESTAMP = "tag:yaml.org,2002:timestamp"
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses what would be read otherwise than it looks."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            raise _Refused(f"*{event.anchor} is an alias: write it out, or quote it", event)
+        if self._depth >= MAX_DEPTH:
+            raise _Refused(f"nested more than {MAX_DEPTH} deep", event)
+        self._depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise _Refused("a key must be a word", key_node)
+            key = self.construct_object(key_node)
+            if key in lines:
+                raise _Refused(
+                    f"{key_node.value} stands twice, in line {lines[key]} too: the first would be "
+                    "forgotten; put both together",
+                    key_node,
+                )
+            lines[key] = key_node.start_mark.line + 1
+        return super().construct_mapping(node, deep)
+
+
+class _Refused(yaml.MarkedYAMLError):
+    def __init__(self, problem: str, at: Any) -> None:
+        super().__init__(problem=problem, problem_mark=at.start_mark)
+
+    def __str__(self) -> str:
+        return _in_words(self)
+
+
+def _resolvers() -> Iterator[tuple[str, Any]]:
+    """YAML 1.1's, but `1e-3` is a number as in YAML 1.2 and JSON, and a date is text."""
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items():
+        yield first, [(tag, rule) for tag, rule in rules if tag not in (_FLOAT, _TIMESTAMP)]
+
+
+_Loader.yaml_implicit_resolvers = dict(_resolvers())
+_Loader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(
+        r"([-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*(?=[eE]))([eE][-+]?\d+)?"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def parse(text: str) -> Any:
+    """Return what ``text`` says; raises ``yaml.YAMLError``."""
+    try:
+        return yaml.load(text, _Loader)
+    except (ValueError, OverflowError) as error:  # 0b2, 9:99:99 and other numbers that are none
+        raise yaml.YAMLError(str(error)) from error
+
+
+def read_settings(path: Path, name: str) -> dict[str, Any]:
+    """Return the mapping in a file; raises UserError that begins with ``name``."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would wait for ever
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise UserError(f"{name} cannot be read: it is not a file")
+            raw = file.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            raise UserError(f"{name} is larger than {MAX_BYTES:,} bytes: it holds no settings")
+        settings = parse(raw.decode("utf-8-sig"))
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{name} cannot be read: {reason}") from error
+    except yaml.YAMLError as error:
+        if isinstance(error, _Refused):
+            raise UserError(f"{name}, {error}") from error
+        raise UserError(f"{name} is not YAML: {_in_words(error)}; {_QUOTES}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{name} holds no settings: write `name: value` lines")
+    for key in settings:
+        if not isinstance(key, str):
+            raise UserError(f"{name}: {key!r} is not a setting: write `name: value` lines")
+    seen: set[str] = set()
+    for dotted in _paths(settings):
+        if dotted in seen:
+            raise UserError(f"{name}: {dotted} stands twice; leave one out")
+        seen.add(dotted)
+    return settings
+
+
+def _in_words(error: yaml.YAMLError) -> str:
+    if isinstance(error, yaml.MarkedYAMLError):
+        mark = error.context_mark or error.problem_mark  # where it begins tells more
+        if mark is not None:
+            return f"line {mark.line + 1}: {error.problem}"
+    return " ".join(str(error).split())
+
+
+def _paths(settings: dict[Any, Any], above: str = "") -> Iterator[str]:
+    """The dotted names of all values: `{train.lr: 1}` and `{train: {lr: 1}}` are the same."""
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            yield from _paths(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}"
+
+
+def _parse_value(text: str) -> Any:
+    """Return a value of the command line; `{a, b}` and `a:` are text, not mappings to null."""
+    value = parse(text)
+    return text if isinstance(value, dict) and value and ":" not in text.strip()[:-1] else value
+
+
+set_loader("yaml", _parse_value, (yaml.YAMLError,))

@@ -1,0 +1,168 @@
+"""Every setting of every command with odd values; the settings are read from the dataclasses.
+
+python -m tests.helpers.odd_settings    # a table of what became of them
+"""
+
+import collections
+import dataclasses
+import math
+import tempfile
+import time
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from pmp_ds.cli import parse
+from pmp_ds.config import Config
+from pmp_ds.data.prepare_config import PrepareConfig
+from pmp_ds.errors import UserError
+from pmp_ds.finetune.config import FinetuneConfig
+from pmp_ds.study.recipe import Study
+
+STUDY: dict[str, Any] = {
+    "arms": {"base": {"configs": []}, "pmp": {"configs": []}},
+    "tunings": [{"arms": ["pmp"], "tasks": ["rte"], "methods": ["full"], "sweep": {"seed": [0]}}],
+    "evaluations": [{"arms": ["pmp"], "measures": ["glue"]}],
+}
+COMMANDS: dict[str, tuple[type, dict[str, Any]]] = {
+    "pretrain": (Config, {}),
+    "finetune": (FinetuneConfig, {"model": "m", "task": "rte"}),
+    "prepare_data": (PrepareConfig, {}),
+    "study": (Study, STUDY),
+}
+VALUES = {
+    "null": None, "text": "abc", "list": [["a"]], "mapping": {"a": {"b": 1}}, "bool": True,
+    "NaN": math.nan, "negative": -1, "fraction": -0.5, "huge": 10**30, "infinite": math.inf,
+}  # fmt: skip
+SECONDS = 10.0
+
+Place = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Odd:
+    """One file of settings."""
+
+    command: str
+    place: Place
+    hint: Any
+    kind: str
+    text: str
+
+    def outcome(self, folder: Path) -> tuple[str, str]:
+        """Load it: (`accepted`, `refused`, `traceback`, `hang` or `wrong`, and the words)."""
+        cls: type[Any] = COMMANDS[self.command][0]
+        path = folder / "odd.yaml"
+        path.write_text(self.text, encoding="utf-8")
+        start = time.monotonic()
+        try:
+            config, _ = parse(cls, ["--config", str(path)])
+        except UserError as error:
+            words = str(error)
+            how = "refused" if words and words.isprintable() else "traceback"
+        except BaseException as error:  # noqa: BLE001 - SystemExit would be a fault as well
+            how, words = "traceback", repr(error)
+        else:
+            value = at(config, self.place)
+            how = "accepted" if _fits(value, self.hint) and self.kind in VALUES else "wrong"
+            words = repr(value)
+        return ("hang" if time.monotonic() - start > SECONDS else how), words
+
+
+def settings(command: str) -> Iterator[tuple[Place, Any]]:
+    """Where every setting stands in the command's file, and its type."""
+    cls, given = COMMANDS[command]
+    yield from _settings(cls, given, ())
+
+
+def odd(command: str) -> Iterator[Odd]:
+    """Every setting with every odd value, misspelt, and twice."""
+    _, given = COMMANDS[command]
+    for place, hint in settings(command):
+        for kind, value in VALUES.items():
+            yield Odd(command, place, hint, kind, written(given, place, value))
+        *above, name = place
+        misspelt = written(given, (*above, f"{name}z"), 1)
+        yield Odd(command, place, hint, "misspelt", misspelt)
+        once = written(given, (*above, "TWICE"), 1).splitlines()
+        twice = "\n".join(
+            f"{line}\n{line.replace('- TWICE', '  TWICE')}" if "TWICE" in line else line
+            for line in once
+        )
+        yield Odd(command, place, hint, "duplicate", twice.replace("TWICE", str(name)))
+
+
+def written(given: Any, place: Place, value: Any) -> str:
+    """The settings ``given`` as YAML, with ``value`` at ``place``."""
+    return yaml.safe_dump(_with(given, place, value))
+
+
+def _settings(cls: Any, given: Any, place: Place) -> Iterator[tuple[Place, Any]]:
+    for name, hint in get_type_hints(cls).items():
+        inner, there = (*place, name), given.get(name) if isinstance(given, dict) else None
+        yield inner, hint
+        if dataclasses.is_dataclass(hint):
+            yield from _settings(hint, there or {}, inner)
+        elif get_args(hint) and dataclasses.is_dataclass(element := get_args(hint)[-1]) and there:
+            key = 0 if isinstance(there, list) else next(iter(there))
+            yield from _settings(element, there[key], (*inner, key))
+
+
+def _with(given: Any, place: Place, value: Any) -> Any:
+    """A copy of ``given`` with ``value`` at ``place``."""
+    if not place:
+        return value
+    first, *rest = place
+    if isinstance(first, int):
+        return [
+            _with(one, tuple(rest), value) if i == first else one for i, one in enumerate(given)
+        ]
+    there = given if isinstance(given, dict) else {}
+    return {**there, first: _with(there.get(first), tuple(rest), value)}
+
+
+def at(config: Any, place: Place) -> Any:
+    """What stands at ``place`` of a loaded config."""
+    part: Any
+    for part in place:
+        config = config[part] if isinstance(config, dict | list) else getattr(config, part)
+    return config
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a loaded value is what its type says, to the letter."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is Literal:
+        return value in inner
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            _fits(key, inner[0]) and _fits(one, inner[1]) for key, one in value.items()
+        )
+    if origin in (list, tuple):
+        return isinstance(value, origin) and all(_fits(one, inner[0]) for one in value)
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is hint and (hint is not int or abs(value) < 2**63)
+
+
+def main() -> None:
+    print("| command | settings | files | accepted | refused in a line | tracebacks | hangs |")
+    print("|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        for command in COMMANDS:
+            every = list(odd(command))
+            found = collections.Counter(one.outcome(Path(folder))[0] for one in every)
+            bad = found["traceback"] + found["wrong"]
+            row = (command, len(list(settings(command))), len(every), found["accepted"],
+                   found["refused"], bad, found["hang"])  # fmt: skip
+            print(f"| {' | '.join(map(str, row))} |")
+
+
+if __name__ == "__main__":
+    main()
