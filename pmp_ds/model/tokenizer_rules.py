@@ -17,7 +17,8 @@ from pmp_ds.foreign import read_object
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _MOST_BYTES = 1 << 28  # the largest vocabularies have 30 MB
 _MOST_IDS = 1 << 24
-_LONGEST = 1 << 20  # text, and padding, that a rule puts in
+_MOST_PADDING = 1 << 20  # tokens
+_LONGEST_TEXT = 1 << 10  # that a rule puts before or into every text
 
 
 @contextlib.contextmanager
@@ -61,9 +62,9 @@ def check_description(path: Path, values: dict[str, Any]) -> None:
     for key, value in _items(values):
         if key == "precompiled_charsmap" and not _is_charsmap(value):
             raise UserError(f"{path} is damaged: its precompiled_charsmap is cut or altered")
-        if key == "Fixed" and not (type(value) is int and 0 <= value <= _LONGEST):
+        if key == "Fixed" and not (type(value) is int and 0 <= value <= _MOST_PADDING):
             raise UserError(f"{path} pads every text to {value!r:.60} tokens")
-        if key in ("prepend", "content") and isinstance(value, str) and len(value) > _LONGEST:
+        if key in ("prepend", "content") and isinstance(value, str) and len(value) > _LONGEST_TEXT:
             raise UserError(f"{path} has a text of {len(value):,} characters as {key}")
 
 

@@ -128,9 +128,7 @@ def test_names_on_screen(tmp_path: Path, capsys: Capture) -> None:
 
 def test_names_in_a_report() -> None:
     text = Table("t", "all", ("Arm",), [(NASTY,)]).markdown()
-    assert text.splitlines()[2] == (
-        r"| \\x1b[31mred\\n  error: \\u202etxt\|\<b>\`[x]\(y) |"
-    )
+    assert text.splitlines()[2] == (r"| \\x1b[31mred\\n  error: \\u202etxt\|\<b>\`[x]\(y) |")
     assert plain("0.5 ± 0.1 [0.4, 0.6], x_1") == "0.5 ± 0.1 [0.4, 0.6], x_1"
 
 
