@@ -36,6 +36,7 @@ help:
 	@echo 'make demo    tokenize a small corpus, find a ticket, pretrain, export and report (CPU or GPU)'
 	@echo 'make test    ruff, mypy and all tests: what CI runs'
 	@echo 'make test-matrix   every supported combination of stage, precision, offload and ranks'
+	@echo 'make families      every causal architecture of transformers at tiny width, into docs/SUPPORT.md'
 	@echo 'make torture       SIGKILL a run 50 times in all of its phases; it must come to the same bits'
 	@echo 'make study   pretrain, fine-tune, attack and report, as RECIPE=FILE says (STUDY_ARGS=--plan: only say what)'
 	@echo 'make clients      load tiny releases with transformers 4 and 5, llama.cpp, vLLM and others (10 GB)'
@@ -91,6 +92,10 @@ test: lint
 .PHONY: test-matrix
 test-matrix: $(STAMP)
 	pytest tests/distributed/test_matrix.py tests/distributed/test_checkpoint.py $(PYTEST_ARGS)
+
+.PHONY: families
+families: $(STAMP)
+	python -m tests.helpers.families
 
 .PHONY: torture
 torture: $(STAMP)

@@ -26,6 +26,7 @@ from pmp_ds.errors import UserError
 from pmp_ds.foreign import read_object
 
 _NORM_EPS = 1e-5
+_TABLES = ("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input")  # looked up by token
 
 
 def model_config(
@@ -58,6 +59,17 @@ def model_config(
         )
     hf_config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)].__name__]
     return hf_config
+
+
+def _require_vocabularies(path: Path, values: dict[str, Any], rows: int) -> None:
+    """Raises UserError for a second table of tokens that is smaller than the first."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _require_vocabularies(path, value, rows)
+        elif key in _TABLES and isinstance(value, int) and 0 < value < rows:
+            raise UserError(
+                f"{path}: {key}={value} is smaller than the vocabulary of {rows} tokens: raise it"
+            )
 
 
 UNBOUNDED = 1 << 30  # tokens
@@ -164,6 +176,13 @@ def _auto(config: ModelConfig, tokens: dict[str, Any]) -> PreTrainedConfig:
     try:
         hf_config = config_class(**{**values, **tokens})
     except (TypeError, ValueError, StrictDataclassError) as error:
-        raise UserError(f"{path} is not accepted by {config_class.__name__}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not accepted by {config_class.__name__}: {reason}") from error
     assert isinstance(hf_config, PreTrainedConfig)
+    if hf_config.get_text_config() is not hf_config:
+        raise UserError(
+            f"{path}: model_type={model_type!r} reads more than text: name a file with its "
+            "text_config alone, or another text model"
+        )
+    _require_vocabularies(path, hf_config.to_dict(), tokens["vocab_size"])
     return hf_config

@@ -24,7 +24,8 @@ from pmp_ds.model.shrink import shrunk
 def pad_id(config: PreTrainedConfig) -> int:
     """The token that rows are padded with: the first that ends a text. Raises UserError when there
     is none."""
-    found = config.eos_token_id if config.eos_token_id is not None else config.pad_token_id
+    eos, pad = (getattr(config, name, None) for name in ("eos_token_id", "pad_token_id"))
+    found = eos if eos is not None else pad
     first = found[0] if isinstance(found, list) and found else found
     if not isinstance(first, int):
         raise UserError("config.json names no eos_token_id, which rows are padded with: add it")

@@ -49,10 +49,10 @@ def rehearse(config: PreTrainedConfig, *, secret: bool = True) -> None:
             if secret:
                 initialize(model, Secret(bytes(KEY_BYTES)))
             _require_constant(model)
+            _require_release(model, Path(scratch) / "bf16", "bf16")
             _sharpen(model)
             _require_causal(model)
-            for dtype in ("fp32", "bf16"):
-                _require_release(model, Path(scratch) / dtype, dtype)
+            _require_release(model, Path(scratch) / "fp32", "fp32")
         except UserError as error:
             raise UserError(f"model_type={config.model_type!r} is not trained: {error}") from None
 

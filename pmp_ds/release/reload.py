@@ -50,7 +50,7 @@ def compute(folder: str, input_ids: Any) -> tuple[Any, dict[str, list[str]], str
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **_OFFLINE)
     problems = {key: sorted(map(str, value)) for key, value in info.items() if value}
     with torch.inference_mode():
-        logits = model.eval()(input_ids=input_ids).logits
+        logits = model.eval()(input_ids=input_ids, use_cache=False).logits
     return logits.float().contiguous(), problems, str(model.dtype)
 
 

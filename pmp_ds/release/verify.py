@@ -101,7 +101,7 @@ def reference_logits(
     with torch.inference_mode():
         for name, tensor in [*model.named_parameters(), *constants(model).items()]:
             tensor.copy_(source.tensor(name, dtype))
-        logits: torch.Tensor = model.eval()(input_ids=input_ids).logits
+        logits: torch.Tensor = model.eval()(input_ids=input_ids, use_cache=False).logits
     return logits.float()
 
 

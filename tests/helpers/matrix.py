@@ -1,14 +1,18 @@
 """Every supported way to run the masked optimizer under DeepSpeed, as test cases and as a table.
 
-    python -m tests.helpers.matrix > docs/SUPPORT.md
+    python -m tests.helpers.matrix      writes its part of docs/SUPPORT.md anew
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pmp_ds.config import Precision
 
+SUPPORT = Path(__file__).resolve().parents[2] / "docs" / "SUPPORT.md"
+ARCHITECTURES = "\n## Architectures\n"
+"""Heads the part that tests/helpers/families.py writes."""
 Model = str  # a name in test_matrix.MODELS
 
 
@@ -104,7 +108,7 @@ def table() -> str:
     lines = [
         "# What is supported",
         "",
-        "Generated from the test matrix by `python -m tests.helpers.matrix > docs/SUPPORT.md`;",
+        "Generated from the test matrix by `python -m tests.helpers.matrix`;",
         "each entry is at least one case of `tests/distributed/test_matrix.py`, which checks on",
         "real DeepSpeed engines that the complement keeps its bits in the weights and in the fp32",
         "master, that losses follow a plain PyTorch reference, that the norm DeepSpeed reports is",
@@ -144,5 +148,12 @@ def _kind(case: Case) -> str:
     return ", ".join(parts) or "plain"
 
 
+def write(rest: str | None = None) -> None:
+    """Write docs/SUPPORT.md: the table, and ``rest`` (None: what follows the table there)."""
+    if rest is None:
+        rest = ARCHITECTURES + SUPPORT.read_text().partition(ARCHITECTURES)[2]
+    SUPPORT.write_text(table() + rest)
+
+
 if __name__ == "__main__":
-    print(table(), end="")
+    write()

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification
@@ -47,7 +48,7 @@ def classify(folder: Path) -> tuple[Any, torch.Tensor]:
     new = mask.shapes.keys() - open_folder(folder / "release").shapes.keys()
     assert new
     assert all(bool(mask.full(name).all()) for name in new)
-    rows = torch.from_numpy(task.samples.gather(range(4)))
+    rows = torch.from_numpy(task.samples.gather(np.arange(4)))
     with torch.no_grad():
         return model, Classification().logits(model, rows)
 
@@ -99,7 +100,7 @@ def test_a_head_of_our_own_on_a_family_without_one(tmp_path: Path) -> None:
         assert name == "score.weight" or torch.equal(param, backbone[name])
     model.save_pretrained(tmp_path / "tuned")
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "tuned").eval()
-    rows = torch.from_numpy(Glue(settings(tmp_path)).samples.gather(range(4)))
+    rows = torch.from_numpy(Glue(settings(tmp_path)).samples.gather(np.arange(4)))
     with torch.no_grad():
         assert torch.equal(Classification().logits(again, rows), logits)
 

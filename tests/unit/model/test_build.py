@@ -128,6 +128,8 @@ def test_auto_reads_a_local_config(as_folder: bool, tmp_path: Path) -> None:
         ("[1]", "is not a Hugging Face config.json"),
         ('{"vocab_size": 9}', "is not a Hugging Face config.json"),
         ('{"model_type": "t5"}', "'t5' is not a causal language model"),
+        ('{"model_type": "marian", "decoder_vocab_size": 9}', "decoder_vocab_size=9 is smaller"),
+        ('{"model_type": "gemma3"}', "'gemma3' reads more than text: name .* its text_config"),
         ('{"model_type": "my-own"}', "code of its own .*my-own"),
         (json.dumps(QWEN | {"auto_map": {"AutoConfig": "x.Y"}}), "code of its own"),
         (json.dumps(QWEN | {"num_hidden_layers": "many"}), "is not accepted by Qwen3Config"),

@@ -1,0 +1,16 @@
+"""A handful of architectures from a config.json to a classifier; `make families` tries them all."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.families import QUICK, trial
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.mark.parametrize("kind", QUICK)
+def test_pretrained_released_and_tuned(ranks1, kind: str, tmp_path: Path):
+    row = ranks1.run(trial, kind, tmp_path)[0]
+    assert (row.pretrained, row.tuned) == ("yes", "yes")
+    assert row.released in ("same logits", "logits within rounding")
