@@ -8,12 +8,14 @@ Two sets of weights from one theta(0) differ exactly on the ticket: their differ
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from pmp_ds import formats
 from pmp_ds.errors import UserError
+from pmp_ds.fields import fit
+from pmp_ds.foreign import MissingError, parse_object, read_bytes
 from pmp_ds.formats import FormatError
 from pmp_ds.run_dir import lock
 
@@ -82,28 +84,25 @@ class Claim:
 
 def read(path: Path) -> tuple[Entry, ...]:
     """All entries, oldest first; none when there is no file. UserError when it is damaged."""
-    if not path.exists():
+    try:
+        whole = read_bytes(path)
+    except MissingError:
         return ()
-    names = {field.name for field in fields(Entry)}
-    entries = []
-    whole = path.read_bytes()
     whole = whole.removesuffix(_unfinished(whole)).removesuffix(b"\n")
+    entries = []
     for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
+        where = f"{path}, line {number},"
         try:
-            values = json.loads(line)
-            where = f"{path}, line {number},"
-            formats.require(
-                "ledger", where, values.pop("format_version"), way_out="export with that version"
-            )
-            if values.keys() != names:
-                raise ValueError("its fields are not those of its format")
-            entries.append(Entry(**values))
+            values = parse_object(line)
+            version = fit(int, values.pop("format_version", None), "format_version")
+            formats.require("ledger", where, version, way_out="export with that version")
+            entries.append(fit(Entry, values, "it"))
         except FormatError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, UserError) as error:
             raise UserError(
-                f"{path}, line {number}, is damaged ({error}): put the file back from a backup; "
-                "without it nothing may leave, since nobody knows what has left before"
+                f"{where} is damaged ({error}): put the file back from a backup; without it "
+                "nothing may leave, since nobody knows what has left before"
             ) from None
     return tuple(entries)
 
@@ -112,7 +111,7 @@ def _unfinished(content: bytes) -> bytes:
     """The last line if it is only the beginning of one; whole JSON is an entry, newline or not."""
     last = content.rpartition(b"\n")[2]
     try:
-        json.loads(last)
+        parse_object(last)
     except ValueError:
         return last
     return b""

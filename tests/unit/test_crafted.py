@@ -11,7 +11,6 @@ from tests.helpers.crafted.runner import Outcome, outcomes
 
 EVERY = {"results": 29, "run": 11, "pictures": 12, "release": 7, "store": 7}
 """Of the larger kinds one in so many; of the others one in three."""
-TO_MEND = {"ledger": "a ledger is read without bounds"}
 
 
 def sample(kind: str) -> list[tuple[str, str]]:
@@ -30,8 +29,6 @@ def found() -> dict[str, list[Outcome]]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", KINDS)
 def test_refused_in_a_line_or_opened(found: dict[str, list[Outcome]], kind: str) -> None:
-    if kind in TO_MEND:
-        pytest.xfail(TO_MEND[kind])
     bad = [one for one in found[kind] if not one.good]
     assert len(found[kind]) == len(sample(kind))
     assert not bad, "\n".join(f"{one.name}: {one.what} {one.said}" for one in bad)

@@ -118,7 +118,7 @@ def test_another_format(ledger: Path) -> None:
     """Is not damage: a backup would not help."""
     values = json.loads(ledger.read_text()) | {"more": 1}
     ledger.write_text(json.dumps(values) + "\n")
-    with pytest.raises(UserError, match="its fields are not those of its format"):
+    with pytest.raises(UserError, match="it has the unknown field 'more'"):
         read(ledger)
     ledger.write_text(json.dumps(values | {"format_version": 2}) + "\n")
     with pytest.raises(FormatError, match=r"line 1, has format 2, which a later version of pmp-ds"):

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
-from pmp_ds.release.allow_list import config_keys
+from pmp_ds.release.architecture import kept
 from pmp_ds.release.metadata import release_config
 from pmp_ds.release.older_names import older_names
 
@@ -76,8 +76,10 @@ def test_every_family_reads_the_same_config(scaled: bool) -> None:
         if config_class not in MODEL_FOR_CAUSAL_LM_MAPPING:
             continue
         try:
-            released = release_config(changed(config_class(), scaled), "bfloat16")
-            newer = {key: released[key] for key in released.keys() & config_keys(config_class)}
+            config = changed(config_class(), scaled)
+            released = release_config(config, "bfloat16")
+            older = older_names(kind, config.to_dict() | {"dtype": "bfloat16"})
+            newer = {key: released[key] for key in released.keys() - (older.keys() - kept(config))}
             alone = config_class.from_dict(copy.deepcopy(newer)).to_dict()
         except Exception:  # noqa: BLE001 - a family that refuses its own defaults, or this scaling
             continue
