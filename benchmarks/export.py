@@ -26,6 +26,7 @@ from benchmarks.common import hardware, print_figure
 from pmp_ds.cli import dump, parse
 from pmp_ds.config import Config
 from pmp_ds.data.tokenizer import train_tokenizer
+from pmp_ds.model.secret_init import create_key
 from pmp_ds.run_dir import RunDir, write_json, write_text
 from pmp_ds.train import checkpoint, shelf, theta0
 from pmp_ds.train.checkpoint import Position, Snapshot
@@ -70,7 +71,7 @@ def _make_run(folder: Path, settings: list[str]) -> RunDir:
     )  # fmt: skip
     write_json(run.data, asdict(data))
     train_tokenizer(["a few words of text to train on"] * 200, 300).save_pretrained(run.tokenizer)
-    write_json(run.init / "theta0.json", {"sha256": "0" * 64}, private=True)
+    theta0.remember(run, "0" * 64, create_key(run.init))
     architecture = theta0.architecture(config, data)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architecture)

@@ -1,4 +1,4 @@
-"""YAML without surprises: every key once, no aliases, bounded in size and depth.
+"""YAML without surprises: every key once, bounded in size and depth, what aliases stand for too.
 
     settings = read_settings(Path("recipe.yaml"), "--config recipe.yaml")
 
@@ -19,9 +19,11 @@ from pmp_ds.errors import UserError
 
 MAX_BYTES = 1 << 18
 MAX_DEPTH = 16
+MAX_NODES = 20_000  # values, each counted as often as aliases repeat it
 _QUOTES = "text that begins with one of [ { * & ! % @ needs quotes"
 _FLOAT = "tag:yaml.org,2002:float"
 _TIMESTAMP = "tag:yaml.org,2002:timestamp"
+_MERGE = "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.SafeLoader):
@@ -33,8 +35,6 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent):
-            raise _Refused(f"*{event.anchor} is an alias: write it out, or quote it", event)
         if self._depth >= MAX_DEPTH:
             raise _Refused(f"nested more than {MAX_DEPTH} deep", event)
         self._depth += 1
@@ -43,12 +43,19 @@ class _Loader(yaml.SafeLoader):
         finally:
             self._depth -= 1
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        if node is not None:
+            _extent(node, {})
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
         lines: dict[Any, int] = {}
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise _Refused("a key must be a word", key_node)
-            key = self.construct_object(key_node)
+            key = "<<" if key_node.tag == _MERGE else self.construct_object(key_node)
             if key in lines:
                 raise _Refused(
                     f"{key_node.value} stands twice, in line {lines[key]} too: the first would be "
@@ -56,7 +63,7 @@ class _Loader(yaml.SafeLoader):
                     key_node,
                 )
             lines[key] = key_node.start_mark.line + 1
-        return super().construct_mapping(node, deep)
+        return node
 
 
 class _Refused(yaml.MarkedYAMLError):
@@ -65,6 +72,25 @@ class _Refused(yaml.MarkedYAMLError):
 
     def __str__(self) -> str:
         return _in_words(self)
+
+
+def _extent(node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """How many values a node stands for and how deep they are, aliases written out. Raises
+    _Refused beyond the bounds, and for a node that holds itself."""
+    if id(node) in known:
+        return known[id(node)]
+    known[id(node)] = (MAX_NODES, MAX_DEPTH)  # until it is known; seen again, it holds itself
+    children = node.value if isinstance(node, yaml.CollectionNode) else []
+    if isinstance(node, yaml.MappingNode):
+        children = [child for pair in children for child in pair]
+    inner = [_extent(child, known) for child in children]
+    found = 1 + sum(count for count, _ in inner), 1 + max((deep for _, deep in inner), default=0)
+    if found[0] > MAX_NODES:
+        raise _Refused(f"its aliases stand for more than {MAX_NODES:,} values", node)
+    if found[1] > MAX_DEPTH + 1:
+        raise _Refused(f"nested more than {MAX_DEPTH} deep by its aliases", node)
+    known[id(node)] = found
+    return found
 
 
 def _resolvers() -> Iterator[tuple[str, Any]]:
@@ -87,9 +113,16 @@ _Loader.add_implicit_resolver(
 def parse(text: str) -> Any:
     """Return what ``text`` says; raises ``yaml.YAMLError``."""
     try:
-        return yaml.load(text, _Loader)
+        return _apart(yaml.load(text, _Loader))
     except (ValueError, OverflowError) as error:  # 0b2, 9:99:99 and other numbers that are none
         raise yaml.YAMLError(str(error)) from error
+
+
+def _apart(value: Any) -> Any:
+    """The same, but what an alias repeats is an object of its own."""
+    if isinstance(value, dict):
+        return {key: _apart(one) for key, one in value.items()}
+    return [_apart(one) for one in value] if isinstance(value, list) else value
 
 
 def read_settings(path: Path, name: str) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class Input(TypedDict):
 class Settings(TypedDict):
     """Those that readers of the manifest use."""
 
-    input: list[Input]
+    input: NotRequired[list[Input]]
 
 
 class Manifest(TypedDict):

@@ -15,7 +15,7 @@ def test_document_is_up_to_date():
 
 def test_every_fault_is_provoked_and_in_the_list():
     """By a call of ``seen`` with its name, or with a parameter that has it."""
-    files = [p for d in ("distributed", "e2e", "unit") for p in (REPO / "tests" / d).glob("*.py")]
+    files = [p for d in ("distributed", "e2e", "unit") for p in (REPO / "tests" / d).rglob("*.py")]
     sources = [text for p in files if "seen(" in (text := p.read_text()) and p != Path(__file__)]
     named = {name for text in sources for name in re.findall(r'seen\(\s*"([^"]+)"', text)}
     assert named <= FAULTS.keys()
