@@ -55,7 +55,7 @@ def refused(work: Path, *arguments: str | Path, watched: tuple[Path, ...] = ()) 
         (("--model.vocab_size", "20"), "model.vocab_size=20 is smaller than the tokenizer's 400"),
         (
             ("--mask.source", "file", "--mask.file", "nowhere"),
-            "no ticket at nowhere: ticket.json is missing",
+            "no ticket at nowhere: nowhere/ticket.json is missing",
         ),
         (("--run.root", "tiny.yaml"), "the run's folder tiny.yaml/main cannot be written"),
     ],
