@@ -64,7 +64,7 @@ def test_no_key_and_no_mask_content(main_run: MainRun):
     assert len(secrets) > 8
     forms = set().union(*map(spellings, secrets))
     theta = re.findall(r"[0-9a-f]{64}", (run.init / "theta0.json").read_text())
-    assert len(theta) == 2  # of the weights, and of the key
+    assert len(theta) == 3  # of the weights, of the key, and the seal of the first
     forms |= {digest.encode() for digest in theta}
     for where, content in public(main_run):
         assert not any(form in content or form in where.encode() for form in forms), where
