@@ -204,15 +204,18 @@ def test_lost_digest(refused, lives, run):
 
 
 def test_digest_of_an_older_version(lives, run):
-    """It has no check value of the key: it gets one, after theta(0) was drawn and compared."""
+    """It has no check value of the key or no seal: it gets them, after theta(0) was drawn and
+    compared."""
     assert lives(*SECRET)[0].code == 0
     path = run.init / "theta0.json"
     text = path.read_text()
     values = json.loads(text)
-    assert sorted(values) == ["format_version", "key_check", "sha256"]
-    path.write_text(json.dumps({"sha256": values["sha256"]}))
-    assert lives(*SECRET)[0].code == 0
-    assert path.read_text() == text
+    assert sorted(values) == ["format_version", "key_check", "seal", "sha256"]
+    second = {"format_version": 2} | {key: values[key] for key in ("key_check", "sha256")}
+    for older in ({"sha256": values["sha256"]}, second):
+        path.write_text(json.dumps(older))
+        assert lives(*SECRET)[0].code == 0
+        assert path.read_text() == text
     path.write_text(json.dumps({"sha256": "0" * 64}))
     one, _ = lives(*SECRET)
     assert "theta(0) drawn again differs" in one.err
