@@ -38,7 +38,7 @@ VALUES = {
     "null": None, "text": "abc", "list": [["a"]], "mapping": {"a": {"b": 1}}, "bool": True,
     "NaN": math.nan, "negative": -1, "fraction": -0.5, "huge": 10**30, "infinite": math.inf,
 }  # fmt: skip
-SECONDS = 10.0
+SECONDS = 60.0  # of a busy machine; a hang has no end
 
 Place = tuple[str | int, ...]
 

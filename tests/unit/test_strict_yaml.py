@@ -2,7 +2,6 @@
 
 import os
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -68,10 +67,9 @@ def test_an_alias_is_what_it_stands_for(tmp_path: Path):
     assert found["a"]["n"] == 1, "one object under two names"
 
 
+@pytest.mark.timeout(60)  # written out they are 9^9 values
 def test_nested_aliases_take_no_time(tmp_path: Path):
-    start = time.monotonic()
     assert "its aliases stand for more than 20,000 values" in refused(tmp_path, BOMB)
-    assert time.monotonic() - start < 5
 
 
 def test_not_a_file(tmp_path: Path):
