@@ -42,7 +42,10 @@ def tune(place: Path, model: str, *arguments: str) -> tuple[int, str]:
 
 def test_a_crafted_ticket(place: Path):
     shapes = {name: tuple(param.shape) for name, param in tiny.model().named_parameters()}
-    bits = {n: torch.full(((torch.Size(s).numel() + 7) // 8,), -256) for n, s in shapes.items()}
+    bits = {
+        n: torch.full(((torch.Size(s).numel() + 7) // 8,), -2, dtype=torch.int8)
+        for n, s in shapes.items()
+    }
     write_ticket(place / "ticket", bits, shapes)
     code, message = tune(place, "release", "--method", "ticket", "--ticket", "ticket")
     seen("crafted ticket", code, message)

@@ -364,10 +364,10 @@ STRANGERS = {
     ),
     "crafted ticket": Fault(
         "a ticket whose packed bits are of another type or length",
-        "64-bit integers as bits, with the id that goes with them",
+        "signed bytes as bits, with the id that goes with them",
         "refused before anything is loaded or written; `attach` and the operators check again",
         EXIT_MISTAKE,
-        r"error: the ticket at .* is damaged: the mask of '.*' is int64 of shape \[.*\], and .* "
+        r"error: the ticket at .* is damaged: the mask of '.*' is int8 of shape \[.*\], and .* "
         r"elements need uint8 of shape \[", NOTHING,
     ),
     "no file": Fault(
