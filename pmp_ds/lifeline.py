@@ -110,7 +110,10 @@ class Lifeline:
             if self._words is not None:
                 words = json.loads(self._words)
                 signals.end_at_once(words["code"], words["text"])
-            silent = self._silent(GRACE_SECONDS)
+            # Its last sign may have been seen a while after it was given.
+            until = time.monotonic() + GRACE_SECONDS
+            while not (silent := self._silent(GRACE_SECONDS)) and time.monotonic() < until:
+                time.sleep(TOUCH_SECONDS / 10)
             self._end(f"{self._named(silent) if silent else 'another rank'} is gone")
 
     def _silent(self, seconds: float) -> list[int]:

@@ -173,5 +173,8 @@ def test_the_ticket_that_wrote_out_of_bounds(tmp_path: Path) -> None:
 
     shapes = {"weight": (512, 512), "bias": (512,)}
     bits = {n: torch.full((torch.Size(s).numel() // 8,), -256) for n, s in shapes.items()}
-    with pytest.raises(UserError, match="the mask of 'weight' is int64 of shape"):
+    with pytest.raises(UserError, match=r"mask\.safetensors is longer than 37,452 bytes"):
         load_ticket(write_ticket(tmp_path / "t", bits, shapes))
+    signed = {name: one.to(torch.int8) for name, one in bits.items()}
+    with pytest.raises(UserError, match="the mask of 'weight' is int8 of shape"):
+        load_ticket(write_ticket(tmp_path / "s", signed, shapes))
