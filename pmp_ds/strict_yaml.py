@@ -5,9 +5,7 @@
 Used for files and, as the loader of jsonargparse, for values on the command line.
 """
 
-import os
 import re
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import yaml
 from jsonargparse import set_loader
 
 from pmp_ds.errors import UserError
+from pmp_ds.foreign import read_bytes
 
 MAX_BYTES = 1 << 18
 MAX_DEPTH = 16
@@ -128,19 +127,9 @@ def _apart(value: Any) -> Any:
 def read_settings(path: Path, name: str) -> dict[str, Any]:
     """Return the mapping in a file; raises UserError that begins with ``name``."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would wait for ever
-        with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise UserError(f"{name} cannot be read: it is not a file")
-            raw = file.read(MAX_BYTES + 1)
-        if len(raw) > MAX_BYTES:
-            raise UserError(f"{name} is larger than {MAX_BYTES:,} bytes: it holds no settings")
-        settings = parse(raw.decode("utf-8-sig"))
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{name} cannot be read: {reason}") from error
+        settings = parse(read_bytes(path, MAX_BYTES).decode("utf-8-sig"))
+    except ValueError as error:  # a ForeignError too
+        raise UserError(f"{name} cannot be read: {error}") from error
     except yaml.YAMLError as error:
         if isinstance(error, _Refused):
             raise UserError(f"{name}, {error}") from error

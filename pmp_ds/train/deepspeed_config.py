@@ -6,14 +6,13 @@ one error. The rest of it reaches DeepSpeed untouched.
 
 import json
 import math
-import os
-import stat
 from pathlib import Path
 from typing import Any
 
 from pmp_ds import dist
 from pmp_ds.config import TrainConfig
 from pmp_ds.errors import UserError, require
+from pmp_ds.foreign import ForeignError, MissingError, read_bytes
 from pmp_ds.train import deepspeed_keys, deepspeed_refused
 from pmp_ds.train.cut import Cut
 from pmp_ds.train.deepspeed_refused import REFUSED
@@ -27,25 +26,19 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON as a dict; raises UserError when it is missing or not a plain JSON object."""
     name = f"--deepspeed-config {path}"
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would wait for ever
-        with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise UserError(f"{name} is not a file")
-            raw = file.read(MAX_BYTES + 1)
-        if len(raw) > MAX_BYTES:
-            raise UserError(f"{name} is larger than {MAX_BYTES:,} bytes: it is no DeepSpeed JSON")
+        text = read_bytes(path, MAX_BYTES).decode("utf-8-sig")
         value = json.loads(
-            raw.decode("utf-8-sig"), object_pairs_hook=_once, parse_constant=_no_number,
-            parse_float=_finite, parse_int=_small,
+            text, object_pairs_hook=_once, parse_constant=_no_number, parse_float=_finite,
+            parse_int=_small,
         )  # fmt: skip
-    except FileNotFoundError:
+    except MissingError:
         raise UserError(f"{name}: no such file; ds_configs/ has one per ZeRO stage") from None
-    except OSError as error:
-        raise UserError(f"{name} cannot be read: {error.strerror}") from None
+    except ForeignError as error:
+        raise UserError(f"{name} cannot be read: {error}") from None
     except RecursionError:
         raise UserError(f"{name} is nested too deep: it is no DeepSpeed JSON") from None
     except UserError as error:
-        raise UserError(str(error) if str(error).startswith(name) else f"{name}: {error}") from None
+        raise UserError(f"{name}: {error}") from None
     except ValueError as error:
         raise UserError(f"{name} is not JSON: {error}") from None
     if not isinstance(value, dict):

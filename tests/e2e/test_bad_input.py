@@ -38,7 +38,7 @@ def refused(work: Path, *arguments: str | Path, watched: tuple[Path, ...] = ()) 
         (("--mask.density", "1.2"), "mask.density=1.2 must be in (0, 1]"),
         (("--mask.densty", "0.5"), "unknown flag --mask.densty (did you mean --mask.density?)"),
         (("--train.steps", "ten"), "train.steps: expected int, got ten"),
-        (("--config", "nowhere.yaml"), "--config nowhere.yaml cannot be read: No such file"),
+        (("--config", "nowhere.yaml"), "cannot be read: nowhere.yaml is missing"),
         (("--run.name", "a/b"), "run.name='a/b' is not a folder name"),
         (("--mask.source", "file"), "mask.file=None does not go with mask.source='file'"),
         (("--train.micro_batch_size", "0"), "train.micro_batch_size=0 must be at least 1"),

@@ -108,7 +108,7 @@ def test_lists_of_text(argv: list[str], inputs: tuple[str, ...]):
          "unknown flag --train.step (did you mean --train.steps?); see --help for all of them"),
         (["foo"], "unexpected argument 'foo'; every setting is a flag, see --help"),
         (["--config", "none.yaml"],
-         "--config none.yaml cannot be read: No such file or directory"),
+         "--config none.yaml cannot be read: none.yaml is missing"),
     ],
 )  # fmt: skip
 def test_mistakes_in_flags(argv: list[str], message: str):

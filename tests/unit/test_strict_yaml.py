@@ -44,7 +44,7 @@ def refused(tmp_path: Path, content: str | bytes) -> str:
         ("? [a, b]\n: 1", "line 1: a key must be a word"),
         ("a: " + "[" * 100_000, "line 1: nested more than 16 deep"),
         ("a: " + "{b: " * 50_000, "line 1: nested more than 16 deep"),
-        ("a: '" + "x" * 300_000 + "'", "larger than 262,144 bytes"),
+        ("a: '" + "x" * 300_000 + "'", "longer than 262,144 bytes"),
         ("a: !!python/object/apply:os.system [id]", "is not YAML: line 1"),
         ("1: 2", "1 is not a setting"),
         (b"a: \xff", "cannot be read"),
