@@ -16,7 +16,8 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -73,7 +74,8 @@ def take(
     weights: Iterable[tuple[str, torch.Tensor]] = chain(engine.parameters(), engine.constants())
     writes = dist.rank() == 0 or not engine.shards.replicated
     state = engine.local_state(mask) if writes else None
-    full = Position(**vars(position) | {"counters": engine.counters()})
+    # The phase goes on adding to its memory while a thread writes.
+    full = replace(position, counters=engine.counters(), memory=deepcopy(position.memory))
     num_bytes = sum(tensor.nbytes for tensor in more.values())
     num_bytes += engine.state_bytes if writes else 0
     if dist.rank() == 0:

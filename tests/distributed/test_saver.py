@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -11,11 +12,21 @@ import pytest
 from pmp_ds.log import read_metrics
 from pmp_ds.run_dir import RunDir
 from tests.helpers.faults import seen
-from tests.helpers.lives import checkpoints, comparable, little_room, read_only, same_end
+from tests.helpers.lives import (
+    act,
+    all_of,
+    checkpoints,
+    comparable,
+    little_room,
+    raise_signal,
+    read_only,
+    same_end,
+    slow_disk,
+)
 
 pytestmark = pytest.mark.distributed
 
-KEEP = ("--run.keep_last", "9", "--mask.source", "earlybird", "--mask.max_steps", "5",
+KEEP = ("--run.keep_last", "9", "--mask.source", "earlybird", "--mask.max_steps", "6",
         "--mask.on_unstable", "last", "--run.checkpoint_every", "3")  # fmt: skip
 
 
@@ -29,15 +40,23 @@ def files(run: RunDir) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_background_and_foreground_write_the_same_bytes(lives, tmp_path, stage):
+    """Those of discovery too, which goes on while they are written; it is stopped, as its
+    checkpoints go when there is a ticket."""
+    term = (act, (5, 0, raise_signal, signal.SIGTERM))
     found = []
     for background in ("true", "false"):
         flags = (*KEEP, "--run.async_save", background, "--run.name", background)
+        faults = ((slow_disk, (0.5 * (background == "true"),)), term)
+        assert lives(*flags, fault=all_of, given=faults, stage=stage)[0].code == 75
+        found.append([files(RunDir(tmp_path / background))])
         assert lives(*flags, stage=stage)[0].code == 0
-        found.append(RunDir(tmp_path / background))
-    one, two = map(files, found)
-    assert len([name for name in one if name.endswith("manifest.json")]) == 4
+        found[-1].append(files(RunDir(tmp_path / background)))
+    one, two = found
+    counts = [len([name for name in there if name.endswith("manifest.json")]) for there in one]
+    assert counts == [2, 4]
     assert one == two
-    assert comparable(found[0].metrics) == comparable(found[1].metrics)
+    metrics = [comparable(RunDir(tmp_path / name).metrics) for name in ("true", "false")]
+    assert metrics[0] == metrics[1]
 
 
 def native_threads() -> int:

@@ -31,7 +31,7 @@ from pmp_ds.data.mixed_store import open_data
 from pmp_ds.errors import exit_code
 from pmp_ds.log import TIMINGS, read_metrics
 from pmp_ds.run_dir import RunDir
-from pmp_ds.train import job, pipeline
+from pmp_ds.train import checkpoint, job, pipeline
 from pmp_ds.train.deepspeed_config import merge, read_json
 from pmp_ds.train.engine import Engine
 from pmp_ds.train.shelf import AFRESH
@@ -187,6 +187,19 @@ def _let_save_end(when: bool) -> None:
     for thread in threading.enumerate() if when else ():
         if thread.name == "saver":
             thread.join()
+
+
+@contextlib.contextmanager
+def slow_disk(seconds: float) -> Iterator[None]:
+    """Every checkpoint takes so much longer to write; what trains meanwhile goes far."""
+    original = checkpoint._create
+
+    def create(folder: Path, num_bytes: int) -> None:
+        time.sleep(seconds)
+        original(folder, num_bytes)
+
+    with mock.patch.object(checkpoint, "_create", create):
+        yield
 
 
 @contextlib.contextmanager
