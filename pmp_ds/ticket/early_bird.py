@@ -16,9 +16,14 @@ class EarlyBird:
     streak: int = 0
 
     def observe(self, iou: float) -> bool:
-        """Add the newest IoU; True when the newest candidate is the ticket."""
+        """Add the newest IoU. Returns ``stable``."""
         self.trace.append(iou)
         self.streak = self.streak + 1 if iou >= self.iou_threshold else 0
+        return self.stable
+
+    @property
+    def stable(self) -> bool:
+        """Whether the newest candidate is the ticket."""
         return self.streak >= self.patience
 
     @property

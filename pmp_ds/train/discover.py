@@ -40,7 +40,6 @@ class Discovery:
     def __init__(self, engine: Engine, config: Config, table: Table, key: bytes = b"") -> None:
         """``key``: 32 bytes that draw the elements of ``mask.random_fraction``. Collective."""
         self.step = 0
-        self.stable = False
         self._engine, self._table = engine, table
         self._train, self._mask = config.train, config.mask
         self._fragments = engine.shards.fragments
@@ -71,7 +70,7 @@ class Discovery:
         agreement = None
         if self._newest is not None:
             agreement = iou(self._num_common(candidate, self._newest), self._k)
-            self.stable = self._early_bird.observe(agreement)
+            self._early_bird.observe(agreement)
             if mask.on_unstable == "best" and self._early_bird.best_so_far:
                 self._best = self.step, candidate
         engine.step(lr)
@@ -80,7 +79,7 @@ class Discovery:
 
     @property
     def over(self) -> bool:
-        return self.stable or self.step >= self._mask.max_steps
+        return self._early_bird.stable or self.step >= self._mask.max_steps
 
     def ticket(self) -> Ticket:
         """The ticket, on every rank, once discovery is ``over``. Collective. Raises UserError when
@@ -92,7 +91,7 @@ class Discovery:
                 "use train.precision=bf16"
             )
         drawn, bits = self.step, self._newest
-        if not self.stable:
+        if not self._early_bird.stable:
             if mask.on_unstable == "error":
                 raise UserError(_unstable(mask, self._early_bird))
             if mask.on_unstable == "best" and self._best is not None:
@@ -103,7 +102,7 @@ class Discovery:
             source="earlybird",
             score=mask.score,
             step=drawn,
-            stable=self.stable,
+            stable=self._early_bird.stable,
             model_digest=digest(self._table),
         )
 

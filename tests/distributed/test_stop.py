@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from tests.helpers.faults import seen
-from tests.helpers.lives import act, checkpoints, raise_signal, same_end
+from tests.helpers.lives import act, checkpoints, comparable, raise_signal, same_end
 
 pytestmark = pytest.mark.distributed
 
@@ -56,6 +56,23 @@ def test_signal_in_discovery(lives, run, tmp_path, background, score):
     assert lives(*flags)[0].code == 0
     assert checkpoints(run, "discover") == []
     same_end(type(run)(tmp_path / "whole"), run)
+
+
+STABLE = ("--mask.source", "earlybird", "--mask.iou_threshold", "0.01", "--mask.patience", "3",
+          "--mask.max_steps", "9")  # fmt: skip
+
+
+@pytest.mark.parametrize("last", [STABLE, DISCOVER])
+def test_signal_within_the_last_update_of_discovery(lives, run, tmp_path, last):
+    """The mask that was stable, or the last one, is the ticket: no update is added."""
+    assert lives(*last, "--run.name", "whole")[0].code == 0
+    whole = type(run)(tmp_path / "whole")
+    end = max(r["step"] for r in comparable(whole.metrics) if r["phase"] == "discover")
+    assert end == (4 if last is STABLE else 7)
+    one, _ = lives(*last, fault=act, given=(end, 1, raise_signal, signal.SIGTERM))
+    assert (one.code, checkpoints(run, "discover")[-1]) == (75, end)
+    assert lives(*last)[0].code == 0
+    same_end(whole, run)
 
 
 def test_time_that_is_over(lives, run, calm):
