@@ -52,10 +52,6 @@ def _top() -> Any:
         return create_model(name, __base__=DeepSpeedConfigModel, **fields)
 
     monitors = DeepSpeedMonitorConfig.model_fields
-    checkpointing = dict.fromkeys(
-        ("partition_activations", "contiguous_memory_optimization", "cpu_checkpointing", "profile",
-         "synchronize_checkpoint_boundary"), bool,
-    )  # fmt: skip
     flops = {
         "enabled": bool, "detailed": bool, "recompute_fwd_factor": float, "profile_step": int,
         "module_depth": int, "top_modules": int, "output_file": str | None,
@@ -81,9 +77,6 @@ def _top() -> Any:
             "comms_logger": CommsLoggerConfig,
             "timers": model("Timers", {"throughput": DeepSpeedThroughputTimerConfig}),
             **{name: field.annotation for name, field in monitors.items()},
-            "activation_checkpointing": model(
-                "Checkpointing", {**checkpointing, "number_checkpoints": int | None}
-            ),
             "flops_profiler": model("Flops", flops),
         },
     )

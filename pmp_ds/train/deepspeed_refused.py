@@ -37,6 +37,7 @@ REFUSED = {
     "hybrid_engine": "it is for reinforcement learning; remove it",
     "compile": "DeepCompile is not tested with masked updates; remove it",
     "graph_harvesting": "captured graphs are not tested with masked updates; remove it",
+    "activation_checkpointing": "models of transformers do not call DeepSpeed's; remove it",
     "aio": "NVMe offload is not supported; remove it",
     "checkpoint": "checkpoints are run.* in the recipe; remove it",
     "nebula": "checkpoints are run.* in the recipe; remove it",

@@ -237,7 +237,9 @@ class Engine:
         self._engine.global_samples = step * self._engine.train_batch_size()
 
     def close(self) -> None:
-        """Free the engine, so that another can be built in this process."""
+        """Free the engine, so that another can be built in this process. Collective."""
+        if self._engine._config.comms_config.comms_logger_enabled:  # nobody else asks for its table
+            deepspeed.comm.log_summary()
         self._engine.destroy()
         self.optimizer.state.clear()
         del self._engine, self.shards, self.optimizer

@@ -1,0 +1,103 @@
+"""What documents list is what the code has: settings, flags, layers, modules, DeepSpeed keys."""
+
+import dataclasses
+import re
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pmp_ds.config import Config, TrainConfig
+from pmp_ds.data.prepare_config import PrepareConfig
+from pmp_ds.finetune.config import FinetuneConfig
+from pmp_ds.train.deepspeed_config import OWN_SECTION, merge
+from pmp_ds.train.deepspeed_refused import REFUSED
+from tests.helpers.odd_deepspeed import every_key
+from tests.unit.test_docs import REPO, code, documents
+from tests.unit.test_layers import ROWS
+
+OTHERS = {
+    "--gpus-per-node", "--ntasks-per-node", "--open-mode", "--requeue", "--signal",
+    "--wait",  # SLURM
+    "--read-only", "--tmpfs", "--user",  # containers
+    "--hostfile", "--logdir", "--max-restarts",  # deepspeed, tensorboard, torchrun
+    "--public_key", "--signature",  # model_signing
+}  # fmt: skip
+"""Flags of other programs that documents name."""
+
+
+def fields(cls: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all settings."""
+    for name, kind in typing.get_type_hints(cls).items():
+        yield prefix + name
+        if dataclasses.is_dataclass(kind):
+            yield from fields(kind, f"{prefix}{name}.")
+
+
+SETTINGS = {name for cls in (Config, FinetuneConfig, PrepareConfig) for name in fields(cls)}
+SECTIONS = {name.split(".")[0] for name in fields(Config) if "." in name}
+
+
+def flags() -> set[str]:
+    """Of our own programs: settings, and what the sources declare."""
+    tops = ("launcher", "pmp_ds", "benchmarks", "tests/helpers", "tests/clients")
+    sources = "\n".join(p.read_text() for top in tops for p in (REPO / top).rglob("*.py"))
+    options = re.findall(r'^ +"(\w+)": (?:\{|dict\()', sources, re.MULTILINE)
+    declared = re.findall(r'"(--[\w-]+)', sources)
+    return {f"--{name}" for name in [*SETTINGS, *options]} | set(declared) | OTHERS
+
+
+@pytest.mark.parametrize("document", documents(), ids=lambda path: path.name)
+def test_flags_and_settings_exist(document: Path) -> None:
+    text = code(document.read_text())
+    named = {flag.rstrip(".") for flag in re.findall(r"(?<![\w-])--[A-Za-z][\w.-]*", text)}
+    assert sorted(named - flags()) == []
+    sections = "|".join(sorted(SECTIONS))
+    dotted = set(re.findall(rf"(?<![\w./-])(?:{sections})\.[a-z]\w*(?![\w/(])", text))
+    endings = ("json", "jsonl", "safetensors", "sig", "yaml", "py")
+    assert sorted(name for name in dotted - SETTINGS if not name.endswith(endings)) == []
+
+
+def test_layers_are_those_of_the_test() -> None:
+    text = (REPO / "docs/ARCHITECTURE.md").read_text()
+    (line,) = re.findall(r"^launcher \|.*$", text, re.MULTILINE)
+    assert [set(row.split()) for row in line.split("|")] == [set(row) for row in reversed(ROWS)]
+
+
+def test_modules_of_the_map_are_those_of_the_package() -> None:
+    """Each file of pmp_ds stands in ARCHITECTURE's map, in its folder, and nothing else does."""
+    text = (REPO / "docs/ARCHITECTURE.md").read_text().split("```")[1]
+    listed: dict[str, set[str]] = {}
+    room = ""
+    for line in text[text.index("pmp_ds/") :].partition("\nds_configs/")[0].splitlines():
+        found = re.match(r"(?:pmp_ds/|  (\w+)/) +(.*)", line)
+        room, rest = (found[1] or "", found[2]) if found else (room, line)
+        listed.setdefault(room, set()).update(re.split(r" {3,}", rest.strip())[0].split())
+    files = {
+        room: {path.stem for path in (REPO / "pmp_ds" / room).glob("*.py")} - {"__init__"}
+        for room in listed
+    }
+    differ = {room: sorted(listed[room] ^ files[room]) for room in listed}
+    assert {room: names for room, names in differ.items() if names} == {}
+
+
+def named(heading: str) -> set[str]:
+    """Keys in the bullets, or in the first column, of a section of ds_configs/README.md."""
+    text = (REPO / "ds_configs/README.md").read_text()
+    section = re.split(r"^## ", text[text.index(f"## {heading}") + 3 :], flags=re.MULTILINE)[0]
+    bullets = re.findall(r"^- .*(?:\n  .*)*", section, re.MULTILINE)
+    column = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+    return {name for one in bullets + column for name in re.findall(r"`(\w+)", one)}
+
+
+def test_keys_of_a_deepspeed_json() -> None:
+    """Each that is accepted is in one of README's two lists and the other way round; the recipe's
+    own may be left to it."""
+    belongs, owned = named("What belongs here"), named("What the recipe owns")
+    accepted = {key for key in every_key() if "." not in key} - set(REFUSED)
+    assert belongs | owned - set(REFUSED) == accepted | {OWN_SECTION}
+    assert belongs & owned == set()
+    config = TrainConfig(global_batch_size=4, micro_batch_size=4)
+    assert merge(dict.fromkeys(owned, "auto"), config, 1) == merge({}, config, 1)
