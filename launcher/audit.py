@@ -65,15 +65,22 @@ def main(argv: list[str] | None = None) -> None:
     from pmp_ds.audit.report import ATTACKS, table, write
     from pmp_ds.data.arrow_store import Store
     from pmp_ds.progress import Progress
+    from pmp_ds.ticket.fit import fitted
+    from pmp_ds.ticket.mask import ParamMask
     from pmp_ds.ticket.ticket import load_ticket
 
-    mask = load_ticket(args.ticket).mask if args.ticket else None
-    shadow = None
+    def mask_on(weights: Weights, ticket: Path) -> ParamMask:
+        return fitted(load_ticket(ticket).mask, weights.shapes, weights.folder)
+
+    release, mask, shadow = Weights.open(args.release), None, None
+    if args.ticket:
+        mask = mask_on(release, args.ticket)
     if args.shadow:
         run = RunDir(args.shadow)
-        shadow = Shadow(Weights.open(run.release), load_ticket(run.ticket).mask)
+        own = Weights.open(run.release)
+        shadow = Shadow(own, mask_on(own, run.ticket))
     case = Case(
-        release=Weights.open(args.release),
+        release=release,
         mask=mask,
         config=config,
         base=Weights.open(args.base) if args.base else None,

@@ -221,8 +221,9 @@ def trace(args: argparse.Namespace) -> None:
         observed = trace.of_ticket(leaked.mask)
     else:
         base = args.base or run.release
-        observed = trace.of_model(base, args.model, own.mask)
-        _report_missing(args.model, trace.fitted_to(own.mask, base))
+        mask = trace.fitted_to(own.mask, base)
+        observed = trace.of_model(base, args.model, mask)
+        _report_missing(args.model, mask)
     _report(trace.weigh(own.mask, code, words, observed))
     if older := sorted({record.name for record in marked if not record.by_code}):
         print(

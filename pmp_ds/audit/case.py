@@ -24,11 +24,13 @@ SAMPLE = 1 << 21  # elements
 
 @dataclass(frozen=True)
 class Weights:
-    """A Hugging Face folder of safetensors; ``shapes`` are the model's, in its own order."""
+    """A Hugging Face folder of safetensors."""
 
     folder: Path
     config: PreTrainedConfig
     shapes: Mapping[str, tuple[int, ...]]
+    """Of the trained parameters, in the model's own order: what a ticket names."""
+
     embeddings: frozenset[str]
     """Input and output embeddings."""
 
@@ -36,7 +38,7 @@ class Weights:
     """The open file of each tensor, others than the model's included."""
 
     constants: frozenset[str]
-    """Persistent buffers: of the model, and never trained."""
+    """Frozen parameters and persistent buffers: of the model, and never trained."""
 
     @classmethod
     def open(cls, folder: Path) -> "Weights":
@@ -47,8 +49,9 @@ class Weights:
         for path in sorted(folder.glob("*.safetensors")):
             add_tensors(handles, path)
         model = opened.skeleton
-        fixed = frozenset(opened.constants)
-        return cls(folder, opened.config, opened.shapes, embeddings(model), handles, fixed)
+        trained = opened.trained
+        fixed = frozenset(opened.shapes | opened.constants) - trained.keys()
+        return cls(folder, opened.config, trained, embeddings(model), handles, fixed)
 
     def tensor(self, name: str) -> torch.Tensor:
         """As stored."""

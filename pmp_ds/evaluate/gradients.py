@@ -12,6 +12,7 @@ from torch import nn
 
 from pmp_ds.errors import UserError
 from pmp_ds.evaluate.perplexity import token_losses
+from pmp_ds.model.parameters import trainable
 from pmp_ds.ticket.mask import ParamMask
 
 LOWEST, HIGHEST, PER_DECADE = -12, 2, 4
@@ -44,7 +45,7 @@ def compare(model: nn.Module, mask: ParamMask, embeddings: frozenset[str]) -> di
     fine = torch.zeros(2, 2, _FINE, dtype=torch.int64)  # outside embeddings, embeddings
     zeros = torch.zeros(2, dtype=torch.int64)
     edges = (10.0 ** torch.tensor(EDGES_LOG10, dtype=torch.float64)).float()
-    for name, param in model.named_parameters():
+    for name, param in trainable(model):
         grad = param.grad if param.grad is not None else torch.zeros_like(param)
         magnitudes = grad.detach().float().abs().reshape(-1).cpu()
         if not magnitudes.isfinite().all():

@@ -15,6 +15,7 @@ from pmp_ds.data.tokenizer import load_tokenizer
 from pmp_ds.errors import UserError, quoted
 from pmp_ds.model.build import context_length
 from pmp_ds.model.folder import embeddings, few, open_folder, open_tensors, open_tokenizer
+from pmp_ds.model.parameters import trained_shapes
 from pmp_ds.results import model_digest
 from pmp_ds.ticket.fit import fitted
 from pmp_ds.ticket.mask import ParamMask
@@ -117,9 +118,9 @@ def read_parameters(folder: Path, model: nn.Module) -> Read:
 
 
 def mask_on(mask: ParamMask, model: nn.Module, where: Path) -> ParamMask:
-    """``mask`` on the parameters of ``model``, which is at ``where``. Raises UserError when it is
-    another model's, or of density 0 or 1."""
-    found = fitted(mask, {name: tuple(p.shape) for name, p in model.named_parameters()}, where)
+    """``mask`` on the trained parameters of ``model``, which is at ``where``. Raises UserError when
+    it is another model's, or of density 0 or 1."""
+    found = fitted(mask, trained_shapes(model), where)
     if not 0 < found.num_kept < found.num_params:
         raise UserError("the ticket keeps all parameters, or none: there is nothing to compare")
     return found

@@ -45,7 +45,7 @@ def open_ticket(config: FinetuneConfig) -> Ticket | None:
     elif config.passphrase_file is not None:
         by = read_passphrase(Path(config.passphrase_file), confirm=False)
     ticket = any_ticket(Path(config.ticket), by)
-    shapes = open_folder(Path(config.model)).shapes
+    shapes = open_folder(Path(config.model)).trained
     return replace(ticket, mask=fitted(ticket.mask, shapes, f"--model {config.model}"))
 
 
@@ -68,7 +68,7 @@ def mask_of(
         return None, None
     table = parameter_table(model)
     if config.method == "random":
-        known = open_folder(Path(config.model)).shapes
+        known = open_folder(Path(config.model)).trained
         ticket = _random(config, [row for row in table if row.name in known])
     assert ticket is not None
     return _with_head(ticket.mask, table, inverted=config.method == "complement"), ticket.id

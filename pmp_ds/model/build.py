@@ -26,7 +26,8 @@ from pmp_ds.errors import UserError
 from pmp_ds.foreign import read_object
 
 _NORM_EPS = 1e-5
-_TABLES = ("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input")  # looked up by token
+# What is looked up by token, or cut to so many.
+_TABLES = ("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size")
 
 
 def model_config(
@@ -70,6 +71,11 @@ def _require_vocabularies(path: Path, values: dict[str, Any], rows: int) -> None
             raise UserError(
                 f"{path}: {key}={value} is smaller than the vocabulary of {rows} tokens: raise it"
             )
+
+
+def _kind(config_class: type[PreTrainedConfig], name: str) -> Any:
+    """The declared type of a setting, None where there is none."""
+    return next((f.type for f in fields(config_class) if f.name == name), None)
 
 
 UNBOUNDED = 1 << 30  # tokens
@@ -173,6 +179,8 @@ def _auto(config: ModelConfig, tokens: dict[str, Any]) -> PreTrainedConfig:
         raise UserError(f"{path}: model_type={model_type!r} is not a causal language model")
     values.pop("dtype", None)
     values.pop("torch_dtype", None)
+    if tokens["bos_token_id"] is None and _kind(config_class, "bos_token_id") is int:
+        tokens["bos_token_id"] = tokens["eos_token_id"]  # it takes no None; GPT-2 has the two equal
     try:
         hf_config = config_class(**{**values, **tokens})
     except (TypeError, ValueError, StrictDataclassError) as error:

@@ -56,21 +56,31 @@ def _generic(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:
 
 
 def _require_head(config: PreTrainedConfig) -> None:
-    """Try a generic head at tiny width."""
+    """Try the head at tiny width. One of transformers' own may not fit there, and still work."""
     kind = AutoModelForSequenceClassification._model_mapping[type(config)]
-    if kind.__module__ != __name__:
-        return
-    try:
-        small = shrunk(config)
-        with torch.random.fork_rng(devices=[]):
-            model = kind._from_config(small)
-        input_ids = torch.arange(1, 9).view(2, 4)
-        options = {"attention_mask": torch.ones_like(input_ids), "use_cache": False}
-        shape = tuple(model(input_ids=input_ids, **options).logits.shape)
-        if shape != (2, config.num_labels):
-            raise ValueError(shape)
-    except Exception:  # noqa: BLE001 - transformers' depths
-        raise UserError(
-            f"model_type={config.model_type!r} takes no classification head: transformers has no "
-            "such class, and its base model no plain head. Fine-tune it on text: --task lm"
-        ) from None
+    with torch.random.fork_rng(devices=[]):
+        try:
+            model = kind._from_config(shrunk(config)).train()
+            _require_outputs(model, 4, config.num_labels)
+        except Exception:  # noqa: BLE001 - transformers' depths
+            if kind.__module__ != __name__:
+                return
+            reason = "transformers has no such class, and its base model no plain head"
+        else:
+            try:
+                _require_outputs(model, 17, config.num_labels)
+                return
+            except Exception:  # noqa: BLE001 - transformers' depths
+                reason = "it does not train on rows of any length"
+    raise UserError(
+        f"model_type={config.model_type!r} takes no classification head: {reason}. Fine-tune it on "
+        "text: --task lm"
+    )
+
+
+def _require_outputs(model: PreTrainedModel, length: int, num_labels: int) -> None:
+    input_ids = torch.arange(1, 2 * length + 1).view(2, length)
+    options = {"attention_mask": torch.ones_like(input_ids), "use_cache": False}
+    shape = tuple(model(input_ids=input_ids, **options).logits.shape)
+    if shape != (2, num_labels):
+        raise ValueError(shape)

@@ -30,7 +30,7 @@ from pmp_ds.errors import UserError, shown
 from pmp_ds.foreign import read_object
 from pmp_ds.model import folder_rules
 from pmp_ds.model.folder_rules import CONFIG_FILE, first_line
-from pmp_ds.model.parameters import constants
+from pmp_ds.model.parameters import constants, shapes, trained_shapes
 from pmp_ds.model.tokenizer_rules import check_tokenizer, panics_are_errors
 
 _SPARE_BYTES = 1 << 30  # of buffers, beyond the size of the weights
@@ -55,7 +55,12 @@ class ModelFolder:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """By the names and in the order of the causal model's parameters."""
-        return {name: tuple(param.shape) for name, param in self.skeleton.named_parameters()}
+        return shapes(self.skeleton)
+
+    @property
+    def trained(self) -> dict[str, tuple[int, ...]]:
+        """The part of ``shapes`` that a ticket names: without what the architecture freezes."""
+        return trained_shapes(self.skeleton)
 
     @property
     def constants(self) -> dict[str, tuple[int, ...]]:
@@ -65,12 +70,12 @@ class ModelFolder:
     def require_names(self, *, exact: bool = True) -> None:
         """Raises UserError unless the files hold the parameters and constants under the model's own
         names and in its shapes, and with ``exact`` nothing else."""
-        shapes = self.shapes | self.constants
-        if missing := sorted(shapes.keys() - self.handles.keys()):
+        known = self.shapes | self.constants
+        if missing := sorted(known.keys() - self.handles.keys()):
             raise UserError(f"{self.path} lacks {few(missing)}: it is no whole causal model")
-        if exact and (strange := sorted(self.handles.keys() - shapes.keys())):
+        if exact and (strange := sorted(self.handles.keys() - known.keys())):
             raise UserError(f"{self.path} has unknown tensors: {few(strange)}")
-        for name, shape in shapes.items():
+        for name, shape in known.items():
             if (found := shape_of(self.handles, name)) != shape:
                 raise UserError(
                     f"{self.path}: {name} has shape {list(found)} and {CONFIG_FILE} needs "
@@ -102,11 +107,13 @@ class ModelFolder:
         if missing := sorted(set(info["missing_keys"]) - heads):
             raise UserError(f"{self.path} lacks {few(missing)}: it is no whole causal model")
         lost = known - own  # the output matrix, which older files call otherwise
-        shapes = {tuple(causal.state_dict()[name].shape) for name in lost}
+        forms = {tuple(causal.state_dict()[name].shape) for name in lost}
         left = set(info["unexpected_keys"]) - lost
-        if strange := sorted(name for name in left if shape_of(self.handles, name) not in shapes):
+        if strange := sorted(name for name in left if shape_of(self.handles, name) not in forms):
             raise UserError(f"{self.path} has unknown tensors: {few(strange)}")
         loaded: PreTrainedModel = model
+        for name, param in wanted.named_parameters():  # transformers 5 forgets it while loading
+            loaded.get_parameter(name).requires_grad_(param.requires_grad)
         return loaded
 
     def _skeleton(self, kind: Any, config: Any) -> PreTrainedModel:

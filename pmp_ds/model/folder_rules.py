@@ -134,4 +134,8 @@ def _items(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    """What an error says, without its details: one line, or two where the first ends in a colon."""
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    if first.endswith(":") and more:
+        first += f" {more[0].strip()}"
+    return first[:300]

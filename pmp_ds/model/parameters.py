@@ -32,12 +32,36 @@ def parameter_table(model: nn.Module) -> tuple[ParamInfo, ...]:
     """
     table: list[ParamInfo] = []
     start = 0
-    for name, param in _trainable(model):
+    for name, param in trainable(model):
         low, high = torch.aminmax(param.detach())
         constant = bool(low == high)
         table.append(ParamInfo(name, tuple(param.shape), param.numel(), start, constant))
         start += param.numel()
     return tuple(table)
+
+
+def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters that a ticket names, in order: not the frozen and not the empty ones."""
+    for name, param in model.named_parameters():
+        if param.requires_grad and _shape(param).numel() > 0:
+            yield name, param
+
+
+def trained_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of a ticket for ``model``, in order. The model may be on the meta
+    device or partitioned."""
+    return {name: tuple(_shape(param)) for name, param in trainable(model)}
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the same with the frozen and the empty parameters."""
+    return {name: tuple(_shape(param)) for name, param in model.named_parameters()}
+
+
+def _shape(param: nn.Parameter) -> torch.Size:
+    # Under ZeRO 3 DeepSpeed (0.19) leaves a parameter empty and keeps its shape in `ds_shape`.
+    found: torch.Size = getattr(param, "ds_shape", param.shape)
+    return found
 
 
 def constants(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -68,13 +92,7 @@ def weights_digest(model: nn.Module) -> str:
     can be checked. It is as public as the weights: of a secret theta(0), keep it private.
     """
     sha = hashlib.sha256()
-    for _, param in _trainable(model):
+    for _, param in trainable(model):
         flat = param.detach().cpu().reshape(-1)
         sha.update(flat.view(torch.uint8).numpy().data)
     return sha.hexdigest()
-
-
-def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for name, param in model.named_parameters():
-        if param.requires_grad and param.numel() > 0:
-            yield name, param

@@ -57,6 +57,10 @@ def _shrunk(values: dict[str, Any], layers: int | None) -> dict[str, Any]:
     if isinstance(expand := values.get("mamba_expand", values.get("expand")), int | float):
         state_heads = int(expand * _WIDTH) // _HEAD
         small |= {key: state_heads for key in values if _STATE_HEADS.search(str(key))}
+        if values.get("mamba_d_ssm") is not None:
+            small |= {"mamba_d_ssm": state_heads * _HEAD, "mamba_d_head": _HEAD}
+    if "attention_hidden_size" in values:  # of zamba2, whose attention reads two streams
+        small |= {"attention_hidden_size": 2 * _WIDTH, "attention_head_dim": 2 * _WIDTH // _HEADS}
     return small
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pmp_ds.errors import UserError
+from pmp_ds.model.parameters import shapes, trainable, trained_shapes
 from pmp_ds.optim.masked import MaskedOptimizer, zero_complement_ref
 from pmp_ds.optim.zero_shards import ZeroShards, flat_masks, shards_of
 from pmp_ds.ticket.mask import ParamMask
@@ -27,8 +28,8 @@ def attach(target: Any, optimizer: MaskedOptimizer, mask: ParamMask | None) -> N
     ``optimizer`` holds. The complement's gradient is zero when norms are taken, so clipping sees
     the ticket's alone: DeepSpeed's own, or ``torch.nn.utils.clip_grad_norm_`` after ``backward``.
 
-    Raises UserError, before anything is changed, when the parameters of ``mask`` and of ``target``
-    have other names or shapes.
+    Raises UserError, before anything is changed, when ``target`` lacks a parameter of ``mask``, has
+    it in another shape, or trains one that ``mask`` does not name.
     """
     is_engine = hasattr(target, "is_gradient_accumulation_boundary")
     if mask is not None:
@@ -40,16 +41,17 @@ def attach(target: Any, optimizer: MaskedOptimizer, mask: ParamMask | None) -> N
 
 
 def _require_fit(module: torch.nn.Module, mask: ParamMask) -> None:
-    # Under ZeRO 3 DeepSpeed (0.19) leaves a parameter empty and keeps its shape in `ds_shape`.
-    shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in module.named_parameters()}
+    own, trained = shapes(module), trained_shapes(module)
     problems = [
-        f"{name!r} is {_in_words(shapes.get(name))} in the model and "
+        f"{name!r} is {_in_words(own.get(name))} in the model and "
         f"{_in_words(mask.shapes.get(name))} in the ticket"
-        for name in sorted(shapes.keys() | mask.shapes.keys())
-        if shapes.get(name) != mask.shapes.get(name)
+        for name in sorted(trained.keys() | mask.shapes.keys())
+        if own.get(name) != mask.shapes.get(name)
     ]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        if own.keys() >= mask.shapes.keys():
+            more += ". Freeze what no ticket names: requires_grad_(False)"
         raise UserError(f"the ticket is of another model: {'; '.join(problems[:3])}{more}")
 
 
@@ -95,11 +97,10 @@ def _attach_module(
     if any(param not in own for group in optimizer.param_groups for param in group["params"]):
         raise UserError("the optimizer holds a parameter that is not a trainable one of the model")
     bits: dict[torch.Tensor, torch.Tensor | None] = {}
-    for name, param in module.named_parameters():
-        if param.requires_grad:
-            bits[param] = None if mask is None else mask.bits[name].to(param.device)
-            if mask is not None:
-                param.register_post_accumulate_grad_hook(_zero_complement(bits[param]))
+    for name, param in trainable(module):
+        bits[param] = None if mask is None else mask.bits[name].to(param.device)
+        if mask is not None:
+            param.register_post_accumulate_grad_hook(_zero_complement(bits[param]))
     optimizer.arm(bits)
 
 

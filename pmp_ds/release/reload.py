@@ -3,7 +3,8 @@
 Reads one JSON request on standard input and writes its answer to ``request["result"]``:
 
     {"action": "check", "folder", "result", "input_ids": [[...]], "text", "threads"}
-        -> safetensors: "logits" (B, T, V) fp32, "text_ids" (N,) int64; metadata: problems
+        -> safetensors: "logits" (B, T, V) fp32, "text_ids" (N,) int64; metadata: problems, dtype,
+           and the parameters that transformers keeps in fp32 in a release of 16 bits
     {"action": "generate", "folder", "result", "prompt", "max_new_tokens", "seed": int or null}
         -> the prompt and its continuation, UTF-8
 
@@ -30,7 +31,8 @@ def _check(request: dict[str, Any]) -> None:
     from transformers import AutoTokenizer
 
     torch.set_num_threads(request["threads"])
-    logits, problems, dtype = compute(request["folder"], torch.tensor(request["input_ids"]))
+    found = compute(request["folder"], torch.tensor(request["input_ids"]))
+    logits, problems, dtype, wide = found
     tokenizer = AutoTokenizer.from_pretrained(
         request["folder"], local_files_only=True, trust_remote_code=False
     )
@@ -38,12 +40,13 @@ def _check(request: dict[str, Any]) -> None:
     save_file(
         {"logits": logits, "text_ids": torch.tensor(ids, dtype=torch.int64)},
         request["result"],
-        metadata={"problems": json.dumps(problems), "dtype": dtype},
+        metadata={"problems": json.dumps(problems), "dtype": dtype, "wide": json.dumps(wide)},
     )
 
 
-def compute(folder: str, input_ids: Any) -> tuple[Any, dict[str, list[str]], str]:
-    """Logits (B, T, V) fp32 of a release, what was wrong when it was loaded, and its dtype."""
+def compute(folder: str, input_ids: Any) -> tuple[Any, dict[str, list[str]], str, list[str]]:
+    """Logits (B, T, V) fp32 of a release, what was wrong when it was loaded, its dtype, and the
+    parameters that are in fp32 nevertheless."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -51,7 +54,11 @@ def compute(folder: str, input_ids: Any) -> tuple[Any, dict[str, list[str]], str
     problems = {key: sorted(map(str, value)) for key, value in info.items() if value}
     with torch.inference_mode():
         logits = model.eval()(input_ids=input_ids, use_cache=False).logits
-    return logits.float().contiguous(), problems, str(model.dtype)
+    wide = [
+        name for name, param in model.named_parameters()
+        if param.dtype == torch.float32 != model.dtype
+    ]  # fmt: skip
+    return logits.float().contiguous(), problems, str(model.dtype), wide
 
 
 def _generate(request: dict[str, Any]) -> None:

@@ -1,12 +1,11 @@
 """Is a staged release what it should be? A stranger's view of it against the source."""
 
-import contextlib
-import ctypes
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +33,9 @@ def verify_reload(source: Source, folder: Path, dtype: torch.dtype) -> float:
 
     Returns the largest absolute difference of logits. Raises RuntimeError when the release does
     not load or computes something else, UserError when its tokenizer encodes otherwise. One copy of
-    the model is in memory at a time: this process forgets its own before the other starts.
+    the model is in memory at a time: the other process has ended before this one builds its own.
     """
     input_ids = probe(source.config)
-    wanted = reference_logits(source, input_ids, dtype)
-    give_memory_back()
     # Inside the folder: when this process is killed, the next export removes both.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         result = Path(scratch).resolve() / "answer.safetensors"
@@ -55,6 +52,7 @@ def verify_reload(source: Source, folder: Path, dtype: torch.dtype) -> float:
             facts = answer.metadata()
     if json.loads(facts["problems"]) or facts["dtype"] != str(dtype):
         raise RuntimeError(f"the release does not load cleanly: {facts}")
+    wanted = reference_logits(source, input_ids, dtype, json.loads(facts["wide"]))
     difference = require_same(logits, wanted, dtype)
     _compare_ids(folder, text_ids.tolist(), source.config.vocab_size)
     return difference
@@ -92,23 +90,19 @@ def run_alone(**request: Any) -> None:
 
 
 def reference_logits(
-    source: Source, input_ids: torch.Tensor, dtype: torch.dtype
+    source: Source, input_ids: torch.Tensor, dtype: torch.dtype, wide: Collection[str]
 ) -> torch.Tensor:  # (B, T, V) fp32
-    """What the model in ``source`` computes in ``dtype``."""
+    """What the model in ``source`` computes in ``dtype``, with the parameters ``wide`` in fp32."""
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(source.config, dtype=dtype)
     model.tie_weights()
+    for name in wide:
+        model.get_parameter(name).data = model.get_parameter(name).data.float()
     with torch.inference_mode():
         for name, tensor in [*model.named_parameters(), *constants(model).items()]:
             tensor.copy_(source.tensor(name, dtype))
         logits: torch.Tensor = model.eval()(input_ids=input_ids, use_cache=False).logits
     return logits.float()
-
-
-def give_memory_back() -> None:
-    """glibc keeps freed tensors below 32 MB for later; the other process needs the room now."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _compare_ids(folder: Path, ids: list[int], vocab: int) -> None:

@@ -10,8 +10,9 @@ from pmp_ds.ticket.mask import ParamMask, pack
 
 
 def fitted(mask: ParamMask, shapes: Mapping[str, tuple[int, ...]], model: str | Path) -> ParamMask:
-    """``mask`` on the parameters of ``model``, in their order. A release lacks the rows that only
-    padded its vocabulary; so does the result. Raises UserError when it is another model's."""
+    """``mask`` on the trained parameters of ``model``, which have these ``shapes``, in their order.
+    A release lacks the rows that only padded its vocabulary; so does the result. Raises UserError
+    when it is another model's."""
     for name in sorted(mask.shapes.keys() ^ shapes.keys()):
         how = "lacks" if name in mask.shapes else "has another parameter,"
         raise UserError(f"the ticket belongs to another model: {model} {how} {name}")

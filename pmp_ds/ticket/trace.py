@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from pmp_ds.errors import UserError
-from pmp_ds.model.folder import open_tensors, shape_of
+from pmp_ds.model.folder import open_folder, open_tensors, shape_of
 from pmp_ds.ticket.fit import fitted
 from pmp_ds.ticket.mask import ParamMask
 from pmp_ds.ticket.watermark import Code
@@ -59,9 +59,11 @@ def weigh(
     parts = dict(zip(code.places, zip(telling.split(sizes), lacking.split(sizes), strict=True),
                      strict=True))  # fmt: skip
     elsewhere = elsewhere_lacking = 0
-    for name, can_tell, absent in observed:
+    for name, *flags in observed:
         if name not in parts:
             continue
+        padding = mask.numel(name) - len(flags[0])  # rows that a release does not have
+        can_tell, absent = (torch.nn.functional.pad(flag, (0, padding)) for flag in flags)
         places, (tells, lacks) = code.places[name], parts[name]
         tells.copy_(can_tell[places])
         lacks.copy_(absent[places])
@@ -135,11 +137,11 @@ def of_ticket(leaked: ParamMask) -> Iterator[Observation]:
 
 
 def of_model(base: Path, tuned: Path, mask: ParamMask) -> Iterator[Observation]:
-    """Compare two folders of safetensors. A row in which nothing changed, such as the embedding of
-    a token that never came up, tells nothing and is left out; so are parameters that ``tuned``
-    lacks or has in another shape. Raises UserError when nothing is left or a file is damaged."""
+    """Compare two folders of safetensors, where ``mask`` fits ``base`` (``fitted_to``). A row in
+    which nothing changed, such as the embedding of a token that never came up, tells nothing and is
+    left out; so are parameters that ``tuned`` lacks or has in another shape. Raises UserError when
+    nothing is left or a file is damaged."""
     before, after = open_tensors(base), open_tensors(tuned)
-    mask = fitted_to(mask, base)
     compared = False
     for name, shape in mask.shapes.items():
         if name not in after or shape_of(after, name) != shape:
@@ -168,7 +170,9 @@ def not_in(tuned: Path, mask: ParamMask) -> list[str]:
 
 
 def fitted_to(mask: ParamMask, model: Path) -> ParamMask:
-    """``mask`` on the parameters of a folder of safetensors. Raises UserError when it is another
-    model's."""
-    handles = open_tensors(model)
-    return fitted(mask, {name: shape_of(handles, name) for name in handles}, model)
+    """``mask`` on the trained parameters of a release. Raises UserError when it is another model's,
+    or when the folder does not hold the model that its config.json describes."""
+    folder = open_folder(model)
+    found = fitted(mask, folder.trained, model)
+    folder.require_names()
+    return found

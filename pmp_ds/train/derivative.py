@@ -33,7 +33,7 @@ def write_dithered(derivative: Path, base: Path, ticket: Path, out: Path) -> Non
     loaded = load_ticket(ticket)
     released, tuned = open_folder(base), open_folder(derivative)
     before, stored = _reader(released), _reader(tuned)
-    mask = fitted(loaded.mask, released.shapes, base)
+    mask = fitted(loaded.mask, released.trained, base)
     key = bytes.fromhex(loaded.id)
     if dict(tuned.shapes) != dict(released.shapes):
         raise UserError(f"{derivative} is no derivative of {base}: names or shapes differ")
@@ -41,8 +41,10 @@ def write_dithered(derivative: Path, base: Path, ticket: Path, out: Path) -> Non
     def after(name: str) -> torch.Tensor:
         return stored(name).to(before(name).dtype)
 
-    for name in mask.shapes:
-        if moved := int(((after(name) != before(name)) & ~mask.full(name)).sum()):
+    names = [*released.shapes, *released.constants]
+    for name in names:
+        changed = after(name) != before(name)
+        if moved := int((changed & ~mask.full(name) if name in mask.shapes else changed).sum()):
             raise UserError(
                 f"{derivative} is no authorized derivative of {base}: {moved:,} elements "
                 f"outside the ticket of {ticket} changed. Name the release it was "
@@ -53,13 +55,14 @@ def write_dithered(derivative: Path, base: Path, ticket: Path, out: Path) -> Non
     with Progress("dither", "tensor", len(mask.shapes)) as bar:
 
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-            for name in mask.shapes:
-                old, new, kept = before(name), after(name), mask.full(name)
+            for name in names:
+                old, new = before(name), after(name)
+                if name not in mask.shapes:  # frozen, or a buffer: public, and never trained
+                    yield name, old
+                    continue
                 draws = _content_stream(key, name, new)
-                yield name, dither(old, new, kept, donors, draws)
+                yield name, dither(old, new, mask.full(name), donors, draws)
                 bar.update()
-            for name in released.constants:
-                yield name, before(name)
 
         weight_files.save_weights(tensors(), tuned.config, out)
 

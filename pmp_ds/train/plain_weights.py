@@ -47,11 +47,14 @@ def of_init(run: RunDir, folder: Path) -> PlainWeights:
 
 
 def complement_changes(weights: PlainWeights, initial: PreTrainedModel, mask: ParamMask) -> int:
-    """How many elements outside the ticket differ from theta(0): 0, or masking is broken."""
+    """How many elements outside the ticket differ from theta(0), those of frozen parameters among
+    them: 0, or masking is broken."""
     stored = weight_files.read_weights(weights.folder)
     changed = 0
     for name, param in initial.named_parameters():
         now = stored(name)
         differs = now != param.detach().to(now.dtype)
-        changed += int((differs & ~mask.full(name)).sum())
+        if name in mask.shapes:
+            differs &= ~mask.full(name)
+        changed += int(differs.sum())
     return changed

@@ -16,7 +16,7 @@ from pmp_ds import dist, formats
 from pmp_ds.config import Config
 from pmp_ds.errors import UserError
 from pmp_ds.model.build import build_model, model_config
-from pmp_ds.model.parameters import ParamInfo, digest, weights_digest
+from pmp_ds.model.parameters import ParamInfo, digest, trained_shapes, weights_digest
 from pmp_ds.model.secret_init import KEY_FILE, Secret, create_key, derive, initialize, load_key
 from pmp_ds.run_dir import RunDir, eventually, read_json, write_json
 from pmp_ds.ticket.ticket import has_ticket
@@ -44,9 +44,7 @@ def model_digest(config: Config, data: DataFacts) -> str:
     """``parameters.digest`` of the configured model, without drawing a weight."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architecture(config, data))
-    return digest(
-        [ParamInfo(n, tuple(p.shape), p.numel(), 0, False) for n, p in model.named_parameters()]
-    )
+    return digest([ParamInfo(n, shape, 0, 0, False) for n, shape in trained_shapes(model).items()])
 
 
 def init_of(run: RunDir, config: Config, *, may_create: bool = False) -> Init:

@@ -110,7 +110,7 @@ def trial(kind: str, folder: Path) -> Row:
         return row
     _pretrain(config, folder, init)
     byte_tokenizer().save_pretrained(folder / "tokenizer")
-    with _in_this_process():
+    with in_this_process():
         summary = export(
             folder / "weights", folder / "release", tokenizer_dir=folder / "tokenizer",
             card=DerivativeFacts(name="tiny", base="tiny", date="2026-01-31", license=None),
@@ -199,7 +199,7 @@ def tune(config: FinetuneConfig) -> torch.Tensor:
 
 
 @contextmanager
-def _in_this_process() -> Iterator[None]:
+def in_this_process() -> Iterator[None]:
     """Reload releases here: a fresh interpreter would take most of the time."""
     original = verify.run_alone
     verify.run_alone = lambda **request: reload._check(request)

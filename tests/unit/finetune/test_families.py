@@ -114,6 +114,13 @@ def test_a_family_that_takes_no_head_is_refused_in_a_line(tmp_path: Path, monkey
     assert "\n" not in str(caught.value)
 
 
+def test_a_head_that_takes_rows_of_some_lengths_only_is_refused(tmp_path: Path) -> None:
+    """Reformer trains on multiples of its chunks, and rows are as long as their text."""
+    write(tmp_path, "reformer")
+    with pytest.raises(UserError, match=r"does not train on rows of any length\. Fine-tune it on"):
+        classify(tmp_path)
+
+
 def test_a_classifier_on_another_model_than_the_causal_one_is_refused(tmp_path: Path) -> None:
     """Its encoder would be random, and nothing would say so."""
     write(tmp_path, "bart")

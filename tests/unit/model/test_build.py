@@ -129,6 +129,7 @@ def test_auto_reads_a_local_config(as_folder: bool, tmp_path: Path) -> None:
         ('{"vocab_size": 9}', "is not a Hugging Face config.json"),
         ('{"model_type": "t5"}', "'t5' is not a causal language model"),
         ('{"model_type": "marian", "decoder_vocab_size": 9}', "decoder_vocab_size=9 is smaller"),
+        ('{"model_type": "inkling2_text", "unpadded_vocab_size": 9}', "vocab_size=9 is smaller"),
         ('{"model_type": "gemma3"}', "'gemma3' reads more than text: name .* its text_config"),
         ('{"model_type": "my-own"}', "code of its own .*my-own"),
         (json.dumps(QWEN | {"auto_map": {"AutoConfig": "x.Y"}}), "code of its own"),
@@ -141,6 +142,13 @@ def test_auto_mistakes(text: str | None, message: str, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=message):
         hf(ModelConfig(family="auto", path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("kind", ["cwm", "modernbert-decoder"])
+def test_auto_of_a_class_that_takes_no_absent_bos(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "pad_token_id": 0}))
+    config = hf(ModelConfig(family="auto", path=str(tmp_path)), bos_id=None)
+    assert config.bos_token_id == config.eos_token_id == 2
 
 
 def test_auto_refuses_settings_without_effect(tmp_path: Path) -> None:

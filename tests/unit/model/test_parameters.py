@@ -8,6 +8,8 @@ from pmp_ds.model.parameters import (
     digest,
     num_params,
     parameter_table,
+    shapes,
+    trained_shapes,
     weights_digest,
 )
 
@@ -33,6 +35,24 @@ def test_table_by_hand() -> None:
         ParamInfo("mix.weight", (2, 2), 4, 8, False),
     )
     assert num_params(table) == 12
+
+
+def test_shapes_of_a_ticket() -> None:
+    with torch.device("meta"):
+        model = Tiny()
+    expected = {row.name: row.shape for row in parameter_table(Tiny())}
+    assert trained_shapes(model) == expected
+    assert shapes(model) == {"frozen": (2,)} | expected
+    assert list(trained_shapes(model)) == list(expected)
+
+
+def test_shapes_of_partitioned_parameters() -> None:
+    """As DeepSpeed leaves them under ZeRO 3."""
+    model = Tiny()
+    for param in model.parameters():
+        setattr(param, "ds_shape", param.shape)  # noqa: B010
+        param.data = torch.empty(0)
+    assert trained_shapes(model) == trained_shapes(Tiny())
 
 
 def test_digest_is_of_names_and_shapes() -> None:

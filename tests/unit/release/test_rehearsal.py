@@ -1,6 +1,7 @@
 """What could not be released is refused before training, and what can be is released whole."""
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from pmp_ds.errors import UserError
 from pmp_ds.model.build import build_model
 from pmp_ds.model.parameters import constants
 from pmp_ds.model.shrink import shrunk
-from pmp_ds.release import rehearsal
+from pmp_ds.release import rehearsal, verify
 from pmp_ds.release.architecture import kept, strangers
-from pmp_ds.release.export import export
+from pmp_ds.release.export import export, write_model
 from pmp_ds.release.rehearsal import rehearse
+from pmp_ds.release.reload import compute
+from pmp_ds.release.source import open_source
 from pmp_ds.train.weight_files import load_weights, save_weights
 from tests.unit.release.conftest import CARD, llama
 
@@ -44,6 +47,34 @@ def test_families_that_can_be_released(kind: str, settings: dict[str, Any]) -> N
     state = torch.get_rng_state()
     rehearse(CONFIG_MAPPING[kind](**settings))
     assert torch.equal(torch.get_rng_state(), state)  # training draws as before
+
+
+def test_what_transformers_keeps_in_fp32_is_compared_in_fp32(tmp_path: Path) -> None:
+    """Its norms compute in fp32 in a release of bf16. Rounded, a near tie between two experts goes
+    the other way, and the logits are far apart."""
+    model = build_model(small("deepseek_v4"))
+    rehearsal._sharpen(model)
+    for param in model.parameters():
+        if param.ndim == 1:
+            nn.init.normal_(param, mean=1.0, std=0.1)
+    save_weights([*model.named_parameters(), *constants(model).items()], model.config, tmp_path)
+    folder = tmp_path / "release"
+    folder.mkdir()
+    input_ids = verify.probe(model.config)
+    with closing(open_source(tmp_path)) as source:
+        write_model(source, folder, "bf16", 1 << 40, quiet=True)
+        logits, problems, dtype, wide = compute(str(folder), input_ids)
+        wanted = verify.reference_logits(source, input_ids, torch.bfloat16, wide)
+        rounded = verify.reference_logits(source, input_ids, torch.bfloat16, [])
+    assert (problems, dtype) == ({}, "torch.bfloat16")
+    assert wide
+    assert torch.equal(logits, wanted)
+    assert not torch.equal(logits, rounded)
+
+
+@pytest.mark.parametrize("kind", ["falcon_h1", "zamba2"])
+def test_sizes_that_follow_from_others_are_shrunk_with_them(kind: str) -> None:
+    rehearse(small(kind), secret=False)
 
 
 def test_a_model_that_reads_both_ways_is_refused_with_the_way_out() -> None:

@@ -1,17 +1,22 @@
 """Marks in copies of a ticket, and whom a leak names."""
 
 import itertools
+import json
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from pmp_ds.config import MaskConfig, ModelConfig
 from pmp_ds.errors import UserError
+from pmp_ds.model.parameters import parameter_table
+from pmp_ds.ticket.fit import fitted
 from pmp_ds.ticket.mask import ParamMask, pack
 from pmp_ds.ticket.ticket import Ticket
 from pmp_ds.ticket.trace import (
@@ -35,7 +40,9 @@ from pmp_ds.ticket.watermark import (
     missing_from,
     without,
 )
+from pmp_ds.train.discover import random_ticket
 from pmp_ds.train.dither import dither, draw_donors
+from tests.helpers import tiny
 
 SHAPES = {"embed": (300, 40), "norm": (40,), "proj": (200, 40), "bias": (7,)}
 WHOLE = {"norm"}  # trained always
@@ -349,40 +356,69 @@ def test_marks_survive_the_dither_of_the_owner(base, tmp_path, owner):
 def test_models_that_cannot_be_compared(base, tmp_path):
     mask = ticket().mask
 
-    def refused(folder: Path, message: str, base: Path = base) -> None:
+    def refused(folder: Path, message: str) -> None:
         with pytest.raises(UserError, match=message):
             list(of_model(base, folder, mask))
 
     refused(base, "differ in no parameter")
     refused(tmp_path / "nowhere", "nowhere is not a folder")
-    other = save_model(tmp_path / "other", {"x": torch.ones(2)})
-    refused(other, "differ in no parameter")
-    refused(base, "belongs to another model: .*other lacks bias", base=other)
+    refused(save_model(tmp_path / "other", {"x": torch.ones(2)}), "differ in no parameter")
     (tmp_path / "cut").mkdir()
     whole = (base / "model.safetensors").read_bytes()
     (tmp_path / "cut/model.safetensors").write_bytes(whole[:-5])
     refused(tmp_path / "cut", r"cut/model\.safetensors is damaged")
 
 
+@pytest.fixture
+def release(tmp_path: Path) -> Path:
+    tiny.model().save_pretrained(tmp_path / "release", max_shard_size="20KB")
+    (tmp_path / "release/stray.safetensors").write_bytes(b"not in the index")
+    return tmp_path / "release"
+
+
+def mask_of_model(config: ModelConfig = tiny.LLAMA) -> ParamMask:
+    return random_ticket(CODE, MaskConfig(), parameter_table(tiny.model(config))).mask
+
+
+def test_ticket_of_a_release(release):
+    mask = mask_of_model()
+    found = fitted_to(mask, release)
+    assert list(found.shapes) == list(mask.shapes)
+    assert all(found.bits[name].equal(bits) for name, bits in mask.bits.items())
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("other", "message"),
     [
-        ({"bias": None}, "lacks bias"),
-        ({"new": torch.ones(2)}, "has another parameter, new"),
-        ({"proj": torch.ones(40, 200)}, r"proj has shape \[40, 200\] in .* and \[200, 40\]"),
+        (replace(tiny.LLAMA, tie_embeddings=True), "has another parameter, lm_head.weight"),
+        (replace(tiny.LLAMA, num_layers=3), r"lacks model\.layers\.2\.input_layernorm\.weight"),
+        (replace(tiny.LLAMA, intermediate_size=40), r"has shape \[48, 32\] in .* and \[40, 32\]"),
     ],
 )
-def test_ticket_of_another_model(tmp_path, change, message):
-    weights = {n: w for n, w in (base_weights() | change).items() if w is not None}
+def test_ticket_of_another_model(release, other, message):
     with pytest.raises(UserError, match=f"another model: .*{message}"):
-        fitted_to(ticket().mask, save_model(tmp_path / "m", weights))
+        fitted_to(mask_of_model(other), release)
 
 
-def test_shards_are_read_by_their_index(tmp_path, base):
-    weights = base_weights()
-    for number, name in enumerate(weights):
-        save_file({name: weights[name]}, tmp_path / f"{number}.safetensors")
-    (tmp_path / "stray.safetensors").write_bytes(b"not listed")
-    files = ", ".join(f'"{name}": "{n}.safetensors"' for n, name in enumerate(weights))
-    (tmp_path / "model.safetensors.index.json").write_text(f'{{"weight_map": {{{files}}}}}')
-    fitted_to(ticket().mask, tmp_path)
+def test_a_release_that_lacks_what_its_config_describes(release):
+    index = json.loads((release / "model.safetensors.index.json").read_text())
+    file = release / index["weight_map"]["model.norm.weight"]
+    content = load_file(file)
+    del content["model.norm.weight"]
+    save_file(content, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks model\.norm\.weight"):
+        fitted_to(mask_of_model(), release)
+
+
+def test_rows_that_only_padded_the_vocabulary_tell_nothing(base, tmp_path):
+    """The run's ticket has them, and places of the code among them; its release does not."""
+    padded = ticket(shapes=SHAPES | {"embed": (320, 40)})
+    own = replace(padded, mask=fitted(padded.mask, SHAPES, base))
+    whole = {n: padded.mask.full(n) for n in SHAPES}
+    missing = {n: ~copy_for(3, padded).mask.full(n) & whole[n] for n in SHAPES}
+    lacking = {n: missing[n][: SHAPES[n][0]] for n in SHAPES}
+    bits = {n: pack(own.mask.full(n) & ~lacking[n]) for n in SHAPES}
+    tuned = save_model(
+        tmp_path / "tuned", tuned_weights(ParamMask(bits=bits, shapes=SHAPES), torch.bfloat16)
+    )
+    assert named(weighed(padded, 50, of_model(base, tuned, own.mask))) == ["partner 3"]
