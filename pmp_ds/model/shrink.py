@@ -19,6 +19,7 @@ _KEEP = 1 << 62
 _LARGEST = (
     (r"token_i(d|ndex)|_ids?$", VOCAB - 1),
     (r"vocab", VOCAB),
+    (r"first_k_dense", 1),
     (r"period|offset|interval|freq|every|step|replace|hash|bucket|axial", _KEEP),
     (r"experts_per_tok|num_selected|top_?k$|moe_k$", 2),
     (r"n_group|topk_group|num_expert_group", 1),

@@ -50,7 +50,7 @@ def _require_fit(module: torch.nn.Module, mask: ParamMask) -> None:
     ]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        if own.keys() >= mask.shapes.keys():
+        if own.items() >= mask.shapes.items():
             more += ". Freeze what no ticket names: requires_grad_(False)"
         raise UserError(f"the ticket is of another model: {'; '.join(problems[:3])}{more}")
 

@@ -114,10 +114,10 @@ def test_support_table_is_generated() -> None:
 
 
 def test_table_of_architectures_is_whole() -> None:
-    """Its text is of today, each family has a row, and none failed but those that are known."""
+    """Its text is of today, each family has a row, and none failed."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    from tests.helpers.families import OPEN, Row, section
+    from tests.helpers.families import Row, section
     from tests.helpers.matrix import ARCHITECTURES, SUPPORT
 
     found = "".join(SUPPORT.read_text().partition(ARCHITECTURES)[1:])
@@ -125,4 +125,4 @@ def test_table_of_architectures_is_whole() -> None:
     rows = [Row(*(cell.strip() for cell in line[1:-1].split("|"))) for line in lines]
     assert found == section(rows), "run: make families"
     assert [row.kind for row in rows] == sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    assert {row.kind for row in rows if "FAILED" in str(row)} == OPEN
+    assert [row.kind for row in rows if "FAILED" in str(row)] == []
