@@ -11,8 +11,12 @@ from unittest import mock
 
 import pytest
 
+from pmp_ds import dist
+from pmp_ds.config import Config
+from pmp_ds.errors import UserError
 from pmp_ds.run_dir import RunDir
-from pmp_ds.train import shelf
+from pmp_ds.summary import summarize
+from pmp_ds.train import shelf, theta0
 from pmp_ds.version import code_version
 from tests.distributed.test_damage import flip
 from tests.helpers.commands import files_of
@@ -181,13 +185,33 @@ def test_lost_key(refused, lives, run):
     (run.init / "key").unlink()
     one = refused(*SECRET)
     seen("lost key", one.code, one.err)
-    theta0 = (run.init / "theta0.json").read_bytes()
+    before = files_of(run.root)
+    with pytest.raises(UserError) as caught:
+        summarize(run, "a prompt")  # launcher/report.py
+    seen("lost key, report", 1, f"error: {caught.value}")
+    assert files_of(run.root) == before
+    digest = (run.init / "theta0.json").read_bytes()
     (run.init / "theta0.json").unlink()
     assert f"and {run.ticket} was made with it" in refused(*SECRET).err
-    (run.init / "theta0.json").write_bytes(theta0)
+    (run.init / "theta0.json").write_bytes(digest)
     (run.init / "key").write_bytes(key[:-1] + bytes([key[-1] ^ 1]))
     one = refused(*SECRET)
     seen("key", one.code, one.err)
+
+
+def key_of(root: str) -> bytes:
+    """The key as a rank has it whose host has a folder of its own."""
+    return bytes(theta0.init_of(RunDir(Path(root) / str(dist.rank())), Config()))
+
+
+def test_the_key_does_not_travel_between_ranks(ranks2, tmp_path):
+    """Each rank reads it for itself: others may listen to the network between hosts."""
+    for rank in (0, 1):
+        folder = RunDir(tmp_path / str(rank)).init
+        folder.mkdir(parents=True)
+        (folder / "key").write_bytes(bytes([rank]) * 32)
+        (folder / "key").chmod(0o600)
+    assert ranks2.run(key_of, str(tmp_path)) == [bytes([rank]) * 32 for rank in (0, 1)]
 
 
 def test_lost_digest(refused, lives, run):

@@ -1,7 +1,6 @@
 """Every command works for a user without a passwd entry, a name or a home: a container's."""
 
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,20 +8,14 @@ import pytest
 from tests.e2e.conftest import MainRun
 from tests.helpers.commands import Done, ok, run
 from tests.helpers.faults import seen
+from tests.helpers.namespaces import needs
 from tests.helpers.workdir import PREPARE, SHORT
-
-pytestmark = pytest.mark.e2e
 
 UNSHARE = ("unshare", "-U", "--map-user=12345")
 NAMELESS = (
     *UNSHARE, "env", "-u", "USER", "-u", "LOGNAME", "-u", "LNAME", "-u", "USERNAME", "-u", "HOME",
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _namespaces() -> None:
-    if subprocess.run([*UNSHARE, "true"], check=False, capture_output=True).returncode:
-        pytest.skip("no user namespaces here")
+pytestmark = [pytest.mark.e2e, needs(*UNSHARE[1:])]
 
 
 def nameless(launcher: str, *arguments: str | Path, cwd: Path, ranks: int | None = None) -> Done:

@@ -1,6 +1,5 @@
 """Jobs that meet where they should not, and ranks that must: real commands."""
 
-import os
 import re
 import signal
 import socket
@@ -16,6 +15,7 @@ from tests.helpers.commands import error_of, files_of, kill, ok, start
 from tests.helpers.distributed import free_port
 from tests.helpers.faults import seen
 from tests.helpers.lives import same_end
+from tests.helpers.namespaces import needs
 from tests.helpers.torture import Place, finish
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
@@ -23,7 +23,6 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 Process = subprocess.Popen[str]
 Begin = Callable[..., Process]
 no_hosts = hosts.missing()
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for mount namespaces")
 
 
 @pytest.fixture
@@ -105,7 +104,7 @@ def test_ranks_of_mpirun_and_srun_find_each_other(place, begin, main_run):
     same_end(main_run.run, place.run)
 
 
-@as_root
+@needs("--mount")
 @pytest.mark.parametrize(
     ("fault", "what"), [("host without the folder", "runs"), ("host without the store", "store")]
 )
@@ -128,6 +127,7 @@ def test_a_host_without(place, begin, fault, what):
 @pytest.mark.skipif(no_hosts is not None, reason=str(no_hosts))
 def test_a_host_without_network(place, begin, main_run):
     """Both sides notice within the deadline and say whom they miss; rejoined, they go on."""
+
     def job() -> list[Process]:
         port = free_port()
         return [

@@ -164,8 +164,10 @@ def test_a_digest_of_other_initial_weights(copied: RunDir, tmp_path: Path, versi
     path.write_text(json.dumps(values))
     before = files_of(tmp_path)
     message = error_of(run("export.py", "--run", "main", "--out", "again", cwd=tmp_path))
-    altered = "main/private/init/theta0.json was altered" in message
-    assert altered if version == 3 else "theta(0) drawn again differs from the one" in message
+    if version == 3:
+        seen("altered digest", 1, message)
+    else:
+        assert "theta(0) drawn again differs from the one" in message
     assert files_of(tmp_path) == before
 
 

@@ -96,6 +96,12 @@ CHECKPOINTS = {
         r"error: .*init/key is missing, and .*theta0\.json was made with it: put the run's own key "
         r"back", "nothing, with a backup of it",
     ),
+    "lost key, report": Fault(
+        "the same before `report.py`", "the same",
+        "refused: a new key would report that the whole complement changed", EXIT_MISTAKE,
+        r"error: .*init/key is missing, and .*theta0\.json was made with it",
+        "nothing, with a backup of it",
+    ),
     "lost key, seal": Fault(
         "the same before `vault.py seal` or `trace`", "the same",
         "refused: no copy is marked with another key", EXIT_MISTAKE,
@@ -403,7 +409,77 @@ STRANGERS = {
     ),
 }  # fmt: skip
 
+FAMILIES = {
+    "not causal": Fault(
+        "a model whose tokens see those after them", "the config.json of a BERT",
+        "refused before the run's name is taken", EXIT_MISTAKE,
+        r"error: model_type='bert' is not trained: it reads both ways, .*: add .is_decoder.: true",
+        NOTHING,
+    ),
+    "not its release": Fault(
+        "a model whose release would be another model",
+        "a rule of export that forgets a key of config.json: one that gives a shape, and the rope",
+        "found at tiny width and refused, before anything is trained", EXIT_MISTAKE,
+        r"error: model_type='llama' is not trained: .*(would describe another architecture|its "
+        r"release would not be the model: the release's logits differ by)", NOTHING,
+    ),
+    "no initial weights": Fault(
+        "a model whose initial weights no key reproduces",
+        "an architecture that leaves its parameters as torch made them", "the same", EXIT_MISTAKE,
+        r"error: model_type='llama' is not trained: .*does not initialise all of", NOTHING,
+    ),
+    "changing buffer": Fault(
+        "a model that learns outside its parameters",
+        "a persistent buffer that the forward pass adds to", "the same", EXIT_MISTAKE,
+        r"error: model_type='llama' is not trained: .*its forward pass changes model\.seen",
+        NOTHING,
+    ),
+    "no classifier": Fault(
+        "GLUE on a family that has no classifier and takes no head",
+        "a base model without the plain head of transformers",
+        "refused; most families without a classifier get a head", EXIT_MISTAKE,
+        r"error: model_type='cohere' takes no classification head: .* --task lm", NOTHING,
+    ),
+    "other classifier": Fault(
+        "GLUE on a family whose classifier is built on another model than the causal one",
+        "a BART, whose classifier has an encoder", "refused: the encoder would be random",
+        EXIT_MISTAKE,
+        r"error: .* BartForSequenceClassification is not built on the causal model: .* would be "
+        r"lost or random", NOTHING,
+    ),
+    "no end of text": Fault(
+        "GLUE on a model that names no end of text", "`eos_token_id: null` in config.json",
+        "refused; of several ends of text the first one pads", EXIT_MISTAKE,
+        r"error: --model .*: its config\.json names no eos_token", NOTHING,
+    ),
+}  # fmt: skip
+
+LEAVING = {
+    "altered digest": Fault(
+        "another digest of the initial weights in theta0.json before `export.py`",
+        "its `sha256` made zeros, which would let a second revision leave",
+        "refused: it was sealed with the run's key", EXIT_MISTAKE,
+        r"error: .*init/theta0\.json was altered: its digest is not the one that was sealed",
+        "nothing, with a backup of it",
+    ),
+    "ledger line": Fault(
+        "the newline at the end of the ledger lost", "its last byte cut",
+        "the line counts: a second revision is refused as before", EXIT_MISTAKE,
+        r"error: .*their difference is the mask", NOTHING,
+    ),
+    "derivative of a copy": Fault(
+        "`export.py --derivative` by a recipient", "`--ticket` names a copy instead of a run's own",
+        "refused: the model would no longer show whose copy it was tuned with", EXIT_MISTAKE,
+        r"error: --ticket copy is not the ticket of a run", NOTHING,
+    ),
+}  # fmt: skip
+
 SETTINGS = {
+    "aliases": Fault(
+        "a YAML file that is small as text and huge as values", "nested aliases, 9^9 values",
+        "refused at once", EXIT_MISTAKE,
+        r"error: .*, line \d+: its aliases stand for more than 20,000 values", NOTHING,
+    ),
     "section twice": Fault(
         "a setting or section that stands twice in a YAML file", "`train:` at the top and the end",
         "refused with both lines: YAML itself would forget the first", EXIT_MISTAKE,
@@ -471,7 +547,8 @@ DATA = {
 SECTIONS = {
     "Files": CHECKPOINTS, "Disk": DISK, "Updates": UPDATES, "Ranks": RANKS,
     "Jobs and hosts": JOBS, "Signals": SIGNALS, "Machine": MACHINE,
-    "Files of strangers": STRANGERS, "Settings": SETTINGS,
+    "Files of strangers": STRANGERS, "Architectures": FAMILIES, "What leaves": LEAVING,
+    "Settings": SETTINGS,
     "DeepSpeed JSON": DEEPSPEED, "Input of prepare_data": DATA,
 }  # fmt: skip
 FAULTS = {name: fault for section in SECTIONS.values() for name, fault in section.items()}

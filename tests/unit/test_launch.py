@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.distributed import REPO
+from tests.helpers.namespaces import needs
+
+CONTAINER = ("unshare", "--pid", "--fork", "--kill-child")
 
 # A rank: notes what it finds, then ends as the argument of its number says. `wait` waits for a
 # signal and ends with 75, `deaf` ignores SIGTERM, `orphan` leaves a process behind, SIGx kills it.
@@ -116,10 +119,10 @@ def test_the_second_of_three_machines(launch, tmp_path):
     ]  # fmt: skip
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for a process namespace")
+@needs(*CONTAINER[1:])
 def test_process_1_of_a_container(launch, tmp_path):
     """It gets SIGTERM although the kernel protects process 1, and reaps what a rank left."""
-    process = launch("orphan", "wait", prefix=("unshare", "--pid", "--fork", "--kill-child"))
+    process = launch("orphan", "wait", prefix=CONTAINER)
     notes(tmp_path, 0, 1)
     (inner,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     time.sleep(1.0)

@@ -14,6 +14,7 @@ from pmp_ds import lease
 from pmp_ds.errors import UserError
 from pmp_ds.lease import hold
 from tests.helpers.distributed import REPO
+from tests.helpers.namespaces import needs
 
 # Holds the folder until its input ends; short times, so that tests need not wait for a minute.
 PROGRAM = """
@@ -32,10 +33,7 @@ def main():
 sys.exit(exit_code(main))
 """
 ELSEWHERE = ("unshare", "--pid", "--fork", "--kill-child")
-needs_namespaces = pytest.mark.skipif(
-    os.geteuid() != 0 or subprocess.run([*ELSEWHERE, "true"], check=False).returncode != 0,
-    reason="needs root and process namespaces",
-)
+needs_namespaces = needs(*ELSEWHERE[1:])
 
 
 def start(folder: Path, *prefix: str, stale: float = 2.0) -> subprocess.Popen[str]:

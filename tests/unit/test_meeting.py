@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+import psutil
 import pytest
 
 from pmp_ds.meeting import in_words
@@ -70,6 +71,8 @@ def test_they_meet(rank):
     one, other = rank(0, port), rank(1, port)
     assert met(one)
     assert met(other)
+    found = psutil.Process(one.pid).net_connections()
+    assert {c.laddr.ip for c in found if c.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
     assert [end(p)[0] for p in (one, other)] == [0, 0]
 
 

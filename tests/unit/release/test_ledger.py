@@ -10,6 +10,7 @@ import pytest
 from pmp_ds.errors import UserError
 from pmp_ds.formats import FormatError
 from pmp_ds.release.ledger import Claim, lineage_of, read
+from tests.helpers.faults import seen
 
 
 def claim(path: Path, kind: Any = "final", lineage: str = "a" * 64, **given: Any) -> Claim:
@@ -92,8 +93,9 @@ def test_a_line_without_its_newline_counts(ledger: Path) -> None:
     """An editor took it, or a power cut: the release has left all the same."""
     whole = ledger.read_bytes()
     ledger.write_bytes(whole[:-1])
-    with pytest.raises(UserError, match="their difference is the mask"):
+    with pytest.raises(UserError) as caught:
         claim(ledger).check("w2")
+    seen("ledger line", 1, f"error: {caught.value}")
     claim(ledger).record("w1", "r1", "bf16")
     assert ledger.read_bytes() == whole + whole
 

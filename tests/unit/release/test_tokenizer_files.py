@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, GPT2Tokenizer
+from transformers import (
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    GPT2Tokenizer,
+    pipeline,
+)
 
 from pmp_ds.data.saved_tokenizer import save_tokenizer
 from pmp_ds.data.tokenizer import train_tokenizer
@@ -58,6 +63,10 @@ def test_three_files_say_the_same(config: Any, tmp_path: Path, tokenizer_dir: Pa
     assert settings["add_bos_token"] is False
     given = tokenizer(["abc", "abcdef"], padding=True)
     assert given.keys() == {"input_ids", "attention_mask"}
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)  # Trainer's
+    assert collate([tokenizer("abc"), tokenizer("abcdef")])["input_ids"].shape == (2, 6)
+    generate = pipeline("text-generation", model=str(out))
+    assert len(generate(["abc", "abcdef"], batch_size=2, max_new_tokens=1)) == 2
     longest = named.get("max_position_embeddings", named.get("n_positions"))
     assert len(tokenizer("a" * 500, truncation=True)["input_ids"]) == longest
 

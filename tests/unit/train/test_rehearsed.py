@@ -11,6 +11,7 @@ from launcher import pretrain
 from pmp_ds.errors import UserError
 from pmp_ds.study.plan import rehearse_arms, steps
 from pmp_ds.study.recipe import Arm, Study
+from tests.helpers.faults import seen
 from tests.helpers.stores import write_store
 
 
@@ -30,8 +31,9 @@ def test_pretrain_refuses_before_anything_is_written(
     argv += ["--run.root", f"{tmp_path}/runs", "--run.name", "both-ways"]
     monkeypatch.setattr(sys, "argv", argv)
     prepared = pretrain.prepare()
-    with pytest.raises(UserError, match=r"model_type='bert' is not trained: it reads both ways"):
+    with pytest.raises(UserError) as caught:
         prepared.run()
+    seen("not causal", 1, f"error: {caught.value}")
     assert not (tmp_path / "runs").exists()
 
 
