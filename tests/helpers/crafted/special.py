@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers import study
-from tests.helpers.crafted import archives, tensors
+from tests.helpers.crafted import archives, corpora, tensors
 from tests.helpers.crafted.variants import DEEP, NASTY, Change, bytes_
 
 Named = Iterator[tuple[str, Change]]
@@ -379,5 +379,5 @@ _SPECIAL: dict[str, Callable[[], Named]] = {
     "ticket": _ticket, "sealed ticket": archives.named, "release": _release,
     "sharded release": _index, "tokenizer": _tokenizer, "store": _store, "GLUE": _glue,
     "results": _results, "pictures": _pictures, "keys": _keys, "sentencepiece": _sentencepiece,
-    "checkpoint": _checkpoint,
+    "checkpoint": _checkpoint, "corpus": corpora.named,
 }  # fmt: skip
