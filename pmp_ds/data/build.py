@@ -26,6 +26,7 @@ from pmp_ds.progress import Progress
 _SAMPLE_SOURCES = 32
 _SAMPLE_CHARS = 1 << 18
 _SAMPLE_DOCUMENT_CHARS = 4_000
+_SAMPLE_TEXTS = 4096
 
 
 def build_store(
@@ -146,16 +147,18 @@ def complete_store(
 
 
 def sample_texts(sources: Sequence[Source], config: PrepareConfig) -> list[str]:
-    """Beginnings of documents from all over the corpus, about 256,000 characters."""
+    """Beginnings of documents from all over the corpus, about 256,000 characters, and not many more
+    texts than 4,096."""
     step = len(sources) // _SAMPLE_SOURCES + 1
     chosen = sources[::step]
     texts: list[str] = []
     for source in chosen:
         room = _SAMPLE_CHARS // len(chosen)
+        most = len(texts) + max(1, _SAMPLE_TEXTS // len(chosen))
         for text in read_texts(source, config.text_field, Rejects(max_malformed=1.0)):
             texts.append(text[: min(room, _SAMPLE_DOCUMENT_CHARS)])
             room -= len(texts[-1])
-            if room <= 0:
+            if room <= 0 or len(texts) == most:
                 break
     return texts
 

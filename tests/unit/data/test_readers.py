@@ -69,9 +69,9 @@ def test_parquet_packed_to_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
 def test_text_that_is_packed_well_is_read(tmp_path: Path, suffix: str) -> None:
-    """A hundred documents again and again: 60 times shorter when packed."""
+    """A hundred documents ten times: 20 times shorter when packed."""
     rows = b"".join(b'{"text": "%s"}\n' % os.urandom(40).hex().encode() for _ in range(100))
-    assert len(read(packed(tmp_path / f"a{suffix}", rows * 60))) == 6000
+    assert len(read(packed(tmp_path / f"a{suffix}", rows * 10))) == 1000
 
 
 def test_repeated_texts_of_a_parquet_file_are_read(tmp_path: Path) -> None:
