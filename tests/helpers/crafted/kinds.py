@@ -114,8 +114,9 @@ def _use_tokenizer(folder: Path) -> None:
     from pmp_ds.model.folder import open_tokenizer
     from pmp_ds.release.tokenizer_files import copy_tokenizer
 
-    open_tokenizer(folder).encode("some text")
-    load_tokenizer(str(folder)).encode_batch(["some text"])
+    text = "some text " + "x" * 200
+    open_tokenizer(folder).encode(text)
+    load_tokenizer(str(folder)).encode_batch([text])
     with tempfile.TemporaryDirectory() as out:
         copy_tokenizer(folder, Path(out))
 
