@@ -1,5 +1,6 @@
 """Fill a folder with a complete store: tokenize, split, pack, write shards and the manifest."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pmp_ds.data.corpus import EmptySplit, Rejects, Source, Unit, group_units
+from pmp_ds.data.corpus import EmptySplit, MalformedError, Rejects, Source, Unit, group_units
 from pmp_ds.data.encoder import Encoder, EncoderSpec, choose_engine
 from pmp_ds.data.manifest import SPLITS, read_manifest, write_manifest
 from pmp_ds.data.packing import token_dtype
@@ -155,11 +156,12 @@ def sample_texts(sources: Sequence[Source], config: PrepareConfig) -> list[str]:
     for source in chosen:
         room = _SAMPLE_CHARS // len(chosen)
         most = len(texts) + max(1, _SAMPLE_TEXTS // len(chosen))
-        for text in read_texts(source, config.text_field, Rejects(max_malformed=1.0)):
-            texts.append(text[: min(room, _SAMPLE_DOCUMENT_CHARS)])
-            room -= len(texts[-1])
-            if room <= 0 or len(texts) == most:
-                break
+        with contextlib.suppress(MalformedError):  # of a thousand rows most: read no further
+            for text in read_texts(source, config.text_field, Rejects(max_malformed=0.5)):
+                texts.append(text[: min(room, _SAMPLE_DOCUMENT_CHARS)])
+                room -= len(texts[-1])
+                if room <= 0 or len(texts) == most:
+                    break
     return texts
 
 

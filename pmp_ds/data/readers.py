@@ -154,7 +154,7 @@ def _json_documents(
     start, end = source.first_byte, source.first_byte + source.num_bytes
     if start:
         raw.seek(start - 1)
-        start = start - 1 + len(raw.readline())
+        start += _line_length(source, raw) - 1
     whole = source.num_parts == 1
     done, lines = source.first_byte, 0
 
@@ -201,6 +201,18 @@ def _json_documents(
         on_bytes(position - done)
         done = position
     on_bytes(end - done)
+
+
+def _line_length(source: Source, raw: BinaryIO) -> int:
+    """How long the rest of a line is; it is read."""
+    length = 0
+    for piece in iter(lambda: raw.readline(_CHUNK_BYTES), b""):
+        length += len(piece)
+        if length > LONGEST:
+            raise _too_long(source, f"the line around byte {source.first_byte:,}")
+        if piece.endswith(b"\n"):
+            break
+    return length
 
 
 def _chunks(

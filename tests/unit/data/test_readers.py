@@ -2,6 +2,7 @@
 
 import gzip
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -85,6 +86,17 @@ def test_a_document_without_end(tmp_path: Path, name: str) -> None:
     path.write_bytes(b'{"text": "')
     os.truncate(path, 4 << 30)
     seen("endless document", 1, refusal(path))
+
+
+def test_a_part_that_begins_in_a_line_without_end(tmp_path: Path) -> None:
+    """A file of several GiB is read in parts, each from its first line end on."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"x")
+    os.truncate(path, 4 << 30)
+    (source,) = find_sources([str(path)])
+    part = replace(source, part=1, num_parts=2, first_byte=1 << 20, num_bytes=1 << 20)
+    with pytest.raises(UserError, match="is too long: the line around byte 1,048,576, and"):
+        list(read_documents(part, "text", Rejects()))
 
 
 def test_a_row_group_of_one_endless_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
