@@ -195,14 +195,14 @@ def _columns() -> Iterator[tuple[str, Callable[[], bytes]]]:
         yield f"of {codec}", partial(parquet, compression=codec)
     for codec in ("snappy", "zstd"):
         for name, size, rows, groups in (
-            ("one text", 1 << 29, 1, 1), ("two texts", 1 << 28, 2, 1),
-            ("texts", 1 << 16, 1 << 13, 1), ("row groups", 1 << 25, 1, 16),
+            ("one text", 144 << 20, 1, 1), ("two texts", 144 << 20, 2, 1),
+            ("texts", 1 << 16, 1 << 10, 1), ("row groups", 1 << 21, 1, 16),
         ):  # fmt: skip
             yield (
-                f"512 MiB in {name}, {codec}",
+                f"{size * rows * groups >> 20} MiB in {name}, {codec}",
                 partial(_large, codec, size, rows, groups),
             )
-    for size, rows in ((1 << 10, 1 << 20), (1 << 19, 1 << 12), (1 << 23, 1 << 10)):
+    for size, rows in ((1 << 10, 1 << 20), (1 << 19, 1 << 12), (1 << 22, 1 << 10)):
         yield (
             f"{rows} times a text of {size}",
             partial(_large, "zstd", size, rows, 1, dictionary=True),
