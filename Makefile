@@ -4,6 +4,8 @@
 #   TORCH_INDEX=URL      take torch, and only torch, from this index (see `make help`)
 #   PYTEST_ARGS="-k x"   passed on to pytest
 #   TORTURE_ARGS="--seed 7"   the same kills again
+#   FUZZ_ARGS="-max_total_time=60"   libFuzzer's options, one minute here
+#   CRAFTED_ARGS=corpus  that kind of input alone, and what was said of each
 #   CLIENTS_ARGS="--only vLLM"   those clients alone; the table is only printed
 
 SHELL := /bin/bash
@@ -15,6 +17,8 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
 TORTURE_ARGS ?=
+FUZZ_ARGS ?= -max_total_time=600
+CRAFTED_ARGS ?=
 CLIENTS_ARGS ?=
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -37,6 +41,10 @@ help:
 	@echo 'make test    ruff, mypy and all tests: what CI runs'
 	@echo 'make test-matrix   every supported combination of stage, precision, offload and ranks'
 	@echo 'make families      every causal architecture of transformers at tiny width, into docs/SUPPORT.md'
+	@echo 'make crafted       open 12,000 crafted files, settings and DeepSpeed JSONs; a table with memory'
+	@echo 'make examples      the tests with hypothesis, a hundred times as many examples'
+	@echo 'make fuzz          change the bytes of what the parsers read, ten minutes long (atheris)'
+	@echo 'make nightly       crafted, examples, fuzz, torture, test-matrix, families and clients: hours'
 	@echo 'make torture       SIGKILL a run 50 times in all of its phases; it must come to the same bits'
 	@echo 'make study   pretrain, fine-tune, attack and report, as RECIPE=FILE says (STUDY_ARGS=--plan: only say what)'
 	@echo 'make clients      load tiny releases with transformers 4 and 5, llama.cpp, vLLM and others (10 GB)'
@@ -96,6 +104,26 @@ test-matrix: $(STAMP)
 .PHONY: families
 families: $(STAMP)
 	python -m tests.helpers.families
+
+.PHONY: crafted
+crafted: $(STAMP)
+	python -m tests.helpers.crafted $(CRAFTED_ARGS)
+
+.PHONY: examples
+examples: $(STAMP)
+	EXAMPLES=100 pytest -m hypothesis --timeout 0 $(PYTEST_ARGS)
+
+.PHONY: fuzz
+fuzz: $(STAMP)
+	$(PIP) install -c constraints.txt -e '.[fuzz]'
+	python -m tests.helpers.fuzz $(FUZZ_ARGS)
+
+# One after the other, the costly ones last, each whether or not the one before failed.
+NIGHTLY := crafted examples fuzz torture test-matrix families clients
+.PHONY: nightly
+nightly:
+	@failed=; for target in $(NIGHTLY); do $(MAKE) $$target || failed+=" $$target"; done; \
+	  [ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
 .PHONY: torture
 torture: $(STAMP)

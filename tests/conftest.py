@@ -6,9 +6,9 @@ import pytest
 from hypothesis import settings
 
 from tests.helpers.distributed import RankPool
+from tests.helpers.examples import examples
 
-# No test is a matter of time: a busy machine may take a second for what usually takes 1 ms.
-settings.register_profile("untimed", deadline=None)
+settings.register_profile("untimed", examples())
 settings.load_profile("untimed")
 
 

@@ -1,5 +1,6 @@
 """Fill a folder with a complete store: tokenize, split, pack, write shards and the manifest."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pmp_ds.data.corpus import EmptySplit, Rejects, Source, Unit, group_units
+from pmp_ds.data.corpus import EmptySplit, MalformedError, Rejects, Source, Unit, group_units
 from pmp_ds.data.encoder import Encoder, EncoderSpec, choose_engine
 from pmp_ds.data.manifest import SPLITS, read_manifest, write_manifest
 from pmp_ds.data.packing import token_dtype
@@ -26,6 +27,7 @@ from pmp_ds.progress import Progress
 _SAMPLE_SOURCES = 32
 _SAMPLE_CHARS = 1 << 18
 _SAMPLE_DOCUMENT_CHARS = 4_000
+_SAMPLE_TEXTS = 4096
 
 
 def build_store(
@@ -146,17 +148,20 @@ def complete_store(
 
 
 def sample_texts(sources: Sequence[Source], config: PrepareConfig) -> list[str]:
-    """Beginnings of documents from all over the corpus, about 256,000 characters."""
+    """Beginnings of documents from all over the corpus, about 256,000 characters, and not many more
+    texts than 4,096."""
     step = len(sources) // _SAMPLE_SOURCES + 1
     chosen = sources[::step]
     texts: list[str] = []
     for source in chosen:
         room = _SAMPLE_CHARS // len(chosen)
-        for text in read_texts(source, config.text_field, Rejects(max_malformed=1.0)):
-            texts.append(text[: min(room, _SAMPLE_DOCUMENT_CHARS)])
-            room -= len(texts[-1])
-            if room <= 0:
-                break
+        most = len(texts) + max(1, _SAMPLE_TEXTS // len(chosen))
+        with contextlib.suppress(MalformedError):  # of a thousand rows most: read no further
+            for text in read_texts(source, config.text_field, Rejects(max_malformed=0.5)):
+                texts.append(text[: min(room, _SAMPLE_DOCUMENT_CHARS)])
+                room -= len(texts[-1])
+                if room <= 0 or len(texts) == most:
+                    break
     return texts
 
 

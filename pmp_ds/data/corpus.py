@@ -35,6 +35,10 @@ class Unfinished(UserError):
     """What another attempt may mend (a lost process or connection); finished units stay."""
 
 
+class MalformedError(UserError):
+    """Too many rows are no documents."""
+
+
 class EmptySplit(UserError):
     """The settings leave a split without a block: what is packed is of no use to others."""
 
@@ -134,7 +138,7 @@ class Rejects:
     def check(self) -> None:
         """Raise UserError when more than ``max_malformed`` of the rows were malformed."""
         if self.malformed > self.max_malformed * self.rows:
-            raise UserError(
+            raise MalformedError(
                 f"{self.malformed} of {self.rows} rows are malformed (at most "
                 f"{self.max_malformed:.4g} of them may be): "
                 f"{'; '.join(self.describe(with_empty=False))}; "

@@ -19,7 +19,13 @@ from pmp_ds.errors import UserError
 
 _CHUNK_BYTES = 4 << 20
 _FIRST_CHUNK_BYTES = 1 << 18  # small: a sample takes no more of a source than its beginning
-_PARQUET_ROWS = 256
+_PARQUET_ROWS = 16  # at a time: a text in a dictionary is there once, and then once a row
+LONGEST = 128 << 20
+"""Bytes of one document, or of one line of JSON."""
+_EXPANSION = 50
+_FREE_BYTES = 2 << 20
+"""What unpacks to more than so many bytes may be _EXPANSION times as long as the file: text is
+seldom packed to less than a tenth, a crafted file to any part."""
 
 
 def read_documents(
@@ -45,6 +51,8 @@ def read_documents(
         else:
             with open_source(source) as raw:
                 if source.kind == "text":
+                    if source.num_bytes > LONGEST:
+                        raise _too_long(source, "it is one document")
                     yield from _accepted([(source.name, raw.read())], rejects)
                     on_bytes(source.num_bytes)
                 elif source.kind == "parquet":
@@ -53,8 +61,9 @@ def read_documents(
                 else:
                     yield from _json_documents(source, raw, text_field, rejects, on_bytes)
             _require_unchanged(source)
-    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
-        raise UserError(f"input {source.url or source.path} cannot be read: {error}") from error
+    except (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError) as error:
+        said = str(error).strip().partition("\n")[0]
+        raise UserError(f"input {source.url or source.path} cannot be read: {said:.300}") from error
 
 
 def read_texts(source: Source, text_field: str, rejects: Rejects) -> Iterator[str]:
@@ -94,6 +103,22 @@ def parse_row(row: Any, text_field: str) -> tuple[str | None, str]:
     return text, ""
 
 
+def _too_long(source: Source, what: str) -> UserError:
+    return UserError(
+        f"input {source.name} is too long: {what}, and a document has at most {LONGEST:,} bytes; "
+        "divide it into several"
+    )
+
+
+def _require_plausible(source: Source, unpacked: int, packed: int) -> None:
+    """Raise UserError for what unpacks to far more than text does."""
+    if unpacked > _FREE_BYTES + _EXPANSION * packed:
+        raise UserError(
+            f"input {source.name} unpacks to more than {_EXPANSION} times its size, as no text "
+            "does; remove it, or unpack it yourself"
+        )
+
+
 def _accepted(rows: Iterable[tuple[str, bytes]], rejects: Rejects) -> Iterator[bytes]:
     """Rows that are a document as they are."""
     for where, raw in rows:
@@ -129,14 +154,26 @@ def _json_documents(
     start, end = source.first_byte, source.first_byte + source.num_bytes
     if start:
         raw.seek(start - 1)
-        start = start - 1 + len(raw.readline())
+        start += _line_length(source, raw) - 1
     whole = source.num_parts == 1
     done, lines = source.first_byte, 0
 
     def where(line: int) -> str:
         return f"{source.name}:{line + (_lines_before(source, start) if start else 0)}"
 
-    for chunk in _chunks(file, None if whole else end - start):
+    unpacked = 0
+
+    def check(num_bytes: int, of_line: int) -> None:
+        nonlocal unpacked
+        unpacked += num_bytes
+        _require_plausible(source, unpacked, raw.tell() - start)
+        if of_line > LONGEST:
+            raise _too_long(source, f"the line that begins after line {lines}")
+
+    for chunk in _chunks(file, None if whole else end - start, check):
+        if chunk.isspace():
+            lines += chunk.count(b"\n")
+            continue
         documents = parse_chunk(chunk, text_field)
         if documents is not None:
             rejects.rows += len(documents)
@@ -166,21 +203,40 @@ def _json_documents(
     on_bytes(end - done)
 
 
-def _chunks(file: BinaryIO, num_bytes: int | None) -> Iterator[bytes]:
+def _line_length(source: Source, raw: BinaryIO) -> int:
+    """How long the rest of a line is; it is read."""
+    length = 0
+    for piece in iter(lambda: raw.readline(_CHUNK_BYTES), b""):
+        length += len(piece)
+        if length > LONGEST:
+            raise _too_long(source, f"the line around byte {source.first_byte:,}")
+        if piece.endswith(b"\n"):
+            break
+    return length
+
+
+def _chunks(
+    file: BinaryIO, num_bytes: int | None, check: Callable[[int, int], None]
+) -> Iterator[bytes]:
     """Whole lines together, up to about ``_CHUNK_BYTES`` at a time: those that begin within the
-    next ``num_bytes``, or all.
+    next ``num_bytes``, or all. ``check`` is called with how many bytes each read gave, and how many
+    there are of the chunk.
     """
     size = min(_FIRST_CHUNK_BYTES, _CHUNK_BYTES)
     while num_bytes is None or num_bytes > 0:
-        chunk = file.read(size if num_bytes is None else min(size, num_bytes))
+        pieces = [file.read(size if num_bytes is None else min(size, num_bytes))]
         size = min(2 * size, _CHUNK_BYTES)
-        if not chunk:
+        if not pieces[0]:
             return
-        if not chunk.endswith(b"\n"):
-            chunk += file.readline()
+        length = len(pieces[0])
+        check(length, length)
+        while not pieces[-1].endswith(b"\n") and (more := file.readline(_CHUNK_BYTES)):
+            pieces.append(more)
+            length += len(more)
+            check(len(more), length)
         if num_bytes is not None:
-            num_bytes -= len(chunk)
-        yield chunk
+            num_bytes -= length
+        yield b"".join(pieces)
 
 
 def parse_chunk(chunk: bytes, text_field: str) -> list[bytes] | None:
@@ -189,7 +245,7 @@ def parse_chunk(chunk: bytes, text_field: str) -> list[bytes] | None:
     None unless every line is plainly one object with a text: then the lines have to be looked at
     one by one.
     """
-    if len(chunk) > 1 << 30:
+    if not chunk.startswith(b"{"):
         return None
     data = np.frombuffer(chunk, np.uint8)
     ends = np.flatnonzero(data == ord("\n"))
@@ -254,26 +310,47 @@ def _parquet_documents(
     """The rows of the source's part of the row groups."""
     import pyarrow.parquet as pq
 
+    size = raw.seek(0, os.SEEK_END)
     file = pq.ParquetFile(raw)
     names = file.schema_arrow.names
     if text_field not in names:
         raise UserError(
-            f"input {source.name} has no column {text_field!r}, only {', '.join(names)}; set "
+            f"input {source.name} has no column {text_field!r}, only {', '.join(names):.200}; set "
             "text_field"
         )
     kind = file.schema_arrow.field(text_field).type
     if not _is_text(kind):
         raise UserError(
-            f"column {text_field!r} of input {source.name} holds {kind}, no text; set text_field"
+            f"column {text_field!r} of input {source.name} holds {kind!s:.80}, no text; set "
+            "text_field"
         )
     groups = range(file.num_row_groups)
     first, last = (len(groups) * p // source.num_parts for p in (source.part, source.part + 1))
+    _require_plausible_groups(source, file, groups[first:last], text_field, size)
     row = sum(file.metadata.row_group(group).num_rows for group in range(first))
+    unpacked = 0
     for batch in file.iter_batches(_PARQUET_ROWS, groups[first:last], [text_field]):
         for value in batch.column(0).cast(pa.large_binary()).to_pylist():
             row += 1
             where = f"{source.name}:{row}"
+            unpacked += len(value or b"")
+            _require_plausible(source, unpacked, size)
             yield from _accepted([(where, value or b"")], rejects)
+
+
+def _require_plausible_groups(
+    source: Source, file: Any, groups: range, text_field: str, size: int
+) -> None:
+    """Raise UserError when row groups say that they hold more than text does: Arrow unpacks a page
+    whole, and a text has no pages."""
+    names = [file.schema.column(i).path for i in range(len(file.schema))]
+    column, unpacked = names.index(text_field), 0
+    for group in groups:
+        chunk = file.metadata.row_group(group).column(column)
+        unpacked += chunk.total_uncompressed_size
+        _require_plausible(source, unpacked, size)
+        if chunk.total_uncompressed_size > LONGEST * max(1, chunk.num_values):
+            raise _too_long(source, f"row group {group} has {chunk.num_values} documents")
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -487,7 +487,7 @@ SETTINGS = {
     ),
     "null": Fault(
         "`null`, an empty value or `~` for a setting that needs a value",
-        "every setting of every command in turn (`python -m tests.helpers.odd_settings`)",
+        "every setting of every command in turn (`make crafted`)",
         "refused with the setting's name and what it takes", EXIT_MISTAKE,
         r"error: mask\.source: expected one of 'earlybird', .*, got null", NOTHING,
     ),
@@ -537,6 +537,16 @@ DATA = {
         "a tokenizer that draws at random", "`dropout` in a tokenizer.json", "refused",
         EXIT_MISTAKE,
         r"error: tokenizer .* has dropout=0\.1: it cuts a text differently every time", NOTHING,
+    ),
+    "packed to nothing": Fault(
+        "an input that unpacks to far more than text does",
+        "1 GiB of one line, of rows or of line ends as .gz, .zst and Parquet", "refused",
+        EXIT_MISTAKE, r"error: input .* unpacks to more than 50 times its size", NOTHING,
+    ),
+    "endless document": Fault(
+        "a document or a line of more than 128 MiB",
+        "text files and JSON lines of several GiB, Parquet of one text", "refused", EXIT_MISTAKE,
+        r"error: input .* is too long: .* a document has at most 134,217,728 bytes", NOTHING,
     ),
     "growing file": Fault(
         "an input that is written to while it is read", "a line added between two reads",

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pmp_ds.errors import UserError, exit_code, shown
 from pmp_ds.fields import fit
 from pmp_ds.foreign import DEEPEST, ForeignError, MissingError, parse, read_bytes, read_object
+from tests.helpers.examples import examples
 
-FEW = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+FEW = examples(60, derandomize=True, database=None)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**38), 10**38) | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),

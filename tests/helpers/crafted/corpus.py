@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
-from tests.helpers.crafted.kinds import KINDS
+from tests.helpers import odd_deepspeed, odd_settings
+from tests.helpers.crafted.kinds import DEEPSPEED, KINDS, SETTINGS
 from tests.helpers.crafted.special import special
 from tests.helpers.crafted.variants import DOCUMENTS, FILES, Change, Input, bytes_, in_object
 
@@ -29,6 +30,14 @@ def find(wanted: Sequence[tuple[str, str]]) -> list[Input]:
 
 
 def _of_kind(kind: str) -> Iterator[Input]:
+    if kind in SETTINGS:
+        for setting in odd_settings.odd(SETTINGS[kind]):
+            yield Input(kind, setting.name, lambda _: None, setting.open)
+        return
+    if kind == DEEPSPEED:
+        for config in odd_deepspeed.odd():
+            yield Input(kind, config.name, lambda _: None, config.open)
+        return
     about = KINDS[kind]
     for file in about.files:
         for name, change in FILES.items():

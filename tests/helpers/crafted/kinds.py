@@ -12,10 +12,13 @@ import torch
 
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.mixed_store import Part
+from pmp_ds.data.prepare import prepare
+from pmp_ds.data.prepare_config import PrepareConfig
 from pmp_ds.run_dir import LEDGER, RunDir, write_json
 from pmp_ds.ticket import keys, vault
 from pmp_ds.ticket.ticket import MANIFEST_FILE, MASK_FILE, load_ticket
-from tests.helpers import study, tiny
+from tests.helpers import odd_settings, study, tiny
+from tests.helpers.crafted import corpora
 from tests.helpers.glue import byte_tokenizer, write_rows
 from tests.helpers.stores import write_store
 from tests.helpers.strangers import packed, ticket_files
@@ -31,9 +34,9 @@ class Kind:
 
     make: Callable[[Path], object]
     """Writes a good one into an empty folder."""
-    use: Callable[[Path], object]
-    """Reads all of it as the commands do."""
-    files: tuple[str, ...]
+    use: Callable[[Path], object] | None
+    """Reads all of it as the commands do; None where every input says what opens it."""
+    files: tuple[str, ...] = ()
     json: tuple[str, ...] = ()
     """Those of ``files`` that are one JSON object, or, `.jsonl`, one on the first line."""
     depth: int = 1
@@ -111,8 +114,9 @@ def _use_tokenizer(folder: Path) -> None:
     from pmp_ds.model.folder import open_tokenizer
     from pmp_ds.release.tokenizer_files import copy_tokenizer
 
-    open_tokenizer(folder).encode("some text")
-    load_tokenizer(str(folder)).encode_batch(["some text"])
+    text = "some text " + "x" * 200
+    open_tokenizer(folder).encode(text)
+    load_tokenizer(str(folder)).encode_batch([text])
     with tempfile.TemporaryDirectory() as out:
         copy_tokenizer(folder, Path(out))
 
@@ -311,6 +315,21 @@ def _use_sealed(folder: Path) -> None:
     vault.open_sealed(folder / SEALED, [identity()])
 
 
+def _corpus(folder: Path) -> None:
+    corpora.write(folder)
+    byte_tokenizer().save_pretrained(folder / "tokenizer")
+
+
+def _use_corpus(folder: Path) -> None:
+    """As `prepare_data`, with a tokenizer, and with one that is trained."""
+    for tokenizer in (str(folder / "tokenizer"), None):
+        prepare(PrepareConfig(
+            input=(str(folder / "corpus"),), tokenizer=tokenizer, train_vocab_size=300,
+            out=str(folder / f"store-{tokenizer is None}"), block_size=8, val_fraction=0.5,
+            workers=1,
+        ))  # fmt: skip
+
+
 KINDS: dict[str, Kind] = {
     "ticket": Kind(
         _ticket, load_ticket, (MASK_FILE, MANIFEST_FILE), (MANIFEST_FILE,), depth=2
@@ -353,6 +372,10 @@ KINDS: dict[str, Kind] = {
         _store, _use_store, ("store/manifest.json", "store/train/00000-000.arrow"),
         ("store/manifest.json",), depth=5,
     ),
+    "corpus": Kind(
+        _corpus, _use_corpus, tuple(f"corpus/{name}" for name in corpora.FILES),
+        ("corpus/a.jsonl",),
+    ),
     "GLUE": Kind(
         _glue, _use_glue, ("SST-2/train.jsonl", "SST-2/validation.jsonl.gz"),
         ("SST-2/train.jsonl",),
@@ -360,3 +383,9 @@ KINDS: dict[str, Kind] = {
     "texts": Kind(_texts, _use_texts, ("texts.jsonl",), ("texts.jsonl",)),
     "keys": Kind(_keys, _use_keys, ("partner.pub", "key.txt", "passphrase")),
 }  # fmt: skip
+FOLDERS = tuple(KINDS)
+"""The kinds of files and folders; the others are texts of settings, with tests of their own."""
+
+SETTINGS = {f"settings of {command}": command for command in odd_settings.COMMANDS}
+DEEPSPEED = "DeepSpeed JSON"
+KINDS |= dict.fromkeys((*SETTINGS, DEEPSPEED), Kind(lambda _: None, None))

@@ -2,17 +2,23 @@
 
     for outcome in outcomes(inputs): ...
 
-The worker calls the code in process. It is killed when an input takes more than SECONDS, and begun
-again with the next one; its address space is limited, so that no input can harm the machine.
+The worker calls the code in process. An input hangs when it takes CPU_SECONDS of the worker's own
+processor time, so that a busy machine does not matter, or SECONDS of anybody's; a worker that does
+not even notice that is killed and begun again with the next input. Its address space is limited, so
+that no input can harm the machine.
+
+Memory is the worker's peak during an input (VmHWM, begun anew through clear_refs), above what it
+had when its imports were done and a good input of each of its kinds had been opened.
 """
 
-import contextlib
+import ctypes
 import multiprocessing
 import os
 import resource
 import shutil
 import signal
 import tempfile
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,9 +26,18 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-SECONDS = 60  # of a busy machine; the table says the longest
+import pyarrow as pa
+
+from pmp_ds.errors import UserError, lines
+from tests.helpers.crafted.corpus import find
+from tests.helpers.crafted.kinds import KINDS
+from tests.helpers.crafted.variants import Input
+
+CPU_SECONDS = 10
+SECONDS = 60  # of a busy machine
 MEGABYTES = 500
 _LIMIT = 3 << 30  # of address space beyond what the worker has at its start
+_LONGEST = 2000  # characters of a message
 
 
 @dataclass(frozen=True)
@@ -38,13 +53,14 @@ class Outcome:
     ran: bool
     """Whether code of the input was run."""
     megabytes: float
-    """Peak of resident memory above what it was before."""
+    """Peak of resident memory above what the worker had at its start."""
     seconds: float
+    """Of processor time."""
 
     @property
     def good(self) -> bool:
         fine = self.what in ("works", "refused") and not self.ran
-        return fine and self.megabytes < MEGABYTES and self.seconds < SECONDS
+        return fine and self.megabytes < MEGABYTES and self.seconds < CPU_SECONDS
 
 
 def outcomes(inputs: Sequence[tuple[str, str]]) -> Iterator[Outcome]:
@@ -85,12 +101,12 @@ class _TooLong(BaseException):
 
 
 def _work(pipe: Connection, wanted: Sequence[tuple[str, str]]) -> None:
-    from tests.helpers.crafted.corpus import find
-
     warnings.simplefilter("ignore")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(os.open(os.environ.get("CRAFTED_STDERR", os.devnull), os.O_WRONLY | os.O_CREAT), 2)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    for sign in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(sign, _too_long)
     inputs = find(wanted)
     with tempfile.TemporaryDirectory(prefix="crafted-") as place:
         templates = Path(place, "good")
@@ -99,70 +115,65 @@ def _work(pipe: Connection, wanted: Sequence[tuple[str, str]]) -> None:
         os.chdir(place)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + _LIMIT, used + _LIMIT))
+        before = _resident()
         pipe.send("ready")
         for one in inputs:
-            pipe.send(_open(Path(place), templates, one))
+            pipe.send(_open(Path(place), templates, one, before))
 
 
 def _template(templates: Path, kind: str) -> None:
-    from tests.helpers.crafted.kinds import KINDS
-
     folder = templates / kind
     folder.mkdir(parents=True)
     KINDS[kind].make(folder)
     shutil.copytree(folder, folder.with_name("once"))
-    KINDS[kind].use(folder.with_name("once"))  # imports, and proof that it is good
+    if (use := KINDS[kind].use) is not None:
+        use(folder.with_name("once"))  # imports, and proof that it is good
     shutil.rmtree(folder.with_name("once"))
 
 
-def _open(place: Path, templates: Path, one: "object") -> Outcome:
-    import time
-
-    from pmp_ds.errors import UserError
-    from tests.helpers.crafted.kinds import KINDS
-    from tests.helpers.crafted.variants import Input
-
-    assert isinstance(one, Input)
+def _open(place: Path, templates: Path, one: Input, before: float) -> Outcome:
     folder, canary = place / "work" / "x", place / "ran"
     shutil.copytree(templates / one.kind, folder, symlinks=True)
+    use = one.use or KINDS[one.kind].use
+    assert use is not None
     what, said = "works", ""
-    before = _megabytes("VmRSS")
-    clock = time.perf_counter()
+    clock = time.process_time()
     try:
         one.craft(folder)
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-        signal.signal(signal.SIGALRM, _too_long)
+        _resident()
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+        clock = time.process_time()
+        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
         signal.alarm(SECONDS)
-        KINDS[one.kind].use(folder)
+        use(folder)
     except UserError as error:
-        said = _printed(error)
-        what = "refused" if said.isprintable() and len(said) < 2000 else "unprintable"
+        said = f"error: {lines(str(error))}"  # as `exit_code` prints it
+        clean = all(line.isprintable() for line in said.splitlines())
+        what = "refused" if clean and len(said) < _LONGEST else "unprintable"
     except _TooLong:
         what = "hang"
     except BaseException:  # noqa: BLE001 - whatever it is, it is what we look for
         what, said = "traceback", "".join(traceback.format_exc().splitlines(True)[-7:])
     finally:
         signal.alarm(0)
-    seconds = time.perf_counter() - clock
+        signal.setitimer(signal.ITIMER_PROF, 0)
+    seconds = time.process_time() - clock
     ran = canary.exists() or (folder / "ran").exists()
     canary.unlink(missing_ok=True)
+    peak = max(0.0, _megabytes("VmHWM") - before)
     shutil.rmtree(place / "work")
-    return Outcome(
-        one.kind, one.name, what, said, ran, max(0.0, _megabytes("VmHWM") - before), seconds
-    )
-
-
-def _printed(error: Exception) -> str:
-    """As ``exit_code`` prints it."""
-    from pmp_ds import errors
-
-    shown = getattr(errors, "shown", str)
-    return f"error: {shown(str(error))}"
+    return Outcome(one.kind, one.name, what, said, ran, peak, seconds)
 
 
 def _too_long(*_: object) -> None:
     raise _TooLong
+
+
+def _resident() -> float:
+    """Megabytes in memory, without what is free but kept."""
+    pa.default_memory_pool().release_unused()
+    ctypes.CDLL(None).malloc_trim(0)
+    return _megabytes("VmRSS")
 
 
 def _megabytes(field: str) -> float:

@@ -3,13 +3,16 @@
 import gzip
 import json
 import pickle
+import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tests.helpers import study
-from tests.helpers.crafted import archives, tensors
+from tests.helpers.crafted import archives, corpora, tensors
 from tests.helpers.crafted.variants import DEEP, NASTY, Change, bytes_
+from tests.helpers.stores import write_store
 
 Named = Iterator[tuple[str, Change]]
 
@@ -155,8 +158,24 @@ def _tokenizer() -> Named:
             )
 
 
-_REGEX = {"type": "Split", "pattern": {"Regex": "(a*)*(b*)*("}, "behavior": "Isolated",
-          "invert": False}  # fmt: skip
+def _split(pattern: str) -> dict[str, Any]:
+    return {
+        "type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False
+    }  # fmt: skip
+
+
+_REGEXES = (
+    "(a*)*(b*)*(",
+    "(x|x)*y",
+    "(\\w+\\s?)*$y",
+    "(.*)*(.*)*(.*)*=",
+    "((a{1,1000}){1,1000}){1,1000}",
+    "(?=(x+))\\1*y",
+    "(" * 5000 + ")" * 5000,
+    "x" * 1_000_000,
+    "",
+)
+"""Some take time that doubles with every letter, or memory."""
 _TOKENIZER_JSONS: dict[str, list[Any]] = {
     "model": [
         {"type": "BPE", "vocab": {"a": -1}, "merges": []},
@@ -183,7 +202,9 @@ _TOKENIZER_JSONS: dict[str, list[Any]] = {
         {"type": "Replace", "pattern": {"Regex": ""}, "content": "x" * 1000},
         {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "x" * 10**6}] * 50},
     ],
-    "pre_tokenizer": [_REGEX, {"type": "Metaspace", "replacement": "", "prepend_scheme": "x"}],
+    "pre_tokenizer": [
+        *map(_split, _REGEXES), {"type": "Metaspace", "replacement": "", "prepend_scheme": "x"},
+    ],
     "post_processor": [
         {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "x", "type_id": 0}}],
          "pair": [], "special_tokens": {}},
@@ -207,6 +228,8 @@ def _store() -> Named:
     manifest, shard = "store/manifest.json", "store/train/00000-000.arrow"
     for name, make in tensors.arrows():
         yield f"a shard, {name}", _sized(make)
+    for token in (1000, 99_990, (1 << 32) - 40):
+        yield f"a whole store with tokens from {token} on", partial(_with_token, token)
     for start in range(0, 400, 4):
         yield f"{shard}: bytes {start} to {start + 3} set", _at(shard, _set(start, b"\xff" * 4))
         yield f"{shard}: byte {start} halved", _at(shard, _set(start, b"\x7f"))
@@ -216,6 +239,12 @@ def _store() -> Named:
     for key in ("bytes", "rows"):
         for value in (0, -1, 1 << 62):
             yield f"manifest: {key} {value}", _at(manifest, _first_shard(**{key: value}))
+
+
+def _with_token(token: int, folder: Path) -> None:
+    """All sizes and hashes are right; the vocabulary has 100,000 tokens."""
+    shutil.rmtree(folder / "store")
+    write_store(folder / "store", token, 20)
 
 
 def _set(start: int, content: bytes) -> Change:
@@ -379,5 +408,5 @@ _SPECIAL: dict[str, Callable[[], Named]] = {
     "ticket": _ticket, "sealed ticket": archives.named, "release": _release,
     "sharded release": _index, "tokenizer": _tokenizer, "store": _store, "GLUE": _glue,
     "results": _results, "pictures": _pictures, "keys": _keys, "sentencepiece": _sentencepiece,
-    "checkpoint": _checkpoint,
+    "checkpoint": _checkpoint, "corpus": corpora.named,
 }  # fmt: skip

@@ -24,6 +24,8 @@ class Input:
     kind: str
     name: str
     craft: Change
+    use: Change | None = None
+    """What opens it, if not what opens all of its kind."""
 
 
 def bytes_(content: bytes) -> Change:

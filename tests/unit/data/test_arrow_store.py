@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pmp_ds.data import blocks as blocks_module
@@ -18,6 +18,7 @@ from pmp_ds.data.arrow_store import Store, write_shard
 from pmp_ds.data.blocks import Blocks
 from pmp_ds.data.manifest import SPLITS, write_manifest
 from pmp_ds.errors import UserError
+from tests.helpers.examples import examples
 from tests.helpers.stores import write_store
 
 ROWS = {"train": (5, 3, 4), "validation": (2,)}
@@ -72,7 +73,7 @@ def test_round_trip(tmp_path: Path, dtype: str):
     assert store.tokenizer_dir == tmp_path / "s" / "tokenizer"
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(st.lists(st.integers(0, 11), max_size=30))
 def test_gather_equals_reference(indices: list[int]):
     views = [np.arange(n * T, dtype=np.uint16).reshape(n, T) + 100 * n for n in (5, 3, 4)]

@@ -7,13 +7,14 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pmp_ds.data import encoder as module
 from pmp_ds.data.encoder import Encoder, choose_engine
 from pmp_ds.data.tokenizer import TrainedTokenizer, load_tokenizer
 from pmp_ds.errors import UserError
+from tests.helpers.examples import examples
 
 pytest.importorskip("gigatoken")
 
@@ -58,7 +59,7 @@ def encoder(trained: TrainedTokenizer) -> Encoder:
     return Encoder(trained.encoder.spec)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.lists(st.text(max_size=40), max_size=4))
 def test_any_text(encoder: Encoder, texts: list[str]):
     texts = [text for text in texts if text and not any("\ud800" <= c <= "\udfff" for c in text)]

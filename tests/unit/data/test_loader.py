@@ -6,10 +6,11 @@ import time
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pmp_ds.data.loader import BlockLoader, order_key, permute
+from tests.helpers.examples import examples
 
 KEY = order_key("test", 0)
 
@@ -56,7 +57,7 @@ def test_bijection_around_powers_of_two():
         assert np.array_equal(np.sort(permute(np.arange(n), n, KEY, 1)), np.arange(n)), n
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(st.integers(1, 100_000), st.integers(0, 5), st.binary(min_size=32, max_size=32))
 def test_bijection(n: int, epoch: int, key: bytes):
     out = permute(np.arange(n), n, key, epoch)

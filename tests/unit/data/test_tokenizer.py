@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer as FastTokenizer
@@ -24,6 +24,7 @@ from pmp_ds.data.tokenizer import (
     train_tokenizer,
 )
 from pmp_ds.errors import UserError
+from tests.helpers.examples import examples
 
 KINDS = (
     "byte-bpe",
@@ -130,7 +131,7 @@ def test_trained_ids_are_those_of_sentencepiece(saved: Path, trained: TrainedTok
         assert processor.encode(text) == ids.tolist()
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.text(st.sampled_from(" \n=-#abtree0(.é\t"), max_size=60))
 def test_conversion_is_exact_on_runs_and_ties(spm_and_fast, text: str):
     processor, fast = spm_and_fast

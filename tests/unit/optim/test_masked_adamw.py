@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from pmp_ds.optim import masked
@@ -13,6 +13,7 @@ from pmp_ds.optim.masked import parameter_groups
 from pmp_ds.optim.masked_adamw import MaskedAdamW
 from pmp_ds.optim.zero_shards import Fragment
 from pmp_ds.ticket.mask import pack, popcount
+from tests.helpers.examples import examples
 
 SHAPES = ((7, 9), (50,), (3,), (1,), (16, 8))
 HYPER: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -265,9 +266,7 @@ def test_learning_rate_of_the_moment():
     assert all(torch.equal(a, b) for a, b in zip(params, tensors(), strict=True))
 
 
-@settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@examples(30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 40), st.data())
 def test_any_mask_of_any_size(numel, data):
     kept = torch.tensor(data.draw(st.lists(st.booleans(), min_size=numel, max_size=numel))).bool()

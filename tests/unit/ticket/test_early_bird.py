@@ -1,7 +1,8 @@
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pmp_ds.ticket.early_bird import EarlyBird
+from tests.helpers.examples import examples
 
 
 def first_stable(trace: list[float], threshold: float, patience: int) -> int | None:
@@ -51,7 +52,7 @@ def test_best_of_disjoint_masks():
     assert early_bird.best_so_far
 
 
-@settings(deadline=None)
+@examples()
 @given(st.lists(st.floats(0, 1), max_size=30), st.integers(1, 4))
 def test_equals_the_definition(trace, patience):
     """The first index whose last ``patience`` IoUs all reach the threshold."""

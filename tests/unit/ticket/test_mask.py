@@ -1,9 +1,10 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pmp_ds.ticket.mask import ParamMask, count_common, full_bits, iou, pack, popcount, unpack
+from tests.helpers.examples import examples
 
 # Ten elements by hand: 0, 3, 4 and 9 kept. Byte 0 is 1 + 8 + 16, byte 1 is element 9 alone.
 TEN = torch.tensor([1, 0, 0, 1, 1, 0, 0, 0, 0, 1], dtype=torch.bool)
@@ -23,7 +24,7 @@ def test_pack_is_row_major():
     assert torch.equal(pack(TEN.view(5, 2).t()), pack(TEN.view(5, 2).t().contiguous()))
 
 
-@settings(deadline=None)
+@examples()
 @given(bools)
 def test_pack_then_unpack(mask):
     bits = pack(mask)
@@ -35,7 +36,7 @@ def test_pack_then_unpack(mask):
     assert bits.tolist() == (by_hand if len(mask) else [])
 
 
-@settings(deadline=None)
+@examples()
 @given(bools, st.data())
 def test_unpack_any_span(mask, data):
     """Spans that start and end inside bytes, as ZeRO cuts them."""
@@ -55,7 +56,7 @@ def test_popcount_does_not_overflow():
     assert popcount(torch.full((1000,), 255, dtype=torch.uint8)) == 8000
 
 
-@settings(deadline=None)
+@examples()
 @given(st.data())
 def test_count_common_and_iou(data):
     n = data.draw(st.integers(1, 40))
@@ -99,7 +100,7 @@ def test_num_kept_before_by_hand():
     assert [mask.num_kept_before("w", i) for i in range(11)] == [0, 1, 1, 1, 2, 3, 3, 3, 3, 3, 4]
 
 
-@settings(deadline=None)
+@examples()
 @given(bools, st.data())
 def test_num_kept_before(mask, data):
     start = data.draw(st.integers(0, len(mask)))

@@ -1,9 +1,10 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pmp_ds.ticket.scores import Scores
+from tests.helpers.examples import examples
 
 FIRST = [torch.tensor([1.0, -4.0]), torch.tensor([0.0])]
 SECOND = [torch.tensor([-3.0, 0.0]), torch.tensor([-1.0])]
@@ -81,7 +82,7 @@ trace = st.lists(
 )
 
 
-@settings(deadline=None)
+@examples()
 @given(trace, st.sampled_from([0.5, 0.9, 0.95]))
 def test_ranks_like_the_definition(steps, decay):
     """mean: sum of |g| / t. ema: sum of decay^(t-i) |g_i|, up to a factor."""

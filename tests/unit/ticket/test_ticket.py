@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pmp_ds.errors import UserError
@@ -21,6 +21,7 @@ from pmp_ds.ticket.ticket import (
     load_ticket,
     save_ticket,
 )
+from tests.helpers.examples import examples
 
 SHAPES = {"z.weight": (4, 5), "a.bias": (11,), "scalar": ()}  # not in the order of the alphabet
 
@@ -190,7 +191,7 @@ def test_exact_k_by_hand(density, d, k):
     assert exact_k(density, d) == k
 
 
-@settings(deadline=None)
+@examples()
 @given(st.integers(1, 1000), st.integers(1, 2_000_000_000))
 def test_exact_k_is_the_floor_of_the_decimal(thousandths, d):
     assert exact_k(thousandths / 1000, d) == max(1, Fraction(thousandths, 1000) * d // 1)

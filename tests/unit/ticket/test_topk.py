@@ -4,12 +4,13 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pmp_ds.errors import UserError
 from pmp_ds.ticket import topk
 from tests.helpers import reference
+from tests.helpers.examples import examples
 from tests.helpers.selection import extra_bytes, select_masks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -136,7 +137,7 @@ tied = st.lists(st.integers(-3, 3), min_size=1, max_size=60)
 floats = st.lists(st.floats(-1e4, 1e4, width=16), min_size=1, max_size=60)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.one_of(tied, floats), dtypes, st.data())
 def test_equals_brute_force(values, dtype, data):
     """Any cut, any order of fragments, any k, any fragments kept whole."""
@@ -155,7 +156,7 @@ def test_equals_brute_force(values, dtype, data):
     assert torch.equal(found, brute_force(scores, k, forced))
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(st.lists(st.integers(0, 2**31 - 2**23 - 1), min_size=1, max_size=40), st.data())
 def test_any_finite_bit_pattern(patterns, data):
     """Also denormals and neighbours in the last bit, where a comparison by value may flush."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -43,6 +43,7 @@ from pmp_ds.ticket.watermark import (
 from pmp_ds.train.discover import random_ticket
 from pmp_ds.train.dither import dither, draw_donors
 from tests.helpers import tiny
+from tests.helpers.examples import examples
 
 SHAPES = {"embed": (300, 40), "norm": (40,), "proj": (200, 40), "bias": (7,)}
 WHOLE = {"norm"}  # trained always
@@ -81,7 +82,7 @@ def dense(t: Ticket) -> torch.Tensor:
     return torch.cat([t.mask.full(name).view(-1) for name in t.mask.shapes])
 
 
-@settings(deadline=None, max_examples=25)
+@examples(25)
 @given(st.integers(250, 400), st.integers(60, 95), st.integers(0, 2**64), st.integers(0, 9))
 def test_a_copy_lacks_its_codeword_and_nothing_else_changes(rows, percent, number, seed):
     own = ticket(percent / 100, {"a": (rows, 50), "norm": (2000,), "b": (rows, 30)}, seed)
@@ -139,7 +140,7 @@ def test_what_is_no_copy():
             missing_from(other, own, Path("leak"))
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(st.data())
 def test_tail_is_no_less_than_the_exact_one(data):
     """All 2^m outcomes counted."""

@@ -18,12 +18,19 @@ from tests.helpers.faults import seen
 
 
 def test_odd_values_of_every_key(tmp_path: Path):
-    """3,800 files; `python -m tests.helpers.odd_deepspeed` counts them."""
+    """3,800 files; `make crafted` counts them."""
     bad = []
     for one in odd_deepspeed.odd():
-        how, words = one.outcome(tmp_path)
-        if how not in ("accepted", "refused"):
-            bad.append(f"{one.text[:200]}: {how}: {words}")
+        words = ""
+        try:
+            one.open(tmp_path)
+        except UserError as error:
+            words = str(error)
+            if not all(line.isprintable() for line in words.splitlines()):
+                bad.append(f"{one.name}: {words!r}")
+        except BaseException as error:  # noqa: BLE001 - whatever it is
+            bad.append(f"{one.name}: {error!r}")
+            continue
         if one.kind == "misspelt":
             assert "does not know this key" in words or "compact_master alone" in words or (
                 "remove it" in words  # the section above is refused already

@@ -1,0 +1,70 @@
+"""Bytes that nobody thought of, for the parsers of what strangers write.
+
+    make fuzz                                             ten minutes; needs the extra `fuzz`
+    python -m tests.helpers.fuzz -max_total_time=60       libFuzzer's own options
+
+atheris changes the bytes so that new branches of our code are taken. The first byte chooses the
+parser. An exception that a parser does not promise ends the run and leaves the input in a file.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FunctionType
+
+import pyarrow as pa
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load
+
+from pmp_ds import foreign, strict_yaml
+from pmp_ds.data import arrow_header, readers
+from pmp_ds.errors import UserError
+from pmp_ds.fields import fit
+from pmp_ds.release.ledger import Entry
+from pmp_ds.ticket import vault
+
+NOWHERE = Path("x")
+
+
+def _json(data: bytes) -> object:
+    return fit(Entry, foreign.parse(data), NOWHERE)
+
+
+def _yaml(data: bytes) -> object:
+    return strict_yaml.parse(data.decode("utf-8"))
+
+
+PARSERS: dict[str, tuple[Callable[[bytes], object], tuple[type[Exception], ...]]] = {
+    "json": (_json, (ValueError,)),
+    "yaml": (_yaml, (yaml.YAMLError, UnicodeDecodeError)),
+    "rows": (lambda data: readers.parse_chunk(data + b"\n", "text"), ()),
+    "line": (lambda data: readers._parse_line(data, "text"), ()),
+    "batch": (arrow_header.is_packed, (pa.ArrowInvalid,)),
+    "archive": (lambda data: vault._members(data, NOWHERE), (UserError,)),
+    "tensors": (load, (SafetensorError,)),
+}
+"""What reads the bytes, and what it may raise."""
+
+
+def one(data: bytes) -> None:
+    """Give ``data`` to the parser that its first byte chooses."""
+    parse, promised = list(PARSERS.values())[data[0] % len(PARSERS) if data else 0]
+    with contextlib.suppress(*promised):
+        parse(data[1:])
+
+
+def main() -> None:
+    import atheris
+
+    for module in (foreign, strict_yaml, readers, arrow_header, vault):
+        for function in vars(module).values():
+            if isinstance(function, FunctionType) and function.__module__ == module.__name__:
+                atheris.instrument_func(function)
+    atheris.Setup(sys.argv, one)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
