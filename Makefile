@@ -4,7 +4,7 @@
 #   TORCH_INDEX=URL      take torch, and only torch, from this index (see `make help`)
 #   PYTEST_ARGS="-k x"   passed on to pytest
 #   TORTURE_ARGS="--seed 7"   the same kills again
-#   CLIENTS_ARGS="--only vLLM"   those clients alone; the table is only printed
+#   CLIENTS_ARGS="--only vLLM TRL"   those clients alone; the table is only printed
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -103,7 +103,7 @@ torture: $(STAMP)
 
 .PHONY: clients
 clients: $(STAMP)
-	python -m tests.clients $(CLIENTS_ARGS)
+	python -m tests.clients $(if $(TORCH_INDEX),--torch-index '$(TORCH_INDEX)') $(CLIENTS_ARGS)
 
 .PHONY: clean
 clean:
