@@ -42,7 +42,7 @@ help:
 	@echo 'make clients      load tiny releases with transformers 4 and 5, llama.cpp, vLLM and others (10 GB)'
 	@echo 'make lint    ruff and mypy alone'
 	@echo 'make setup   only the installation into .venv; the others do it when it is missing or old'
-	@echo 'make clean   remove caches and build leftovers; runs/, tokenized_data/ and .venv stay'
+	@echo 'make clean   remove caches and build leftovers; runs/, tokenized_data/, .venv and .clients stay'
 	@echo
 	@echo 'The first call installs about 2 GB, several more with CUDA. Without a GPU, this spares the latter:'
 	@echo '  make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu'
@@ -108,4 +108,4 @@ clients: $(STAMP)
 .PHONY: clean
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './.clients/*' -prune -exec rm -rf {} +

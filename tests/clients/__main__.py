@@ -4,37 +4,33 @@
     make clients CLIENTS_ARGS='--only vLLM llama.cpp'   those whose names begin so; prints alone
 
 Each client has a virtual environment of its own in .clients/. One that is ready is used again, a
-half-made one is made again; remove .clients/NAME to have a client's newest version. What the
+half-made one is made again; remove .clients/NAME to have a client's newest version. A run that was
+stopped resumes: what a client did as expected with the same release is not tried again. What the
 programs said is in .clients/NAME.log. A client that cannot be installed is a row that says why, and
 the others follow. Exit code 1: a client is missing or gave something else than expected; the
 document then stays as it was.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 
 from benchmarks.common import hardware
-from tests.clients.environments import Client, call, install, ready, shown
-from tests.clients.releases import KINDS, TEXTS, make
+from tests.clients.environments import Client, install, ready
+from tests.clients.releases import KINDS, make
+from tests.clients.tries import as_expected, try_release
 from tests.helpers.distributed import REPO
 
 HOME, DOCUMENT = REPO / ".clients", REPO / "docs/RELEASE.md"
 BEGIN, END = "<!-- clients: written by `make clients` -->", "<!-- /clients -->"
-TRIAL = Path(__file__).with_name("trial.py")
-_SECONDS = 900  # of one trial
-_QUIET = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
 _LLAMA_CPP = "llama-cpp-python==0.3.36"
 # Seen, and no fault of a release: (client, release).
 KNOWN = {
@@ -73,6 +69,9 @@ class Row:
     wrong: list[str] = field(default_factory=list)
     """What was not as expected."""
 
+    days: set[str] = field(default_factory=set)
+    """When it was tried."""
+
     def __str__(self) -> str:
         cells = " | ".join(" / ".join(values) or "-" for values in self.cells.values())
         return f"| {self.client} | {self.version} | {cells} | {'; '.join(self.also)} |"
@@ -109,11 +108,11 @@ def main() -> None:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Return the table and a line that says on what it was taken."""
+    """Return the table and a line that says when and on what it was taken."""
     head = "| client | version | token ids | logits | greedy | also |\n|---|---|---|---|---|---|"
-    day = datetime.now(UTC).date()
+    days = " and ".join(sorted(set().union(*(row.days for row in rows))))
     taken = (
-        f"Taken in one run on {day}: {hardware(torch.device('cpu'))} in each environment, Python "
+        f"Taken on {days or 'no day'}: {hardware(torch.device('cpu'))} in each environment, Python "
         f"{sys.version.split()[0]}; compared with transformers {transformers.__version__}."
     )
     return "\n".join((head, *map(str, rows), "", taken))
@@ -145,38 +144,17 @@ def try_client(
     row.version = subprocess.check_output([python, "-c", ask], text=True).strip()
     for name, release in releases.items():
         with _timed(f" {name}", end=","):
-            found = _try(client, python, release.parent, home)
+            found, day = try_release(client, release.parent, home)
+        row.days.add(day)
         known, error = KNOWN.get((client.name, name)), found.get("error")
         for key, values in row.cells.items():
             values.append(f"{found[key]:.2g}" if key in found else "-")
         row.also += [each for each in found["also"] if each not in row.also]
         if error is not None:
             row.also.append(f"{name}: {known or error}")
-        equal = found.get("ids") == found.get("greedy") == len(TEXTS)
-        near = found.get("logits", 1.0) <= 1e-2
-        if (error is not None or not equal or not near) and known is None:
+        if known is None and not as_expected(found):
             row.wrong.append(f"{client.name} on {name}: {error or found} ({client.log(home)})")
     return row
-
-
-def _try(client: Client, python: Path, folder: Path, home: Path) -> dict[str, Any]:
-    """What trial.py found; its `error` is a line for the table."""
-    result = folder / "result.json"
-    result.unlink(missing_ok=True)
-    command = [str(python), str(TRIAL), client.trial, str(folder), str(result)]
-    error = None
-    with client.log(home).open("a", encoding="utf-8") as log:
-        try:
-            call(client, home, command, log, seconds=_SECONDS, environment=_QUIET)
-        except RuntimeError as refusal:
-            error = str(refusal)
-    try:
-        found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # it was killed before, or while it wrote
-        found = {"also": []}
-    if error is not None:
-        found["error"] = shown(found.get("error", error))
-    return found
 
 
 @contextmanager

@@ -16,13 +16,14 @@ import psutil
 import pytest
 
 from tests.clients import __main__ as command
-from tests.clients import releases
+from tests.clients import releases, tries
 from tests.clients.environments import TORCH, Client, call, complaint, install, ready
 
 NOTHING = Client("Nothing at all", "nothing", ("nothing",), "nothing", common=())
 TRIAL = """
 import json, sys
 client, folder, result = sys.argv[1:]
+print("tried", folder)
 found = {"ids": 5, "logits": 1e-6, "greedy": 5, "also": [client]}
 if "odd" in folder:
     found |= {"greedy": 4}
@@ -139,17 +140,19 @@ def _main(
     """The document after `python -m tests.clients`, and how it ended."""
     home, document, trial = tmp_path / "home", tmp_path / "RELEASE.md", tmp_path / "trial.py"
     document.write_text(f"before\n{command.BEGIN}\nold\n{command.END}\nafter\n", encoding="utf-8")
-    trial.write_text(TRIAL, encoding="utf-8")
+    if not trial.exists():
+        trial.write_text(TRIAL, encoding="utf-8")
 
     def make(folder: Path, name: str) -> Path:
         (folder / name / "release").mkdir(parents=True, exist_ok=True)
         return folder / name / "release"
 
     for name, value in {
-        "HOME": home, "DOCUMENT": document, "TRIAL": trial, "CLIENTS": clients, "make": make,
+        "HOME": home, "DOCUMENT": document, "CLIENTS": clients, "make": make,
         "KINDS": dict.fromkeys(kinds),
     }.items():  # fmt: skip
         monkeypatch.setattr(command, name, value)
+    monkeypatch.setattr(tries, "TRIAL", trial)
     monkeypatch.setattr(sys, "argv", ["clients", *arguments])
     ended = ""
     try:
@@ -168,13 +171,21 @@ def test_a_table_of_one_run(
     assert document.startswith(f"before\n{command.BEGIN}\n| client |")
     assert document.endswith(f"\n{command.END}\nafter\n")
     assert row in document
-    assert "Taken in one run on 2" in document
+    assert "Taken on 2" in document
     shown = capsys.readouterr()
     assert row in shown.out
     assert "[1/1] Nothing at all: installation " in shown.err
 
-    _main(tmp_path, monkeypatch, (NOTHING,))
+    log = NOTHING.log(tmp_path / "home")
+    log.unlink()
+    again, _ = _main(tmp_path, monkeypatch, (NOTHING,), kinds=("plain", "bos"))
+    assert again == document
     assert "[1/1] Nothing at all: plain " in capsys.readouterr().err, "it was installed again"
+    assert not log.exists(), "it was tried again"
+
+    os.utime(tmp_path / "trial.py", (2e9, 2e9))  # another trial than before
+    _main(tmp_path, monkeypatch, (NOTHING,))
+    assert log.exists(), "what another trial found was taken for this one's"
 
 
 def test_a_client_that_is_missing_is_an_error_and_the_others_follow(
@@ -205,6 +216,9 @@ def test_what_was_not_as_expected_ends_the_command(
     assert "Nothing at all on odd: {" in ended
     assert "Nothing at all on raises: ValueError: of c.json / d (" in ended
     assert f"killed: killed by {signal.Signals.SIGSEGV.name} |" in out
+    before = NOTHING.log(tmp_path / "home").stat().st_size
+    _main(tmp_path, monkeypatch, (NOTHING,), kinds=kinds)
+    assert NOTHING.log(tmp_path / "home").stat().st_size > before, "it was not tried again"
     assert "| 5 / 5 / 5 | 1e-06 / 1e-06 / 1e-06 | 4 / 5 / 5 |" in out
 
 
