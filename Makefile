@@ -39,7 +39,7 @@ help:
 	@echo 'make families      every causal architecture of transformers at tiny width, into docs/SUPPORT.md'
 	@echo 'make torture       SIGKILL a run 50 times in all of its phases; it must come to the same bits'
 	@echo 'make study   pretrain, fine-tune, attack and report, as RECIPE=FILE says (STUDY_ARGS=--plan: only say what)'
-	@echo 'make clients      load tiny releases with transformers 4 and 5, llama.cpp, vLLM and others (10 GB)'
+	@echo 'make clients      load tiny releases with transformers 4 and 5, llama.cpp, vLLM and others (12 GB)'
 	@echo 'make lint    ruff and mypy alone'
 	@echo 'make setup   only the installation into .venv; the others do it when it is missing or old'
 	@echo 'make clean   remove caches and build leftovers; runs/, tokenized_data/, .venv and .clients stay'

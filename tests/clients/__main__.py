@@ -141,7 +141,7 @@ def try_client(
         row.wrong.append(f"{client.name} cannot be installed: {refusal} ({client.log(home)})")
         return row
     ask = f"import importlib.metadata as m; print(m.version({client.shown!r}))"
-    row.version = subprocess.check_output([python, "-c", ask], text=True).strip()
+    row.version = subprocess.check_output([python, "-I", "-c", ask], text=True).strip()
     for name, release in releases.items():
         with _timed(f" {name}", end=","):
             found, day = try_release(client, release.parent, home)
