@@ -6,7 +6,7 @@
 #   TORTURE_ARGS="--seed 7"   the same kills again
 #   FUZZ_ARGS="-max_total_time=60"   libFuzzer's options, one minute here
 #   CRAFTED_ARGS=corpus  that kind of input alone, and what was said of each
-#   CLIENTS_ARGS="--only vLLM"   those clients alone; the table is only printed
+#   CLIENTS_ARGS="--only vLLM TRL"   those clients alone; the table is only printed
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -47,10 +47,10 @@ help:
 	@echo 'make nightly       crafted, examples, fuzz, torture, test-matrix, families and clients: hours'
 	@echo 'make torture       SIGKILL a run 50 times in all of its phases; it must come to the same bits'
 	@echo 'make study   pretrain, fine-tune, attack and report, as RECIPE=FILE says (STUDY_ARGS=--plan: only say what)'
-	@echo 'make clients      load tiny releases with transformers 4 and 5, llama.cpp, vLLM and others (10 GB)'
+	@echo 'make clients      load tiny releases with transformers 4 and 5, llama.cpp, vLLM and others (12 GB)'
 	@echo 'make lint    ruff and mypy alone'
 	@echo 'make setup   only the installation into .venv; the others do it when it is missing or old'
-	@echo 'make clean   remove caches and build leftovers; runs/, tokenized_data/ and .venv stay'
+	@echo 'make clean   remove caches and build leftovers; runs/, tokenized_data/, .venv and .clients stay'
 	@echo
 	@echo 'The first call installs about 2 GB, several more with CUDA. Without a GPU, this spares the latter:'
 	@echo '  make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu'
@@ -131,9 +131,9 @@ torture: $(STAMP)
 
 .PHONY: clients
 clients: $(STAMP)
-	python -m tests.clients $(CLIENTS_ARGS)
+	python -m tests.clients $(if $(TORCH_INDEX),--torch-index '$(TORCH_INDEX)') $(CLIENTS_ARGS)
 
 .PHONY: clean
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './.clients/*' -prune -exec rm -rf {} +

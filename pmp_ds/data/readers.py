@@ -22,7 +22,7 @@ _FIRST_CHUNK_BYTES = 1 << 18  # small: a sample takes no more of a source than i
 _PARQUET_ROWS = 16  # at a time: a text in a dictionary is there once, and then once a row
 LONGEST = 128 << 20
 """Bytes of one document, or of one line of JSON."""
-_EXPANSION = 50
+_EXPANSION = 200
 _FREE_BYTES = 2 << 20
 """What unpacks to more than so many bytes may be _EXPANSION times as long as the file: text is
 seldom packed to less than a tenth, a crafted file to any part."""

@@ -3,17 +3,21 @@
     release = make(Path(".clients/releases"), "llama")
 
 Beside `release/` lies expected.json: token ids of texts, logits after the first, and greedy
-continuations, by the transformers installed here, in fp32.
+continuations, by the transformers installed here, in fp32. It is written last: a release without it
+is half-made, and is made again, as is one of other files than today's.
 """
 
+import hashlib
 import io
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from pmp_ds.config import ModelConfig
@@ -66,11 +70,12 @@ def make(folder: Path, name: str) -> Path:
     """Make the release ``name`` of KINDS in ``folder``/NAME, unless it is there; return it."""
     kind, place = KINDS[name], folder / name
     release, expected = place / "release", place / "expected.json"
-    if expected.exists():
+    texts = _texts()
+    made_of = hashlib.sha256("\0".join((transformers.__version__, *texts)).encode()).hexdigest()
+    if _made_of(expected) == made_of:
         return release
+    shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
-    files = [*sorted((REPO / "docs").glob("*.md")), *sorted((REPO / "pmp_ds").rglob("*.py"))]
-    texts = [text for file in files if (text := file.read_text(encoding="utf-8"))]
     corpus = place / "corpus.jsonl"
     corpus.write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
     prepare(
@@ -100,8 +105,26 @@ def make(folder: Path, name: str) -> Path:
         place / "weights", release, tokenizer_dir=store.tokenizer_dir, card=card,
         vocab_size=store.vocab_size, leading_bos=store.bos_id is not None,
     )  # fmt: skip
-    expected.write_text(json.dumps(_expected(release)), encoding="utf-8")
+    whole = json.dumps(_expected(release) | {"made_of": made_of})
+    expected.write_text(whole, encoding="utf-8")
     return release
+
+
+def _texts() -> list[str]:
+    """The corpus: what makes the releases, and what documents it but for the table of clients."""
+    files = [
+        Path(__file__), *sorted((REPO / "pmp_ds").rglob("*.py")),
+        *(file for file in sorted((REPO / "docs").glob("*.md")) if file.name != "RELEASE.md"),
+    ]  # fmt: skip
+    return [text for file in files if (text := file.read_text(encoding="utf-8"))]
+
+
+def _made_of(expected: Path) -> str | None:
+    """What a finished release was made of; None for one that is not finished."""
+    try:
+        return str(json.loads(expected.read_text(encoding="utf-8"))["made_of"])
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _tokenizer(place: Path, kind: str, texts: list[str]) -> str | None:

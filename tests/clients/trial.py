@@ -4,7 +4,7 @@
 
 FOLDER holds release/ and expected.json (releases.py). RESULT gets, as JSON: `ids` and `greedy`, how
 many of the texts gave the expected ones; `logits`, their largest difference; `also`, what else
-worked. Whatever raises is the client's answer: the script ends with it.
+worked. Whatever raises is the client's answer: the script ends with it, and `error` is its line.
 """
 
 import json
@@ -271,6 +271,10 @@ def main() -> None:
     trial = Trial(Path(folder))
     try:
         CLIENTS[client](trial)
+    except BaseException as error:
+        said = str(error).strip().splitlines() or [""]
+        trial.result["error"] = f"{type(error).__name__}: {said[0]}".removesuffix(": ")
+        raise
     finally:
         Path(result).write_text(json.dumps(trial.result), encoding="utf-8")
 

@@ -541,7 +541,7 @@ DATA = {
     "packed to nothing": Fault(
         "an input that unpacks to far more than text does",
         "1 GiB of one line, of rows or of line ends as .gz, .zst and Parquet", "refused",
-        EXIT_MISTAKE, r"error: input .* unpacks to more than 50 times its size", NOTHING,
+        EXIT_MISTAKE, r"error: input .* unpacks to more than 200 times its size", NOTHING,
     ),
     "endless document": Fault(
         "a document or a line of more than 128 MiB",
