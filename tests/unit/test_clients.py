@@ -224,7 +224,6 @@ def test_what_was_not_as_expected_ends_the_command(
 
 def test_a_half_made_release_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(releases, "UPDATES", 1)
-    monkeypatch.setattr(releases, "_texts", lambda: [Path(__file__).read_text(encoding="utf-8")])
     for left in ("tokenizer", "weights", "release"):
         (tmp_path / "gpt2" / left).mkdir(parents=True)
     expected = tmp_path / "gpt2/expected.json"
