@@ -106,7 +106,7 @@ def parse_row(row: Any, text_field: str) -> tuple[str | None, str]:
 def _too_long(source: Source, what: str) -> UserError:
     return UserError(
         f"input {source.name} is too long: {what}, and a document has at most {LONGEST:,} bytes; "
-        "divide it into several"
+        "divide it into several, as `split -C 64M` does"
     )
 
 
