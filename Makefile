@@ -91,6 +91,7 @@ study: $(STAMP)
 .PHONY: lint
 lint: $(STAMP)
 	ruff check .
+	ruff format --check .
 	mypy
 
 .PHONY: test

@@ -1,8 +1,8 @@
 """Where a run's files are. Every file name of a run is spelled here and nowhere else.
 
-    runs/NAME/config.yaml  data.json  tokenizer/  metrics.jsonl  tensorboard/  plots/  stacks/
-    runs/NAME/release/     the only folder that leaves
-    runs/NAME/private/     ticket/  init/  checkpoints/  vault/  ledger.jsonl   0700, files 0600
+runs/NAME/config.yaml  data.json  tokenizer/  metrics.jsonl  tensorboard/  plots/  stacks/
+runs/NAME/release/     the only folder that leaves
+runs/NAME/private/     ticket/  init/  checkpoints/  vault/  ledger.jsonl   0700, files 0600
 """
 
 import contextlib

@@ -32,8 +32,7 @@ def shadow_model(case: Case) -> Finding:
         gradients = [pull[0] for pull in pulls]
         note += f", gradients of {min(pull[1] for pull in pulls)} batches"
     parts = [
-        _attack(case, case.shadow, name, gradients[0], gradients[1])
-        for name in case.release.shapes
+        _attack(case, case.shadow, name, gradients[0], gradients[1]) for name in case.release.shapes
     ]
     return Finding(note=note, scores=torch.cat(parts))
 

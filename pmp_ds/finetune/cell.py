@@ -1,8 +1,8 @@
 """One fine-tuning from start to result, in a run folder of its own; resumes where it was.
 
-    runs/NAME/config.yaml  metrics.jsonl  tensorboard/
-    runs/NAME/private/checkpoints/    while it runs
-    runs/NAME/private/model/          the fine-tuned model: as secret as the ticket it was made with
+runs/NAME/config.yaml  metrics.jsonl  tensorboard/
+runs/NAME/private/checkpoints/    while it runs
+runs/NAME/private/model/          the fine-tuned model: as secret as the ticket it was made with
 """
 
 import contextlib

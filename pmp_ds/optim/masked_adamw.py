@@ -1,5 +1,4 @@
-"""AdamW on the ticket alone: C++ on CPU, Triton on GPU, torch operations elsewhere; the same bits.
-"""
+"""AdamW on the ticket alone: C++ on CPU, Triton on GPU, else torch operations; the same bits."""
 
 import math
 from typing import Any

@@ -135,9 +135,7 @@ class _Stage12:
                 if mapping is not None:
                     here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
                     name = names[param]
-                    found.append(
-                        (Fragment(name, here.start, here.numel, flat, there.start), param)
-                    )
+                    found.append((Fragment(name, here.start, here.numel, flat, there.start), param))
         found.sort(key=lambda pair: (pair[0].flat, pair[0].flat_start))
         self.fragments = [fragment for fragment, _ in found]
         self._params = [param for _, param in found]

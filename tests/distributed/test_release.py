@@ -39,7 +39,11 @@ def resume_and_save(root: str, other: str) -> int:
 
 
 def test_the_same_bytes_after_an_elastic_resume(
-    ranks4, ranks1, tmp_path, tokenizer_dir, monkeypatch  # noqa: F811
+    ranks4,
+    ranks1,
+    tmp_path,
+    tokenizer_dir,  # noqa: F811
+    monkeypatch,
 ):
     roots = [str(tmp_path / "four"), str(tmp_path / "one")]
     ranks4.run(segment, roots[0], 3, "bf16", "compact", False, 3, [3])

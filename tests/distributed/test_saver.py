@@ -135,7 +135,7 @@ def nearly_full_once() -> Any:
 def test_metrics_on_a_full_disk(lives, run, ranks1):
     """One rank: with more, the launcher ends the others."""
     flags = ("--train.micro_batch_size", "8")
-    one, = lives(*flags, fault=little_room, given=(0, range(6, 13), 300), pool=ranks1)
+    (one,) = lives(*flags, fault=little_room, given=(0, range(6, 13), 300), pool=ranks1)
     seen("metrics on a full disk", one.code, one.err)
     assert checkpoints(run) == [4]
 

@@ -287,7 +287,9 @@ def test_goes_on_from_the_one_before_and_replaces_the_damaged_one(ranks2, run, w
     shutil.copytree(newest(run), newest(run).with_name("update-00000003.incomplete"))
     ranks2.run(segment, str(run.root), 2, "bf16", True, True, 3, [3])
     assert {path.name for path in run.checkpoints.iterdir()} == {
-        "latest", "update-00000003.damaged", *(f"update-0000000{step}" for step in (1, 2, 3))
+        "latest",
+        "update-00000003.damaged",
+        *(f"update-0000000{step}" for step in (1, 2, 3)),
     }
     for path in sorted(newest(run).rglob("*")):
         twin = written / path.relative_to(run.root)

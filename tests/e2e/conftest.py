@@ -14,9 +14,7 @@ from tests.helpers.workdir import furnish
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_idle_ranks(
-    ranks1: RankPool, ranks2: RankPool, ranks3: RankPool, ranks4: RankPool
-) -> None:
+def _no_idle_ranks(ranks1: RankPool, ranks2: RankPool, ranks3: RankPool, ranks4: RankPool) -> None:
     """The kept ranks of the tests before take half a core while they wait: every process group that
     they ever made has threads of gloo that poll."""
     for pool in (ranks1, ranks2, ranks3, ranks4):

@@ -45,7 +45,11 @@ def write_model(folder: Path, config: ModelConfig = LLAMA, padding: int = 0) -> 
 
 
 def tune(
-    folder: str, flags: list[str], sweeps: tuple[str, ...] = (), stage: int = 1, keep: bool = True,
+    folder: str,
+    flags: list[str],
+    sweeps: tuple[str, ...] = (),
+    stage: int = 1,
+    keep: bool = True,
     afresh: bool = False,
 ) -> list[Result]:
     """launcher/finetune.py from its process group on, on the model of ``write_model``."""

@@ -1,6 +1,6 @@
 """Every supported way to run the masked optimizer under DeepSpeed, as test cases and as a table.
 
-    python -m tests.helpers.matrix      writes its part of docs/SUPPORT.md anew
+python -m tests.helpers.matrix      writes its part of docs/SUPPORT.md anew
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """Results of studies that were never run, with effects planted in them.
 
-    records = study(gap=5.0, secret=2.0, tax=0.0, seeds=5)     # points, points, nats per token
+records = study(gap=5.0, secret=2.0, tax=0.0, seeds=5)     # points, points, nats per token
 """
 
 import math

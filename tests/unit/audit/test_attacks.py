@@ -78,9 +78,7 @@ def test_weight_decay_of_the_complement(make, tmp_path, dtype):
 
 def test_two_revisions_and_a_derivative(make, tmp_path):
     made = make()
-    later = {
-        n: t.to(torch.bfloat16) for n, t in trained(made.initial, made.mask, seed=2).items()
-    }
+    later = {n: t.to(torch.bfloat16) for n, t in trained(made.initial, made.mask, seed=2).items()}
     other = save(tmp_path / "later", later)
     for name, given in (
         ("two revisions", {"base": other}),
@@ -108,9 +106,7 @@ def test_a_dense_derivative_tells_nothing(make, tmp_path):
 
 def test_what_stands_still_is_proof_without_the_ticket(make, tmp_path):
     made = make()
-    later = {
-        n: t.to(torch.bfloat16) for n, t in trained(made.initial, made.mask, seed=2).items()
-    }
+    later = {n: t.to(torch.bfloat16) for n, t in trained(made.initial, made.mask, seed=2).items()}
     case = replace(made.case(derivative=save(tmp_path / "later", later)), mask=None)
     assert run_one("derivative: size of change", case).verdict == "leak"
 
@@ -180,9 +176,7 @@ def test_optimizer_tensors_and_files(make):
     assert run_one("optimizer files", made.case()).verdict == "chance"
     (made.folder / "zero_optim_states.pt").write_bytes(b"never unpickled")
     assert run_one("optimizer files", made.case()).verdict == "leak"
-    moments = {
-        f"{name}.exp_avg_sq": made.mask.full(name).float() for name in made.mask.shapes
-    }
+    moments = {f"{name}.exp_avg_sq": made.mask.full(name).float() for name in made.mask.shapes}
     save_file(moments, made.folder / "extra.safetensors")
     result = run_one("optimizer files", made.case())
     assert result.iou == 1.0

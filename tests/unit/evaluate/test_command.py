@@ -65,9 +65,7 @@ STORE = ("--store", "store")
         ),
     ],
 )
-def test_mistakes(
-    place: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
-):
+def test_mistakes(place: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str):
     monkeypatch.chdir(place)
     with pytest.raises(UserError, match=message):
         main([*arguments, *(() if "--model" in arguments else ("--model", "model"))])

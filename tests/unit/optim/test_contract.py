@@ -313,6 +313,8 @@ def at(*stages: int, offload: bool | None = None, **fixed: str) -> Callable[[Set
 
 
 ALL, ZERO = at(0, 1, 2, 3), at(1, 2, 3)
+
+
 def clip_grad(p: Probe) -> None:
     has(p.zero.clip_grad == p.ds.gradient_clipping(), f"it is {p.zero.clip_grad}")
 

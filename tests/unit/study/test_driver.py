@@ -21,6 +21,7 @@ ARMS = {"base": Arm(settings={"mask.source": "none"}), "pmp": Arm()}
 @pytest.fixture
 def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Study, list[Step]]:
     """Two steps that append to files, and a report that does."""
+
     def program(name: str) -> tuple[str, ...]:
         return ("-c", f"open({str(tmp_path / name)!r}, 'a').write('x')")
 

@@ -107,6 +107,7 @@ def test_leaks_are_in_the_verdict():
 
 def test_attackers_tokens():
     """PMP's curve is BASE's, reached after twice the tokens; one task never gets there."""
+
     def curve(scale: float, end: float) -> list[list[float]]:
         return [[0, 4.0], [100 * scale, end + 0.5], [200 * scale, end]]
 
@@ -150,9 +151,7 @@ def test_controls_that_are_there():
                 study.fine_tune("pmp", "qnli", "complement", score=0.5)]  # fmt: skip
     found = {c.name: c for c in controls(results, fine_tunes(results))}
     absent = {name for name, control in found.items() if not control.run}
-    assert absent == {
-        "Mask recovered by an attack, fine-tuned on PMP", "Several pretraining seeds"
-    }
+    assert absent == {"Mask recovered by an attack, fine-tuned on PMP", "Several pretraining seeds"}
     assert found["Learning rates from 1e-5 to 3e-3"].found.startswith("4 from 1e-05 to 0.003")
 
 
