@@ -196,6 +196,8 @@ def add_tensors(handles: dict[str, Any], path: Path) -> None:
         names = list(handle.keys())
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{path} is damaged ({first_line(error)})") from None
+    except MemoryError as error:
+        raise UserError(f"{path} cannot be mapped into memory: {first_line(error)}") from None
     for name in names:
         handles.setdefault(name, handle)
 

@@ -128,7 +128,7 @@ def _about_config(config: Any) -> Iterator[str]:
         yield f"config.json: the key {key!r} is not on the list"
     # What stands under two names is the same. Releases of before have the newer ones alone.
     for key, value in older.items():
-        if config.get(key, value) != value:
+        if key in config and config[key] != value:
             yield f"config.json: {key} is {config[key]!r}, and its newer name says {value!r}"
 
 

@@ -86,8 +86,9 @@ def odd() -> Iterator[Odd]:
         yield Odd("duplicate", _nested(".".join([*above, last]), twice), f"{key} twice")
     large = '{"a": "' + "x" * 300_000 + '"}'
     for text in ("", "[" * 100_000, '{"a": ' * 40_000, large, "x", "nan", "[]", "{}x", '"a"',
-                 "{'a': 1}", '{"a": 1,}', "\ufeff{}"):  # fmt: skip
+                 "{'a': 1}", '{"a": 1,}'):  # fmt: skip
         yield Odd("not an object", text, f"{text[:9]!r}, {len(text)} characters")
+    yield Odd("value", "\ufeff{}", "a byte order mark")
 
 
 def _nested(dotted: str, value: str) -> str:

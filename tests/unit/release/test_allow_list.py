@@ -107,6 +107,13 @@ def remembering_model() -> bytes:
     return bytes(proto.SerializeToString())
 
 
+def no_dtype(folder: Path) -> None:
+    """In a release of before, which has the newer name alone."""
+    config = json.loads((folder / "config.json").read_text())
+    del config["torch_dtype"]
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": float("nan")}))
+
+
 PLANTED: dict[str, tuple[Callable[[Path], object], str]] = {
     "optimizer file": (add("optimizer.pt"), "optimizer.pt: not a file of a release"),
     "ticket file": (add("mask.safetensors"), "mask.safetensors: not a file"),
@@ -119,6 +126,7 @@ PLANTED: dict[str, tuple[Callable[[Path], object], str]] = {
     "hidden config key": (key("config.json", _name_or_path="x"), "the key '_name_or_path'"),
     "run path": (key("config.json", hidden_act="/home/al/run"), "an absolute path"),
     "wrong dtype": (key("config.json", dtype="float32"), "says float32, and the weights are"),
+    "no dtype": (no_dtype, "config.json is not usable"),
     "older name": (key("config.json", rope_theta=7.0), "rope_theta is 7.0, and its newer name"),
     "older dtype": (key("config.json", torch_dtype="float32"), "torch_dtype is 'float32', and"),
     "generation key": (key("generation_config.json", _from="x"), "the key '_from'"),
