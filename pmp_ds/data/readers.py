@@ -20,7 +20,7 @@ from pmp_ds.errors import UserError
 _CHUNK_BYTES = 4 << 20
 _FIRST_CHUNK_BYTES = 1 << 18  # small: a sample takes no more of a source than its beginning
 _PARQUET_ROWS = 16  # at a time: a text in a dictionary is there once, and then once a row
-LONGEST = 128 << 20
+LONGEST = 64 << 20
 """Bytes of one document, or of one line of JSON."""
 _EXPANSION = 200
 _FREE_BYTES = 2 << 20
@@ -106,7 +106,7 @@ def parse_row(row: Any, text_field: str) -> tuple[str | None, str]:
 def _too_long(source: Source, what: str) -> UserError:
     return UserError(
         f"input {source.name} is too long: {what}, and a document has at most {LONGEST:,} bytes; "
-        "divide it into several, as `split -C 64M` does"
+        "divide it into several, as `split -C 32M` does"
     )
 
 

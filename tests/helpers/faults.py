@@ -544,9 +544,9 @@ DATA = {
         EXIT_MISTAKE, r"error: input .* unpacks to more than 200 times its size", NOTHING,
     ),
     "endless document": Fault(
-        "a document or a line of more than 128 MiB",
+        "a document or a line of more than 64 MiB",
         "text files and JSON lines of several GiB, Parquet of one text", "refused", EXIT_MISTAKE,
-        r"error: input .* is too long: .* a document has at most 134,217,728 bytes", NOTHING,
+        r"error: input .* is too long: .* a document has at most 67,108,864 bytes", NOTHING,
     ),
     "growing file": Fault(
         "an input that is written to while it is read", "a line added between two reads",

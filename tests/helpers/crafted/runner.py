@@ -37,6 +37,7 @@ CPU_SECONDS = 10
 SECONDS = 60  # of a busy machine
 MEGABYTES = 500
 _LIMIT = 3 << 30  # of address space beyond what the worker has at its start
+_KEPT = 100  # megabytes: allocators keep what they had, and the next input would pay for it
 _LONGEST = 2000  # characters of a message
 
 
@@ -79,16 +80,17 @@ def outcomes(inputs: Sequence[tuple[str, str]]) -> Iterator[Outcome]:
                 kind, name = left.pop(0)
                 try:
                     answered = here.poll(SECONDS + 2)
-                    yield (
+                    outcome = (
                         here.recv()
                         if answered
                         else Outcome(kind, name, "hang", "", False, 0.0, SECONDS)
                     )
+                    yield outcome
                 except EOFError:
                     worker.join()
                     yield Outcome(kind, name, "crash", f"{worker.exitcode}", False, 0.0, 0.0)
                     break
-                if not answered:
+                if not answered or outcome.megabytes > _KEPT:
                     break
         finally:
             worker.kill()
