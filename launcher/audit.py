@@ -67,21 +67,20 @@ def main(argv: list[str] | None = None) -> None:
     from pmp_ds.progress import Progress
     from pmp_ds.ticket.fit import fitted
     from pmp_ds.ticket.mask import ParamMask
-    from pmp_ds.ticket.ticket import load_ticket
+    from pmp_ds.ticket.ticket import Ticket, load_ticket
 
-    def mask_on(weights: Weights, ticket: Path) -> ParamMask:
-        return fitted(load_ticket(ticket).mask, weights.shapes, weights.folder)
+    def mask_on(weights: Weights, ticket: Ticket) -> ParamMask:
+        return fitted(ticket.mask, weights.shapes, weights.folder)
 
-    release, mask, shadow = Weights.open(args.release), None, None
-    if args.ticket:
-        mask = mask_on(release, args.ticket)
+    ticket = load_ticket(args.ticket) if args.ticket else None
+    release, shadow = Weights.open(args.release), None
     if args.shadow:
         run = RunDir(args.shadow)
         own = Weights.open(run.release)
-        shadow = Shadow(own, mask_on(own, run.ticket))
+        shadow = Shadow(own, mask_on(own, load_ticket(run.ticket)))
     case = Case(
         release=release,
-        mask=mask,
+        mask=mask_on(release, ticket) if ticket else None,
         config=config,
         base=Weights.open(args.base) if args.base else None,
         derivative=Weights.open(args.derivative) if args.derivative else None,

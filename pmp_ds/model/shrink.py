@@ -33,6 +33,7 @@ _LARGEST = (
     (r"window|chunk|block_size|local_attention", _HEAD),
     (r"hidden|embd|embed|d_model|width|dim$|size$", _WIDTH),
 )  # fmt: skip
+_SHARED = "num_kv_shared_layers"  # the last ones, of gemma3n and gemma4
 _COUNTS = re.compile(r"(num_|n_|max_)?(\w+_)?layers?|depth")
 _KEY_HEADS = re.compile(r"kv_?heads?$|key_value_heads$|n_head_kv$|query_groups$")
 _STATE_HEADS = re.compile(r"(n_)?mamba_(n_|num_)?heads$|n_mamba_heads$|^num_heads$")
@@ -60,18 +61,22 @@ def _shrunk(values: dict[str, Any], layers: int | None) -> dict[str, Any]:
         small |= {key: state_heads for key in values if _STATE_HEADS.search(str(key))}
         if values.get("mamba_d_ssm") is not None:
             small |= {"mamba_d_ssm": state_heads * _HEAD, "mamba_d_head": _HEAD}
+    if values.get(_SHARED):
+        small |= {_SHARED: 1}
     if "attention_hidden_size" in values:  # of zamba2, whose attention reads two streams
         small |= {"attention_hidden_size": 2 * _WIDTH, "attention_head_dim": 2 * _WIDTH // _HEADS}
     return small
 
 
 def _kept_layers(values: dict[str, Any], layers: int | None) -> int:
-    """How many layers to keep, so that there is one of each type."""
+    """How many layers to keep, so that there is one of each type, and one that uses their keys and
+    values."""
     kept = _LAYERS
     for value in values.values():
         if isinstance(value, list) and len(value) == layers:
             kept = max([kept, *(value.index(kind) + 1 for kind in value if isinstance(kind, str))])
-    return min(kept, _MOST_LAYERS)
+    kept = min(kept, _MOST_LAYERS)
+    return kept + 1 if values.get(_SHARED) and kept < (layers or 0) else kept
 
 
 def _smaller(key: str, value: Any, layers: int | None, kept: int) -> Any:

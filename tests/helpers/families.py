@@ -39,7 +39,7 @@ from pmp_ds.model.build import build_model, model_config
 from pmp_ds.model.folder_rules import first_line
 from pmp_ds.model.parameters import parameter_table
 from pmp_ds.model.secret_init import Secret, initialize
-from pmp_ds.model.shrink import shrunk
+from pmp_ds.model.shrink import VOCAB, shrunk
 from pmp_ds.release import reload, verify
 from pmp_ds.release.export import export
 from pmp_ds.release.model_card import DerivativeFacts
@@ -135,12 +135,23 @@ def _init(config: PreTrainedConfig) -> tuple[Secret | int, str]:
 
 
 def _architecture(kind: str, folder: Path) -> PreTrainedConfig:
-    values = tiny_config(kind).to_dict()
+    values = _for_bytes(tiny_config(kind).to_dict())
     (folder / "config.json").write_text(json.dumps(values))
     return model_config(
         ModelConfig(family="auto", path=str(folder)),
         vocab_size=len(byte_tokenizer()), eos_id=0, bos_id=None, block_size=BLOCK,
     )  # fmt: skip
+
+
+def _for_bytes(values: dict[str, Any]) -> dict[str, Any]:
+    """Every table of tokens, at any depth, as large as the vocabulary."""
+    size = len(byte_tokenizer())
+    return {
+        key: _for_bytes(value)
+        if isinstance(value, dict)
+        else (size if value == VOCAB and "vocab" in str(key) else value)
+        for key, value in values.items()
+    }
 
 
 def _pretrain(config: PreTrainedConfig, folder: Path, init: Secret | int) -> None:

@@ -73,7 +73,7 @@ def test_what_transformers_keeps_in_fp32_is_compared_in_fp32(tmp_path: Path) -> 
     assert not torch.equal(logits, rounded)
 
 
-@pytest.mark.parametrize("kind", ["falcon_h1", "zamba2"])
+@pytest.mark.parametrize("kind", ["falcon_h1", "zamba2", "gemma3n_text"])
 def test_sizes_that_follow_from_others_are_shrunk_with_them(kind: str) -> None:
     rehearse(small(kind), secret=False)
 
