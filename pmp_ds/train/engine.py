@@ -56,6 +56,8 @@ class Engine:
         self._sixteen_bit = config.precision != "fp32"
         self._dynamic_scale = config.precision == "fp16"
         self._clock = DeviceClock(dist.device())
+        logger = ds_config.get("comms_logger") or {}
+        self._measures_communication = bool(logger.get("enabled", False))
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         self._engine, *_ = deepspeed.initialize(
             model=model,
@@ -238,7 +240,7 @@ class Engine:
 
     def close(self) -> None:
         """Free the engine, so that another can be built in this process. Collective."""
-        if self._engine._config.comms_config.comms_logger_enabled:  # nobody else asks for its table
+        if self._measures_communication:  # nobody else asks for the table
             deepspeed.comm.log_summary()
         self._engine.destroy()
         self.optimizer.state.clear()
