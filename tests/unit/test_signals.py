@@ -16,23 +16,30 @@ import sys, time, signal
 from pmp_ds import signals
 from pmp_ds.errors import exit_code
 
-def main():
+def begun():
     print("begun", flush=True)
+
+def main():
     if sys.argv[1] == "in C":
+        begun()
         import ctypes
         ctypes.CDLL(None).sleep(600)  # returns only at its end: the signal's own handler is no-op
         ctypes.CDLL(None).sleep(600)
     if sys.argv[1] == "said":
         with signals.farewell(lambda code, text: print(code, text, flush=True)):
+            begun()
             time.sleep(600)
     if sys.argv[1] == "two":
         with signals.farewell(lambda *_: print("outer", flush=True)):
             with signals.farewell(lambda *_: print("inner", flush=True)):
+                begun()
                 time.sleep(600)
     if sys.argv[1] == "mute":
         with signals.farewell(lambda code, text: time.sleep(600)):
+            begun()
             time.sleep(600)
     if sys.argv[1] == "ignored":
+        begun()
         with signals.reacting(signals.leave, then=signals.ignore):
             pass
         print("saved", flush=True)
