@@ -97,9 +97,10 @@ def _is_shape(shape: object) -> bool:
 
 @dataclass(frozen=True)
 class ParamMask:
-    """The mask of a whole model: packed bits by parameter name, on CPU.
+    """The mask of a whole model: packed bits by parameter name, on CPU, both in the order of
+    ``shapes``, whatever order a file gives them in.
 
-    There is none with other bits than its shapes need: UserError names the parameter.
+    Raises UserError, which names the parameter, for bits that its shape does not need.
     """
 
     bits: Mapping[str, torch.Tensor]
@@ -112,6 +113,7 @@ class ParamMask:
         check_shapes(self.shapes)
         for name, shape in self.shapes.items():
             check_bits(self.bits[name], math.prod(shape), f"the mask of {name!r}")
+        object.__setattr__(self, "bits", {name: self.bits[name] for name in self.shapes})
 
     def numel(self, name: str) -> int:
         return int(torch.Size(self.shapes[name]).numel())

