@@ -24,15 +24,15 @@ import torch
 from benchmarks.common import hardware, print_figure
 from pmp_ds import dist
 from pmp_ds.config import Config, MaskConfig, ModelConfig, RunConfig, TrainConfig
+from pmp_ds.discover.discover import random_ticket
+from pmp_ds.engine.engine import Engine
 from pmp_ds.log import MetricsLog
 from pmp_ds.model.build import build_model, model_config
 from pmp_ds.model.parameters import num_params, parameter_table
 from pmp_ds.run_dir import RunDir
+from pmp_ds.state.checkpoint import Position
+from pmp_ds.state.saver import Saver
 from pmp_ds.ticket.mask import ParamMask
-from pmp_ds.train.checkpoint import Position
-from pmp_ds.train.discover import random_ticket
-from pmp_ds.train.engine import Engine
-from pmp_ds.train.saver import Saver
 
 BLOCK = 64
 POSITION = Position(step=0, consumed_samples=0, ticket_id=None, dataset_id="", val_loss=None)

@@ -28,9 +28,9 @@ from pmp_ds.config import Config
 from pmp_ds.data.tokenizer import train_tokenizer
 from pmp_ds.model.secret_init import create_key
 from pmp_ds.run_dir import RunDir, write_json, write_text
-from pmp_ds.train import checkpoint, shelf, theta0
-from pmp_ds.train.checkpoint import Position, Snapshot
-from pmp_ds.train.run_facts import DataFacts
+from pmp_ds.state import checkpoint, shelf, theta0
+from pmp_ds.state.checkpoint import Position, Snapshot
+from pmp_ds.state.run_record import DataFacts
 
 REPO = Path(__file__).resolve().parents[1]
 RECIPE = REPO / "launcher/recipes/tinyllama-1.1b.yaml"

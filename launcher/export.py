@@ -25,7 +25,7 @@ from pmp_ds.cli import PlainParser
 from pmp_ds.errors import UserError, exit_code, shown
 from pmp_ds.foreign import read_text
 from pmp_ds.run_dir import RunDir, make_private
-from pmp_ds.train.run_facts import export_facts, load_config, read_data
+from pmp_ds.state.run_record import export_facts, load_config, read_data
 
 if TYPE_CHECKING:
     from pmp_ds.release.export import ExportSummary
@@ -147,7 +147,7 @@ def _export_run(args: argparse.Namespace) -> "ExportSummary":
     from pmp_ds.release.export import export, require_absent
     from pmp_ds.release.ledger import Claim
     from pmp_ds.release.model_card import CardFacts
-    from pmp_ds.train import plain_weights, theta0
+    from pmp_ds.state import plain_weights, theta0
 
     out = args.out or run.release
     require_absent(out)
@@ -201,12 +201,12 @@ def _export_derivative(args: argparse.Namespace) -> "ExportSummary":
     for flag in ("base", "ticket", "out"):
         if getattr(args, flag) is None:
             raise UserError(f"--derivative needs --{flag}")
+    from pmp_ds.derivative.derivative import loss_on, write_dithered
     from pmp_ds.release.export import export, require_absent
     from pmp_ds.release.ledger import Claim, lineage_of, read
     from pmp_ds.release.model_card import DerivativeFacts
     from pmp_ds.release.source import open_source
-    from pmp_ds.train import theta0
-    from pmp_ds.train.derivative import loss_on, write_dithered
+    from pmp_ds.state import theta0
 
     require_absent(args.out)
     run = RunDir(args.ticket.resolve().parent.parent)

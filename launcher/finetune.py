@@ -70,8 +70,8 @@ def prepare() -> ranks.Prepared:
         return parse(FinetuneConfig, argv, options=OPTIONS, **texts)
 
     config, options = settings(sys.argv[1:])
+    from pmp_ds.engine import deepspeed_config
     from pmp_ds.run_dir import RunDir
-    from pmp_ds.train import deepspeed_config
 
     ds_config = deepspeed_config.read_json(Path(options["deepspeed_config"]))
     world = int(os.environ.get("WORLD_SIZE", "1"))

@@ -75,8 +75,8 @@ def prepare() -> ranks.Prepared:
         command = [sys.executable, *sys.argv]
         raise SystemExit(run_with_restarts(command, config.run.restarts))
     from pmp_ds.data.mixed_store import open_data
+    from pmp_ds.engine import deepspeed_config
     from pmp_ds.run_dir import RunDir
-    from pmp_ds.train import deepspeed_config
 
     ds_config = deepspeed_config.read_json(Path(options["deepspeed_config"]))
     deepspeed_config.merge(ds_config, config.train, int(os.environ.get("WORLD_SIZE", "1")))

@@ -18,7 +18,7 @@ from pmp_ds.cli import PlainParser
 from pmp_ds.errors import UserError, exit_code
 from pmp_ds.run_dir import RunDir
 from pmp_ds.settings import expanded
-from pmp_ds.train.run_facts import load_config
+from pmp_ds.state.run_record import load_config
 
 PROMPT = "def "
 

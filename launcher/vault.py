@@ -277,8 +277,8 @@ def _secret(run: RunDir, known: Sequence[vault.Record], *, may_create: bool = Fa
     of the vault, made for the first copy with a watermark. Raises UserError when it is not the one
     that earlier copies were marked with."""
     from pmp_ds.model.secret_init import KEY_FILE, create_key, load_key
-    from pmp_ds.train import theta0
-    from pmp_ds.train.run_facts import load_config
+    from pmp_ds.state import theta0
+    from pmp_ds.state.run_record import load_config
 
     marked = [record for record in known if record.watermark is not None]
     if load_config(run).init.seed is None:

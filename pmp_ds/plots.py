@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from pmp_ds.log import read_metrics
 from pmp_ds.run_dir import RunDir
-from pmp_ds.train.run_facts import load_config, read_data
+from pmp_ds.state.run_record import load_config, read_data
 
 BLUE, ORANGE, GREY = "#2a6fbb", "#d9822b", "#888888"
 

@@ -2,7 +2,7 @@
 
 A scheduler sends SIGTERM (or SLURM's SIGUSR1, or a person Ctrl-C's SIGINT) and waits. Before there
 is anything to save the process ends at once, with code 75: imports, a store being hashed and ranks
-that wait for each other hold nobody up. In training the run is asked to stop (train/stop.py). Once
+that wait for each other hold nobody up. In training the run is asked to stop (watch/stop.py). Once
 all is saved, further signals are ignored.
 
 A thread hears them, since a main thread inside a collective or an import runs no handler.

@@ -10,9 +10,9 @@ from pmp_ds.log import read_metrics
 from pmp_ds.model.parameters import num_params, parameter_table
 from pmp_ds.release.export import generate_sample
 from pmp_ds.run_dir import RunDir
+from pmp_ds.state import plain_weights, theta0
+from pmp_ds.state.run_record import DataFacts, load_config, read_data
 from pmp_ds.ticket.ticket import Ticket, exact_k, has_ticket, load_ticket
-from pmp_ds.train import plain_weights, theta0
-from pmp_ds.train.run_facts import DataFacts, load_config, read_data
 
 
 def summarize(run: RunDir, prompt: str) -> str:

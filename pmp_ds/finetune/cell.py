@@ -16,6 +16,7 @@ from pmp_ds import dist, results
 from pmp_ds.cli import dump, parse
 from pmp_ds.config import Config
 from pmp_ds.data.loader import BlockLoader, order_key
+from pmp_ds.engine.engine import Engine
 from pmp_ds.errors import UserError
 from pmp_ds.finetune.config import FinetuneConfig
 from pmp_ds.finetune.methods import load_model, mask_of, open_ticket
@@ -25,16 +26,16 @@ from pmp_ds.model.folder import open_tokenizer
 from pmp_ds.progress import Progress
 from pmp_ds.results import Result
 from pmp_ds.run_dir import RunDir, make_private, write_text
+from pmp_ds.state import checkpoint, shelf, weight_files
+from pmp_ds.state.run_record import headed
+from pmp_ds.state.saver import Saver
+from pmp_ds.state.shelf import Found, Survey
 from pmp_ds.ticket.mask import ParamMask
-from pmp_ds.train import checkpoint, shelf, start, weight_files
-from pmp_ds.train.engine import Engine
-from pmp_ds.train.guard import Guard
+from pmp_ds.train import start
 from pmp_ds.train.loop import Watch, train
-from pmp_ds.train.run_facts import headed
-from pmp_ds.train.saver import Saver
-from pmp_ds.train.shelf import Found, Survey
-from pmp_ds.train.stop import StopRequest
-from pmp_ds.train.watchdog import Watchdog
+from pmp_ds.watch.guard import Guard
+from pmp_ds.watch.stop import StopRequest
+from pmp_ds.watch.watchdog import Watchdog
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from pmp_ds.config import MaskConfig
 from pmp_ds.data.loader import order_key
+from pmp_ds.discover.discover import random_ticket
 from pmp_ds.errors import UserError
 from pmp_ds.finetune.config import FinetuneConfig
 from pmp_ds.model.classifier import classifier, pad_id
@@ -28,7 +29,6 @@ from pmp_ds.ticket.keys import identities, read_passphrase
 from pmp_ds.ticket.mask import ParamMask, full_bits, pack
 from pmp_ds.ticket.ticket import Ticket
 from pmp_ds.ticket.vault import any_ticket
-from pmp_ds.train.discover import random_ticket
 
 
 def open_ticket(config: FinetuneConfig) -> Ticket | None:

@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 from transformers import logging
 
 from pmp_ds import dist, results
+from pmp_ds.engine.cut import Cut
 from pmp_ds.errors import UserError
 from pmp_ds.finetune.cell import Keepers, forget, settings_of, tune
 from pmp_ds.finetune.config import FinetuneConfig
@@ -20,10 +21,9 @@ from pmp_ds.finetune.tasks import Task, open_task
 from pmp_ds.progress import Progress
 from pmp_ds.results import Result, model_digest
 from pmp_ds.run_dir import RunDir
-from pmp_ds.train.cut import Cut
-from pmp_ds.train.held import held
-from pmp_ds.train.stop import StopRequest
-from pmp_ds.train.watchdog import Watchdog
+from pmp_ds.watch.held import held
+from pmp_ds.watch.stop import StopRequest
+from pmp_ds.watch.watchdog import Watchdog
 
 Grid = Mapping[str, Sequence[str]]
 WHOLE = ""

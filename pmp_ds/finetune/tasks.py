@@ -10,6 +10,8 @@ import torch
 from pmp_ds import dist
 from pmp_ds.config import Config
 from pmp_ds.data.mixed_store import open_data
+from pmp_ds.engine.engine import Engine
+from pmp_ds.engine.objective import NextToken, Objective
 from pmp_ds.errors import UserError, quoted
 from pmp_ds.finetune.config import FinetuneConfig
 from pmp_ds.finetune.rows import Classification, EncodedRows
@@ -19,9 +21,7 @@ from pmp_ds.glue.tasks import find_task
 from pmp_ds.model.build import context_length
 from pmp_ds.model.classifier import pad_id
 from pmp_ds.model.folder import open_tokenizer, read_config
-from pmp_ds.train.engine import Engine
 from pmp_ds.train.loop import validate
-from pmp_ds.train.objective import NextToken, Objective
 
 LM = "lm"
 Metrics = dict[str, dict[str, float]]

@@ -8,7 +8,7 @@ from pmp_ds.errors import UserError, quoted
 from pmp_ds.log import read_metrics
 from pmp_ds.results import Result, model_digest
 from pmp_ds.run_dir import RunDir
-from pmp_ds.train.run_facts import load_config, read_data
+from pmp_ds.state.run_record import load_config, read_data
 
 
 def pretrain_result(run: RunDir, arm: str) -> Result:

@@ -11,14 +11,14 @@ from pmp_ds.config import Config
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.loader import BlockLoader, order_key
 from pmp_ds.data.mixed_store import MixedStore
+from pmp_ds.engine.engine import Engine
+from pmp_ds.engine.objective import NextToken
 from pmp_ds.model.parameters import ParamInfo, parameter_table
 from pmp_ds.model.secret_init import derive
 from pmp_ds.run_dir import RunDir
+from pmp_ds.state import theta0
+from pmp_ds.state.run_record import DataFacts
 from pmp_ds.ticket.ticket import has_ticket, load_ticket
-from pmp_ds.train import theta0
-from pmp_ds.train.engine import Engine
-from pmp_ds.train.objective import NextToken
-from pmp_ds.train.run_facts import DataFacts
 
 
 @dataclass(frozen=True)

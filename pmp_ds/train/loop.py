@@ -13,14 +13,14 @@ from pmp_ds.config import Config
 from pmp_ds.data.blocks import Blocks
 from pmp_ds.data.loader import BlockLoader
 from pmp_ds.data.mixture import InTurn
+from pmp_ds.engine.engine import Engine
 from pmp_ds.errors import Stopped
 from pmp_ds.log import MetricsLog
 from pmp_ds.optim.schedule import learning_rate
 from pmp_ds.progress import Progress
-from pmp_ds.train.engine import Engine
-from pmp_ds.train.guard import BadUpdateError, Guard
-from pmp_ds.train.stop import StopRequest
-from pmp_ds.train.watchdog import Watchdog
+from pmp_ds.watch.guard import BadUpdateError, Guard
+from pmp_ds.watch.stop import StopRequest
+from pmp_ds.watch.watchdog import Watchdog
 
 # (update, newest validation loss, whether it must be on disk on return): write a checkpoint
 Save = Callable[[int, float | None, bool], None]

@@ -13,23 +13,24 @@ from pmp_ds import dist
 from pmp_ds.config import Config
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.mixed_store import MixedStore
+from pmp_ds.discover.discover import Discovery, random_ticket
 from pmp_ds.errors import Stopped
 from pmp_ds.log import MetricsLog
 from pmp_ds.model.parameters import digest, num_params
 from pmp_ds.model.secret_init import derive
 from pmp_ds.progress import Progress
 from pmp_ds.run_dir import RunDir
+from pmp_ds.state import checkpoint, plain_weights, run_record, shelf, weight_files
+from pmp_ds.state.saver import Saver
+from pmp_ds.state.shelf import Found
 from pmp_ds.ticket.ticket import Ticket, has_ticket, load_ticket, save_ticket
-from pmp_ds.train import checkpoint, plain_weights, plan, run_facts, shelf, start, weight_files
-from pmp_ds.train.discover import Discovery, random_ticket
-from pmp_ds.train.guard import Guard
-from pmp_ds.train.held import held
+from pmp_ds.train import plan, start
 from pmp_ds.train.job import Job, open_job
 from pmp_ds.train.loop import Watch, train, validate
-from pmp_ds.train.saver import Saver
-from pmp_ds.train.shelf import Found
-from pmp_ds.train.stop import StopRequest
-from pmp_ds.train.watchdog import Watchdog
+from pmp_ds.watch.guard import Guard
+from pmp_ds.watch.held import held
+from pmp_ds.watch.stop import StopRequest
+from pmp_ds.watch.watchdog import Watchdog
 
 
 def _obtain_ticket(job: Job, found: Found | None, watch: Watch, saver: Saver) -> Ticket | None:
@@ -131,7 +132,7 @@ def run(
     with held(folder.root, f"the run's folder {folder.root}"):
         # Rank 0 alone reads every byte; a damaged store stops all ranks before anything is written.
         dist.on_rank0(lambda: store.verify() and None)
-        dist.on_rank0(lambda: run_facts.claim(folder, config, store))
+        dist.on_rank0(lambda: run_record.claim(folder, config, store))
         job = open_job(config, ds_config, store, folder)
         _say(f"{config.run.name}:\n{plan.describe(job)}")
         return pretrain(job, started, start_afresh=start_afresh)

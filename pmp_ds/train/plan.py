@@ -6,10 +6,10 @@ from pmp_ds import dist
 from pmp_ds.config import Config
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.loader import order_key
+from pmp_ds.engine.cut import Cut
+from pmp_ds.engine.deepspeed_config import wants_compact_master, zero_stage
 from pmp_ds.model.parameters import num_params
 from pmp_ds.ticket.ticket import exact_k, load_ticket
-from pmp_ds.train.cut import Cut
-from pmp_ds.train.deepspeed_config import wants_compact_master, zero_stage
 from pmp_ds.train.job import Job, given_ticket
 
 _MASKS = {

@@ -12,11 +12,11 @@ from pmp_ds.errors import UserError
 from pmp_ds.log import read_metrics, rewind_metrics
 from pmp_ds.model.parameters import digest
 from pmp_ds.run_dir import RunDir, sweep
+from pmp_ds.state import plain_weights, run_record, shelf, theta0
+from pmp_ds.state.manifest import Phase
+from pmp_ds.state.shelf import AFRESH, Found, Survey, UnreadableError
 from pmp_ds.ticket.ticket import has_ticket, load_ticket
-from pmp_ds.train import plain_weights, run_facts, shelf, theta0
 from pmp_ds.train.job import Job
-from pmp_ds.train.manifest import Phase
-from pmp_ds.train.shelf import AFRESH, Found, Survey, UnreadableError
 
 NOTHING = Survey(None, ())
 
@@ -124,7 +124,7 @@ def go_on(job: Job, seen: Sequence[Survey], last: Mapping[str, int]) -> None:
         theta0.remember(run, job.theta0_digest, job.init)
     except OSError as error:
         raise UserError(f"{run.root} cannot be written: {error}") from None
-    run_facts.record_start(run, job.config)
+    run_record.record_start(run, job.config)
 
 
 def resume_in(run: RunDir, passed_over: Sequence[Path], last: Mapping[str, int]) -> None:

@@ -27,7 +27,7 @@ from pmp_ds.data.prepare_config import PrepareConfig
 from pmp_ds.model.build import build_model, model_config
 from pmp_ds.release.export import export
 from pmp_ds.release.model_card import CardFacts
-from pmp_ds.train.weight_files import save_weights
+from pmp_ds.state.weight_files import save_weights
 from tests.helpers.distributed import REPO
 
 BLOCK, UPDATES, NEW_TOKENS = 64, 200, 12

@@ -11,6 +11,7 @@ import torch
 
 from pmp_ds import dist
 from pmp_ds.config import MaskConfig
+from pmp_ds.discover.discover import random_ticket
 from pmp_ds.errors import UserError
 from pmp_ds.model.parameters import parameter_table
 from pmp_ds.optim.attach import attach
@@ -20,7 +21,6 @@ from pmp_ds.optim.masked_rules import MaskedLion, MaskedSGD
 from pmp_ds.run_dir import RunDir
 from pmp_ds.ticket.mask import ParamMask, full_bits
 from pmp_ds.ticket.ticket import load_ticket, save_ticket
-from pmp_ds.train.discover import random_ticket
 from tests.helpers import tiny
 
 REPO = Path(__file__).resolve().parents[2]

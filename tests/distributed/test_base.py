@@ -9,11 +9,11 @@ import torch
 
 from pmp_ds import dist
 from pmp_ds.config import Precision, TrainConfig
+from pmp_ds.engine.engine import Engine
 from pmp_ds.model.parameters import parameter_table
 from pmp_ds.optim.masked import parameter_groups
 from pmp_ds.optim.schedule import learning_rate
 from pmp_ds.ticket.mask import ParamMask, full_bits
-from pmp_ds.train.engine import Engine
 from tests.helpers import tiny
 
 pytestmark = pytest.mark.distributed

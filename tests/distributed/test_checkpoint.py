@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM
 
 from pmp_ds import dist
 from pmp_ds.config import MaskConfig, Precision, TrainConfig
+from pmp_ds.discover.discover import random_ticket
+from pmp_ds.engine.engine import Engine
 from pmp_ds.model.parameters import parameter_table
 from pmp_ds.optim.schedule import learning_rate
 from pmp_ds.run_dir import RunDir
+from pmp_ds.state import checkpoint, shelf, weight_files
+from pmp_ds.state.checkpoint import Position
 from pmp_ds.ticket.mask import ParamMask
-from pmp_ds.train import checkpoint, shelf, weight_files
-from pmp_ds.train.checkpoint import Position
-from pmp_ds.train.discover import random_ticket
-from pmp_ds.train.engine import Engine
 from tests.helpers import tiny
 
 pytestmark = pytest.mark.distributed

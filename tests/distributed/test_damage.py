@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pmp_ds.run_dir import RunDir
-from pmp_ds.train import shelf
+from pmp_ds.state import shelf
 from tests.helpers.faults import seen
 from tests.helpers.lives import checkpoints, same_end
 

@@ -7,8 +7,8 @@ import torch
 
 from pmp_ds import dist
 from pmp_ds.config import ModelConfig, TrainConfig
-from pmp_ds.train.engine import Engine
-from pmp_ds.train.objective import NextToken
+from pmp_ds.engine.engine import Engine
+from pmp_ds.engine.objective import NextToken
 from tests.helpers import tiny
 
 pytestmark = pytest.mark.distributed

@@ -14,9 +14,9 @@ import torch
 
 from pmp_ds.log import read_metrics
 from pmp_ds.run_dir import RunDir
+from pmp_ds.state.run_record import load_config
+from pmp_ds.state.weight_files import read_weights
 from pmp_ds.ticket.ticket import load_ticket
-from pmp_ds.train.run_facts import load_config
-from pmp_ds.train.weight_files import read_weights
 from tests.helpers.faults import seen
 from tests.helpers.lives import (
     Life,

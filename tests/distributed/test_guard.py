@@ -14,13 +14,13 @@ import torch
 
 from pmp_ds import dist
 from pmp_ds.config import MaskConfig, Precision, TrainConfig
+from pmp_ds.discover.discover import random_ticket
+from pmp_ds.engine.engine import Engine
 from pmp_ds.log import read_metrics
 from pmp_ds.model.parameters import parameter_table
 from pmp_ds.run_dir import RunDir
 from pmp_ds.ticket.ticket import Ticket, load_ticket
 from pmp_ds.train import pipeline
-from pmp_ds.train.discover import random_ticket
-from pmp_ds.train.engine import Engine
 from tests.helpers import tiny
 from tests.helpers.faults import seen
 from tests.helpers.lives import act, checkpoints, infinite_gradient, same_end, scaled_loss, slow

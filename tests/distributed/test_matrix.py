@@ -9,10 +9,10 @@ import torch
 
 from pmp_ds import dist
 from pmp_ds.config import MaskConfig, TrainConfig
+from pmp_ds.discover.discover import random_ticket
+from pmp_ds.engine.engine import Engine
 from pmp_ds.model.parameters import parameter_table
 from pmp_ds.optim.schedule import learning_rate
-from pmp_ds.train.discover import random_ticket
-from pmp_ds.train.engine import Engine
 from tests.helpers import reference, tiny
 from tests.helpers.matrix import Case, cases
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from pmp_ds.config import MaskConfig
+from pmp_ds.discover.discover import random_ticket
+from pmp_ds.engine.engine import Engine
 from pmp_ds.model.parameters import parameter_table
 from pmp_ds.release.export import export
 from pmp_ds.run_dir import RunDir
-from pmp_ds.train import checkpoint, shelf, weight_files
-from pmp_ds.train.discover import random_ticket
-from pmp_ds.train.engine import Engine
+from pmp_ds.state import checkpoint, shelf, weight_files
 from tests.distributed.test_checkpoint import TRAIN, segment
 from tests.helpers import tiny
 from tests.unit.release.conftest import CARD, tokenizer_dir  # noqa: F401  (a fixture)

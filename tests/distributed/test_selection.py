@@ -10,15 +10,15 @@ import torch
 from pmp_ds import dist
 from pmp_ds.cli import parse
 from pmp_ds.config import Config, MaskConfig
+from pmp_ds.discover.discover import Discovery
+from pmp_ds.discover.selection import Selector, proportional
+from pmp_ds.engine.engine import Engine
 from pmp_ds.errors import UserError
 from pmp_ds.model.parameters import ParamInfo, parameter_table
 from pmp_ds.model.stream import uniforms
 from pmp_ds.optim.zero_shards import Fragment
 from pmp_ds.ticket.mask import unpack
 from pmp_ds.ticket.ticket import exact_k
-from pmp_ds.train.discover import Discovery
-from pmp_ds.train.engine import Engine
-from pmp_ds.train.selection import Selector, proportional
 from tests.distributed.test_method import CONFIG
 from tests.distributed.test_topk import SIZES, fragments, synthetic
 from tests.helpers import tiny

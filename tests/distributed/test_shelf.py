@@ -14,8 +14,8 @@ import pytest
 from pmp_ds.errors import UserError
 from pmp_ds.formats import FormatError
 from pmp_ds.run_dir import RunDir
-from pmp_ds.train import checkpoint, shelf
-from pmp_ds.train.shelf import UnreadableError
+from pmp_ds.state import checkpoint, shelf
+from pmp_ds.state.shelf import UnreadableError
 from pmp_ds.version import code_version
 from tests.distributed.test_checkpoint import BATCH, POSITION, segment
 from tests.helpers.commands import files_of

@@ -15,8 +15,8 @@ from pmp_ds import dist
 from pmp_ds.config import Config
 from pmp_ds.errors import UserError
 from pmp_ds.run_dir import RunDir
+from pmp_ds.state import shelf, theta0
 from pmp_ds.summary import summarize
-from pmp_ds.train import shelf, theta0
 from pmp_ds.version import code_version
 from tests.distributed.test_damage import flip
 from tests.helpers.commands import files_of

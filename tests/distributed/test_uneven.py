@@ -9,11 +9,11 @@ import torch
 
 from pmp_ds import dist
 from pmp_ds.config import Config, MaskConfig, Precision, TrainConfig
+from pmp_ds.discover.discover import Discovery
+from pmp_ds.engine.engine import Engine
 from pmp_ds.model.parameters import num_params, parameter_table
 from pmp_ds.optim.schedule import learning_rate
 from pmp_ds.ticket.ticket import exact_k
-from pmp_ds.train.discover import Discovery
-from pmp_ds.train.engine import Engine
 from tests.helpers import reference, tiny
 
 pytestmark = pytest.mark.distributed

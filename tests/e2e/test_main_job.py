@@ -16,10 +16,10 @@ from pmp_ds.data.arrow_store import Store
 from pmp_ds.log import read_metrics
 from pmp_ds.model.parameters import parameter_table
 from pmp_ds.run_dir import RunDir
+from pmp_ds.state import theta0
+from pmp_ds.state.run_record import load_config, read_data
+from pmp_ds.state.weight_files import read_weights
 from pmp_ds.ticket.ticket import Ticket, load_ticket
-from pmp_ds.train import theta0
-from pmp_ds.train.run_facts import load_config, read_data
-from pmp_ds.train.weight_files import read_weights
 from tests.e2e.conftest import MainRun
 from tests.helpers.commands import error_of, files_of, ok, run
 from tests.helpers.workdir import BLOCK, STEPS

@@ -31,6 +31,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from pmp_ds import dist
 from pmp_ds.config import MaskConfig, ModelConfig, TrainConfig
+from pmp_ds.discover.discover import random_ticket
+from pmp_ds.engine.engine import Engine
 from pmp_ds.errors import UserError
 from pmp_ds.finetune.config import FinetuneConfig, TuneDataConfig
 from pmp_ds.finetune.methods import load_model, mask_of, open_ticket
@@ -44,10 +46,8 @@ from pmp_ds.release import reload, verify
 from pmp_ds.release.export import export
 from pmp_ds.release.model_card import DerivativeFacts
 from pmp_ds.release.rehearsal import rehearse
+from pmp_ds.state.weight_files import save_weights
 from pmp_ds.ticket.ticket import save_ticket
-from pmp_ds.train.discover import random_ticket
-from pmp_ds.train.engine import Engine
-from pmp_ds.train.weight_files import save_weights
 from tests.helpers import tiny
 from tests.helpers.glue import byte_tokenizer, write_glue
 from tests.helpers.matrix import ARCHITECTURES, write

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from pmp_ds import dist
 from pmp_ds.cli import parse
 from pmp_ds.config import MaskConfig, ModelConfig
+from pmp_ds.discover.discover import random_ticket
 from pmp_ds.finetune import sweep
 from pmp_ds.finetune.config import FinetuneConfig
 from pmp_ds.model.build import build_model, model_config
@@ -18,7 +19,6 @@ from pmp_ds.model.secret_init import Secret, initialize
 from pmp_ds.results import Result
 from pmp_ds.run_dir import RunDir
 from pmp_ds.ticket.ticket import save_ticket
-from pmp_ds.train.discover import random_ticket
 from tests.helpers import tiny
 from tests.helpers.glue import byte_tokenizer
 

@@ -28,13 +28,14 @@ from pmp_ds.cli import parse
 from pmp_ds.config import Config
 from pmp_ds.data.loader import BlockLoader
 from pmp_ds.data.mixed_store import open_data
+from pmp_ds.engine.deepspeed_config import merge, read_json
+from pmp_ds.engine.engine import Engine
 from pmp_ds.errors import exit_code
 from pmp_ds.log import TIMINGS, read_metrics
 from pmp_ds.run_dir import RunDir
-from pmp_ds.train import checkpoint, job, pipeline
-from pmp_ds.train.deepspeed_config import merge, read_json
-from pmp_ds.train.engine import Engine
-from pmp_ds.train.shelf import AFRESH
+from pmp_ds.state import checkpoint
+from pmp_ds.state.shelf import AFRESH
+from pmp_ds.train import job, pipeline
 from tests.helpers import capabilities, tiny
 
 SETTINGS = (

@@ -114,7 +114,7 @@ def table() -> str:
         "master, that losses follow a plain PyTorch reference, that the norm DeepSpeed reports is",
         "the masked one, and how many bytes the states take. 2 ranks where nothing else is said.",
         "What is known not to work is refused by name before training starts",
-        "(`pmp_ds/train/deepspeed_config.py`).",
+        "(`pmp_ds/engine/deepspeed_config.py`).",
         "",
         "| | ZeRO 0 | ZeRO 1 | ZeRO 2 | ZeRO 3 |",
         "|---|---|---|---|---|",

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pmp_ds.config import TrainConfig
-from pmp_ds.train import deepspeed_keys
-from pmp_ds.train.deepspeed_config import OWN_SECTION, merge, read_json
-from pmp_ds.train.deepspeed_refused import REFUSED
+from pmp_ds.engine import deepspeed_keys
+from pmp_ds.engine.deepspeed_config import OWN_SECTION, merge, read_json
+from pmp_ds.engine.deepspeed_refused import REFUSED
 
 CONFIG = TrainConfig(global_batch_size=4, micro_batch_size=4, precision="bf16")
 VALUES = (

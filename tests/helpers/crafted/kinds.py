@@ -205,9 +205,9 @@ def _run(folder: Path) -> None:
 def _use_run(folder: Path) -> None:
     from pmp_ds.data.mixture import realised
     from pmp_ds.log import read_metrics
+    from pmp_ds.state import theta0
+    from pmp_ds.state.run_record import export_facts, read_data
     from pmp_ds.summary import _losses
-    from pmp_ds.train import theta0
-    from pmp_ds.train.run_facts import export_facts, read_data
 
     run = RunDir(folder)
     data = read_data(run)
@@ -238,7 +238,7 @@ def _use_ledger(folder: Path) -> None:
 def _checkpoint(folder: Path) -> None:
     from safetensors.torch import save_file
 
-    from pmp_ds.train.manifest import Position, sha256, write_manifest
+    from pmp_ds.state.manifest import Position, sha256, write_manifest
 
     home = folder / "update-00000004"
     (home / "state").mkdir(parents=True)
@@ -253,8 +253,8 @@ def _checkpoint(folder: Path) -> None:
 
 
 def _use_checkpoint(folder: Path) -> None:
-    from pmp_ds.train.manifest import verified
-    from pmp_ds.train.state_reader import StateReader
+    from pmp_ds.state.manifest import verified
+    from pmp_ds.state.state_reader import StateReader
 
     home = folder / "update-00000004"
     verified(home)

@@ -15,7 +15,7 @@ from pmp_ds.data.prepare_config import PrepareConfig
 from pmp_ds.data.statistics import inspect_store, split_statistics
 from pmp_ds.data.units import unigram_cross_entropy
 from pmp_ds.errors import UserError
-from pmp_ds.train.run_facts import DataFacts
+from pmp_ds.state.run_record import DataFacts
 from tests.unit.data.conftest import make_texts
 
 

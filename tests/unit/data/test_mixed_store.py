@@ -12,7 +12,7 @@ from pmp_ds.data.loader import order_key
 from pmp_ds.data.mixed_store import MixedStore, open_data
 from pmp_ds.data.mixture import InTurn
 from pmp_ds.errors import UserError
-from pmp_ds.train.run_facts import DataFacts
+from pmp_ds.state.run_record import DataFacts
 from tests.helpers.stores import write_store
 
 KEY = order_key("train", 0)

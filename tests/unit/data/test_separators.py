@@ -20,7 +20,7 @@ from pmp_ds.data.statistics import inspect_store
 from pmp_ds.data.summary import PrepareSummary
 from pmp_ds.data.tokenizer import load_tokenizer
 from pmp_ds.errors import UserError
-from pmp_ds.train.run_facts import DataFacts
+from pmp_ds.state.run_record import DataFacts
 from tests.unit.data.conftest import make_texts
 
 FAST = "gigatoken"

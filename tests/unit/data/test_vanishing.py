@@ -15,8 +15,8 @@ from pmp_ds.data.inputs import find_sources
 from pmp_ds.data.prepare import prepare
 from pmp_ds.data.prepare_config import PrepareConfig
 from pmp_ds.data.tokenizer import load_tokenizer
+from pmp_ds.engine.objective import NextToken
 from pmp_ds.errors import UserError
-from pmp_ds.train.objective import NextToken
 from tests.helpers.faults import seen
 from tests.unit.data.conftest import make_texts
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification
 
+from pmp_ds.discover.discover import random_ticket
 from pmp_ds.errors import UserError
 from pmp_ds.finetune.methods import load_model, mask_of, open_ticket
 from pmp_ds.finetune.rows import Classification
@@ -18,7 +19,6 @@ from pmp_ds.model.classifier import pad_id
 from pmp_ds.model.folder import open_folder
 from pmp_ds.model.parameters import parameter_table
 from pmp_ds.ticket.ticket import save_ticket
-from pmp_ds.train.discover import random_ticket
 from tests.helpers.families import QUICK, MaskConfig, settings, tiny_config
 from tests.helpers.faults import seen
 from tests.helpers.glue import byte_tokenizer

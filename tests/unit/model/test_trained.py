@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pmp_ds.config import Config, MaskConfig, ModelConfig
+from pmp_ds.discover.discover import random_ticket
 from pmp_ds.errors import UserError
 from pmp_ds.evaluate.gradients import accumulate, compare
 from pmp_ds.evaluate.subject import mask_on
@@ -18,11 +19,10 @@ from pmp_ds.model.folder import ModelFolder, open_folder
 from pmp_ds.model.parameters import digest, parameter_table, trained_shapes
 from pmp_ds.optim.attach import attach
 from pmp_ds.optim.masked_adamw import MaskedAdamW
+from pmp_ds.state import theta0, weight_files
+from pmp_ds.state.plain_weights import PlainWeights, complement_changes
+from pmp_ds.state.run_record import DataFacts
 from pmp_ds.ticket.mask import ParamMask, pack
-from pmp_ds.train import theta0, weight_files
-from pmp_ds.train.discover import random_ticket
-from pmp_ds.train.plain_weights import PlainWeights, complement_changes
-from pmp_ds.train.run_facts import DataFacts
 from tests.helpers.families import tiny_config
 
 FROZEN = {

@@ -1,4 +1,4 @@
-"""What optim/zero_shards.py and train/engine.py assume of DeepSpeed beyond its documented API.
+"""What optim/zero_shards.py and engine/engine.py assume of DeepSpeed beyond its documented API.
 
 One row per attribute, each checked on real engines of 2 ranks. After an upgrade of DeepSpeed this
 is the first file to run: a failing row names the attribute and what is no longer true of it.
@@ -24,10 +24,10 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from pmp_ds import dist
 from pmp_ds.config import Precision, TrainConfig
+from pmp_ds.engine.engine import _SCALER, Engine
 from pmp_ds.optim.masked_adamw import MaskedAdamW
 from pmp_ds.optim.zero_shards import Fragment, _pieces
 from pmp_ds.ticket.mask import ParamMask, pack
-from pmp_ds.train.engine import _SCALER, Engine
 from tests.helpers import tiny
 
 pytestmark = pytest.mark.distributed
@@ -534,7 +534,7 @@ def test_contract(examined, setup, number):
         if (problem := result["problems"].get(number)) is not None:
             pytest.fail(
                 f"{row.attribute} at {setup}, rank {rank}: a DeepSpeed upgrade changed what "
-                "pmp_ds/optim/zero_shards.py or pmp_ds/train/engine.py rely on: "
+                "pmp_ds/optim/zero_shards.py or pmp_ds/engine/engine.py rely on: "
                 f"{row.assumption}\n{problem}"
             )
 
@@ -575,7 +575,7 @@ def test_table_is_complete():
         {"zero", "self._zero", "optimizer", "engine", "mapping", "here", "there"},
     )
     found |= relied_on(
-        "pmp_ds/train/engine.py", {"self._engine", "self._engine.optimizer", "scaler"}
+        "pmp_ds/engine/engine.py", {"self._engine", "self._engine.optimizer", "scaler"}
     )
     named = {row.attribute.rpartition(".")[2] for row in CONTRACT} | INSIDE | DOCUMENTED
     assert not found - named, "relied on, and without a row in CONTRACT"

@@ -22,7 +22,7 @@ from pmp_ds.release.export import export, write_model
 from pmp_ds.release.rehearsal import rehearse
 from pmp_ds.release.reload import compute
 from pmp_ds.release.source import open_source
-from pmp_ds.train.weight_files import load_weights, save_weights
+from pmp_ds.state.weight_files import load_weights, save_weights
 from tests.helpers.faults import seen
 from tests.unit.release.conftest import CARD, llama
 

@@ -12,8 +12,8 @@ from pmp_ds.config import Config, DataConfig, MaskConfig, RunConfig, TrainConfig
 from pmp_ds.errors import UserError
 from pmp_ds.log import MetricsLog
 from pmp_ds.run_dir import RunDir, write_json, write_text
+from pmp_ds.state.run_record import DataFacts
 from pmp_ds.study.collect import collect, pretrain_result
-from pmp_ds.train.run_facts import DataFacts
 
 DATA = DataFacts(
     dataset_id="d" * 16, vocab_size=300, eos_id=2, block_size=8, unigram_cross_entropy=5.0,

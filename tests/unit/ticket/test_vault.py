@@ -29,6 +29,7 @@ from pmp_ds.config import Config, InitConfig
 from pmp_ds.errors import UserError
 from pmp_ds.model.secret_init import create_key
 from pmp_ds.run_dir import RunDir, write_text
+from pmp_ds.state import theta0
 from pmp_ds.ticket.keys import (
     Passphrase,
     decrypt,
@@ -41,7 +42,6 @@ from pmp_ds.ticket.keys import (
 from pmp_ds.ticket.ticket import load_ticket, save_ticket, to_files
 from pmp_ds.ticket.vault import Record, loose, open_sealed, records, remember, seal
 from pmp_ds.ticket.watermark import FEWEST
-from pmp_ds.train import theta0
 from tests.helpers import age_reference
 from tests.unit.ticket.test_watermark import ticket
 

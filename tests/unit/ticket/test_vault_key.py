@@ -12,9 +12,9 @@ from pmp_ds.errors import UserError
 from pmp_ds.formats import FormatError
 from pmp_ds.model.secret_init import create_key
 from pmp_ds.run_dir import RunDir, write_text
+from pmp_ds.state import theta0
 from pmp_ds.ticket.ticket import save_ticket
 from pmp_ds.ticket.vault import records
-from pmp_ds.train import theta0
 from tests.helpers.commands import files_of
 from tests.unit.ticket.test_vault import seal_for
 from tests.unit.ticket.test_watermark import ticket

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from pmp_ds.config import MaskConfig, ModelConfig
+from pmp_ds.derivative.dither import dither, draw_donors
+from pmp_ds.discover.discover import random_ticket
 from pmp_ds.errors import UserError
 from pmp_ds.model.parameters import parameter_table
 from pmp_ds.ticket.fit import fitted
@@ -40,8 +42,6 @@ from pmp_ds.ticket.watermark import (
     missing_from,
     without,
 )
-from pmp_ds.train.discover import random_ticket
-from pmp_ds.train.dither import dither, draw_donors
 from tests.helpers import tiny
 from tests.helpers.examples import examples
 

@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 
 from pmp_ds.errors import UserError
+from pmp_ds.state.manifest import DamagedError
 from pmp_ds.ticket.mask import ParamMask
-from pmp_ds.train.manifest import DamagedError
 
 MASKS_FILE = "state/masks.safetensors"
 

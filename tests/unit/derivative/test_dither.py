@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from pmp_ds.config import MaskConfig, ModelConfig
+from pmp_ds.derivative.derivative import write_dithered
+from pmp_ds.derivative.dither import JITTER, Uniforms, dither, draw_donors
+from pmp_ds.discover.discover import random_ticket
 from pmp_ds.errors import UserError
 from pmp_ds.model.parameters import parameter_table
 from pmp_ds.ticket.mask import ParamMask, pack
 from pmp_ds.ticket.ticket import Ticket, save_ticket
-from pmp_ds.train.derivative import write_dithered
-from pmp_ds.train.discover import random_ticket
-from pmp_ds.train.dither import JITTER, Uniforms, dither, draw_donors
 from tests.helpers import tiny
 
 # Large enough for rates within 0.01, small enough for seconds.

@@ -18,7 +18,7 @@ from pathlib import Path
 from pmp_ds.errors import UserError
 from pmp_ds.formats import FormatError
 from pmp_ds.run_dir import RunDir, fsync_dir, make_private, write_bytes, write_text
-from pmp_ds.train.manifest import NAMES, DamagedError, Phase, Position, listed, verified
+from pmp_ds.state.manifest import NAMES, DamagedError, Phase, Position, listed, verified
 
 LATEST = "latest"
 AFRESH = "--start-afresh"

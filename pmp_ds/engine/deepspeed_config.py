@@ -11,11 +11,11 @@ from typing import Any
 
 from pmp_ds import dist
 from pmp_ds.config import TrainConfig
+from pmp_ds.engine import deepspeed_keys, deepspeed_refused
+from pmp_ds.engine.cut import Cut
+from pmp_ds.engine.deepspeed_refused import REFUSED
 from pmp_ds.errors import UserError, require
 from pmp_ds.foreign import ForeignError, MissingError, read_bytes
-from pmp_ds.train import deepspeed_keys, deepspeed_refused
-from pmp_ds.train.cut import Cut
-from pmp_ds.train.deepspeed_refused import REFUSED
 
 OWN_SECTION = "pmp_ds"  # settings of ours in the JSON; DeepSpeed never sees them
 MAX_BYTES = 1 << 18

@@ -19,9 +19,9 @@ from pmp_ds.model.build import build_model, model_config
 from pmp_ds.model.parameters import ParamInfo, digest, trained_shapes, weights_digest
 from pmp_ds.model.secret_init import KEY_FILE, Secret, create_key, derive, initialize, load_key
 from pmp_ds.run_dir import RunDir, eventually, read_json, write_json
+from pmp_ds.state import shelf
+from pmp_ds.state.run_record import DataFacts, load_config, read_data
 from pmp_ds.ticket.ticket import has_ticket
-from pmp_ds.train import shelf
-from pmp_ds.train.run_facts import DataFacts, load_config, read_data
 
 _FILE = "theta0.json"
 _CHECK = "key_check"

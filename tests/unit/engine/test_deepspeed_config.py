@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from pmp_ds.config import TrainConfig
-from pmp_ds.errors import UserError
-from pmp_ds.train.deepspeed_config import (
+from pmp_ds.engine.deepspeed_config import (
     OWN_SECTION,
     merge,
     read_json,
     wants_compact_master,
     zero_stage,
 )
+from pmp_ds.errors import UserError
 
 REPO = Path(__file__).resolve().parents[3]
 JSONS = sorted((REPO / "ds_configs").glob("*.json"))

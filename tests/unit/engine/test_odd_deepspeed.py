@@ -9,10 +9,10 @@ import pytest
 from launcher import pretrain
 from pmp_ds import dist
 from pmp_ds.config import TrainConfig
+from pmp_ds.engine import deepspeed_keys
+from pmp_ds.engine.deepspeed_config import OWN_SECTION, merge, read_json, require_precision
+from pmp_ds.engine.deepspeed_refused import REFUSED
 from pmp_ds.errors import UserError, exit_code
-from pmp_ds.train import deepspeed_keys
-from pmp_ds.train.deepspeed_config import OWN_SECTION, merge, read_json, require_precision
-from pmp_ds.train.deepspeed_refused import REFUSED
 from tests.helpers import odd_deepspeed
 from tests.helpers.faults import seen
 

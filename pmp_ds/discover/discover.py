@@ -12,20 +12,20 @@ import torch
 
 from pmp_ds import dist
 from pmp_ds.config import Config, MaskConfig
+from pmp_ds.discover.selection import Selector
+from pmp_ds.engine.engine import Engine
 from pmp_ds.errors import UserError
 from pmp_ds.model.parameters import ParamInfo, digest, num_params
 from pmp_ds.model.stream import uniforms
 from pmp_ds.optim.schedule import learning_rate
 from pmp_ds.optim.zero_shards import Fragment
+from pmp_ds.state.checkpoint import Position
+from pmp_ds.state.state_reader import StateReader
 from pmp_ds.ticket.early_bird import EarlyBird
 from pmp_ds.ticket.mask import ParamMask, count_common, iou, pack, unpack
 from pmp_ds.ticket.scores import Scores
 from pmp_ds.ticket.ticket import Ticket, exact_k
 from pmp_ds.ticket.topk import select_top_k
-from pmp_ds.train.checkpoint import Position
-from pmp_ds.train.engine import Engine
-from pmp_ds.train.selection import Selector
-from pmp_ds.train.state_reader import StateReader
 
 Table = Sequence[ParamInfo]
 

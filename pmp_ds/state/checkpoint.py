@@ -30,14 +30,14 @@ from pmp_ds import dist, lease
 from pmp_ds.errors import UserError
 from pmp_ds.formats import FormatError
 from pmp_ds.run_dir import RunDir, fsync_dir, make_private
+from pmp_ds.state import shelf
+from pmp_ds.state.manifest import DamagedError, Position, listed, sha256, verified, write_manifest
+from pmp_ds.state.state_reader import MASKS_FILE, StateReader
+from pmp_ds.state.weight_files import save_tensors, save_weights
 from pmp_ds.ticket.mask import ParamMask
-from pmp_ds.train import shelf
-from pmp_ds.train.manifest import DamagedError, Position, listed, sha256, verified, write_manifest
-from pmp_ds.train.state_reader import MASKS_FILE, StateReader
-from pmp_ds.train.weight_files import save_tensors, save_weights
 
 if TYPE_CHECKING:  # export reads checkpoints without DeepSpeed
-    from pmp_ds.train.engine import Engine
+    from pmp_ds.engine.engine import Engine
 
 _SPARE_BYTES = 1 << 20  # for headers, configuration and manifest
 

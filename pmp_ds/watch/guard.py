@@ -12,11 +12,11 @@ import torch
 
 from pmp_ds import dist
 from pmp_ds.config import GuardConfig
+from pmp_ds.engine.engine import Engine
 from pmp_ds.errors import UserError
 from pmp_ds.log import MetricsLog
 from pmp_ds.optim.drift import DriftProbe
-from pmp_ds.train.engine import Engine
-from pmp_ds.train.stop import StopRequest
+from pmp_ds.watch.stop import StopRequest
 
 _DECAY, _WARM_UP = 0.98, 50  # of the running loss, and updates before it is believed
 _STRAGGLER_UPDATES = 20

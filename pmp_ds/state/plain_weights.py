@@ -8,9 +8,9 @@ from transformers import PreTrainedModel
 from pmp_ds.errors import UserError
 from pmp_ds.model.parameters import constants
 from pmp_ds.run_dir import RunDir, make_private
+from pmp_ds.state import shelf, theta0, weight_files
+from pmp_ds.state.run_record import load_config, read_data
 from pmp_ds.ticket.mask import ParamMask
-from pmp_ds.train import shelf, theta0, weight_files
-from pmp_ds.train.run_facts import load_config, read_data
 
 
 @dataclass(frozen=True)

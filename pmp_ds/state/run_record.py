@@ -14,8 +14,8 @@ from pmp_ds.data.mixed_store import MixedStore, Part
 from pmp_ds.errors import UserError
 from pmp_ds.fields import fit
 from pmp_ds.run_dir import RunDir, read_json, write_json, write_text
+from pmp_ds.state import shelf
 from pmp_ds.ticket.ticket import MANIFEST_FILE as TICKET_FILE
-from pmp_ds.train import shelf
 from pmp_ds.version import UNKNOWN, code_version
 
 _BEGUN = "# begun with "

@@ -11,13 +11,13 @@ from typing import Any
 
 from pmp_ds import dist
 from pmp_ds.config import Config
+from pmp_ds.engine.engine import Engine
 from pmp_ds.log import MetricsLog
 from pmp_ds.run_dir import RunDir
+from pmp_ds.state import checkpoint, shelf
+from pmp_ds.state.checkpoint import NotWrittenError, Snapshot, Tensors
+from pmp_ds.state.manifest import Position
 from pmp_ds.ticket.mask import ParamMask
-from pmp_ds.train import checkpoint, shelf
-from pmp_ds.train.checkpoint import NotWrittenError, Snapshot, Tensors
-from pmp_ds.train.engine import Engine
-from pmp_ds.train.manifest import Position
 
 
 class Saver:

@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from pmp_ds.train.guard import Guard, straggler
+from pmp_ds.watch.guard import Guard, straggler
 
 
 def learned(losses: list[float]) -> dict[str, float]:

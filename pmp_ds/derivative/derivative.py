@@ -9,16 +9,16 @@ import numpy as np
 import torch
 
 from pmp_ds.data.arrow_store import Store
+from pmp_ds.derivative.dither import Uniforms, dither, draw_donors
 from pmp_ds.errors import UserError
 from pmp_ds.model.folder import ModelFolder, open_folder
 from pmp_ds.model.secret_init import derive
 from pmp_ds.model.stream import uniforms
 from pmp_ds.progress import Progress
 from pmp_ds.run_dir import make_private
+from pmp_ds.state import weight_files
 from pmp_ds.ticket.fit import fitted
 from pmp_ds.ticket.ticket import load_ticket
-from pmp_ds.train import weight_files
-from pmp_ds.train.dither import Uniforms, dither, draw_donors
 
 _BATCH = 8  # blocks
 

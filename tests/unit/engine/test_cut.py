@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from pmp_ds.config import TrainConfig
+from pmp_ds.engine.cut import Cut
 from pmp_ds.errors import UserError
-from pmp_ds.train.cut import Cut
 
 
 def cut(size: int, limit: int, ranks: int) -> Cut:

@@ -15,6 +15,10 @@ from transformers import PreTrainedModel
 
 from pmp_ds import dist
 from pmp_ds.config import TrainConfig
+from pmp_ds.engine.clock import DeviceClock
+from pmp_ds.engine.cut import Cut
+from pmp_ds.engine.deepspeed_config import merge, wants_compact_master
+from pmp_ds.engine.objective import NextToken, Objective
 from pmp_ds.model.parameters import constants
 from pmp_ds.optim.attach import arm, mask_gradients
 from pmp_ds.optim.logical_state import Collected, Read, collect, restore
@@ -22,10 +26,6 @@ from pmp_ds.optim.masked import parameter_groups
 from pmp_ds.optim.masked_adamw import MaskedAdamW
 from pmp_ds.optim.zero_shards import shards_of
 from pmp_ds.ticket.mask import ParamMask
-from pmp_ds.train.clock import DeviceClock
-from pmp_ds.train.cut import Cut
-from pmp_ds.train.deepspeed_config import merge, wants_compact_master
-from pmp_ds.train.objective import NextToken, Objective
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
