@@ -107,8 +107,8 @@ def _ours(options: argparse.Namespace) -> dict[str, Any]:
     import awkward  # noqa: F401 - imported late by gigatoken
     import transformers.models.auto.tokenization_auto  # noqa: F401 - imported late by ours
 
-    from pmp_ds.data.prepare import prepare
-    from pmp_ds.data.prepare_config import PrepareConfig
+    from pmp_ds.prepare.config import PrepareConfig
+    from pmp_ds.prepare.prepare import prepare
 
     shutil.rmtree(f"{options.folder}/{options.child}", ignore_errors=True)  # of an earlier turn
     config = PrepareConfig(
@@ -145,7 +145,7 @@ def _engine(options: argparse.Namespace) -> dict[str, Any]:
     import awkward  # noqa: F401 - imported late by gigatoken
     import gigatoken
 
-    from pmp_ds.data.tokenizer import load_tokenizer
+    from pmp_ds.prepare.tokenizer import load_tokenizer
 
     texts = _texts(options)
     description = load_tokenizer(options.tokenizer).encoder.spec.fast
@@ -164,7 +164,7 @@ def _engine_on_files(options: argparse.Namespace) -> dict[str, Any]:
     import awkward  # noqa: F401 - imported late by gigatoken
     import gigatoken
 
-    from pmp_ds.data.tokenizer import load_tokenizer
+    from pmp_ds.prepare.tokenizer import load_tokenizer
 
     description = load_tokenizer(options.tokenizer).encoder.spec.fast
     assert description is not None

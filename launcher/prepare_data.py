@@ -7,15 +7,15 @@ import sys
 from pathlib import Path
 
 from pmp_ds.cli import PlainParser, parse
-from pmp_ds.data import nodes
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.manifest import SPLITS
-from pmp_ds.data.merge import merge_stores
-from pmp_ds.data.prepare import prepare
-from pmp_ds.data.prepare_config import PrepareConfig
-from pmp_ds.data.statistics import inspect_store
-from pmp_ds.data.summary import PrepareSummary
 from pmp_ds.errors import UserError, exit_code, quoted
+from pmp_ds.prepare import nodes
+from pmp_ds.prepare.config import PrepareConfig
+from pmp_ds.prepare.merge import merge_stores
+from pmp_ds.prepare.prepare import prepare
+from pmp_ds.prepare.statistics import inspect_store
+from pmp_ds.prepare.summary import PrepareSummary
 
 DESCRIPTION = """\
 Turn text into the packed token blocks that training reads, once: documents are tokenized, joined

@@ -11,11 +11,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pmp_ds.data.arrow_store import Store
-from pmp_ds.data.tokenizer import load_tokenizer
 from pmp_ds.errors import UserError, quoted
 from pmp_ds.model.build import context_length
 from pmp_ds.model.folder import embeddings, few, open_folder, open_tensors, open_tokenizer
 from pmp_ds.model.parameters import trained_shapes
+from pmp_ds.prepare.tokenizer import load_tokenizer
 from pmp_ds.results import model_digest
 from pmp_ds.ticket.fit import fitted
 from pmp_ds.ticket.mask import ParamMask

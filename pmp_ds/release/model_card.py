@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pmp_ds.data.corpus import STREAM
 from pmp_ds.errors import UserError
+from pmp_ds.prepare.corpus import STREAM
 
 _SHOWN_TOKENS = 40
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|multilingual|code")

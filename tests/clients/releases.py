@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from pmp_ds.config import ModelConfig
 from pmp_ds.data.arrow_store import Store
-from pmp_ds.data.prepare import prepare
-from pmp_ds.data.prepare_config import PrepareConfig
 from pmp_ds.model.build import build_model, model_config
+from pmp_ds.prepare.config import PrepareConfig
+from pmp_ds.prepare.prepare import prepare
 from pmp_ds.release.export import export
 from pmp_ds.release.model_card import CardFacts
 from pmp_ds.state.weight_files import save_weights

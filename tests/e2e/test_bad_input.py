@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pmp_ds.config import Config
-from pmp_ds.data.prepare_config import PrepareConfig
+from pmp_ds.prepare.config import PrepareConfig
 from tests.e2e.conftest import MainRun
 from tests.helpers.commands import RECIPES, error_of, files_of, ok, run
 from tests.helpers.faults import seen

@@ -10,7 +10,7 @@ import pytest
 
 from pmp_ds.data.arrow_store import Store
 from tests.helpers.commands import Done, ok, run
-from tests.unit.data.conftest import make_texts
+from tests.unit.prepare.conftest import make_texts
 
 pytestmark = pytest.mark.e2e
 

@@ -19,9 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from pmp_ds import foreign, strict_yaml
-from pmp_ds.data import arrow_header, readers
+from pmp_ds.data import arrow_header
 from pmp_ds.errors import UserError
 from pmp_ds.fields import fit
+from pmp_ds.prepare import readers
 from pmp_ds.release.ledger import Entry
 from pmp_ds.ticket import vault
 

@@ -15,8 +15,8 @@ import yaml
 
 from pmp_ds.cli import parse
 from pmp_ds.config import Config
-from pmp_ds.data.prepare_config import PrepareConfig
 from pmp_ds.finetune.config import FinetuneConfig
+from pmp_ds.prepare.config import PrepareConfig
 from pmp_ds.study.recipe import Study
 
 STUDY: dict[str, Any] = {

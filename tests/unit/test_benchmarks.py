@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pmp_ds.data.tokenizer import train_tokenizer
-from tests.unit.data.conftest import make_texts
+from pmp_ds.prepare.tokenizer import train_tokenizer
+from tests.unit.prepare.conftest import make_texts
 
 REPO = Path(__file__).resolve().parents[2]
 FIGURE = re.compile(r"^figure (\w+) \d+\.\d+ goal <= \d+\.\d+ (?:met|short)$", re.MULTILINE)

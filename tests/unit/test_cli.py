@@ -11,8 +11,8 @@ import yaml
 
 from pmp_ds.cli import HIDDEN, dump, parse
 from pmp_ds.config import Config, TrainConfig
-from pmp_ds.data.prepare_config import PrepareConfig
 from pmp_ds.errors import UserError
+from pmp_ds.prepare.config import PrepareConfig
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from pmp_ds.config import Config, TrainConfig
-from pmp_ds.data.prepare_config import PrepareConfig
 from pmp_ds.engine.deepspeed_config import OWN_SECTION, merge
 from pmp_ds.engine.deepspeed_refused import REFUSED
 from pmp_ds.finetune.config import FinetuneConfig
+from pmp_ds.prepare.config import PrepareConfig
 from tests.helpers.odd_deepspeed import every_key
 from tests.unit.test_docs import REPO, code, documents
 from tests.unit.test_layers import ROWS

@@ -9,8 +9,8 @@ import pytest
 from launcher import audit, evaluate, export, report, vault
 from pmp_ds.cli import PlainParser, parse
 from pmp_ds.config import Config
-from pmp_ds.data.prepare_config import PrepareConfig
 from pmp_ds.errors import UserError
+from pmp_ds.prepare.config import PrepareConfig
 from tests.helpers import odd_settings
 from tests.helpers.faults import seen
 

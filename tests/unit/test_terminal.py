@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launcher import prepare_data
-from pmp_ds.data.summary import PrepareSummary
+from pmp_ds.prepare.summary import PrepareSummary
 
 REPO = Path(__file__).resolve().parents[2]
 

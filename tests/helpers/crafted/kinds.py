@@ -12,8 +12,8 @@ import torch
 
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.mixed_store import Part
-from pmp_ds.data.prepare import prepare
-from pmp_ds.data.prepare_config import PrepareConfig
+from pmp_ds.prepare.config import PrepareConfig
+from pmp_ds.prepare.prepare import prepare
 from pmp_ds.run_dir import LEDGER, RunDir, write_json
 from pmp_ds.ticket import keys, vault
 from pmp_ds.ticket.ticket import MANIFEST_FILE, MASK_FILE, load_ticket
@@ -110,8 +110,8 @@ def _tokenizer(folder: Path) -> None:
 def _use_tokenizer(folder: Path) -> None:
     import tempfile
 
-    from pmp_ds.data.tokenizer import load_tokenizer
     from pmp_ds.model.folder import open_tokenizer
+    from pmp_ds.prepare.tokenizer import load_tokenizer
     from pmp_ds.release.tokenizer_files import copy_tokenizer
 
     text = "some text " + "x" * 200
@@ -122,14 +122,14 @@ def _use_tokenizer(folder: Path) -> None:
 
 
 def _sentencepiece(folder: Path) -> None:
-    from pmp_ds.data.spm import train_model
+    from pmp_ds.prepare.spm import train_model
 
     texts = [f"the {a} {b} is here" for a in "abcdefgh" for b in "ijklmnop"]
     (folder / "tokenizer.model").write_bytes(train_model(texts, 300))
 
 
 def _use_sentencepiece(folder: Path) -> None:
-    from pmp_ds.data.tokenizer import load_tokenizer
+    from pmp_ds.prepare.tokenizer import load_tokenizer
 
     load_tokenizer(str(folder / "tokenizer.model")).encode_batch(["some text"])
 

@@ -253,6 +253,6 @@ def test_dataset_id_follows_the_content(tmp_path: Path):
 
 
 def test_reading_needs_no_torch():
-    modules = "pmp_ds.data.corpus, pmp_ds.data.packing, pmp_ds.data.arrow_store"
+    modules = "pmp_ds.prepare.corpus, pmp_ds.prepare.packing, pmp_ds.data.arrow_store"
     script = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False, timeout=60).returncode == 0

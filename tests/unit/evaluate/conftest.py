@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from pmp_ds.data.arrow_store import write_shard
 from pmp_ds.data.manifest import write_manifest
-from pmp_ds.data.tokenizer import train_tokenizer
 from pmp_ds.evaluate.subject import Subject
+from pmp_ds.prepare.tokenizer import train_tokenizer
 from pmp_ds.ticket.mask import ParamMask, pack
 from tests.helpers import tiny
 
@@ -50,7 +50,7 @@ def random_mask(model: PreTrainedModel) -> ParamMask:
 
 def write_store(folder: Path, release: Path, blocks: int = 5, vocab: int = tiny.VOCAB) -> Path:
     """Random ids below ``vocab`` in blocks of BLOCK, with the tokenizer of ``release``."""
-    from pmp_ds.data.tokenizer import load_tokenizer
+    from pmp_ds.prepare.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(release))
     tokenizer.save_pretrained(folder / "tokenizer")

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from pmp_ds.data.arrow_store import Store
-from pmp_ds.data.tokenizer import train_tokenizer
 from pmp_ds.errors import UserError
 from pmp_ds.evaluate.perplexity import held_out, perplexity
 from pmp_ds.evaluate.subject import Subject
+from pmp_ds.prepare.tokenizer import train_tokenizer
 from tests.helpers import tiny
 from tests.helpers.stores import write_store as write_numbered
 from tests.unit.evaluate.conftest import TEXT, write_store

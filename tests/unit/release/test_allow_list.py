@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pmp_ds.data.spm import train_model
 from pmp_ds.errors import UserError
+from pmp_ds.prepare.spm import train_model
 from pmp_ds.release import allow_list
 from pmp_ds.release.allow_list import problems, require_clean, sha256
 from pmp_ds.release.export import export

@@ -14,8 +14,8 @@ from transformers import (
     pipeline,
 )
 
-from pmp_ds.data.saved_tokenizer import save_tokenizer
-from pmp_ds.data.tokenizer import train_tokenizer
+from pmp_ds.prepare.saved_tokenizer import save_tokenizer
+from pmp_ds.prepare.tokenizer import train_tokenizer
 from pmp_ds.release.export import export
 from pmp_ds.release.tokenizer_files import settle_tokenizer
 from tests.unit.release.conftest import CARD, gpt2, llama, write_weights

@@ -12,21 +12,21 @@ from typing import Any
 
 import pytest
 
-from pmp_ds.data import corpus as corpus_module
-from pmp_ds.data import nodes, staging
-from pmp_ds.data.encoder import Encoder
-from pmp_ds.data.prepare import prepare
-from pmp_ds.data.prepare_config import PrepareConfig
-from pmp_ds.data.units import pack_unit
 from pmp_ds.errors import UserError
-from tests.unit.data.conftest import make_texts
+from pmp_ds.prepare import corpus as corpus_module
+from pmp_ds.prepare import nodes, staging
+from pmp_ds.prepare.config import PrepareConfig
+from pmp_ds.prepare.encoder import Encoder
+from pmp_ds.prepare.prepare import prepare
+from pmp_ds.prepare.units import pack_unit
+from tests.unit.prepare.conftest import make_texts
 
 REPO = Path(__file__).parents[3]
 
 # Each of the six files is larger than half a unit.
 COMMAND = """
 import os, signal, sys
-from pmp_ds.data import corpus, units
+from pmp_ds.prepare import corpus, units
 corpus._MIN_UNIT_BYTES = 40_000
 {extra}
 from launcher.prepare_data import main

@@ -15,7 +15,7 @@ from typing import Any
 
 from datatrove.pipeline.base import PipelineStep
 
-from pmp_ds.data import nodes
+from pmp_ds.prepare import nodes
 
 
 class PackUnits(PipelineStep):

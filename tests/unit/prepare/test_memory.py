@@ -5,13 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pmp_ds.data.tokenizer import TrainedTokenizer
-from tests.unit.data.conftest import make_texts
+from pmp_ds.prepare.tokenizer import TrainedTokenizer
+from tests.unit.prepare.conftest import make_texts
 
 SCRIPT = """
 import re, sys
-from pmp_ds.data.prepare_config import PrepareConfig
-from pmp_ds.data import build, prepare
+from pmp_ds.prepare.config import PrepareConfig
+from pmp_ds.prepare import build, prepare
 group_units = build.group_units
 build.group_units = lambda sources: group_units(sources, unit_bytes=4 << 20)
 tokenizer, name = sys.argv[1:]

@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pmp_ds.data import readers
-from pmp_ds.data.corpus import Rejects, Source
-from pmp_ds.data.inputs import find_sources
-from pmp_ds.data.readers import read_documents
 from pmp_ds.errors import UserError
+from pmp_ds.prepare import readers
+from pmp_ds.prepare.corpus import Rejects, Source
+from pmp_ds.prepare.inputs import find_sources
+from pmp_ds.prepare.readers import read_documents
 from tests.helpers.faults import seen
 
 ROW = b'{"text": "a"}\n'

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pmp_ds.data import packing
-from pmp_ds.data.packing import Packer, is_validation, pack_ref, token_dtype
+from pmp_ds.prepare import packing
+from pmp_ds.prepare.packing import Packer, is_validation, pack_ref, token_dtype
 
 U16 = np.dtype(np.uint16)
 

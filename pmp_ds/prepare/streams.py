@@ -12,9 +12,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pmp_ds.data.corpus import STREAM, UNIT_BYTES, Rejects, Source, StreamOptions, Unfinished, Unit
-from pmp_ds.data.readers import parse_row
 from pmp_ds.errors import UserError
+from pmp_ds.prepare.corpus import (
+    STREAM,
+    UNIT_BYTES,
+    Rejects,
+    Source,
+    StreamOptions,
+    Unfinished,
+    Unit,
+)
+from pmp_ds.prepare.readers import parse_row
 
 
 def read_stream(

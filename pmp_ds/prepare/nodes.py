@@ -19,19 +19,21 @@ from pathlib import Path
 import numpy as np
 
 from pmp_ds.data.arrow_store import Store
-from pmp_ds.data.build import (
+from pmp_ds.data.manifest import SPLITS
+from pmp_ds.errors import UserError, quoted
+from pmp_ds.foreign import MissingError, read_object
+from pmp_ds.prepare.build import (
     complete_store,
     packing_job,
     ready_encoder,
     sample_texts,
 )
-from pmp_ds.data.corpus import Rejects, Unfinished, Unit, group_units
-from pmp_ds.data.encoder import Encoder
-from pmp_ds.data.manifest import SPLITS
-from pmp_ds.data.prepare import ready_tokenizer, summarize
-from pmp_ds.data.prepare_config import PrepareConfig
-from pmp_ds.data.saved_tokenizer import about_saved
-from pmp_ds.data.staging import (
+from pmp_ds.prepare.config import PrepareConfig
+from pmp_ds.prepare.corpus import Rejects, Unfinished, Unit, group_units
+from pmp_ds.prepare.encoder import Encoder
+from pmp_ds.prepare.prepare import ready_tokenizer, summarize
+from pmp_ds.prepare.saved_tokenizer import about_saved
+from pmp_ds.prepare.staging import (
     PLAN,
     Request,
     exists,
@@ -44,12 +46,10 @@ from pmp_ds.data.staging import (
     staging,
     staging_folder,
 )
-from pmp_ds.data.summary import PrepareSummary
-from pmp_ds.data.tokenizer import Tokenizer, load_trained
-from pmp_ds.data.units import PackJob, UnitResult, finished_unit
-from pmp_ds.data.workers import available_cores, pack_units
-from pmp_ds.errors import UserError, quoted
-from pmp_ds.foreign import MissingError, read_object
+from pmp_ds.prepare.summary import PrepareSummary
+from pmp_ds.prepare.tokenizer import Tokenizer, load_trained
+from pmp_ds.prepare.units import PackJob, UnitResult, finished_unit
+from pmp_ds.prepare.workers import available_cores, pack_units
 from pmp_ds.progress import Progress
 from pmp_ds.run_dir import write_json
 

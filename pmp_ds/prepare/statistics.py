@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.manifest import SPLITS
-from pmp_ds.data.summary import separators
+from pmp_ds.prepare.summary import separators
 
 _CHUNK_BLOCKS = 1 << 14
 

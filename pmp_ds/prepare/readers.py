@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.json
 
-from pmp_ds.data.corpus import PYTHON, Rejects, Source
 from pmp_ds.errors import UserError
+from pmp_ds.prepare.corpus import PYTHON, Rejects, Source
 
 _CHUNK_BYTES = 4 << 20
 _FIRST_CHUNK_BYTES = 1 << 18  # small: a sample takes no more of a source than its beginning
@@ -44,7 +44,7 @@ def read_documents(
             yield from _accepted(topics(), rejects)
             on_bytes(source.num_bytes)
         elif source.kind == "stream":
-            from pmp_ds.data.streams import read_stream
+            from pmp_ds.prepare.streams import read_stream
 
             texts = read_stream(source, text_field, rejects, shuffle=False)
             yield from (text.encode("utf-8") for text in texts)

@@ -9,16 +9,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pmp_ds.data import readers
-from pmp_ds.data.corpus import Rejects
-from pmp_ds.data.inputs import find_sources
-from pmp_ds.data.prepare import prepare
-from pmp_ds.data.prepare_config import PrepareConfig
-from pmp_ds.data.tokenizer import load_tokenizer
 from pmp_ds.engine.objective import NextToken
 from pmp_ds.errors import UserError
+from pmp_ds.prepare import readers
+from pmp_ds.prepare.config import PrepareConfig
+from pmp_ds.prepare.corpus import Rejects
+from pmp_ds.prepare.inputs import find_sources
+from pmp_ds.prepare.prepare import prepare
+from pmp_ds.prepare.tokenizer import load_tokenizer
 from tests.helpers.faults import seen
-from tests.unit.data.conftest import make_texts
+from tests.unit.prepare.conftest import make_texts
 
 
 @pytest.fixture

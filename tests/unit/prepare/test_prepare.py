@@ -12,19 +12,19 @@ import datasets
 import numpy as np
 import pytest
 
-from pmp_ds.data import build, saved_tokenizer
-from pmp_ds.data import prepare as module
-from pmp_ds.data import units as units_module
 from pmp_ds.data.arrow_store import Store
-from pmp_ds.data.inputs import find_sources
 from pmp_ds.data.manifest import SPLITS, read_manifest
-from pmp_ds.data.packing import is_validation, pack_ref
-from pmp_ds.data.prepare import prepare
-from pmp_ds.data.prepare_config import PrepareConfig
-from pmp_ds.data.tokenizer import load_tokenizer
-from pmp_ds.data.units import unigram_cross_entropy
 from pmp_ds.errors import UserError
-from tests.unit.data.conftest import make_texts
+from pmp_ds.prepare import build, saved_tokenizer
+from pmp_ds.prepare import prepare as module
+from pmp_ds.prepare import units as units_module
+from pmp_ds.prepare.config import PrepareConfig
+from pmp_ds.prepare.inputs import find_sources
+from pmp_ds.prepare.packing import is_validation, pack_ref
+from pmp_ds.prepare.prepare import prepare
+from pmp_ds.prepare.tokenizer import load_tokenizer
+from pmp_ds.prepare.units import unigram_cross_entropy
+from tests.unit.prepare.conftest import make_texts
 
 
 @pytest.fixture
@@ -198,7 +198,7 @@ def test_few_bad_rows_are_reported(corpus: Path):
 def test_killed_run_leaves_no_store_and_can_be_repeated(corpus: Path):
     script = (
         "import os, signal, sys\n"
-        "from pmp_ds.data.prepare_config import PrepareConfig\n"
+        "from pmp_ds.prepare.config import PrepareConfig\n"
         "from pmp_ds.data import build, prepare as module\n"
         "def killed(*_): os.kill(os.getpid(), signal.SIGKILL)\n"
         "build.write_manifest = killed\n"

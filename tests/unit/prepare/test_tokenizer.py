@@ -15,15 +15,15 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models
 
-from pmp_ds.data.saved_tokenizer import count_mismatches, plain_reader
-from pmp_ds.data.spm import fast_from_sentencepiece, parse_model
-from pmp_ds.data.tokenizer import (
+from pmp_ds.errors import UserError
+from pmp_ds.prepare.saved_tokenizer import count_mismatches, plain_reader
+from pmp_ds.prepare.spm import fast_from_sentencepiece, parse_model
+from pmp_ds.prepare.tokenizer import (
     MODEL_FILE,
     TrainedTokenizer,
     load_tokenizer,
     train_tokenizer,
 )
-from pmp_ds.errors import UserError
 from tests.helpers.examples import examples
 
 KINDS = (

@@ -9,19 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from pmp_ds.data.corpus import EmptySplit, MalformedError, Rejects, Source, Unit, group_units
-from pmp_ds.data.encoder import Encoder, EncoderSpec, choose_engine
 from pmp_ds.data.manifest import SPLITS, read_manifest, write_manifest
-from pmp_ds.data.packing import token_dtype
-from pmp_ds.data.prepare_config import PrepareConfig
-from pmp_ds.data.readers import read_texts
-from pmp_ds.data.saved_tokenizer import about_saved
-from pmp_ds.data.staging import Request
-from pmp_ds.data.streams import spool_units
-from pmp_ds.data.tokenizer import Tokenizer
-from pmp_ds.data.units import PackJob, UnitResult, finished_unit, unigram_cross_entropy
-from pmp_ds.data.workers import available_cores, pack_units
 from pmp_ds.errors import UserError
+from pmp_ds.prepare.config import PrepareConfig
+from pmp_ds.prepare.corpus import EmptySplit, MalformedError, Rejects, Source, Unit, group_units
+from pmp_ds.prepare.encoder import Encoder, EncoderSpec, choose_engine
+from pmp_ds.prepare.packing import token_dtype
+from pmp_ds.prepare.readers import read_texts
+from pmp_ds.prepare.saved_tokenizer import about_saved
+from pmp_ds.prepare.staging import Request
+from pmp_ds.prepare.streams import spool_units
+from pmp_ds.prepare.tokenizer import Tokenizer
+from pmp_ds.prepare.units import PackJob, UnitResult, finished_unit, unigram_cross_entropy
+from pmp_ds.prepare.workers import available_cores, pack_units
 from pmp_ds.progress import Progress
 
 _SAMPLE_SOURCES = 32

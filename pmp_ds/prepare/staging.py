@@ -22,15 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from pmp_ds.data.arrow_store import Store
-from pmp_ds.data.corpus import EmptySplit, Source, StreamOptions, Unfinished
-from pmp_ds.data.inputs import find_sources
 from pmp_ds.data.manifest import FORMAT_VERSION, SPLITS, read_manifest
-from pmp_ds.data.prepare_config import PrepareConfig
-from pmp_ds.data.tokenizer import Tokenizer, load_tokenizer
 from pmp_ds.errors import UserError
 from pmp_ds.fields import fit
 from pmp_ds.foreign import ForeignError, read_bytes, read_object
 from pmp_ds.lease import Lease, hold
+from pmp_ds.prepare.config import PrepareConfig
+from pmp_ds.prepare.corpus import EmptySplit, Source, StreamOptions, Unfinished
+from pmp_ds.prepare.inputs import find_sources
+from pmp_ds.prepare.tokenizer import Tokenizer, load_tokenizer
 from pmp_ds.run_dir import fsync_dir, write_json
 
 TOKENIZER = "tokenizer.json"

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pmp_ds.data import encoder as module
-from pmp_ds.data.encoder import Encoder, choose_engine
-from pmp_ds.data.tokenizer import TrainedTokenizer, load_tokenizer
 from pmp_ds.errors import UserError
+from pmp_ds.prepare import encoder as module
+from pmp_ds.prepare.encoder import Encoder, choose_engine
+from pmp_ds.prepare.tokenizer import TrainedTokenizer, load_tokenizer
 from tests.helpers.examples import examples
 
 pytest.importorskip("gigatoken")
@@ -106,5 +106,5 @@ def _reversed_merges(trained: TrainedTokenizer) -> bytes:
 
 
 def test_imports_neither_torch_nor_transformers():
-    program = "import sys, pmp_ds.data.encoder\nsys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"  # noqa: E501
+    program = "import sys, pmp_ds.prepare.encoder\nsys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"  # noqa: E501
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -12,16 +12,16 @@ from transformers import AutoTokenizer
 
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.manifest import SPLITS
-from pmp_ds.data.merge import merge_stores
-from pmp_ds.data.packing import is_validation, pack_ref
-from pmp_ds.data.prepare import prepare
-from pmp_ds.data.prepare_config import PrepareConfig
-from pmp_ds.data.statistics import inspect_store
-from pmp_ds.data.summary import PrepareSummary
-from pmp_ds.data.tokenizer import load_tokenizer
 from pmp_ds.errors import UserError
+from pmp_ds.prepare.config import PrepareConfig
+from pmp_ds.prepare.merge import merge_stores
+from pmp_ds.prepare.packing import is_validation, pack_ref
+from pmp_ds.prepare.prepare import prepare
+from pmp_ds.prepare.statistics import inspect_store
+from pmp_ds.prepare.summary import PrepareSummary
+from pmp_ds.prepare.tokenizer import load_tokenizer
 from pmp_ds.state.run_record import DataFacts
-from tests.unit.data.conftest import make_texts
+from tests.unit.prepare.conftest import make_texts
 
 FAST = "gigatoken"
 ENGINES = {

@@ -17,7 +17,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from pmp_ds.data.tokenizer import TrainedTokenizer, train_tokenizer
+from pmp_ds.prepare.tokenizer import TrainedTokenizer, train_tokenizer
 
 TEXT = "the tree of a river and stone keeps its own time while rain falls on every leaf"
 WORDS = TEXT.split()

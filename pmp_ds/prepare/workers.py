@@ -23,9 +23,9 @@ from concurrent.futures import (
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for
 
-from pmp_ds.data.corpus import Unfinished, Unit
-from pmp_ds.data.encoder import Encoder
-from pmp_ds.data.units import PackJob, UnitResult, pack_unit
+from pmp_ds.prepare.corpus import Unfinished, Unit
+from pmp_ds.prepare.encoder import Encoder
+from pmp_ds.prepare.units import PackJob, UnitResult, pack_unit
 
 MOST_THREADS = 2
 

@@ -9,8 +9,8 @@ from typing import Any
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.processors import TemplateProcessing
 
-from pmp_ds.data.tokenizer import Tokenizer, collector_paused
 from pmp_ds.errors import UserError
+from pmp_ds.prepare.tokenizer import Tokenizer, collector_paused
 from pmp_ds.run_dir import fsync_dir
 
 _COMPARED_CHARS = 1000

@@ -11,8 +11,8 @@ import numpy as np
 
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.manifest import MUST_AGREE, SPLITS, write_manifest
-from pmp_ds.data.units import unigram_cross_entropy
 from pmp_ds.errors import UserError, quoted
+from pmp_ds.prepare.units import unigram_cross_entropy
 from pmp_ds.run_dir import fsync_dir
 
 

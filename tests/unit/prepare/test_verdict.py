@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pmp_ds.data import build, workers
-from pmp_ds.data import encoder as encoder_module
-from pmp_ds.data.encoder import Encoder, choose_engine
-from pmp_ds.data.prepare import prepare
-from pmp_ds.data.prepare_config import PrepareConfig
-from pmp_ds.data.summary import PrepareSummary
-from pmp_ds.data.tokenizer import TrainedTokenizer
-from pmp_ds.data.units import pack_unit
 from pmp_ds.errors import UserError
-from tests.unit.data.conftest import make_texts
+from pmp_ds.prepare import build, workers
+from pmp_ds.prepare import encoder as encoder_module
+from pmp_ds.prepare.config import PrepareConfig
+from pmp_ds.prepare.encoder import Encoder, choose_engine
+from pmp_ds.prepare.prepare import prepare
+from pmp_ds.prepare.summary import PrepareSummary
+from pmp_ds.prepare.tokenizer import TrainedTokenizer
+from pmp_ds.prepare.units import pack_unit
+from tests.unit.prepare.conftest import make_texts
 
 
 @pytest.fixture

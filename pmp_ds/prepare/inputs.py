@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pmp_ds.data.corpus import PYTHON, STREAM, Kind, Source, StreamOptions
-from pmp_ds.data.readers import topics
 from pmp_ds.errors import UserError
+from pmp_ds.prepare.corpus import PYTHON, STREAM, Kind, Source, StreamOptions
+from pmp_ds.prepare.readers import topics
 
 SUFFIXES: dict[str, Kind] = {
     ".txt": "text",

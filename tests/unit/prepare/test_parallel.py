@@ -15,20 +15,20 @@ from types import SimpleNamespace
 
 import pytest
 
-from pmp_ds.data import build
-from pmp_ds.data import units as units_module
-from pmp_ds.data import workers as workers_module
-from pmp_ds.data.corpus import Unit
-from pmp_ds.data.prepare import prepare
-from pmp_ds.data.prepare_config import PrepareConfig
 from pmp_ds.errors import UserError
-from tests.unit.data.conftest import make_texts
+from pmp_ds.prepare import build
+from pmp_ds.prepare import units as units_module
+from pmp_ds.prepare import workers as workers_module
+from pmp_ds.prepare.config import PrepareConfig
+from pmp_ds.prepare.corpus import Unit
+from pmp_ds.prepare.prepare import prepare
+from tests.unit.prepare.conftest import make_texts
 
 # Each of the six files is larger than half a unit.
 SCRIPT = """
 import json, sys, time
-from pmp_ds.data.prepare_config import PrepareConfig
-from pmp_ds.data import build, prepare, workers
+from pmp_ds.prepare.config import PrepareConfig
+from pmp_ds.prepare import build, prepare, workers
 group_units = build.group_units
 build.group_units = lambda sources: group_units(sources, unit_bytes=40_000)
 if __name__ == "__main__":
@@ -115,7 +115,7 @@ def run_until(corpus: Path, monkeypatch: pytest.MonkeyPatch, units: int) -> Prep
     arguments = settings(corpus, "stopped", workers=1)
     config = PrepareConfig(**arguments | {"input": tuple(arguments["input"])})
     with monkeypatch.context() as patch:
-        patch.setattr("pmp_ds.data.workers.pack_unit", stopping)
+        patch.setattr("pmp_ds.prepare.workers.pack_unit", stopping)
         with pytest.raises(UserError, match="No space left"):
             prepare(config)
     return config
@@ -130,7 +130,7 @@ def spy_on_units(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(unit.index)
         return pack_unit(job, encoder, unit, on_bytes)
 
-    monkeypatch.setattr("pmp_ds.data.workers.pack_unit", spy)
+    monkeypatch.setattr("pmp_ds.prepare.workers.pack_unit", spy)
     return seen
 
 
@@ -141,7 +141,7 @@ def test_finished_units_are_not_packed_again(corpus: Path, one_worker, monkeypat
     data = bytearray(damaged.read_bytes())
     data[-100] ^= 1
     damaged.write_bytes(data)  # found by its sha256, and made again
-    monkeypatch.setattr("pmp_ds.data.prepare.train_tokenizer", None)  # nor is that repeated
+    monkeypatch.setattr("pmp_ds.prepare.prepare.train_tokenizer", None)  # nor is that repeated
     prepare(config)
     assert seen == [1, 4, 5]
     assert contents(corpus.parent / "stopped") == one_worker

@@ -9,14 +9,14 @@ import pytest
 
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.manifest import SPLITS
-from pmp_ds.data.merge import merge_stores
-from pmp_ds.data.prepare import prepare
-from pmp_ds.data.prepare_config import PrepareConfig
-from pmp_ds.data.statistics import inspect_store, split_statistics
-from pmp_ds.data.units import unigram_cross_entropy
 from pmp_ds.errors import UserError
+from pmp_ds.prepare.config import PrepareConfig
+from pmp_ds.prepare.merge import merge_stores
+from pmp_ds.prepare.prepare import prepare
+from pmp_ds.prepare.statistics import inspect_store, split_statistics
+from pmp_ds.prepare.units import unigram_cross_entropy
 from pmp_ds.state.run_record import DataFacts
-from tests.unit.data.conftest import make_texts
+from tests.unit.prepare.conftest import make_texts
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from pmp_ds.data.arrow_store import SHARD_BLOCKS, write_shard
-from pmp_ds.data.corpus import Rejects, Unit
-from pmp_ds.data.encoder import Encoder, EncoderSpec
 from pmp_ds.data.manifest import SPLITS
-from pmp_ds.data.packing import Packer, Tokens, is_validation
-from pmp_ds.data.readers import read_documents
 from pmp_ds.foreign import read_object
+from pmp_ds.prepare.corpus import Rejects, Unit
+from pmp_ds.prepare.encoder import Encoder, EncoderSpec
+from pmp_ds.prepare.packing import Packer, Tokens, is_validation
+from pmp_ds.prepare.readers import read_documents
 from pmp_ds.run_dir import atomic_path, write_json
 
 _BATCH_BYTES = 4 << 20

@@ -12,17 +12,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from pmp_ds.cli import parse
-from pmp_ds.data import streams
 from pmp_ds.data.arrow_store import Store
-from pmp_ds.data.corpus import Rejects, StreamOptions, Unfinished, group_units
-from pmp_ds.data.inputs import find_sources
-from pmp_ds.data.packing import is_validation, pack_ref
-from pmp_ds.data.prepare import prepare
-from pmp_ds.data.prepare_config import PrepareConfig
-from pmp_ds.data.readers import read_documents, read_texts
-from pmp_ds.data.tokenizer import load_tokenizer
 from pmp_ds.errors import UserError
-from tests.unit.data.conftest import make_texts
+from pmp_ds.prepare import streams
+from pmp_ds.prepare.config import PrepareConfig
+from pmp_ds.prepare.corpus import Rejects, StreamOptions, Unfinished, group_units
+from pmp_ds.prepare.inputs import find_sources
+from pmp_ds.prepare.packing import is_validation, pack_ref
+from pmp_ds.prepare.prepare import prepare
+from pmp_ds.prepare.readers import read_documents, read_texts
+from pmp_ds.prepare.tokenizer import load_tokenizer
+from tests.unit.prepare.conftest import make_texts
 
 TEXTS = make_texts(60)
 LINES = "\n".join(json.dumps({"text": text, "id": i}) for i, text in enumerate(TEXTS)).encode()
@@ -160,7 +160,7 @@ def test_dataset_of_hugging_face_as_a_stream(dataset: str, tmp_path: Path, monke
     def small(source, index, folder, field, rejects):
         return spool_units(source, index, folder, field, rejects, 8000)
 
-    monkeypatch.setattr("pmp_ds.data.build.spool_units", small)
+    monkeypatch.setattr("pmp_ds.prepare.build.spool_units", small)
     first = prepare(config(dataset, tmp_path))
     shards = first.manifest["splits"]["train"]["shards"]
     assert len(shards) > 3
@@ -188,7 +188,7 @@ def test_stream_that_breaks_off_goes_on(dataset: str, tmp_path: Path, monkeypatc
                 raise Unfinished("the network is gone")
             yield unit
 
-    monkeypatch.setattr("pmp_ds.data.build.spool_units", breaking)
+    monkeypatch.setattr("pmp_ds.prepare.build.spool_units", breaking)
     with pytest.raises(Unfinished):
         prepare(config(dataset, tmp_path))
     assert len(list((tmp_path / "out.incomplete" / "units").glob("*.json"))) == 2

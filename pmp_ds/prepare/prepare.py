@@ -10,13 +10,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pmp_ds.data.build import build_store, no_document
-from pmp_ds.data.corpus import Rejects, Source
-from pmp_ds.data.packing import is_validation
-from pmp_ds.data.prepare_config import PrepareConfig
-from pmp_ds.data.readers import read_documents
-from pmp_ds.data.saved_tokenizer import save_tokenizer
-from pmp_ds.data.staging import (
+from pmp_ds.errors import UserError
+from pmp_ds.prepare.build import build_store, no_document
+from pmp_ds.prepare.config import PrepareConfig
+from pmp_ds.prepare.corpus import Rejects, Source
+from pmp_ds.prepare.packing import is_validation
+from pmp_ds.prepare.readers import read_documents
+from pmp_ds.prepare.saved_tokenizer import save_tokenizer
+from pmp_ds.prepare.staging import (
     TOKENIZER,
     Request,
     exists,
@@ -26,9 +27,8 @@ from pmp_ds.data.staging import (
     saved_tokenizer_files,
     staging,
 )
-from pmp_ds.data.summary import PrepareSummary
-from pmp_ds.data.tokenizer import Tokenizer, load_trained, train_tokenizer
-from pmp_ds.errors import UserError
+from pmp_ds.prepare.summary import PrepareSummary
+from pmp_ds.prepare.tokenizer import Tokenizer, load_trained, train_tokenizer
 from pmp_ds.progress import Progress
 from pmp_ds.run_dir import write_json
 

@@ -13,11 +13,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from pmp_ds.data import fast_tokenizer
-from pmp_ds.data.encoder import Encoder, EncoderSpec, Ids
-from pmp_ds.data.spm import fast_from_sentencepiece, parse_model, train_model
 from pmp_ds.errors import UserError, require
 from pmp_ds.foreign import read_bytes
+from pmp_ds.prepare import fast_tokenizer
+from pmp_ds.prepare.encoder import Encoder, EncoderSpec, Ids
+from pmp_ds.prepare.spm import fast_from_sentencepiece, parse_model, train_model
 
 MODEL_FILE = "tokenizer.model"
 _MOST_BYTES = 1 << 28  # of a sentencepiece model; one of 250,000 pieces has 5 MB

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from pmp_ds.data import readers
-from pmp_ds.data.corpus import PYTHON, Rejects, Source, group_units
-from pmp_ds.data.inputs import find_sources
-from pmp_ds.data.readers import read_documents, read_texts
 from pmp_ds.errors import UserError
+from pmp_ds.prepare import readers
+from pmp_ds.prepare.corpus import PYTHON, Rejects, Source, group_units
+from pmp_ds.prepare.inputs import find_sources
+from pmp_ds.prepare.readers import read_documents, read_texts
 
 
 def read(path: Path, field: str = "text") -> tuple[list[str], Rejects]:
