@@ -97,7 +97,7 @@ class _Run:
     """An engine with a folder to save to."""
 
     def __init__(self, root: Path, engine: Engine, mask: ParamMask | None) -> None:
-        self._run, self._engine, self._mask = RunDir(root), engine, mask
+        self._run, self._engine = RunDir(root), engine
         self._run.create()
         engine.arm(mask)
         log = MetricsLog(self._run, enabled=False)
@@ -114,7 +114,7 @@ class _Run:
         """Seconds that training waits; returns when all is written."""
         self._step += 1
         saver = self._savers[background]
-        seconds = saver.save(self._engine, self._mask, replace(POSITION, step=self._step))
+        seconds = saver.save(self._engine, replace(POSITION, step=self._step))
         saver.wait()
         return seconds
 
@@ -144,7 +144,7 @@ class _Run:
             saver = self._savers[True]
             if number % 2:
                 self._step += 1
-                saver.save(self._engine, self._mask, replace(POSITION, step=self._step))
+                saver.save(self._engine, replace(POSITION, step=self._step))
             start = time.perf_counter()
             self._engine.backward(self._batch)
             self._engine.step(1e-4)

@@ -88,10 +88,12 @@ class GuardConfig:
     """What to do when something goes wrong. May change between restarts of a run."""
 
     nonfinite: Literal["stop", "skip"] = "stop"
-    """A loss or gradient that is not finite: stop (a bad loss saves first), or skip the batch."""
+    """A loss or gradient that is not finite: stop, or skip the batch, for which every update waits
+    until its loss is known."""
 
     spike: Literal["ignore", "warn", "skip", "stop"] = "warn"
-    """A loss far above its running mean: say so, skip the batch, or save and stop before it."""
+    """A loss far above its running mean: say so, skip the batch, or save and stop before it. With
+    the last two, every update waits until its loss is known."""
 
     spike_sigmas: float = 8.0
     """How many running standard deviations above the running mean are a spike."""

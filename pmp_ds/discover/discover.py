@@ -31,10 +31,10 @@ Table = Sequence[ParamInfo]
 
 
 class Discovery:
-    """Dense training until the candidate mask is stable; ``run`` goes on from where it is.
+    """Dense training until the candidate mask is stable, of an engine that is armed with None.
 
     ``step`` updates are done. The engine is built from theta(0), or from the weights of a
-    checkpoint, whose optimizer state is then loaded before ``restore``.
+    checkpoint, whose optimizer state it has before ``restore``.
     """
 
     def __init__(self, engine: Engine, config: Config, table: Table, key: bytes = b"") -> None:
@@ -51,19 +51,18 @@ class Discovery:
         self._early_bird = EarlyBird(self._mask.iou_threshold, self._mask.patience)
         self._newest: list[torch.Tensor] | None = None  # packed bits of each fragment
         self._best: tuple[int, list[torch.Tensor]] | None = None
-        engine.arm(None)
 
-    def update(self, batch: torch.Tensor) -> tuple[float, float | None]:
-        """One update with this rank's share of a batch. Returns the mean loss, and the IoU with
-        the previous candidate, None for the first. Collective. Raises UserError when a gradient is
-        not finite."""
+    def update(self, batch: torch.Tensor) -> tuple[torch.Tensor, float | None]:
+        """One update with this rank's share of a batch. Returns a loss as ``Engine.backward`` does,
+        and the IoU with the previous candidate, None for the first. Collective. Raises UserError
+        when a gradient is not finite."""
         engine, mask = self._engine, self._mask
         self.step += 1
         loss = engine.backward(batch)
         lr = learning_rate(self._train, self.step)
         if engine.overflowed():  # fp16: DeepSpeed skips the update and lowers the loss scale
             engine.step(lr)
-            return _mean(loss), None
+            return loss, None
         candidate = self._selector.select(
             self._scores.update(engine.shards.gradients(), engine.loss_scale)
         )
@@ -75,7 +74,7 @@ class Discovery:
                 self._best = self.step, candidate
         engine.step(lr)
         self._newest = candidate
-        return _mean(loss), agreement
+        return loss, agreement
 
     @property
     def over(self) -> bool:
@@ -194,10 +193,6 @@ def random_ticket(key: bytes, config: MaskConfig, table: Table) -> Ticket:
         stable=True,
         model_digest=digest(table),
     )
-
-
-def _mean(loss: torch.Tensor) -> float:
-    return float(dist.all_reduce_sum(loss)) / dist.world_size()
 
 
 def _placement(

@@ -1,8 +1,42 @@
-"""Seconds of the device that a piece of work takes, without making the host wait for it."""
+"""What the device has computed, without making the host wait for it: numbers and times."""
 
 import time
+from collections.abc import Sequence
 
 import torch
+
+
+class Later:
+    """Numbers of the device on their way to the host; ``read`` waits until they are there."""
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        """``numbers``: (n,) or (), on any device. What changes them later is not seen."""
+        self._arrived: torch.cuda.Event | None = None
+        if numbers.device.type == "cuda":
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers.copy_(numbers.detach(), non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        else:
+            self._numbers = numbers.detach().clone()
+
+    def read(self) -> list[float]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        numbers: list[float] = self._numbers.view(-1).tolist()
+        return numbers
+
+
+class Span:
+    """Seconds of the device between some entries and exits; ``read`` waits for the last exit."""
+
+    def __init__(self, events: Sequence[tuple[torch.cuda.Event, torch.cuda.Event]], host: float):
+        self._events, self._host = tuple(events), host
+
+    def read(self) -> float:
+        if self._events:
+            self._events[-1][1].synchronize()
+        return self._host + sum(start.elapsed_time(end) for start, end in self._events) / 1e3
 
 
 class DeviceClock:
@@ -10,26 +44,20 @@ class DeviceClock:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._total = self._start = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._host = self._start = 0.0
 
     def reset(self) -> None:
-        self._spans.clear()
-        self._total = 0.0
+        self._events, self._host = [], 0.0
 
     @property
-    def seconds(self) -> float:
-        """Waits for the end of the last span."""
-        if not self._cuda:
-            return self._total
-        if self._spans:
-            self._spans[-1][1].synchronize()
-        return sum(start.elapsed_time(end) for start, end in self._spans) / 1e3
+    def span(self) -> Span:
+        return Span(self._events, self._host)
 
     def __enter__(self) -> "DeviceClock":
         if self._cuda:
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            self._spans.append(events)
+            self._events.append(events)
             events[0].record()
         else:
             self._start = time.perf_counter()
@@ -37,6 +65,6 @@ class DeviceClock:
 
     def __exit__(self, *_: object) -> None:
         if self._cuda:
-            self._spans[-1][1].record()
+            self._events[-1][1].record()
         else:
-            self._total += time.perf_counter() - self._start
+            self._host += time.perf_counter() - self._start

@@ -5,21 +5,20 @@ the norm DeepSpeed reports and clips with is the ticket's; the client optimizer 
 ticket's elements and touches no other (paper, Eq. 5).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from transformers import PreTrainedModel
 
 from pmp_ds import dist
 from pmp_ds.config import TrainConfig
-from pmp_ds.engine.clock import DeviceClock
+from pmp_ds.engine.clock import DeviceClock, Span
 from pmp_ds.engine.cut import Cut
 from pmp_ds.engine.deepspeed_config import merge, wants_compact_master
 from pmp_ds.engine.objective import NextToken, Objective
-from pmp_ds.model.parameters import constants
+from pmp_ds.engine.portable import Portable
 from pmp_ds.optim.attach import arm, mask_gradients
 from pmp_ds.optim.logical_state import Collected, Read, collect, restore
 from pmp_ds.optim.masked import parameter_groups
@@ -27,14 +26,16 @@ from pmp_ds.optim.masked_adamw import MaskedAdamW
 from pmp_ds.optim.zero_shards import shards_of
 from pmp_ds.ticket.mask import ParamMask
 
-_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
-
-class Engine:
+class Engine(Portable):
     """One model under DeepSpeed with a masked optimizer; frozen until ``arm``.
 
     ``model`` is on CPU in fp32 and holds the weights to start from.
     """
+
+    mask: ParamMask | None = None
+    """What ``arm`` was given."""
+    armed = False
 
     def __init__(
         self,
@@ -72,6 +73,7 @@ class Engine:
 
     def arm(self, mask: ParamMask | None) -> None:
         """Train the elements in ``mask`` (None: all) from fresh moments."""
+        self.mask, self.armed = mask, True
         arm(self.optimizer, self.shards, mask)
 
     @property
@@ -106,10 +108,10 @@ class Engine:
         return total / steps
 
     @property
-    def compute_seconds(self) -> float:
+    def forward_span(self) -> Span:
         """Device time of the forward passes of the last ``backward``: this rank's own, as far as
-        its stage lets it compute without the others. Waits for them."""
-        return self._clock.seconds
+        its stage lets it compute without the others."""
+        return self._clock.span
 
     @property
     def overflow_is_normal(self) -> bool:
@@ -138,6 +140,7 @@ class Engine:
     def step(self, lr: float) -> torch.Tensor | float:
         """Mask the gradient, clip it, update the ticket. Returns the norm of the masked gradient
         before clipping, over all ranks, without waiting for the device."""
+        assert self.armed
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         mask_gradients(self.optimizer, self.shards)
@@ -178,32 +181,6 @@ class Engine:
         micro_batches = batch.to(self.device).split(self._cut.limit)
         return torch.cat([forward(micro_batch) for micro_batch in micro_batches])
 
-    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each parameter, whole, in global element order: on CPU in the training dtype on rank 0,
-        empty on the others. Collective: every rank consumes it to the end."""
-        self._engine.empty_partition_cache()  # waits for what an evaluation prefetched
-        for name, param in self._engine.module.named_parameters():
-            partitioned = getattr(param, "ds_status", None) is not None
-            with deepspeed.zero.GatheredParameters([param], enabled=partitioned):
-                assert not partitioned or param.ds_status == ZeroParamStatus.AVAILABLE
-                wanted = param.detach() if dist.rank() == 0 else torch.empty(0)
-                whole = wanted.to("cpu", copy=True)
-            yield name, whole
-
-    def constants(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each persistent buffer on CPU in its own dtype."""
-        for name, buffer in constants(self._engine.module).items():
-            yield name, buffer.to("cpu", copy=True)
-
-    @property
-    def weight_bytes(self) -> int:
-        """Of ``parameters`` and ``constants``, on rank 0."""
-        module = self._engine.module
-        return sum(
-            getattr(param, "ds_numel", param.numel()) * param.element_size()
-            for param in module.parameters()
-        ) + sum(buffer.nbytes for buffer in constants(module).values())
-
     @property
     def state_bytes(self) -> int:
         """Of ``local_state``, padding of dense state included."""
@@ -211,32 +188,20 @@ class Engine:
         moment = self.optimizer.moments[0]
         return kinds * sum(state[moment].nbytes for state in self.optimizer.state.values())
 
-    def local_state(self, mask: ParamMask | None) -> Collected:
+    def local_state(self) -> Collected:
         """A copy of this rank's optimizer state, which puts itself into logical form."""
-        return collect(self.optimizer, self.shards, mask, master=self._sixteen_bit)
+        return collect(self.optimizer, self.shards, self.mask, master=self._sixteen_bit)
 
     def counters(self) -> dict[str, float]:
-        """Updates applied by the optimizer (fp16 skips some) and, in fp16, the dynamic loss scale
-        with its counters."""
-        counters = {"optimizer_step": float(self.optimizer.num_updates)}
-        if self._dynamic_scale:
-            scaler = self._engine.optimizer.loss_scaler
-            counters |= {name: getattr(scaler, name) for name in _SCALER}
-        return counters
+        return {"optimizer_step": float(self.optimizer.num_updates), **self._scale_counters()}
 
-    def restore(
-        self, mask: ParamMask | None, read: Read, step: int, counters: dict[str, float]
-    ) -> None:
-        """Take over the state after ``step`` updates; the weights are those of the model that the
-        engine was built from."""
-        applied = int(counters["optimizer_step"])
-        restore(self.optimizer, self.shards, mask, read, applied, master=self._sixteen_bit)
-        if self._dynamic_scale:
-            for name in _SCALER:
-                setattr(self._engine.optimizer.loss_scaler, name, counters[name])
-        self._engine.global_steps = step
-        self._engine.micro_steps = step * self._engine.gradient_accumulation_steps()
-        self._engine.global_samples = step * self._engine.train_batch_size()
+    def restore(self, read: Read, step: int, counters: dict[str, float]) -> None:
+        """Take over the state after ``step`` updates, with the mask it was saved with; the weights
+        are those of the model that the engine was built from."""
+        restore(self.optimizer, self.shards, self.mask, read, master=self._sixteen_bit)
+        for state in self.optimizer.state.values():
+            state["step"] = torch.full_like(state["step"], counters["optimizer_step"])
+        self._place(step, counters)
 
     def close(self) -> None:
         """Free the engine, so that another can be built in this process. Collective."""

@@ -15,36 +15,24 @@ from typing import Any
 from pmp_ds import dist, results
 from pmp_ds.cli import dump, parse
 from pmp_ds.config import Config
-from pmp_ds.data.loader import BlockLoader, order_key
+from pmp_ds.data.loader import order_key
 from pmp_ds.engine.engine import Engine
 from pmp_ds.errors import UserError
 from pmp_ds.finetune.config import FinetuneConfig
 from pmp_ds.finetune.methods import load_model, mask_of, open_ticket
 from pmp_ds.finetune.tasks import LM, Metrics, Task
-from pmp_ds.log import MetricsLog, read_metrics
+from pmp_ds.log import read_metrics
 from pmp_ds.model.folder import open_tokenizer
-from pmp_ds.progress import Progress
 from pmp_ds.results import Result
 from pmp_ds.run_dir import RunDir, make_private, write_text
-from pmp_ds.state import checkpoint, shelf, weight_files
+from pmp_ds.state import shelf, weight_files
 from pmp_ds.state.run_record import headed
-from pmp_ds.state.saver import Saver
 from pmp_ds.state.shelf import Found, Survey
 from pmp_ds.ticket.mask import ParamMask
 from pmp_ds.train import start
-from pmp_ds.train.loop import Watch, train
-from pmp_ds.watch.guard import Guard
-from pmp_ds.watch.stop import StopRequest
-from pmp_ds.watch.watchdog import Watchdog
-
-
-@dataclass(frozen=True)
-class Keepers:
-    """What looks after all cells of a command."""
-
-    stop: StopRequest
-    dog: Watchdog
-    channel: dist.SideChannel
+from pmp_ds.train.loop import train
+from pmp_ds.train.session import Session, Work
+from pmp_ds.watch.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -94,7 +82,7 @@ def tune(
     ds_config: dict[str, Any],
     task: Task,
     run: RunDir,
-    keepers: Keepers,
+    watch: Watch,
     *,
     digest: str,  # of the model
     keep_model: bool,
@@ -108,14 +96,9 @@ def tune(
     loop = config.loop_config(len(task.samples), dist.world_size())
     tuned = dist.together(lambda: _tuned(config, task))
     seen = _look(run, task, tuned, start_afresh)
-    found = seen.found
     dist.on_rank0(lambda: _claim(run, config, seen))  # nothing was written before
-    log = MetricsLog(run, enabled=dist.rank() == 0)
-    saver = Saver(run, loop, log)
-    saver.newest = found[1].name if found else None
-    watch = Watch(log, keepers.stop, keepers.dog, keepers.channel)
-    with contextlib.closing(log), contextlib.closing(saver):
-        metrics, trained = _train(config, loop, ds_config, task, tuned, found, watch, saver)
+    with Session(run, loop, ds_config, watch) as session:
+        metrics, trained = _train(config, task, tuned, seen.found, session)
     if keep_model:
         dist.on_rank0(lambda: _keep(config, run, task))
     curve = dist.on_rank0(lambda: _curve(run, task, loop))
@@ -178,63 +161,37 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train(
-    config: FinetuneConfig,
-    loop: Config,
-    ds_config: dict[str, Any],
-    task: Task,
-    tuned: Tuned,
-    found: Found | None,
-    watch: Watch,
-    saver: Saver,
+    config: FinetuneConfig, task: Task, tuned: Tuned, found: Found | None, session: Session
 ) -> tuple[Metrics, int]:
     """The final metrics, and how many elements were trained."""
-    if found:
-        weight_files.load_weights(found[0] / "weights", tuned.model)
     trainable = sum(p.numel() for p in tuned.model.parameters() if p.requires_grad)
     if tuned.mask is not None:
         trainable = tuned.mask.num_kept
-    engine = Engine(tuned.model, loop.train, ds_config, task.objective)
-    engine.arm(tuned.mask)
-    if found:
-        checkpoint.load_state(found[0], engine, tuned.mask, found[1])
-    begin = found[1] if found else None
-    guard = Guard(
-        loop.guard, engine, watch.log, watch.stop, watch.channel, begin.memory if begin else {}
-    )
-    guard.compare_tickets(tuned.mask_id)
-    batch, done = loop.train.global_batch_size, begin.step if begin else 0
     latest: Metrics = {}
 
-    def measure() -> dict[str, float]:
-        loss, metrics = task.measure(engine, loop)
+    def measure(engine: Engine) -> dict[str, float]:
+        loss, metrics = task.measure(engine, session.config)
         latest.update(metrics)
         named = {f"{column}/{k}": v for column, row in metrics.items() for k, v in row.items()}
         return {"val_loss": loss, **named}
 
-    def save(step: int, val_loss: float | None, must: bool) -> None:
-        position = checkpoint.Position(
-            step=step, consumed_samples=step * batch, ticket_id=tuned.mask_id,
-            dataset_id=task.digest, val_loss=val_loss, memory=dict(guard.memory),
-        )  # fmt: skip
-        if step and position.name != saver.newest:
-            watch.stop.saved(saver.save(engine, tuned.mask, position, must=must))
-
-    tokens = round(batch * task.tokens_per_sample)
-    key = order_key("finetune", config.seed)
-    with (
-        BlockLoader(
-            task.samples, key, batch, dist.rank(), dist.world_size(), done * batch,
-            pin_memory=dist.device().type == "cuda",
-        ) as loader,
-        Progress("finetune", "update", loop.train.steps, initial=done) as bar,
-    ):  # fmt: skip
-        train(
-            engine, loader, measure, tokens, loop, watch, guard, bar, save, done,
-            begin.val_loss if begin else None,
-        )  # fmt: skip
-    if not latest:  # it was killed between its last checkpoint and its result
-        measure()
-    engine.close()
+    work = Work(
+        name="finetune",
+        model=tuned.model,
+        mask=tuned.mask,
+        mask_id=tuned.mask_id,
+        objective=task.objective,
+        samples=task.samples,
+        order=order_key("finetune", config.seed),
+        dataset_id=task.digest,
+        tokens_per_sample=task.tokens_per_sample,
+        steps=session.config.train.steps,
+        measure=measure,
+    )
+    with session.training(work, found) as training:
+        train(training)
+        if not latest:  # it was killed between its last checkpoint and its result
+            measure(training.engine)
     return latest, trainable
 
 

@@ -14,7 +14,7 @@ from transformers import logging
 from pmp_ds import dist, results
 from pmp_ds.engine.cut import Cut
 from pmp_ds.errors import UserError
-from pmp_ds.finetune.cell import Keepers, forget, settings_of, tune
+from pmp_ds.finetune.cell import forget, settings_of, tune
 from pmp_ds.finetune.config import FinetuneConfig
 from pmp_ds.finetune.methods import load_model, open_ticket
 from pmp_ds.finetune.tasks import Task, open_task
@@ -22,8 +22,7 @@ from pmp_ds.progress import Progress
 from pmp_ds.results import Result, model_digest
 from pmp_ds.run_dir import RunDir
 from pmp_ds.watch.held import held
-from pmp_ds.watch.stop import StopRequest
-from pmp_ds.watch.watchdog import Watchdog
+from pmp_ds.watch.watch import watching
 
 Grid = Mapping[str, Sequence[str]]
 WHOLE = ""
@@ -111,19 +110,17 @@ def _run_all(
         print(_plan(cells, done, where), flush=True)
     dist.barrier()
     with (
-        dist.SideChannel() as channel,
-        StopRequest(first.run.max_seconds, started, channel) as stop,
-        Watchdog(run, first.guard.hang_seconds) as dog,
+        watching(run, first.run.max_seconds, first.guard.hang_seconds, started) as watch,
         _overall(len(cells), len(done)) as bar,
     ):
-        keepers, failed = Keepers(stop, dog, channel), dict[str, str]()
+        failed: dict[str, str] = {}
         for name, config in cells.items():
             if name in done:
                 continue
             folder = RunDir(run.root / "cells" / name) if name != WHOLE else run
             try:
                 done[name] = tune(
-                    config, ds_config, tasks.of(config), folder, keepers,
+                    config, ds_config, tasks.of(config), folder, watch,
                     digest=digests[config.model], keep_model=keep_models,
                     start_afresh=start_afresh,
                 )  # fmt: skip

@@ -6,10 +6,10 @@ sharding wrote another can read.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
 
-from pmp_ds.optim.masked import MaskedOptimizer
 from pmp_ds.optim.zero_shards import Fragment, ZeroShards
 from pmp_ds.ticket.mask import ParamMask
 
@@ -41,8 +41,20 @@ def _kept(f: Fragment, mask: ParamMask | None) -> torch.Tensor:
     return mask.fragment(f.name, f.start, f.numel)
 
 
+class Stateful(Protocol):
+    """An optimizer whose state has, by tensor, one value per kept element of each moment."""
+
+    compact_master: bool
+
+    @property
+    def moments(self) -> tuple[str, ...]: ...
+
+    @property
+    def state(self) -> Any: ...
+
+
 def collect(
-    optimizer: MaskedOptimizer, shards: ZeroShards, mask: ParamMask | None, *, master: bool
+    optimizer: Stateful, shards: ZeroShards, mask: ParamMask | None, *, master: bool
 ) -> Collected:
     """Copy this rank's state to CPU memory, and return what puts it into logical form, in any
     thread: by `KIND/PARAMETER/FIRST`, (count,) fp32 each."""
@@ -73,23 +85,21 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def restore(
-    optimizer: MaskedOptimizer,
+    optimizer: Stateful,
     shards: ZeroShards,
     mask: ParamMask | None,
     read: Read,
-    step: int,
     *,
     master: bool,
 ) -> None:
-    """Fill this rank's share of an armed optimizer through ``read``."""
+    """Fill this rank's share of an armed optimizer through ``read``; its count of updates is the
+    caller's to set."""
     for f, first, span in _spans(shards, mask):
         flat, count = shards.flats[f.flat], span.stop - span.start
         state = optimizer.state[flat]
         for kind in optimizer.moments + (MASTER,) * optimizer.compact_master:
-            state[kind][span] = read(kind, f.name, first, count).to(flat.device)
+            state[kind].view(-1)[span] = read(kind, f.name, first, count).to(flat.device)
         if master and not optimizer.compact_master:
             values = read(MASTER, f.name, first, count).to(flat.device)
             whole = flat.view(-1)[f.flat_start : f.flat_start + f.numel]
             whole[_kept(f, mask).to(flat.device)] = values
-    for state in optimizer.state.values():
-        state["step"] = torch.full_like(state["step"], float(step))

@@ -34,10 +34,10 @@ from pmp_ds.state import shelf
 from pmp_ds.state.manifest import DamagedError, Position, listed, sha256, verified, write_manifest
 from pmp_ds.state.state_reader import MASKS_FILE, StateReader
 from pmp_ds.state.weight_files import save_tensors, save_weights
-from pmp_ds.ticket.mask import ParamMask
 
 if TYPE_CHECKING:  # export reads checkpoints without DeepSpeed
     from pmp_ds.engine.engine import Engine
+    from pmp_ds.engine.portable import Portable
 
 _SPARE_BYTES = 1 << 20  # for headers, configuration and manifest
 
@@ -51,7 +51,7 @@ class Snapshot:
     """What one rank writes of a checkpoint."""
 
     position: Position
-    hf_config: PretrainedConfig
+    hf_config: PretrainedConfig | None
     weights: Iterable[tuple[str, torch.Tensor]]
     state: Callable[[], Tensors] | None  # None: another rank writes the same
     more: Tensors
@@ -64,16 +64,15 @@ class NotWrittenError(UserError):
 
 
 def take(
-    engine: "Engine", mask: ParamMask | None, position: Position, *, copy: bool, more: Tensors,
-    masks: Tensors,
-) -> Snapshot:  # fmt: skip
+    engine: "Portable", position: Position, *, copy: bool, more: Tensors, masks: Tensors
+) -> Snapshot:
     """The content of a checkpoint, plus ``more`` state of this rank. Collective.
 
     With ``copy`` training may go on; else ``write`` must follow first, and is collective too.
     """
     weights: Iterable[tuple[str, torch.Tensor]] = chain(engine.parameters(), engine.constants())
     writes = dist.rank() == 0 or not engine.shards.replicated
-    state = engine.local_state(mask) if writes else None
+    state = engine.local_state() if writes else None
     # The phase goes on adding to its memory while a thread writes.
     full = replace(position, counters=engine.counters(), memory=deepcopy(position.memory))
     num_bytes = sum(tensor.nbytes for tensor in more.values())
@@ -121,9 +120,9 @@ def write(run: RunDir, snapshot: Snapshot, gather: Gather = dist.all_gather_obje
         shelf.mend(run)
 
 
-def save(run: RunDir, engine: "Engine", mask: ParamMask | None, position: Position) -> None:
+def save(run: RunDir, engine: "Portable", position: Position) -> None:
     """``take`` and ``write`` at once, with a parameter or a file's share in memory. Collective."""
-    write(run, take(engine, mask, position, copy=False, more={}, masks={}))
+    write(run, take(engine, position, copy=False, more={}, masks={}))
 
 
 def _together(gather: Gather, action: Callable[[], T]) -> list[T]:
@@ -195,11 +194,9 @@ def _confirm(final: Path, mine: dict[str, str], files: dict[str, str] | None) ->
             raise DamagedError(final, f"{[*missing, 'manifest.json'][0]} is not as it was written")
 
 
-def load_state(
-    folder: Path, engine: "Engine", mask: ParamMask | None, position: Position
-) -> StateReader:
-    """Bring an engine, built from the checkpoint's weights and armed with ``mask``, to
+def load_state(folder: Path, engine: "Engine", position: Position) -> StateReader:
+    """Bring an engine, built from the checkpoint's weights and armed with its mask, to
     ``position``: moments, fp32 master weights, counters. Any world size and ZeRO stage."""
     reader = StateReader(folder)
-    engine.restore(mask, reader.read, position.step, position.counters)
+    engine.restore(reader.read, position.step, position.counters)
     return reader

@@ -17,11 +17,10 @@ from pmp_ds.run_dir import RunDir
 from pmp_ds.state import checkpoint, shelf
 from pmp_ds.state.checkpoint import NotWrittenError, Snapshot, Tensors
 from pmp_ds.state.manifest import Position
-from pmp_ds.ticket.mask import ParamMask
 
 
 class Saver:
-    """Of one run; collective like the engine."""
+    """Writes the checkpoints of one run; collective like the engine."""
 
     def __init__(self, run: RunDir, config: Config, log: MetricsLog) -> None:
         self._run, self._config, self._log = run, config, log
@@ -36,7 +35,6 @@ class Saver:
     def save(
         self,
         engine: Engine,
-        mask: ParamMask | None,
         position: Position,
         *,
         more: Tensors | None = None,
@@ -52,7 +50,7 @@ class Saver:
         self.wait()
         background = self._channel is not None
         snapshot = checkpoint.take(
-            engine, mask, position, copy=background, more=more or {}, masks=masks or {}
+            engine, position, copy=background, more=more or {}, masks=masks or {}
         )
         self.newest = position.name
         if background:

@@ -29,6 +29,11 @@ class StateReader:
         for parts in self._parts.values():
             parts.sort()
 
+    @property
+    def kinds(self) -> set[str]:
+        """Moments, fp32 master weights, scores."""
+        return {part.partition("/")[0] for part in self._parts}
+
     def read(self, kind: str, name: str, first: int, count: int) -> torch.Tensor:
         """(count,) fp32: elements [first, first + count) of parameter ``name``; of moments and
         master those that are kept count, of scores all."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from pmp_ds import dist
 from pmp_ds.model.parameters import constants
@@ -19,7 +19,7 @@ SHARD_BYTES = 2 << 30
 
 
 def save_weights(
-    parameters: Iterable[tuple[str, torch.Tensor]], hf_config: PretrainedConfig, folder: Path
+    parameters: Iterable[tuple[str, torch.Tensor]], hf_config: PretrainedConfig | None, folder: Path
 ) -> None:
     """Write whole parameters as Hugging Face safetensors, with at most one file's share in memory.
     Every rank consumes ``parameters`` to the end, also when rank 0, which writes, fails."""
@@ -33,7 +33,7 @@ def save_weights(
 
 
 def _write_shards(
-    parameters: Iterator[tuple[str, torch.Tensor]], hf_config: PretrainedConfig, folder: Path
+    parameters: Iterator[tuple[str, torch.Tensor]], hf_config: PretrainedConfig | None, folder: Path
 ) -> None:
     shards: list[list[str]] = []
     pending: dict[str, torch.Tensor] = {}
@@ -61,7 +61,8 @@ def _write_shards(
     if count > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(folder / INDEX_FILE, index, private=True)
-    write_json(folder / "config.json", hf_config.to_dict(), private=True)
+    if hf_config is not None:
+        write_json(folder / "config.json", hf_config.to_dict(), private=True)
 
 
 def read_weights(folder: Path) -> Callable[[str], torch.Tensor]:
@@ -72,7 +73,7 @@ def read_weights(folder: Path) -> Callable[[str], torch.Tensor]:
 
 
 @torch.no_grad()
-def load_weights(folder: Path, model: PreTrainedModel) -> None:
+def load_weights(folder: Path, model: torch.nn.Module) -> None:
     """Fill a model's parameters and constants from a ``weights/`` folder, cast to the model's
     dtype. Constants that an older pmp-ds did not write are the model's own."""
     stored = read_weights(folder)

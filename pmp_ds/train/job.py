@@ -9,16 +9,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from pmp_ds import dist
 from pmp_ds.config import Config
 from pmp_ds.data.arrow_store import Store
-from pmp_ds.data.loader import BlockLoader, order_key
+from pmp_ds.data.loader import order_key
 from pmp_ds.data.mixed_store import MixedStore
-from pmp_ds.engine.engine import Engine
 from pmp_ds.engine.objective import NextToken
 from pmp_ds.model.parameters import ParamInfo, parameter_table
 from pmp_ds.model.secret_init import derive
 from pmp_ds.run_dir import RunDir
 from pmp_ds.state import theta0
+from pmp_ds.state.manifest import Phase
 from pmp_ds.state.run_record import DataFacts
-from pmp_ds.ticket.ticket import has_ticket, load_ticket
+from pmp_ds.ticket.ticket import Ticket, has_ticket, load_ticket
+from pmp_ds.train.session import Measure, Work
 
 
 @dataclass(frozen=True)
@@ -43,21 +44,35 @@ class Job:
             return derive(self.init, purpose)
         return order_key(purpose, self.init)
 
-    def loader(self, purpose: str, secret: int | bytes, consumed_samples: int = 0) -> BlockLoader:
-        return BlockLoader(
-            self.store.split("train"),
-            order_key(purpose, secret),
-            self.config.train.global_batch_size,
-            dist.rank(),
-            dist.world_size(),
-            consumed_samples,
-            pin_memory=dist.device().type == "cuda",
-        )
+    def warm_up_order(self) -> int | bytes:
+        """What decides the order of the samples in discovery: as secret as theta(0)."""
+        return derive(self.init, "warm-up order") if isinstance(self.init, bytes) else self.init
 
-    def engine(self, model: PreTrainedModel) -> Engine:
+    def work(
+        self,
+        phase: Phase,
+        order: int | bytes,
+        steps: int,
+        ticket: Ticket | None = None,
+        measure: Measure | None = None,
+    ) -> Work:
+        """A phase from theta(0): ``steps`` updates on the ticket (None: dense), with the samples
+        in the ``order`` of a seed or secret."""
         separate = self.config.data.separate_documents
-        objective = NextToken(self.store.eos_id if separate else None)
-        return Engine(model, self.config.train, self.ds_config, objective)
+        return Work(
+            phase=phase,
+            name=phase,
+            model=self.fresh_model(),
+            mask=ticket.mask if ticket else None,
+            mask_id=ticket.id if ticket else None,
+            objective=NextToken(self.store.eos_id if separate else None),
+            samples=self.store.split("train"),
+            order=order_key(phase, order),
+            dataset_id=self.store.dataset_id,
+            tokens_per_sample=self.store.block_size,
+            steps=steps,
+            measure=measure,
+        )
 
 
 def check(config: Config, store: Store | MixedStore, run: RunDir) -> None:

@@ -1,107 +1,117 @@
-"""The loop of updates, of masked pretraining (paper, section 2.2) as of fine-tuning; validation."""
+"""The loop of updates, of masked pretraining (paper, section 2.2) as of fine-tuning; validation.
+
+The host runs ahead of the device: the loss of an update comes to it while the next one is
+computed. It waits only for what is recorded, measured or saved (and where ``Guard.waits``).
+"""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from pmp_ds import dist
-from pmp_ds.config import Config
 from pmp_ds.data.blocks import Blocks
-from pmp_ds.data.loader import BlockLoader
 from pmp_ds.data.mixture import InTurn
+from pmp_ds.engine.clock import Later
 from pmp_ds.engine.engine import Engine
-from pmp_ds.errors import Stopped
-from pmp_ds.log import MetricsLog
 from pmp_ds.optim.schedule import learning_rate
-from pmp_ds.progress import Progress
-from pmp_ds.watch.guard import BadUpdateError, Guard
-from pmp_ds.watch.stop import StopRequest
-from pmp_ds.watch.watchdog import Watchdog
-
-# (update, newest validation loss, whether it must be on disk on return): write a checkpoint
-Save = Callable[[int, float | None, bool], None]
-# What is measured on held-out data, by name; `val_loss` among it. Collective
-Measure = Callable[[], dict[str, float]]
+from pmp_ds.train.session import Training
+from pmp_ds.watch.guard import BadUpdateError
 
 
-@dataclass(frozen=True)
-class Watch:
-    """What looks after every phase of a run."""
-
-    log: MetricsLog
-    stop: StopRequest
-    dog: Watchdog
-    channel: dist.SideChannel
-
-
-def train(
-    engine: Engine,
-    loader: BlockLoader,
-    measure: Measure,
-    tokens_per_update: int,
-    config: Config,
-    watch: Watch,
-    guard: Guard,
-    bar: Progress,
-    save: Save,
-    done: int,
-    val_loss: float | None,
-) -> None:
-    """The updates after ``done``, to ``config.train.steps``, of an armed engine. Raises Stopped
-    when it was asked to stop, and UserError for what the guard does not let pass; either way all
-    that is good is saved."""
-    run, steps, log = config.run, config.train.steps, watch.log
-    rates = _Rates(loader, tokens_per_update)
-    if done == 0:
-        measured = measure()
-        val_loss = measured["val_loss"]
-        log.write("train", 0, **measured)
-    for step in range(done + 1, steps + 1):
-        watch.dog.beat(f"update {step}")
-        lr = learning_rate(config.train, step)
-        loss = float(dist.all_reduce_sum(engine.backward(loader.next()))) / dist.world_size()
-        try:
-            apply = guard.admits(step, loss)
-        except BadUpdateError:
-            save(step - 1, val_loss, True)
-            raise
-        norm: Any = None
-        if apply:
-            norm = engine.step(lr)
-            guard.applied(step, norm, engine.compute_seconds)
-        else:
-            engine.skip()
+def train(training: Training) -> None:
+    """The updates that are left of a work. Raises Stopped when it was asked to stop, and UserError
+    for what the guard does not let pass; either way all that is good is saved."""
+    run, steps, guard = training.config.run, training.work.steps, training.guard
+    rates = _Rates(training)
+    if training.done == 0:
+        training.measure(0)
+    ahead: _Update | None = None  # launched, and not judged yet
+    for step in range(training.done + 1, steps + 1):
+        training.watch.dog.beat(f"update {step}")
+        update = _Update(training, step)
+        asked = ahead.judge() if ahead else False
+        applied = True
+        if guard.waits:
+            try:
+                applied = guard.admits(step, update.loss)
+            except BadUpdateError:
+                training.save(step - 1, must=True)
+                raise
+        update.finish(apply=applied)
         rates.count()
-        bar.update(1)
-        if apply and (step % run.log_every == 0 or step == steps):
-            log.write("train", step, loss=loss, lr=lr, grad_norm=float(norm), **rates.take(step))
-            bar.set(loss=f"{loss:.3f}", lr=f"{lr:.1e}", val=val_loss and f"{val_loss:.3f}")
-        if step % run.val_every == 0 or step == steps:
-            measured = measure()
-            val_loss = measured["val_loss"]
-            log.write("train", step, **measured)
-        reason = watch.stop.agreed() if step < steps else None
-        if reason or step % run.checkpoint_every == 0 or step == steps:
-            guard.settle()
+        training.bar.update(1)
+        records = applied and (step % run.log_every == 0 or step == steps)
+        measures = step % run.val_every == 0 or step == steps
+        saves = step % run.checkpoint_every == 0 or step == steps
+        ahead = update
+        if asked or records or measures or saves:
+            asked |= update.judge()
+            ahead = None
+        if applied and step % training.config.guard.drift_every == 0:
             guard.check_drift(step)
-            save(step, val_loss, reason is not None or step == steps)
-        if reason:
-            watch.stop.done()
-            raise Stopped(
-                f"{reason}: saved after update {step:,} of {steps:,}; the same command goes on"
-            )
+        if records:
+            training.record(step, **update.numbers, **rates.take(step))
+            val = training.val_loss and f"{training.val_loss:.3f}"
+            training.bar.set(loss=f"{update.loss:.3f}", lr=f"{update.lr:.1e}", val=val)
+        if measures:
+            training.measure(step)
+        stops = asked and step < steps
+        if stops or saves:
+            guard.check_drift(step)
+            training.save(step, must=stops or step == steps)
+        if stops:
+            training.stop(step)
+
+
+class _Update:
+    """One update: launched by the host, judged when its numbers have come."""
+
+    def __init__(self, training: Training, step: int) -> None:
+        """Computes the gradients."""
+        self._training, self._engine, self.step = training, training.engine, step
+        self.lr = learning_rate(training.config.train, step)
+        loss = self._engine.backward(training.loader.next())
+        asked = torch.full_like(loss, training.watch.stop.asked())
+        self._report = Later(dist.all_reduce_sum(torch.stack([loss, asked])))
+        self._forward = self._engine.forward_span
+        self._norm: Later | None = None
+
+    def finish(self, *, apply: bool) -> None:
+        if not apply:
+            self._engine.skip()
+            return
+        norm = self._engine.step(self.lr)  # a number, or a tensor that is still to be computed
+        exact = norm if isinstance(norm, torch.Tensor) else torch.tensor(norm, dtype=torch.float64)
+        self._norm = Later(exact)
+
+    @property
+    def loss(self) -> float:
+        """The mean loss over the ranks; waits for it."""
+        return self._report.read()[0] / dist.world_size()
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        assert self._norm is not None
+        return {"loss": self.loss, "lr": self.lr, "grad_norm": self._norm.read()[0]}
+
+    def judge(self) -> bool:
+        """Let the guard look at it, if it was applied; return whether all ranks are to stop.
+        Collective."""
+        stop = False
+        if self._norm is not None:
+            norm, seconds = self._norm.read()[0], self._forward.read()
+            stop = self._training.guard.judge(self.step, self.loss, norm, seconds)
+        return stop or self._report.read()[1] > 0
 
 
 class _Rates:
     """Tokens per second and the loader's share of the time since the last record."""
 
-    def __init__(self, loader: BlockLoader, tokens_per_update: int) -> None:
-        self._loader, self._tokens, self._updates = loader, tokens_per_update, 0
-        self._clock, self._waited = time.perf_counter(), loader.wait_seconds
+    def __init__(self, training: Training) -> None:
+        self._loader, self._tokens = training.loader, training.tokens_per_update
+        self._updates = 0
+        self._clock, self._waited = time.perf_counter(), self._loader.wait_seconds
 
     def count(self) -> None:
         self._updates += 1

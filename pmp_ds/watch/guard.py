@@ -1,14 +1,14 @@
 """Looks at every update for what should not be, and does what the settings say (GuardConfig).
 
-`skip` drops the batch: no weight, moment or step counter changes, the data and the schedule go on.
-`stop` ends the run; where the state is still good, it is saved first.
+An update is judged while the next one is computed, so that nobody waits for the device. Where the
+settings let a bad loss or gradient keep an update from being applied (``waits``), the host waits
+for each loss: `skip` drops the batch, so that no weight, moment or step counter changes while data
+and schedule move on; `stop` on a spike saves what was there before it.
 """
 
 import math
 import sys
 import time
-
-import torch
 
 from pmp_ds import dist
 from pmp_ds.config import GuardConfig
@@ -29,7 +29,7 @@ class BadUpdateError(UserError):
 
 
 class Guard:
-    """Of an armed engine. ``memory``: what an earlier guard of this run remembered."""
+    """Watches an armed engine. ``memory``: what an earlier guard of this run remembered."""
 
     def __init__(
         self,
@@ -43,8 +43,6 @@ class Guard:
         self._config, self._engine, self._log = config, engine, log
         self._stop, self._channel = stop, channel
         self._probe = DriftProbe(engine.shards, engine.optimizer)
-        # Of the newest update, not looked at yet.
-        self._norm: tuple[int, torch.Tensor | float] | None = None
         self._seconds: list[float] = []
         self._told, self._pause = -math.inf, _STRAGGLER_PAUSE
         self.memory = {"count": 0.0, "mean": 0.0, "var": 0.0, "skipped": 0.0} | memory
@@ -60,11 +58,15 @@ class Guard:
                 "be one folder that all nodes share, with the same files on each"
             )
 
+    @property
+    def waits(self) -> bool:
+        """Whether ``admits`` has to say, before an update is applied, that it may be."""
+        return self._config.nonfinite == "skip" or self._config.spike in ("skip", "stop")
+
     def admits(self, step: int, loss: float) -> bool:
         """Whether update ``step`` is to be applied, given the mean loss over all ranks of its
-        batch; called between backward and step. Collective. Raises BadUpdateError, and UserError
-        when an earlier update was already spoilt."""
-        self.settle()
+        batch; called between backward and step, once all updates before are judged. Collective.
+        Raises BadUpdateError."""
         problem, policy, way_out = self._problem(loss)
         if problem is None:
             self._learn(loss)
@@ -77,6 +79,30 @@ class Guard:
             self._log.write("train", step, skipped=self.memory["skipped"])
         _say(f"{text}{'; the batch is skipped' if policy == 'skip' else ''}")
         return policy != "skip"
+
+    def judge(self, step: int, loss: float, norm: float, compute_seconds: float) -> bool:
+        """Look at update ``step``, which was applied: the mean loss over all ranks of its batch,
+        the gradient norm, this rank's own seconds of computing. Returns whether all ranks are to
+        stop. Collective. Raises UserError when it spoilt the weights; so all updates are judged
+        before the weights are saved."""
+        if not self.waits:
+            problem, policy, way_out = self._problem(loss)
+            if policy == "stop":
+                raise UserError(f"update {step}: {problem}; {_INTACT}. {way_out}")
+            if problem is None:
+                self._learn(loss)
+            else:
+                _say(f"update {step}: {problem}")
+        if not math.isfinite(norm) and not self._engine.overflow_is_normal:
+            raise UserError(
+                f"update {step}: the gradient norm is {norm}; {_INTACT}. {_WAY_OUT_NONFINITE}"
+            )
+        self._seconds.append(compute_seconds)
+        if len(self._seconds) < _STRAGGLER_UPDATES or self._config.straggler == "ignore":
+            return False
+        stop = self._look_for_straggler(step)
+        self._seconds.clear()
+        return stop
 
     def _problem(self, loss: float) -> tuple[str | None, str, str]:
         config = self._config
@@ -105,32 +131,9 @@ class Guard:
         memory["var"] = (1.0 - new) * (memory["var"] + new * delta * delta)
         memory["count"] += 1
 
-    def applied(self, step: int, norm: torch.Tensor | float, compute_seconds: float) -> None:
-        """Update ``step`` was applied with this gradient norm (a number, or a tensor that is not
-        waited for yet); ``compute_seconds`` of this rank for itself. Collective."""
-        self._norm = step, norm
-        self._seconds.append(compute_seconds)
-        if len(self._seconds) == _STRAGGLER_UPDATES:
-            self._look_for_straggler(step)
-            self._seconds.clear()
-        if step % self._config.drift_every == 0:
-            self.check_drift(step)
-
-    def settle(self) -> None:
-        """Look at the newest gradient norm. Raises UserError when that update spoilt the weights;
-        so call it before saving them."""
-        if self._norm is None:
-            return
-        step, norm = self._norm
-        self._norm = None
-        if not math.isfinite(float(norm)) and not self._engine.overflow_is_normal:
-            raise UserError(
-                f"update {step}: the gradient norm is {float(norm)}; {_INTACT}. "
-                f"{_WAY_OUT_NONFINITE}"
-            )
-
     def check_drift(self, step: int) -> None:
-        """Raises UserError when frozen elements or the mask in memory changed. Collective."""
+        """Raises UserError when frozen elements or the mask in memory changed. Waits for the
+        device. Collective."""
         if self._config.drift == "ignore":
             return
         mine = [float(self._probe.changed()), float(not self._probe.mask_is_intact())]
@@ -143,12 +146,13 @@ class Guard:
                 f"{_INTACT}. Run the same command again; if it comes back, suspect that machine"
             )
 
-    def _look_for_straggler(self, step: int) -> None:
+    def _look_for_straggler(self, step: int) -> bool:
+        """Whether to stop because of one, the same on all ranks."""
         mean = sum(self._seconds) / len(self._seconds)
         seconds = self._channel.all_gather_numbers([mean]).view(-1).tolist()
         found = straggler(seconds, self._config.straggler_factor, self._config.straggler_seconds)
-        if self._config.straggler == "ignore" or found is None:
-            return
+        if found is None:
+            return False
         slowest, usual = found
         text = (
             f"rank {slowest} takes {seconds[slowest] / max(usual, 1e-9):.1f} times as long as the "
@@ -156,10 +160,12 @@ class Guard:
         )
         if self._config.straggler == "stop":
             self._stop.ask(text)
-        elif time.monotonic() - self._told > self._pause:
+            return True
+        if time.monotonic() - self._told > self._pause:
             self._pause *= 1 if self._told == -math.inf else 2
             self._told = time.monotonic()
             _say(f"update {step}: {text}")
+        return False
 
 
 def straggler(seconds: list[float], factor: float, floor: float) -> tuple[int, float] | None:

@@ -1,4 +1,5 @@
-"""Asked to stop: by a signal, by the clock, or by the guard. All ranks stop after the same update.
+"""Asked to stop: by a signal, by the clock, or by the guard. All ranks stop after the same update:
+that a rank is asked travels with the loss of an update, which every rank reads.
 
 A scheduler sends a signal and waits; the run finishes its update, saves and exits with code 75.
 Whoever signals again cannot wait: the process ends at once, and the last complete checkpoint is
@@ -49,8 +50,8 @@ class StopRequest:
         self._longest_save = max(self._longest_save, seconds)
         self._last = time.monotonic()
 
-    def agreed(self) -> str | None:
-        """Called by every rank after every update: why to stop now, the same on all ranks."""
+    def asked(self) -> float:
+        """1 when this rank is asked to stop, else 0. Called in every update."""
         now = time.monotonic()
         self._longest_update = max(self._longest_update, now - self._last)
         self._last = now
@@ -58,11 +59,13 @@ class StopRequest:
             self._next_look = now + LOOK_SECONDS
             if not all(_is_alive(process) for process in self._launchers):
                 self.ask("the launcher is gone")
-        if now + 2 * (self._longest_update + self._longest_save) > self._deadline:
+        # It is read one update later, and the update after that is saved.
+        if now + 4 * self._longest_update + 2 * self._longest_save > self._deadline:
             self.ask(f"run.max_time={self._limit:g} s is nearly over")
-        asking = self._channel.all_gather_numbers([float(self._reason is not None)])
-        if not asking.any():
-            return None
+        return float(self._reason is not None)
+
+    def reason(self) -> str:
+        """Why to stop now, the same on all ranks, some of which are ``asked``. Collective."""
         reasons = self._channel.all_gather(self._reason)
         return next(reason for reason in reasons if reason is not None)
 
@@ -88,7 +91,7 @@ class StopRequest:
             self._first = now
             self.ask(number.name)
             if os.environ.get("RANK", "0") == "0":
-                tell(f"{number.name}: saving after this update; signal again to end at once")
+                tell(f"{number.name}: saving after the next update; signal again to end at once")
 
 
 def _is_alive(process: psutil.Process) -> bool:

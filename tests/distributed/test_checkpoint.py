@@ -67,7 +67,7 @@ def segment(
     engine = Engine(model, config, json)
     engine.arm(mask)
     if found:
-        checkpoint.load_state(found[0], engine, mask, found[1])
+        checkpoint.load_state(found[0], engine, found[1])
     losses = {}
     umask = os.umask(0)
     try:
@@ -77,7 +77,7 @@ def segment(
             engine.step(learning_rate(config, step))
             if step in save:
                 position = replace(POSITION, step=step, consumed_samples=step * BATCH)
-                checkpoint.save(run, engine, mask, position)
+                checkpoint.save(run, engine, position)
     finally:
         os.umask(umask)
     weights = dict(engine.parameters())

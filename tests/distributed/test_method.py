@@ -37,6 +37,7 @@ def run_method(stage: int, precision: Precision) -> dict[str, Any] | None:
 
     engine = Engine(tiny.model(), config.train, ds_json)
     loader: Any = tiny.RepeatedLoader(MICRO, repeats)
+    engine.arm(None)
     discovery = Discovery(engine, config, table)
     while not discovery.over:
         trace.append(discovery.update(loader.next())[1])

@@ -32,8 +32,8 @@ def resume_and_save(root: str, other: str) -> int:
     weight_files.load_weights(folder / "weights", model)
     engine = Engine(model, replace(TRAIN, precision="bf16"), tiny.ds_json(1))
     engine.arm(mask)
-    checkpoint.load_state(folder, engine, mask, position)
-    checkpoint.save(run, engine, mask, position)
+    checkpoint.load_state(folder, engine, position)
+    checkpoint.save(run, engine, position)
     engine.close()
     return position.step
 

@@ -1,14 +1,13 @@
 """The samples of a run that stops and goes on with other ranks are those of one that never did."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pmp_ds.config import Config, DataConfig, TrainConfig
+from pmp_ds.data.loader import order_key
 from pmp_ds.data.mixed_store import open_data
-from pmp_ds.run_dir import RunDir
-from pmp_ds.train.job import Job
+from pmp_ds.engine.objective import NextToken
+from pmp_ds.train.session import Work
 from tests.helpers.stores import write_store
 
 pytestmark = pytest.mark.distributed
@@ -19,9 +18,11 @@ LEGS = (("ranks1", 37), ("ranks4", 11), ("ranks2", 12))
 
 def read(setting: Any, consumed: int, steps: int) -> tuple[list[list[int]], int]:
     """Block numbers of this rank in each update, and the state at the end."""
-    config = Config(data=DataConfig(store=setting), train=TrainConfig(global_batch_size=BATCH))
-    job = Job(config, {}, RunDir(Path("unused")), open_data(setting), 0, ())
-    with job.loader("train", config.data.seed, consumed) as loader:
+    work = Work(
+        name="train", model=None, objective=NextToken(), samples=open_data(setting).split("train"),
+        order=order_key("train", 0), dataset_id="", tokens_per_sample=8, steps=STEPS,
+    )  # fmt: skip
+    with work.loader(BATCH, consumed) as loader:
         found = [loader.next()[:, 0].tolist() for _ in range(steps)]
         return found, loader.consumed_samples
 

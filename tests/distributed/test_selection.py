@@ -129,6 +129,7 @@ def hardened_ticket(stage: int) -> tuple[str, dict[str, int]]:
     mask = replace(CONFIG.mask, quota="per_tensor", random_fraction=0.5)
     config = Config(mask=mask, train=CONFIG.train)
     engine = Engine(tiny.model(), config.train, tiny.ds_json(stage))
+    engine.arm(None)
     discovery = Discovery(engine, config, parameter_table(tiny.model()), KEY)
     loader: Any = tiny.RepeatedLoader(4, 4 // dist.world_size())
     while not discovery.over:

@@ -19,16 +19,17 @@ def test_signal_to_one_rank(lives, run, calm, number):
     one, other = lives(fault=act, given=(6, 1, raise_signal, number))
     seen("signal", one.code, one.err)
     assert f"stopped: {number.name}: " in one.err
-    assert (other.code, checkpoints(run)) == (75, [4, 6])
+    assert (other.code, checkpoints(run)) == (75, [4, 7])  # known while update 7 is computed
     assert signal.getsignal(number) == before
     one, _ = lives()
     assert one.code == 0
-    assert "resuming after update 6 of 12" in one.out
+    assert "resuming after update 7 of 12" in one.out
     same_end(calm, run)
 
 
-def test_signal_within_the_last_update(lives, run, calm):
-    one, _ = lives(fault=act, given=(12, 0, raise_signal, signal.SIGTERM))
+@pytest.mark.parametrize("update", [11, 12])
+def test_signal_within_the_last_updates(lives, run, calm, update):
+    one, _ = lives(fault=act, given=(update, 0, raise_signal, signal.SIGTERM))
     assert (one.code, one.err) == (0, one.err.replace("stopped", ""))
     same_end(calm, run)
 
@@ -78,6 +79,6 @@ def test_signal_within_the_last_update_of_discovery(lives, run, tmp_path, last):
 def test_time_that_is_over(lives, run, calm):
     one, other = lives("--run.max_time", "0.001")
     seen("max_time", one.code, one.err)
-    assert (other.code, checkpoints(run)) == (75, [1])
+    assert (other.code, checkpoints(run)) == (75, [2])
     assert lives("--run.max_time", "01:00:00")[0].code == 0
     same_end(calm, run)

@@ -39,9 +39,11 @@ def run_method(stage: int, precision: Precision, micro_batch_size: int) -> dict[
     train = replace(CONFIG.train, precision=precision, micro_batch_size=micro_batch_size)
     table, config = parameter_table(tiny.model()), replace(CONFIG, train=train)
     engine = Engine(tiny.model(), train, tiny.ds_json(stage))
+    engine.arm(None)
     discovery, warm_up = Discovery(engine, config, table), []
     while not discovery.over:
-        warm_up.append(discovery.update(share(discovery.step + 1))[0])
+        loss, _ = discovery.update(share(discovery.step + 1))
+        warm_up.append(float(dist.all_reduce_sum(loss)) / dist.world_size())
     ticket = discovery.ticket()
     engine.close()
 

@@ -95,7 +95,7 @@ def test_second_signal_ends_a_rank_that_waits(place, ranks):
     done = finish(one)
     seen("second signal", 128 - done.returncode if done.returncode < 0 else done.returncode,
          done.stderr)  # fmt: skip
-    assert "SIGTERM: saving after this update; signal again to end at once" in done.stderr
+    assert "SIGTERM: saving after the next update; signal again to end at once" in done.stderr
     assert checkpoints(place.run)
 
 

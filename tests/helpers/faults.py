@@ -166,8 +166,8 @@ DISK = {
 UPDATES = {
     "nan": Fault(
         "NaN batch: a loss that is not finite", "the loss of one rank's share made NaN",
-        "saved as it was before that update, then stopped", EXIT_MISTAKE,
-        r"error: update 6: the loss is nan\. Lower train\.lr", NOTHING,
+        "stopped while the next update is computed; nothing spoilt is saved", EXIT_MISTAKE,
+        r"error: update 6: the loss is nan; the last checkpoint is intact", SINCE,
     ),
     "nan, skip": Fault(
         "the same under `guard.nonfinite: skip`", "the same",
@@ -176,7 +176,7 @@ UPDATES = {
     ),
     "inf": Fault(
         "a gradient that is not finite, under a finite loss", "on one rank's share",
-        "stopped before the next update; nothing spoilt is saved", EXIT_MISTAKE,
+        "stopped while the next update is computed; nothing spoilt is saved", EXIT_MISTAKE,
         r"error: update 6: the gradient norm is (inf|nan); the last checkpoint is intact", SINCE,
     ),
     "inf, skip": Fault(

@@ -36,6 +36,7 @@ from pmp_ds.run_dir import RunDir
 from pmp_ds.state import checkpoint
 from pmp_ds.state.shelf import AFRESH
 from pmp_ds.train import job, pipeline
+from pmp_ds.train.session import Work
 from tests.helpers import capabilities, tiny
 
 SETTINGS = (
@@ -249,13 +250,12 @@ def repeated_batches(micro_batch_size: int) -> Iterator[None]:
         def __exit__(self, *_: object) -> None:
             pass
 
-    def loader(self: job.Job, purpose: str, secret: Any, consumed_samples: int = 0) -> Loader:
-        size = self.config.train.global_batch_size
-        made = Loader(micro_batch_size, size // dist.world_size() // micro_batch_size)
-        made._step = consumed_samples // size
+    def loader(self: Work, global_batch_size: int, consumed_samples: int) -> Loader:
+        made = Loader(micro_batch_size, global_batch_size // dist.world_size() // micro_batch_size)
+        made._step = consumed_samples // global_batch_size
         return made
 
-    with mock.patch.object(job.Job, "loader", loader):
+    with mock.patch.object(Work, "loader", loader):
         yield
 
 

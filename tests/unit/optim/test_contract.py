@@ -1,4 +1,5 @@
-"""What optim/zero_shards.py and engine/engine.py assume of DeepSpeed beyond its documented API.
+"""What optim/zero_shards.py, engine/engine.py and engine/portable.py assume of DeepSpeed beyond its
+documented API.
 
 One row per attribute, each checked on real engines of 2 ranks. After an upgrade of DeepSpeed this
 is the first file to run: a failing row names the attribute and what is no longer true of it.
@@ -24,7 +25,8 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from pmp_ds import dist
 from pmp_ds.config import Precision, TrainConfig
-from pmp_ds.engine.engine import _SCALER, Engine
+from pmp_ds.engine.engine import Engine
+from pmp_ds.engine.portable import _SCALER
 from pmp_ds.optim.masked_adamw import MaskedAdamW
 from pmp_ds.optim.zero_shards import Fragment, _pieces
 from pmp_ds.ticket.mask import ParamMask, pack
@@ -417,7 +419,7 @@ CONTRACT = (
 # Parts of rows above, and DeepSpeed's documented API.
 INSIDE = {"lp_fragment_address", "hp_fragment_address", "start", "numel", "flat_partition"}
 DOCUMENTED = {"module", "device", "optimizer", "train", "eval", "backward", "step", "destroy",
-              "gradient_accumulation_steps", "train_batch_size",
+              "gradient_accumulation_steps", "train_batch_size", "bfloat16_enabled", "fp16_enabled",
               "empty_partition_cache"}  # fmt: skip
 
 
@@ -574,8 +576,8 @@ def test_table_is_complete():
         "pmp_ds/optim/zero_shards.py",
         {"zero", "self._zero", "optimizer", "engine", "mapping", "here", "there"},
     )
-    found |= relied_on(
-        "pmp_ds/engine/engine.py", {"self._engine", "self._engine.optimizer", "scaler"}
-    )
+    for file in ("pmp_ds/engine/engine.py", "pmp_ds/engine/portable.py"):
+        roots = {"self._engine", "self._engine.optimizer", "engine", "engine.optimizer"}
+        found |= relied_on(file, roots | {"self._scaler"})
     named = {row.attribute.rpartition(".")[2] for row in CONTRACT} | INSIDE | DOCUMENTED
     assert not found - named, "relied on, and without a row in CONTRACT"

@@ -1,0 +1,147 @@
+"""What a checkpoint takes of a DeepSpeed engine and gives back, whatever the ZeRO stage."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+from pmp_ds import dist
+from pmp_ds.model.parameters import constants
+from pmp_ds.optim.logical_state import MASTER, Collected, Read, collect, restore
+from pmp_ds.optim.zero_shards import ZeroShards, shards_of
+
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+class Portable:
+    """A DeepSpeed engine's weights, and where it stands. Its optimizer state is a subclass's."""
+
+    _engine: Any
+    shards: ZeroShards
+    hf_config: Any = None
+    """The Hugging Face config that is written beside the weights, if there is one."""
+
+    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each parameter, whole, in global element order: on CPU in the training dtype on rank 0,
+        empty on the others. Collective: every rank consumes it to the end."""
+        self._engine.empty_partition_cache()  # waits for what an evaluation prefetched
+        for name, param in self._engine.module.named_parameters():
+            partitioned = getattr(param, "ds_status", None) is not None
+            with deepspeed.zero.GatheredParameters([param], enabled=partitioned):
+                assert not partitioned or param.ds_status == ZeroParamStatus.AVAILABLE
+                wanted = param.detach() if dist.rank() == 0 else torch.empty(0)
+                whole = wanted.to("cpu", copy=True)
+            yield name, whole
+
+    def constants(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each persistent buffer on CPU in its own dtype."""
+        for name, buffer in constants(self._engine.module).items():
+            yield name, buffer.to("cpu", copy=True)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of ``parameters`` and ``constants``, on rank 0."""
+        module = self._engine.module
+        return sum(
+            getattr(param, "ds_numel", param.numel()) * param.element_size()
+            for param in module.parameters()
+        ) + sum(buffer.nbytes for buffer in constants(module).values())
+
+    @property
+    def state_bytes(self) -> int:
+        """Of ``local_state``."""
+        raise NotImplementedError
+
+    def local_state(self) -> Collected:
+        """A copy of this rank's optimizer state, which puts itself into logical form."""
+        raise NotImplementedError
+
+    def counters(self) -> dict[str, float]:
+        """Updates applied by the optimizer (fp16 skips some) and, under a dynamic loss scale, the
+        scale with its counters."""
+        raise NotImplementedError
+
+    @property
+    def _scaler(self) -> Any:
+        """fp16's dynamic loss scale, or None."""
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        return scaler if all(hasattr(scaler, name) for name in _SCALER) else None
+
+    def _scale_counters(self) -> dict[str, float]:
+        return {name: getattr(self._scaler, name) for name in _SCALER} if self._scaler else {}
+
+    def _place(self, step: int, counters: dict[str, float]) -> None:
+        """Let DeepSpeed count on from ``step``."""
+        for name in _SCALER if self._scaler else ():
+            setattr(self._scaler, name, counters[name])
+        self._engine.global_steps = step
+        self._engine.micro_steps = step * self._engine.gradient_accumulation_steps()
+        self._engine.global_samples = step * self._engine.train_batch_size()
+
+
+class DenseEngine(Portable):
+    """Any DeepSpeed engine whose optimizer is element-wise and keeps state tensors as large as what
+    it updates: AdamW, SGD with momentum, Lion."""
+
+    compact_master = False  # like ``state`` and ``moments``, asked for by logical_state
+
+    def __init__(self, engine: Any) -> None:
+        self._engine, self.shards = engine, shards_of(engine)
+        config = getattr(engine.module, "config", None)
+        self.hf_config = config if hasattr(config, "to_dict") else None
+        self._has_master = bool(engine.fp16_enabled() or engine.bfloat16_enabled())
+        self._optimizer = engine.optimizer
+        while hasattr(self._optimizer, "optimizer"):  # within DeepSpeed's wrappers
+            self._optimizer = self._optimizer.optimizer
+
+    @property
+    def state(self) -> Any:
+        return self._optimizer.state
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """The names of the state tensors; none before the first update."""
+        flat = self.shards.flats[0]
+        state = self.state.get(flat, {}).items()
+        return tuple(name for name, value in state if torch.is_tensor(value) and value.dim())
+
+    @property
+    def state_bytes(self) -> int:
+        size = sum(flat.nbytes for flat in self.shards.flats)
+        return size * (len(self.moments) + self._has_master)
+
+    def local_state(self) -> Collected:
+        return collect(self, self.shards, None, master=self._has_master)
+
+    def counters(self) -> dict[str, float]:
+        state = self.state.get(self.shards.flats[0], {})
+        counts = [state.get("step"), *(g.get("step") for g in self._optimizer.param_groups)]
+        applied = max((float(count) for count in counts if count is not None), default=0.0)
+        return {"optimizer_step": applied, **self._scale_counters()}
+
+    def restore(
+        self, kinds: Iterable[str], read: Read, step: int, counters: dict[str, float]
+    ) -> None:
+        """Take over the state of ``kinds`` after ``step`` updates; the weights are those of the
+        model that the engine was built from."""
+        for flat in self.shards.flats:
+            for kind in set(kinds) - {MASTER}:
+                self.state[flat][kind] = torch.zeros_like(flat)
+        restore(self, self.shards, None, read, master=self._has_master)
+        self._count(counters["optimizer_step"])
+        self._place(step, counters)
+
+    def _count(self, applied: float) -> None:
+        """Let the optimizer count its updates on, wherever it keeps the number."""
+        groups = [group for group in self._optimizer.param_groups if "step" in group]
+        for group in groups:  # DeepSpeed's FusedAdam
+            group["step"] = int(applied)
+        if groups or not applied:
+            return
+        fused = self._optimizer.defaults.get("fused") or self._optimizer.defaults.get("capturable")
+        for flat in self.shards.flats:
+            count = torch.tensor(applied, device=flat.device if fused else "cpu")
+            of_torch = type(self._optimizer).__module__.startswith("torch.")
+            self.state[flat]["step"] = count if of_torch else int(applied)
