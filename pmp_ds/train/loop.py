@@ -1,7 +1,8 @@
 """The loop of updates, of masked pretraining (paper, section 2.2) as of fine-tuning; validation.
 
-The host runs ahead of the device: the loss of an update comes to it while the next one is
-computed. It waits only for what is recorded, measured or saved (and where ``Guard.waits``).
+The host runs ahead of the device: the numbers of an update come to it, are judged and recorded
+while the next one is computed. It waits only before it measures or saves (and, update by update,
+where ``Guard.waits``).
 """
 
 import time
@@ -26,39 +27,28 @@ def train(training: Training) -> None:
     rates = _Rates(training)
     if training.done == 0:
         training.measure(0)
-    ahead: _Update | None = None  # launched, and not judged yet
+    ahead: _Update | None = None  # launched, and not settled yet
     for step in range(training.done + 1, steps + 1):
         training.watch.dog.beat(f"update {step}")
         update = _Update(training, step)
-        asked = ahead.judge() if ahead else False
-        applied = True
-        if guard.waits:
-            try:
-                applied = guard.admits(step, update.loss)
-            except BadUpdateError:
-                training.save(step - 1, must=True)
-                raise
-        update.finish(apply=applied)
-        rates.count()
-        training.bar.update(1)
-        records = applied and (step % run.log_every == 0 or step == steps)
+        asked = ahead.settle(rates) if ahead else False
+        try:
+            update.finish(apply=not guard.waits or guard.admits(step, update.loss))
+        except BadUpdateError:
+            training.save(step - 1, must=True)
+            raise
+        ahead = update
         measures = step % run.val_every == 0 or step == steps
         saves = step % run.checkpoint_every == 0 or step == steps
-        ahead = update
-        if asked or records or measures or saves:
-            asked |= update.judge()
+        if asked or measures or saves:
+            asked |= update.settle(rates)
             ahead = None
-        if applied and step % training.config.guard.drift_every == 0:
+        stops = asked and step < steps
+        if stops or saves or step % training.config.guard.drift_every == 0:
             guard.check_drift(step)
-        if records:
-            training.record(step, **update.numbers, **rates.take(step))
-            val = training.val_loss and f"{training.val_loss:.3f}"
-            training.bar.set(loss=f"{update.loss:.3f}", lr=f"{update.lr:.1e}", val=val)
         if measures:
             training.measure(step)
-        stops = asked and step < steps
         if stops or saves:
-            guard.check_drift(step)
             training.save(step, must=stops or step == steps)
         if stops:
             training.stop(step)
@@ -90,19 +80,23 @@ class _Update:
         """The mean loss over the ranks; waits for it."""
         return self._report.read()[0] / dist.world_size()
 
-    @property
-    def numbers(self) -> dict[str, float]:
-        assert self._norm is not None
-        return {"loss": self.loss, "lr": self.lr, "grad_norm": self._norm.read()[0]}
-
-    def judge(self) -> bool:
-        """Let the guard look at it, if it was applied; return whether all ranks are to stop.
+    def settle(self, rates: "_Rates") -> bool:
+        """Judge it and record it, once its numbers are there; return whether all ranks are to stop.
         Collective."""
-        stop = False
-        if self._norm is not None:
-            norm, seconds = self._norm.read()[0], self._forward.read()
-            stop = self._training.guard.judge(self.step, self.loss, norm, seconds)
-        return stop or self._report.read()[1] > 0
+        training, config = self._training, self._training.config
+        stop = self._report.read()[1] > 0
+        rates.count()
+        training.bar.update(1)
+        if self._norm is None:  # it was not applied
+            return stop
+        norm = self._norm.read()[0]
+        stop |= training.guard.judge(self.step, self.loss, norm, self._forward.read())
+        if self.step % config.run.log_every == 0 or self.step == training.work.steps:
+            numbers = {"loss": self.loss, "lr": self.lr, "grad_norm": norm}
+            training.record(self.step, **numbers, **rates.take(self.step))
+            val = training.val_loss and f"{training.val_loss:.3f}"
+            training.bar.set(loss=f"{self.loss:.3f}", lr=f"{self.lr:.1e}", val=val)
+        return stop
 
 
 class _Rates:

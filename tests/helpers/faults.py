@@ -279,7 +279,7 @@ SIGNALS = {
     "signal": Fault(
         "SIGTERM, SIGINT or SIGUSR1 to a rank", "each of them within an update of one rank",
         "all ranks finish the update, save and stop", EXIT_REQUEUE,
-        r"stopped: SIG\w+: saved after update 6 of 12", NOTHING,
+        r"stopped: SIG\w+: saved after update 7 of 12", NOTHING,
     ),
     "signal in discovery": Fault(
         "the same in discovery", "SIGTERM", "the same", EXIT_REQUEUE,
@@ -296,7 +296,7 @@ SIGNALS = {
     ),
     "max_time": Fault(
         "`run.max_time` is nearly over", "a limit that has passed", "saved and stopped",
-        EXIT_REQUEUE, r"stopped: run\.max_time=.* s is nearly over: saved after update 1",
+        EXIT_REQUEUE, r"stopped: run\.max_time=.* s is nearly over: saved after update 2",
         NOTHING,
     ),
 }  # fmt: skip

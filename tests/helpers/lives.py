@@ -38,6 +38,7 @@ from pmp_ds.state.shelf import AFRESH
 from pmp_ds.train import job, pipeline
 from pmp_ds.train.session import Work
 from tests.helpers import capabilities, tiny
+from tests.helpers.waits import counted
 
 SETTINGS = (
     "--mask.source", "random", "--train.steps", "12", "--train.warmup_steps", "2",
@@ -305,3 +306,12 @@ def comparable(path: Path) -> list[dict[str, Any]]:
     """The records of a run without what differs between two runs of the same command."""
     records = [{k: v for k, v in r.items() if k not in TIMINGS} for r in read_metrics(path)]
     return [record for record in records if set(record) > {"phase", "step"}]
+
+
+@contextlib.contextmanager
+def waits_written(path: str) -> Iterator[None]:
+    """What waits in each update of masked pretraining (helpers/waits.py), as JSON by rank."""
+    found: dict[str, Any] = {}
+    with counted(found):
+        yield
+    Path(f"{path}.{dist.rank()}").write_text(json.dumps(found))
