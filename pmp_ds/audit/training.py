@@ -126,14 +126,14 @@ def _batches(text: Store, size: int, key: bytes) -> Iterator[torch.Tensor]:
             yield loader.next()
 
 
-def _optimizer(model: PreTrainedModel, train: TrainConfig) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": train.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps)
+def _optimizer(model: PreTrainedModel, train: TrainConfig) -> torch.optim.Optimizer:
+    """Return the recipe's own, which trains everything."""
+    from pmp_ds.optim.masked import parameter_groups  # imports DeepSpeed, which no other attack
+    from pmp_ds.optim.rules import optimizer_of  # needs
+
+    optimizer = optimizer_of(train, parameter_groups(model.named_parameters(), train.weight_decay))
+    optimizer.arm(dict.fromkeys(model.parameters()))
+    return optimizer
 
 
 _WEAKENED = "mask.quota and mask.random_fraction weaken it"

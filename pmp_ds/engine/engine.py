@@ -23,7 +23,7 @@ from pmp_ds.model.parameters import constants
 from pmp_ds.optim.attach import arm, mask_gradients
 from pmp_ds.optim.logical_state import Collected, Read, collect, restore
 from pmp_ds.optim.masked import parameter_groups
-from pmp_ds.optim.masked_adamw import MaskedAdamW
+from pmp_ds.optim.rules import optimizer_of
 from pmp_ds.optim.zero_shards import shards_of
 from pmp_ds.ticket.mask import ParamMask
 
@@ -43,11 +43,9 @@ class Engine:
         ds_config: dict[str, Any],
         objective: Objective | None = None,  # NextToken() unless given
     ) -> None:
-        self.optimizer = MaskedAdamW(
+        self.optimizer = optimizer_of(
+            config,
             parameter_groups(model.named_parameters(), config.weight_decay),
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
             compact_master=wants_compact_master(ds_config),
         )
         self.hf_config = model.config

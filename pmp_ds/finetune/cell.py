@@ -64,16 +64,13 @@ def _tuned(config: FinetuneConfig, task: Task) -> Tuned:
 
 def settings_of(config: FinetuneConfig, task: Task) -> dict[str, Any]:
     """What a result depends on beside the model's weights; `seed` and `lr` by themselves."""
-    train, data = asdict(config.train), asdict(config.data)
-    del train["micro_batch_size"]  # how it fits on the machine
-    if config.train.steps is None:
-        del train["steps"]
+    data = asdict(config.data)
     settings: dict[str, Any] = {
         "task": config.task,
         "method": config.method,
         "seed": config.seed,
         "scratch": config.scratch,
-        **train,
+        **config.train.facts(),
         "data": task.digest,
     }
     if config.task == LM:
