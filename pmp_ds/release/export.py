@@ -22,7 +22,7 @@ from pmp_ds.errors import UserError
 from pmp_ds.lease import hold
 from pmp_ds.model.folder_rules import INDEX_FILE, SINGLE_FILE
 from pmp_ds.progress import Progress
-from pmp_ds.release.allow_list import SUMS_FILE, require_clean, sha256
+from pmp_ds.release.allow_list import SUMS_FILE, require_clean
 from pmp_ds.release.ledger import Claim
 from pmp_ds.release.metadata import (
     begin_of_text,
@@ -37,7 +37,7 @@ from pmp_ds.release.source import Source, open_source
 from pmp_ds.release.tensor_file import write_tensors
 from pmp_ds.release.tokenizer_files import as_json, copy_tokenizer, settle_tokenizer
 from pmp_ds.release.verify import run_alone, verify_reload
-from pmp_ds.run_dir import fsync_dir
+from pmp_ds.run_dir import fsync_dir, sha256
 
 ReleaseDtype = Literal["bf16", "fp16", "fp32"]
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
