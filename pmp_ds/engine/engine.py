@@ -20,6 +20,7 @@ from pmp_ds.engine.cut import Cut
 from pmp_ds.engine.deepspeed_config import merge, wants_compact_master
 from pmp_ds.engine.objective import NextToken, Objective
 from pmp_ds.model.parameters import constants
+from pmp_ds.model.precision import precision_of
 from pmp_ds.optim.attach import arm, mask_gradients
 from pmp_ds.optim.logical_state import Collected, Read, collect, restore
 from pmp_ds.optim.masked import parameter_groups
@@ -51,8 +52,8 @@ class Engine:
         self.hf_config = model.config
         self._objective = objective or NextToken()
         self._cut = Cut.of(config, dist.world_size())
-        self._sixteen_bit = config.precision != "fp32"
-        self._dynamic_scale = config.precision == "fp16"
+        self._sixteen_bit = precision_of(config).has_master
+        self._dynamic_scale = precision_of(config).scales_loss
         self._clock = DeviceClock(dist.device())
         logger = ds_config.get("comms_logger") or {}
         self._measures_communication = bool(logger.get("enabled", False))
