@@ -268,9 +268,9 @@ class MaskConfig:
     density: float = 0.7
     """Fraction of the parameters kept and trained, in (0, 1]."""
 
-    score: Literal["mean", "ema", "gradient"] = "mean"
-    """What top-k ranks: the running mean of |g|, its exponential mean, or |g| of the one update
-    (the paper's Eq. 2; its masks seldom become stable)."""
+    score: str = "mean"
+    """What top-k ranks: the running `mean` of |g|, its exponential mean `ema`, or |g| of the one
+    update, `gradient` (the paper's Eq. 2; its masks seldom become stable)."""
 
     score_decay: float = 0.95
     """Decay of the exponential mean (`score: ema`)."""

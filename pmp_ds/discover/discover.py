@@ -135,7 +135,7 @@ class Discovery:
         self._newest = self._local("newest", reader)
         best = self._local("best", reader)
         self._best = None if best is None else (memory["best_step"], best)
-        if self._newest is not None and self._mask.score != "gradient":
+        if self._newest is not None and self._scores.score.add is not None:
             self._scores.values = [
                 reader.read("score", f.name, f.start, f.numel).to(self._device(f))
                 for f in self._fragments

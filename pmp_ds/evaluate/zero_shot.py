@@ -23,43 +23,6 @@ from pmp_ds.model.classifier import classifier
 from pmp_ds.model.folder import open_folder, open_tokenizer
 from pmp_ds.progress import Progress
 
-PROMPTS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "cola": (
-        "Sentence: {sentence}\nIs the grammar correct, yes or no? Answer:",
-        ("no", "yes"),
-    ),
-    "sst2": (
-        "Review: {sentence}\nThe review is",
-        ("negative", "positive"),
-    ),
-    "mrpc": (
-        "First: {sentence1}\nSecond: {sentence2}\nDo both say the same, yes or no? Answer:",
-        ("no", "yes"),
-    ),
-    "qqp": (
-        "First: {question1}\nSecond: {question2}\nIs it the same question, yes or no? Answer:",
-        ("no", "yes"),
-    ),
-    "stsb": (
-        "First: {sentence1}\nSecond: {sentence2}\nSimilarity from 0 to 5 (the same). Answer:",
-        ("0", "1", "2", "3", "4", "5"),
-    ),
-    "mnli": (
-        "Text: {premise}\nClaim: {hypothesis}\nIs the claim true, yes, no or maybe? Answer:",
-        ("yes", "maybe", "no"),
-    ),
-    "qnli": (
-        "Question: {question}\nText: {sentence}\nIs the answer in the text, yes or no? Answer:",
-        ("yes", "no"),
-    ),
-    "rte": (
-        "Text: {sentence1}\nClaim: {sentence2}\nIs the claim true, yes or no? Answer:",
-        ("yes", "no"),
-    ),
-}
-"""Prompt, and an answer for every label in the order of `Task.labels`. STS-B, which has none, is
-answered by a digit."""
-
 
 @torch.no_grad()
 def zero_shot(
@@ -81,7 +44,7 @@ def zero_shot(
     """
     model.eval()
     max_length = _longest(model, max_length)
-    answers = len(PROMPTS[task.name][1])
+    answers = len(task.answers)
     sequences = [_answered(tokenizer, task, texts, max_length) for texts in rows.texts]
     scores = np.zeros((len(rows), answers), np.float32)
     for batch in _batches([len(row[0][0]) for row in sequences], batch_size):
@@ -158,9 +121,8 @@ def _answered(
     They are tokenized together, since a tokenizer may merge across the boundary: the prompt is
     what all answers and the prompt alone begin with. Text that spells a special token is text.
     """
-    template, words = PROMPTS[task.name]
-    prompt = template.format(**dict(zip(task.fields, texts, strict=True)))
-    written = [prompt, *(f"{prompt} {word}" for word in words)]
+    prompt = task.prompt.format(**dict(zip(task.fields, texts, strict=True)))
+    written = [prompt, *(f"{prompt} {word}" for word in task.answers)]
     alone, *whole = tokenizer(written, split_special_tokens=True)["input_ids"]
     columns = zip(alone, *whole, strict=False)
     shared = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, columns))

@@ -19,6 +19,7 @@ from pmp_ds.data.loader import BlockLoader, order_key
 from pmp_ds.engine.engine import Engine
 from pmp_ds.errors import UserError
 from pmp_ds.finetune.config import FinetuneConfig
+from pmp_ds.finetune.method import METHODS
 from pmp_ds.finetune.methods import load_model, mask_of, open_ticket
 from pmp_ds.finetune.tasks import LM, Metrics, Task
 from pmp_ds.log import MetricsLog, read_metrics
@@ -77,13 +78,7 @@ def settings_of(config: FinetuneConfig, task: Task) -> dict[str, Any]:
         settings["val_blocks"] = config.run.val_blocks
     else:
         settings |= {"max_train": data["max_train"], "max_length": data["max_length"]}
-    if config.method in ("ticket", "complement"):
-        settings["mask"] = config.mask_name
-    if config.method == "random":
-        settings["density"] = config.density
-    if config.method == "lora":
-        settings["lora"] = asdict(config.lora) | {"targets": list(config.lora.targets)}
-    return settings
+    return settings | METHODS[config.method].facts(config)
 
 
 def tune(

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from pmp_ds.config import (
     Config,
@@ -15,8 +15,7 @@ from pmp_ds.config import (
     check_store,
 )
 from pmp_ds.errors import require
-
-Method = Literal["full", "lora", "ticket", "random", "complement"]
+from pmp_ds.finetune.method import METHODS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +173,7 @@ class FinetuneConfig:
     """A GLUE task (cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte), or `lm`: next-token prediction on
     `data.store`."""
 
-    method: Method = "full"
+    method: str = "full"
     """`full`: every weight. `lora`: low-rank adapters. `ticket`: the elements of the ticket
     (authorized). Controls: `random`, a random mask of equal density; `complement`, everything but
     the ticket. A classification head is new: outside every mask, it always trains."""
@@ -218,7 +217,12 @@ class FinetuneConfig:
         require(self.model != "", "--model is missing: name the folder of a released model")
         require(self.task != "", "--task is missing: name a GLUE task such as sst2, or lm for text")
         require(
-            self.ticket is not None or self.method not in ("ticket", "complement"),
+            self.method in METHODS,
+            f"--method {self.method!r} is unknown; the methods are {', '.join(METHODS)}",
+        )
+        method = METHODS[self.method]
+        require(
+            self.ticket is not None or not method.needs_ticket,
             f"--method {self.method} needs --ticket: the ticket's folder, or a sealed file",
         )
         require(0.0 < self.density <= 1.0, f"density={self.density} must be in (0, 1]")
@@ -229,7 +233,7 @@ class FinetuneConfig:
             "store, and nothing else reads one",
         )
         require(
-            not self.scratch or self.method in ("full", "random"),
+            not self.scratch or method.from_scratch,
             f"--scratch true does not go with --method {self.method}: fresh weights have no ticket "
             "and nothing worth adapting",
         )
