@@ -334,8 +334,8 @@ class TrainConfig:
     """The optimization: the paper's (appendix A), and torch's AdamW where the paper is silent."""
 
     optimizer: Optimizer = "adamw"
-    """The rule that updates the ticket's elements: `adamw` (the paper's), `lion` or `sgd` with
-    momentum."""
+    """The rule that updates the ticket's elements: `adamw` (the paper's), `lion`, or `sgd` with
+    momentum; those two have no kernel of their own and run in torch operations."""
 
     steps: int = 20000
     """Optimizer updates of masked pretraining."""
