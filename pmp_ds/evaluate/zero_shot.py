@@ -82,7 +82,7 @@ def untrained_head(
     sequences = encode(tokenizer, rows, _longest(model, max_length))
     outputs = np.zeros((len(rows), task.num_outputs), np.float32)
     for batch in _batches([len(sequence) for sequence in sequences], batch_size):
-        input_ids, attention_mask = _pad([sequences[i] for i in batch], tokenizer.eos_token_id)
+        input_ids, attention_mask = padded([sequences[i] for i in batch], tokenizer.eos_token_id)
         logits = model(input_ids.to(device), attention_mask=attention_mask.to(device)).logits
         outputs[batch] = logits.cpu().numpy()
         if bar is not None:
@@ -140,7 +140,7 @@ def _log_likelihoods(
 ) -> torch.Tensor:
     """(len(sequences),) fp32: log-probability of the ids after the prompt of each."""
     input_ids, attention_mask = (
-        tensor.to(model.device) for tensor in _pad([ids for ids, _ in sequences], pad_id)
+        tensor.to(model.device) for tensor in padded([ids for ids, _ in sequences], pad_id)
     )
     position = torch.arange(1, input_ids.shape[1], device=model.device)
     prompt = torch.tensor([shared for _, shared in sequences], device=model.device)
@@ -152,7 +152,7 @@ def _log_likelihoods(
     return found.masked_fill(~scored[:, keep], 0.0).sum(dim=1)
 
 
-def _pad(sequences: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(sequences: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, T) int64 ids padded on the right, and their attention mask."""
     length = max(len(ids) for ids in sequences)
     input_ids = torch.full((len(sequences), length), pad_id)

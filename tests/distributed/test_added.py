@@ -65,6 +65,7 @@ def tuned(folder: str) -> tuple[results.Result, tuple[int, ...]]:
         (found,) = tune(folder, [
             "--task", "parity", "--method", "norms", "--data.glue_dir", f"{home}/glue",
             "--train.steps", "2", "--train.global_batch_size", "4", "--run.checkpoint_every", "9",
+            "--train.optimizer", "lion", "--train.schedule", "linear",
         ])  # fmt: skip
         data = load(PARITY, home / "glue")
         release = home / "release"
@@ -78,10 +79,18 @@ def test_a_method_and_a_task(ranks1, tmp_path):
     ((found, shape),) = ranks1.run(tuned, str(tmp_path))
     assert found.settings["method"] == "norms"
     assert (found.settings["task"], found.settings["norms"]) == ("parity", 0.7)
+    assert (found.settings["optimizer"], found.settings["schedule"]) == ("lion", "linear")
     assert 0 <= found.values["metrics"]["Parity"]["accuracy"] <= 1
     assert found.values["trainable"] == 5 * 32 + 2 * 32  # norms of two blocks and the last; head
     assert results.read(tmp_path / "runs/finetune/results.jsonl") == [found]
     assert shape == (16, 2)
+
+
+@pytest.mark.distributed
+def test_an_unknown_score_is_refused_before_anything_is_written(lives, run):
+    one, _ = lives("--mask.source", "earlybird", "--mask.score", "other")
+    assert (one.code, run.root.exists()) == (1, False)
+    assert "mask.score='other' is unknown; the scores are mean, ema, gradient" in one.err
 
 
 def test_unknown_ones_are_told_all_names():
