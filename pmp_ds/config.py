@@ -11,6 +11,12 @@ from typing import Literal
 from pmp_ds.errors import UserError, require
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Optimizer = Literal["adamw", "lion", "sgd"]
+Schedule = Literal["cosine", "linear", "constant", "wsd"]
+
+_BETAS: dict[Optimizer, tuple[float, float]] = {
+    "adamw": (0.9, 0.999), "lion": (0.9, 0.99), "sgd": (0.9, 0.0)
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,9 +270,9 @@ class MaskConfig:
     density: float = 0.7
     """Fraction of the parameters kept and trained, in (0, 1]."""
 
-    score: Literal["mean", "ema", "gradient"] = "mean"
-    """What top-k ranks: the running mean of |g|, its exponential mean, or |g| of the one update
-    (the paper's Eq. 2; its masks seldom become stable)."""
+    score: str = "mean"
+    """What top-k ranks: the running `mean` of |g|, its exponential mean `ema`, or |g| of the one
+    update, `gradient` (the paper's Eq. 2; its masks seldom become stable)."""
 
     score_decay: float = 0.95
     """Decay of the exponential mean (`score: ema`)."""
@@ -329,6 +335,10 @@ class MaskConfig:
 class TrainConfig:
     """The optimization: the paper's (appendix A), and torch's AdamW where the paper is silent."""
 
+    optimizer: Optimizer = "adamw"
+    """The rule that updates the ticket's elements: `adamw` (the paper's), `lion`, or `sgd` with
+    momentum; those two have no kernel of their own and run in torch operations."""
+
     steps: int = 20000
     """Optimizer updates of masked pretraining."""
 
@@ -351,25 +361,37 @@ class TrainConfig:
     lr: float = 2e-5
     """Peak learning rate."""
 
+    schedule: Schedule = "cosine"
+    """Learning rate after the warm-up: a `cosine` or a `linear` fall to the last update,
+    `constant`, or `wsd`: constant until a linear fall over the last `train.decay_steps` updates."""
+
     warmup_steps: int = 2000
-    """Updates of linear warm-up before the cosine."""
+    """Updates of linear warm-up before the schedule."""
+
+    decay_steps: int | None = None
+    """For `schedule: wsd`: updates of the fall at the end; 0 for none yet. May change between
+    restarts of a run, as may `train.steps`, where the learning rates so far stay the same."""
 
     min_lr_ratio: float = 0.0
-    """Learning rate at the last update, as a fraction of the peak."""
+    """Learning rate at the last update, as a fraction of the peak; `constant` never falls."""
 
     weight_decay: float = 0.01
     """Decoupled weight decay, on the ticket's elements of matrices only."""
 
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of AdamW's first and second moment."""
+    betas: tuple[float, float] | None = None
+    """Decay of AdamW's first and second moment; Lion's two; the first is SGD's momentum. Unset
+    means 0.9 0.999 for `adamw`, 0.9 0.99 for `lion`, 0.9 0 for `sgd`."""
 
     eps: float = 1e-8
-    """AdamW's epsilon."""
+    """AdamW's epsilon; the other rules have none."""
 
     clip_norm: float = 1.0
     """Largest norm of the masked gradient; 0 switches clipping off."""
 
     def __post_init__(self) -> None:
+        if self.betas is None:  # the same settings, whether the defaults were written out or not
+            object.__setattr__(self, "betas", _BETAS[self.optimizer])
+        assert self.betas is not None
         for name in ("steps", "global_batch_size", "micro_batch_size"):
             value = getattr(self, name)
             require(value >= 1, f"train.{name}={value} must be at least 1")
@@ -378,6 +400,16 @@ class TrainConfig:
             0 <= self.warmup_steps <= self.steps,
             f"train.warmup_steps={self.warmup_steps} must be between 0 and "
             f"train.steps={self.steps}",
+        )
+        require(
+            (self.decay_steps is not None) == (self.schedule == "wsd"),
+            f"train.decay_steps={self.decay_steps} does not go with train.schedule={self.schedule}:"
+            " `wsd` needs it, and nothing else uses it",
+        )
+        require(
+            0 <= (self.decay_steps or 0) <= self.steps - self.warmup_steps,
+            f"train.decay_steps={self.decay_steps} must be between 0 and train.steps - "
+            f"train.warmup_steps = {self.steps - self.warmup_steps}",
         )
         require(
             0.0 <= self.min_lr_ratio <= 1.0,

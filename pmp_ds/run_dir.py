@@ -8,6 +8,7 @@ runs/NAME/private/     ticket/  init/  checkpoints/  vault/  ledger.jsonl   0700
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import secrets
@@ -167,6 +168,12 @@ def atomic_path(path: Path, *, private: bool = False) -> Iterator[Path]:
         fsync_dir(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """Return the digest of a file's content, hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_bytes(path: Path, content: bytes, *, private: bool = False) -> None:

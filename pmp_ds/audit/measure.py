@@ -2,18 +2,14 @@
 
 import torch
 
+from pmp_ds.evaluate.gradients import auc_of_bins
+
 
 def auc(scores: torch.Tensor, labels: torch.Tensor) -> float | None:
     """Chance that a kept element scores above another, ties half: (n,) float, (n,) bool. None when
     one of the two kinds is missing."""
-    num_kept = int(labels.sum())
-    num_rest = labels.numel() - num_kept
-    if not num_kept or not num_rest:
-        return None
     kept, rest = _counts(scores, labels)
-    above = rest.cumsum(0) - rest
-    won = (kept.double() * (above.double() + 0.5 * rest.double())).sum()
-    return float(won / (num_kept * num_rest))
+    return auc_of_bins(rest, kept)
 
 
 def recovered_iou(scores: torch.Tensor, labels: torch.Tensor) -> float:

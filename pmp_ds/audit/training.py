@@ -15,6 +15,7 @@ from pmp_ds.audit.seeds import initial_model
 from pmp_ds.config import Config, TrainConfig
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.loader import BlockLoader, order_key
+from pmp_ds.model.next_token import token_losses
 from pmp_ds.optim.schedule import learning_rate
 from pmp_ds.ticket.early_bird import EarlyBird
 
@@ -114,9 +115,8 @@ def _iou(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def _backward(model: PreTrainedModel, batch: torch.Tensor) -> None:
     model.zero_grad()
-    logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-    loss.backward()
+    logits = model(input_ids=batch, use_cache=False).logits
+    token_losses(logits, batch).mean().backward()
 
 
 def _batches(text: Store, size: int, key: bytes) -> Iterator[torch.Tensor]:
@@ -126,14 +126,14 @@ def _batches(text: Store, size: int, key: bytes) -> Iterator[torch.Tensor]:
             yield loader.next()
 
 
-def _optimizer(model: PreTrainedModel, train: TrainConfig) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": train.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps)
+def _optimizer(model: PreTrainedModel, train: TrainConfig) -> torch.optim.Optimizer:
+    """Return the recipe's own, which trains everything."""
+    from pmp_ds.optim.masked import parameter_groups  # imports DeepSpeed, which no other attack
+    from pmp_ds.optim.rules import optimizer_of  # needs
+
+    optimizer = optimizer_of(train, parameter_groups(model.named_parameters(), train.weight_decay))
+    optimizer.arm(dict.fromkeys(model.parameters()))
+    return optimizer
 
 
 _WEAKENED = "mask.quota and mask.random_fraction weaken it"

@@ -17,7 +17,7 @@ from pmp_ds.data.manifest import AGAIN, COLUMN, MUST_AGREE, SPLITS, dataset_id, 
 from pmp_ds.errors import UserError
 from pmp_ds.foreign import read_bytes
 from pmp_ds.progress import Progress
-from pmp_ds.run_dir import atomic_path
+from pmp_ds.run_dir import atomic_path, sha256
 
 SHARD_BLOCKS = 1 << 18
 """Most blocks in one shard: 128 MiB of 256 uint16 tokens."""
@@ -172,8 +172,7 @@ class Store:
         path = self.folder / shard["file"]
         _check_size(path, shard["bytes"])
         try:
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = sha256(path)
         except OSError as error:
             _damaged(path, f"it cannot be read ({error})")
         if digest != shard["sha256"]:

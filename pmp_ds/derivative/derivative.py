@@ -12,6 +12,7 @@ from pmp_ds.data.arrow_store import Store
 from pmp_ds.derivative.dither import Uniforms, dither, draw_donors
 from pmp_ds.errors import UserError
 from pmp_ds.model.folder import ModelFolder, open_folder
+from pmp_ds.model.next_token import token_losses
 from pmp_ds.model.secret_init import derive
 from pmp_ds.model.stream import uniforms
 from pmp_ds.progress import Progress
@@ -79,7 +80,8 @@ def loss_on(weights: Path, store: Path, blocks: int) -> float:
         for low in range(0, count, _BATCH):
             indices = np.arange(low, min(low + _BATCH, count))
             input_ids = torch.from_numpy(held_out.gather(indices).astype(np.int64))
-            total += float(model(input_ids=input_ids, labels=input_ids).loss) * len(indices)
+            logits = model(input_ids=input_ids, use_cache=False).logits
+            total += float(token_losses(logits, input_ids).mean(dim=1).sum())
     return total / count
 
 

@@ -6,6 +6,7 @@ thrown away afterwards: masked pretraining starts from theta(0) again.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from pmp_ds.discover.selection import Selector
 from pmp_ds.engine.engine import Engine
 from pmp_ds.errors import UserError
 from pmp_ds.model.parameters import ParamInfo, digest, num_params
-from pmp_ds.model.stream import uniforms
 from pmp_ds.optim.schedule import learning_rate
 from pmp_ds.optim.zero_shards import Fragment
 from pmp_ds.state.checkpoint import Position
@@ -25,7 +25,6 @@ from pmp_ds.ticket.early_bird import EarlyBird
 from pmp_ds.ticket.mask import ParamMask, count_common, iou, pack, unpack
 from pmp_ds.ticket.scores import Scores
 from pmp_ds.ticket.ticket import Ticket, exact_k
-from pmp_ds.ticket.topk import select_top_k
 
 Table = Sequence[ParamInfo]
 
@@ -135,7 +134,7 @@ class Discovery:
         self._newest = self._local("newest", reader)
         best = self._local("best", reader)
         self._best = None if best is None else (memory["best_step"], best)
-        if self._newest is not None and self._mask.score != "gradient":
+        if self._newest is not None and self._scores.score.add is not None:
             self._scores.values = [
                 reader.read("score", f.name, f.start, f.numel).to(self._device(f))
                 for f in self._fragments
@@ -170,20 +169,16 @@ class Discovery:
 
 
 def random_ticket(key: bytes, config: MaskConfig, table: Table) -> Ticket:
-    """The ablation: k elements drawn uniformly with ``key`` (32 bytes); the same at any number of
-    ranks. Collective."""
+    """Return the ablation's ticket: k elements drawn uniformly with ``key`` (32 bytes), over all
+    parameters together; the same at any number of ranks. Collective."""
     share = [
         Fragment(info.name, 0, info.numel, 0, 0)
         for i, info in enumerate(table)
         if i % dist.world_size() == dist.rank()
     ]
-    starts, keep_all = _placement(share, table, config.always_train)
-    draws = [
-        torch.from_numpy(uniforms(key, start, f.numel)).float()
-        for f, start in zip(share, starts, strict=True)
-    ]
-    k = exact_k(config.density, num_params(table))
-    kept = select_top_k(draws, starts, [f.name for f in share], k, keep_all=keep_all)
+    drawn = replace(config, random_fraction=1.0, quota="global")
+    selector = Selector(share, table, drawn, key)
+    kept = selector.select([torch.zeros(f.numel) for f in share])
     return Ticket(
         mask=_gather(share, kept, table, dist.device()),
         density=config.density,
@@ -193,15 +188,6 @@ def random_ticket(key: bytes, config: MaskConfig, table: Table) -> Ticket:
         stable=True,
         model_digest=digest(table),
     )
-
-
-def _placement(
-    fragments: Sequence[Fragment], table: Table, always_train: bool
-) -> tuple[list[int], list[bool]]:
-    """Global index of each fragment's first element, and whether all of it is kept."""
-    infos = {info.name: info for info in table}
-    starts = [infos[f.name].start + f.start for f in fragments]
-    return starts, [always_train and infos[f.name].constant for f in fragments]
 
 
 def _gather(

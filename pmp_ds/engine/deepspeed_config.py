@@ -16,9 +16,11 @@ from pmp_ds.engine.cut import Cut
 from pmp_ds.engine.deepspeed_refused import REFUSED
 from pmp_ds.errors import UserError, require
 from pmp_ds.foreign import ForeignError, MissingError, read_bytes
+from pmp_ds.model.precision import PRECISIONS, precision_of
 
 OWN_SECTION = "pmp_ds"  # settings of ours in the JSON; DeepSpeed never sees them
 MAX_BYTES = 1 << 18
+_SECTIONS = [one.section for one in PRECISIONS.values() if one.section]
 _MAX_BUCKET = 1 << 40  # elements: more than any machine holds
 
 
@@ -76,14 +78,13 @@ def merge(ds_config: dict[str, Any], config: TrainConfig, world_size: int) -> di
 
     Raises UserError that lists every disagreement and every refused section at once.
     """
-    cut = Cut.of(config, world_size)
+    cut, precision = Cut.of(config, world_size), precision_of(config)
     owned: dict[str, Any] = {
         "train_batch_size": config.global_batch_size,
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": cut.accumulation_steps,
         "gradient_clipping": config.clip_norm,
-        "bf16": {"enabled": config.precision == "bf16"},
-        "fp16": {"enabled": config.precision == "fp16"},
+        **{name: {"enabled": name == precision.section} for name in _SECTIONS},
     }
     problems = deepspeed_refused.problems(ds_config)
     ds_config = _without_auto(deepspeed_refused.without(ds_config))
@@ -112,11 +113,12 @@ def merge(ds_config: dict[str, Any], config: TrainConfig, world_size: int) -> di
     # DeepSpeed refuses a batch that is not micro x accumulation x ranks; it only counts with it.
     owned |= derived | {"train_batch_size": cut.rows * world_size}
     merged = {name: value for name, value in ds_config.items() if name != OWN_SECTION} | owned
-    for name in ("bf16", "fp16"):  # sections: the JSON's other settings stay
+    for name in _SECTIONS:  # the JSON's other settings stay
         given = ds_config.get(name)
         merged[name] = (given if isinstance(given, dict) else {}) | owned[name]
-    if config.precision == "fp32":
-        del merged["bf16"], merged["fp16"]
+    if precision.section is None:
+        for name in _SECTIONS:
+            del merged[name]
     elif config.accumulate_fp32:
         merged["data_types"] = {"grad_accum_dtype": "fp32"}
     if zero.get("stage", 0) in (1, 2):
@@ -135,14 +137,9 @@ def wants_compact_master(ds_config: dict[str, Any]) -> bool:
 
 def require_precision(config: TrainConfig) -> None:
     """Raise UserError for a precision that this machine's devices do not have."""
-    accelerator = dist.import_deepspeed().get_accelerator()
-    supported = {
-        "fp32": lambda: True,
-        "bf16": accelerator.is_bf16_supported,
-        "fp16": accelerator.is_fp16_supported,
-    }
+    accelerator, name = dist.import_deepspeed().get_accelerator(), precision_of(config).section
     require(
-        bool(supported[config.precision]()),
+        name is None or bool(getattr(accelerator, f"is_{name}_supported")()),
         f"train.precision={config.precision} is not supported on {accelerator.device_name()} here: "
         "use bf16 or fp32",
     )
@@ -173,7 +170,7 @@ def _own_problems(ds_config: dict[str, Any], config: TrainConfig) -> list[str]:
         return [f"{OWN_SECTION}.compact_master is {given}; it is true or false"]
     problems = []
     if wants_compact_master(ds_config):
-        if config.precision == "fp32" or zero_stage(ds_config) == 0:
+        if not precision_of(config).has_master or zero_stage(ds_config) == 0:
             problems.append(f"{OWN_SECTION}.compact_master needs bf16 or fp16 and stage 1, 2 or 3")
         if config.accumulate_fp32:
             problems.append(f"{OWN_SECTION}.compact_master does not go with train.accumulate_fp32")
@@ -190,7 +187,7 @@ def _zero_problems(zero: dict[str, Any], config: TrainConfig) -> list[str]:
         for name in ("reduce_bucket_size", "allgather_bucket_size")
         if zero.get(name, 0) > _MAX_BUCKET
     ]
-    if stage == 0 and config.precision == "fp16":
+    if stage == 0 and precision_of(config).scales_loss:
         problems.append("fp16 needs stage 1, 2 or 3: stage 0 unscales what it did not scale")
     if stage <= 1 and config.precision == "bf16" and config.accumulate_fp32:
         problems.append("train.accumulate_fp32 with bf16 needs stage 2 or 3: set either")

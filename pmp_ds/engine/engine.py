@@ -19,10 +19,11 @@ from pmp_ds.engine.cut import Cut
 from pmp_ds.engine.deepspeed_config import merge, wants_compact_master
 from pmp_ds.engine.objective import NextToken, Objective
 from pmp_ds.engine.portable import Portable
+from pmp_ds.model.precision import precision_of
 from pmp_ds.optim.attach import arm, mask_gradients
 from pmp_ds.optim.logical_state import Collected, Read, collect, restore
 from pmp_ds.optim.masked import parameter_groups
-from pmp_ds.optim.masked_adamw import MaskedAdamW
+from pmp_ds.optim.rules import optimizer_of
 from pmp_ds.optim.zero_shards import shards_of
 from pmp_ds.ticket.mask import ParamMask
 
@@ -44,18 +45,16 @@ class Engine(Portable):
         ds_config: dict[str, Any],
         objective: Objective | None = None,  # NextToken() unless given
     ) -> None:
-        self.optimizer = MaskedAdamW(
+        self.optimizer = optimizer_of(
+            config,
             parameter_groups(model.named_parameters(), config.weight_decay),
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
             compact_master=wants_compact_master(ds_config),
         )
         self.hf_config = model.config
         self._objective = objective or NextToken()
         self._cut = Cut.of(config, dist.world_size())
-        self._sixteen_bit = config.precision != "fp32"
-        self._dynamic_scale = config.precision == "fp16"
+        self._sixteen_bit = precision_of(config).has_master
+        self._dynamic_scale = precision_of(config).scales_loss
         self._clock = DeviceClock(dist.device())
         logger = ds_config.get("comms_logger") or {}
         self._measures_communication = bool(logger.get("enabled", False))

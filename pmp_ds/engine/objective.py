@@ -5,6 +5,7 @@ from typing import Any, Protocol
 import torch
 
 from pmp_ds.data.documents import document_positions
+from pmp_ds.model.next_token import token_losses
 
 
 class Objective(Protocol):
@@ -35,9 +36,7 @@ class NextToken:
         return logits
 
     def losses(self, logits: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
-        losses = torch.nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none"
-        ).view(batch.shape[0], -1)
+        losses = token_losses(logits, batch)
         if self._separator_id is None:
             return losses.mean(dim=1)
         counted = batch[:, :-1] != self._separator_id

@@ -65,8 +65,8 @@ def compare(model: nn.Module, mask: ParamMask, embeddings: frozenset[str]) -> di
         "zeros": {kind: int(zeros[i]) for i, kind in enumerate(kinds)},
         "elements": {kind: int(fine[:, i].sum()) for i, kind in enumerate(kinds)},
         "median": {kind: _median(fine[:, i].sum(0)) for i, kind in enumerate(kinds)},
-        "auc": _auc(*fine.sum(0)),
-        "auc_outside_embeddings": _auc(*fine[0]),
+        "auc": auc_of_bins(*fine.sum(0)),
+        "auc_outside_embeddings": auc_of_bins(*fine[0]),
     }
 
 
@@ -77,8 +77,9 @@ def _median(counts: torch.Tensor) -> float:
     return float(torch.tensor(place << 15, dtype=torch.int32).view(torch.float32))
 
 
-def _auc(rest: torch.Tensor, kept: torch.Tensor) -> float | None:
-    """Chance that a kept element is in a higher bin than another, the same bin half."""
+def auc_of_bins(rest: torch.Tensor, kept: torch.Tensor) -> float | None:
+    """Return the chance that a kept element is in a higher bin than another, the same bin half, of
+    how many elements each bin holds, ascending; None when one of the two kinds is missing."""
     below = rest.cumsum(0) - rest
     pairs = int(rest.sum()) * int(kept.sum())
     won = (kept.double() * (below.double() + 0.5 * rest.double())).sum()

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pmp_ds.errors import UserError
+from pmp_ds.evaluate.zero_shot import padded
 from pmp_ds.foreign import ForeignError, parse_object, read_text
 
 _MOST_BYTES = 1 << 28
@@ -111,12 +112,7 @@ def last_word(
 
 def _logits(model: PreTrainedModel, batch: Sequence[Example]) -> torch.Tensor:
     """(B, T, V): padded on the right, where causal attention does not look."""
-    length = max(len(example.ids) for example in batch)
-    ids = torch.zeros(len(batch), length, dtype=torch.int64)
-    attention_mask = torch.zeros_like(ids)
-    for row, example in enumerate(batch):
-        ids[row, : len(example.ids)] = torch.tensor(example.ids)
-        attention_mask[row, : len(example.ids)] = 1
+    ids, attention_mask = padded([example.ids for example in batch], 0)
     logits: torch.Tensor = model(
         input_ids=ids.to(model.device), attention_mask=attention_mask.to(model.device),
         use_cache=False,

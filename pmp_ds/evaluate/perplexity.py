@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pmp_ds.data.arrow_store import Store
+from pmp_ds.model import next_token
 
 Tick = Callable[[int], None]
 """Hears how many blocks are done."""
@@ -41,10 +42,7 @@ def mean_loss(
 def token_losses(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
     """(B, T) int64 to (B, T - 1) fp32 on the model's device: -log p of each token but the first."""
     batch = batch.to(model.device)
-    logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
-    return torch.nn.functional.cross_entropy(
-        logits.transpose(1, 2).float(), batch[:, 1:], reduction="none"
-    )
+    return next_token.token_losses(model(input_ids=batch, use_cache=False).logits, batch)
 
 
 def perplexity(

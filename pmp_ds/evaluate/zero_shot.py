@@ -23,43 +23,6 @@ from pmp_ds.model.classifier import classifier
 from pmp_ds.model.folder import open_folder, open_tokenizer
 from pmp_ds.progress import Progress
 
-PROMPTS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "cola": (
-        "Sentence: {sentence}\nIs the grammar correct, yes or no? Answer:",
-        ("no", "yes"),
-    ),
-    "sst2": (
-        "Review: {sentence}\nThe review is",
-        ("negative", "positive"),
-    ),
-    "mrpc": (
-        "First: {sentence1}\nSecond: {sentence2}\nDo both say the same, yes or no? Answer:",
-        ("no", "yes"),
-    ),
-    "qqp": (
-        "First: {question1}\nSecond: {question2}\nIs it the same question, yes or no? Answer:",
-        ("no", "yes"),
-    ),
-    "stsb": (
-        "First: {sentence1}\nSecond: {sentence2}\nSimilarity from 0 to 5 (the same). Answer:",
-        ("0", "1", "2", "3", "4", "5"),
-    ),
-    "mnli": (
-        "Text: {premise}\nClaim: {hypothesis}\nIs the claim true, yes, no or maybe? Answer:",
-        ("yes", "maybe", "no"),
-    ),
-    "qnli": (
-        "Question: {question}\nText: {sentence}\nIs the answer in the text, yes or no? Answer:",
-        ("yes", "no"),
-    ),
-    "rte": (
-        "Text: {sentence1}\nClaim: {sentence2}\nIs the claim true, yes or no? Answer:",
-        ("yes", "no"),
-    ),
-}
-"""Prompt, and an answer for every label in the order of `Task.labels`. STS-B, which has none, is
-answered by a digit."""
-
 
 @torch.no_grad()
 def zero_shot(
@@ -81,7 +44,7 @@ def zero_shot(
     """
     model.eval()
     max_length = _longest(model, max_length)
-    answers = len(PROMPTS[task.name][1])
+    answers = len(task.answers)
     sequences = [_answered(tokenizer, task, texts, max_length) for texts in rows.texts]
     scores = np.zeros((len(rows), answers), np.float32)
     for batch in _batches([len(row[0][0]) for row in sequences], batch_size):
@@ -119,7 +82,7 @@ def untrained_head(
     sequences = encode(tokenizer, rows, _longest(model, max_length))
     outputs = np.zeros((len(rows), task.num_outputs), np.float32)
     for batch in _batches([len(sequence) for sequence in sequences], batch_size):
-        input_ids, attention_mask = _pad([sequences[i] for i in batch], tokenizer.eos_token_id)
+        input_ids, attention_mask = padded([sequences[i] for i in batch], tokenizer.eos_token_id)
         logits = model(input_ids.to(device), attention_mask=attention_mask.to(device)).logits
         outputs[batch] = logits.cpu().numpy()
         if bar is not None:
@@ -158,9 +121,8 @@ def _answered(
     They are tokenized together, since a tokenizer may merge across the boundary: the prompt is
     what all answers and the prompt alone begin with. Text that spells a special token is text.
     """
-    template, words = PROMPTS[task.name]
-    prompt = template.format(**dict(zip(task.fields, texts, strict=True)))
-    written = [prompt, *(f"{prompt} {word}" for word in words)]
+    prompt = task.prompt.format(**dict(zip(task.fields, texts, strict=True)))
+    written = [prompt, *(f"{prompt} {word}" for word in task.answers)]
     alone, *whole = tokenizer(written, split_special_tokens=True)["input_ids"]
     columns = zip(alone, *whole, strict=False)
     shared = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, columns))
@@ -178,7 +140,7 @@ def _log_likelihoods(
 ) -> torch.Tensor:
     """(len(sequences),) fp32: log-probability of the ids after the prompt of each."""
     input_ids, attention_mask = (
-        tensor.to(model.device) for tensor in _pad([ids for ids, _ in sequences], pad_id)
+        tensor.to(model.device) for tensor in padded([ids for ids, _ in sequences], pad_id)
     )
     position = torch.arange(1, input_ids.shape[1], device=model.device)
     prompt = torch.tensor([shared for _, shared in sequences], device=model.device)
@@ -190,7 +152,7 @@ def _log_likelihoods(
     return found.masked_fill(~scored[:, keep], 0.0).sum(dim=1)
 
 
-def _pad(sequences: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(sequences: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, T) int64 ids padded on the right, and their attention mask."""
     length = max(len(ids) for ids in sequences)
     input_ids = torch.full((len(sequences), length), pad_id)

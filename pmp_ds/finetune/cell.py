@@ -19,6 +19,7 @@ from pmp_ds.data.loader import order_key
 from pmp_ds.engine.engine import Engine
 from pmp_ds.errors import UserError
 from pmp_ds.finetune.config import FinetuneConfig
+from pmp_ds.finetune.method import METHODS
 from pmp_ds.finetune.methods import load_model, mask_of, open_ticket
 from pmp_ds.finetune.tasks import LM, Metrics, Task
 from pmp_ds.log import read_metrics
@@ -52,29 +53,20 @@ def _tuned(config: FinetuneConfig, task: Task) -> Tuned:
 
 def settings_of(config: FinetuneConfig, task: Task) -> dict[str, Any]:
     """What a result depends on beside the model's weights; `seed` and `lr` by themselves."""
-    train, data = asdict(config.train), asdict(config.data)
-    del train["micro_batch_size"]  # how it fits on the machine
-    if config.train.steps is None:
-        del train["steps"]
+    data = asdict(config.data)
     settings: dict[str, Any] = {
         "task": config.task,
         "method": config.method,
         "seed": config.seed,
         "scratch": config.scratch,
-        **train,
+        **config.train.facts(),
         "data": task.digest,
     }
     if config.task == LM:
         settings["val_blocks"] = config.run.val_blocks
     else:
         settings |= {"max_train": data["max_train"], "max_length": data["max_length"]}
-    if config.method in ("ticket", "complement"):
-        settings["mask"] = config.mask_name
-    if config.method == "random":
-        settings["density"] = config.density
-    if config.method == "lora":
-        settings["lora"] = asdict(config.lora) | {"targets": list(config.lora.targets)}
-    return settings
+    return settings | METHODS[config.method].facts(config)
 
 
 def tune(

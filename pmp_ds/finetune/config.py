@@ -1,13 +1,21 @@
 """Settings of launcher/finetune.py; every field's docstring is its line in ``--help``."""
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from pmp_ds.config import Config, GuardConfig, Precision, RunConfig, TrainConfig, check_store
+from pmp_ds.config import (
+    Config,
+    GuardConfig,
+    Optimizer,
+    Precision,
+    RunConfig,
+    Schedule,
+    TrainConfig,
+    check_store,
+)
 from pmp_ds.errors import require
-
-Method = Literal["full", "lora", "ticket", "random", "complement"]
+from pmp_ds.finetune.method import METHODS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +71,10 @@ class LoraSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TuneTrainConfig:
-    """The optimization: AdamW with linear warm-up and a cosine to zero."""
+    """The optimization: AdamW with linear warm-up and a cosine to zero, unless told otherwise."""
+
+    optimizer: Optimizer = "adamw"
+    """The rule that updates what is trained: `adamw`, `lion` or `sgd` with momentum."""
 
     lr: float = 5e-5
     """Peak learning rate."""
@@ -82,8 +93,15 @@ class TuneTrainConfig:
     """Most examples per forward pass on one rank; unset means a rank's whole share, up to 32. May
     change between restarts of a run."""
 
+    schedule: Schedule = "cosine"
+    """Learning rate after the warm-up: a `cosine` or a `linear` fall to zero, `constant`, or `wsd`:
+    constant until a linear fall over the last `train.decay_ratio` of the updates."""
+
     warmup_ratio: float = 0.06
     """Share of the updates that warm up."""
+
+    decay_ratio: float = 0.2
+    """For `schedule: wsd`: share of the updates that fall."""
 
     weight_decay: float = 0.01
     """Decoupled weight decay, on trained elements of matrices only."""
@@ -102,7 +120,22 @@ class TuneTrainConfig:
             0.0 <= self.warmup_ratio <= 1.0,
             f"train.warmup_ratio={self.warmup_ratio} must be in [0, 1]",
         )
+        require(
+            self.schedule != "wsd" or 0.0 <= self.decay_ratio <= 1.0 - self.warmup_ratio,
+            f"train.decay_ratio={self.decay_ratio} must be between 0 and 1 - train.warmup_ratio = "
+            f"{1.0 - self.warmup_ratio:g}",
+        )
         self.complete(self.global_batch_size, 1)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what results record of it: all but how it fits on the machine, and nothing where
+        it is what it was before it became a setting."""
+        values = asdict(self)
+        del values["micro_batch_size"]
+        if self.schedule != "wsd":
+            del values["decay_ratio"]
+        defaults = {"steps": None, "optimizer": "adamw", "schedule": "cosine"}
+        return {k: v for k, v in values.items() if k not in defaults or v != defaults[k]}
 
     def complete(self, num_samples: int, world_size: int) -> TrainConfig:
         """The settings of the loop for ``num_samples`` training examples on so many ranks."""
@@ -111,13 +144,19 @@ class TuneTrainConfig:
             micro_batch_size = min(32, -(-self.global_batch_size // world_size))
         if steps is None:
             steps = max(1, math.ceil(self.epochs * num_samples / self.global_batch_size))
+        warmup_steps, decay_steps = round(self.warmup_ratio * steps), None
+        if self.schedule == "wsd":
+            decay_steps = min(round(self.decay_ratio * steps), steps - warmup_steps)
         return TrainConfig(
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            decay_steps=decay_steps,
             steps=steps,
             global_batch_size=self.global_batch_size,
             micro_batch_size=micro_batch_size,
             precision=self.precision,
             lr=self.lr,
-            warmup_steps=round(self.warmup_ratio * steps),
+            warmup_steps=warmup_steps,
             weight_decay=self.weight_decay,
             clip_norm=self.clip_norm,
         )
@@ -134,7 +173,7 @@ class FinetuneConfig:
     """A GLUE task (cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte), or `lm`: next-token prediction on
     `data.store`."""
 
-    method: Method = "full"
+    method: str = "full"
     """`full`: every weight. `lora`: low-rank adapters. `ticket`: the elements of the ticket
     (authorized). Controls: `random`, a random mask of equal density; `complement`, everything but
     the ticket. A classification head is new: outside every mask, it always trains."""
@@ -178,7 +217,12 @@ class FinetuneConfig:
         require(self.model != "", "--model is missing: name the folder of a released model")
         require(self.task != "", "--task is missing: name a GLUE task such as sst2, or lm for text")
         require(
-            self.ticket is not None or self.method not in ("ticket", "complement"),
+            self.method in METHODS,
+            f"--method {self.method!r} is unknown; the methods are {', '.join(METHODS)}",
+        )
+        method = METHODS[self.method]
+        require(
+            self.ticket is not None or not method.needs_ticket,
             f"--method {self.method} needs --ticket: the ticket's folder, or a sealed file",
         )
         require(0.0 < self.density <= 1.0, f"density={self.density} must be in (0, 1]")
@@ -189,7 +233,7 @@ class FinetuneConfig:
             "store, and nothing else reads one",
         )
         require(
-            not self.scratch or self.method in ("full", "random"),
+            not self.scratch or method.from_scratch,
             f"--scratch true does not go with --method {self.method}: fresh weights have no ticket "
             "and nothing worth adapting",
         )

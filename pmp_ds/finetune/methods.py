@@ -1,13 +1,4 @@
-"""What a method of fine-tuning may change: the model it trains, and the mask on it.
-
-| method | trains |
-|---|---|
-| full | everything |
-| lora | adapters of `peft`, and the head |
-| ticket | the ticket, and the head (authorized) |
-| random | a random mask of the ticket's density, and the head |
-| complement | everything but the ticket, and the head |
-"""
+"""The model that a method of fine-tuning (method.py) trains, and the mask on it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +12,10 @@ from pmp_ds.data.loader import order_key
 from pmp_ds.discover.discover import random_ticket
 from pmp_ds.errors import UserError
 from pmp_ds.finetune.config import FinetuneConfig
+from pmp_ds.finetune.method import METHODS
 from pmp_ds.model.classifier import classifier, pad_id
 from pmp_ds.model.folder import open_folder
-from pmp_ds.model.parameters import ParamInfo, parameter_table
+from pmp_ds.model.parameters import parameter_table
 from pmp_ds.ticket.fit import fitted
 from pmp_ds.ticket.keys import identities, read_passphrase
 from pmp_ds.ticket.mask import ParamMask, full_bits, pack
@@ -34,7 +26,7 @@ from pmp_ds.ticket.vault import any_ticket
 def open_ticket(config: FinetuneConfig) -> Ticket | None:
     """The ticket where the method needs one. Raises UserError when it cannot be opened or belongs
     to a model with other parameters."""
-    if config.method not in ("ticket", "complement"):
+    if not METHODS[config.method].needs_ticket:
         return None
     assert config.ticket is not None
     if config.identity is not None and config.passphrase_file is not None:
@@ -54,24 +46,14 @@ def load_model(config: FinetuneConfig, num_labels: int | None) -> Any:
     fresh ones with ``scratch``), a new head of ``num_labels`` outputs (None: none, for next
     tokens), and adapters where the method has some."""
     model = _load(config, num_labels)
-    if config.method == "lora":
-        torch.manual_seed(config.seed)
-        return _with_adapters(model, config, num_labels is not None)
-    return model
+    return METHODS[config.method].adapt(model, config, num_labels is not None)
 
 
 def mask_of(
     config: FinetuneConfig, ticket: Ticket | None, model: Any
 ) -> tuple[ParamMask | None, str | None]:
     """What of ``model`` trains, and the mask's id; None for all that is trainable. Collective."""
-    if config.method in ("full", "lora"):
-        return None, None
-    table = parameter_table(model)
-    if config.method == "random":
-        known = open_folder(Path(config.model)).trained
-        ticket = _random(config, [row for row in table if row.name in known])
-    assert ticket is not None
-    return _with_head(ticket.mask, table, inverted=config.method == "complement"), ticket.id
+    return METHODS[config.method].kept(config, ticket, model) or (None, None)
 
 
 def _load(config: FinetuneConfig, num_labels: int | None) -> Any:
@@ -89,9 +71,11 @@ def _load(config: FinetuneConfig, num_labels: int | None) -> Any:
     return folder.load(kind, hf_config)
 
 
-def _with_adapters(model: Any, config: FinetuneConfig, has_head: bool) -> Any:
+def with_adapters(model: Any, config: FinetuneConfig, has_head: bool) -> Any:
+    """Return ``model`` with adapters of `peft`. Raises UserError for targets it does not have."""
     from peft import LoraConfig, TaskType, get_peft_model
 
+    torch.manual_seed(config.seed)
     lora = config.lora
     targets: Any = list(lora.targets) if lora.targets != ("all-linear",) else "all-linear"
     settings = LoraConfig(
@@ -116,18 +100,21 @@ def _is_linear(module: Any) -> bool:
     return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def _random(config: FinetuneConfig, table: list[ParamInfo]) -> Ticket:
-    """A uniform mask over the backbone; norms and biases are in it, as they are in a ticket."""
+def random_mask(config: FinetuneConfig, model: Any) -> Ticket:
+    """Draw a uniform mask over the backbone; norms and biases are in it, as they are in a
+    ticket."""
+    known = open_folder(Path(config.model)).trained
+    table = [row for row in parameter_table(model) if row.name in known]
     backbone = [replace(row, constant=len(row.shape) < 2) for row in table]
     key = order_key("random mask of fine-tuning", config.seed)
     return random_ticket(key, MaskConfig(source="random", density=config.density), tuple(backbone))
 
 
-def _with_head(mask: ParamMask, table: tuple[ParamInfo, ...], *, inverted: bool) -> ParamMask:
-    """``mask`` (or its complement) on the parameters of ``table``; a head, which the mask does not
-    know, is trained whole. What the table lacks, such as the output matrix of a language model, is
-    left out."""
-    bits = {}
+def with_head(mask: ParamMask, model: Any, *, inverted: bool = False) -> ParamMask:
+    """Return ``mask`` (or its complement) on the parameters of ``model``; a head, which the mask
+    does not know, is trained whole. What the model lacks, such as the output matrix of a language
+    model, is left out."""
+    bits, table = {}, parameter_table(model)
     for row in table:
         if row.name not in mask.shapes:
             bits[row.name] = full_bits(row.numel)

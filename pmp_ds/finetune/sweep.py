@@ -16,6 +16,7 @@ from pmp_ds.engine.cut import Cut
 from pmp_ds.errors import UserError
 from pmp_ds.finetune.cell import forget, settings_of, tune
 from pmp_ds.finetune.config import FinetuneConfig
+from pmp_ds.finetune.method import METHODS
 from pmp_ds.finetune.methods import load_model, open_ticket
 from pmp_ds.finetune.tasks import Task, open_task
 from pmp_ds.progress import Progress
@@ -152,7 +153,7 @@ def _check_all(configs: Iterable[FinetuneConfig], tasks: "_Tasks") -> None:
         task = tasks.of(config)
         _batch(config)
         open_ticket(config)
-        if config.method == "lora":
+        if METHODS[config.method].adapts:
             load_model(config, task.num_labels)
 
 

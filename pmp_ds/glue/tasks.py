@@ -27,6 +27,11 @@ class Task:
     """What metrics.score returns: GLUE's own, and the paper's accuracy."""
     splits: Mapping[str, str]
     """Validation split -> column of the paper's table."""
+    prompt: str
+    """How a language model is asked without fine-tuning, with the fields by name in braces."""
+    answers: tuple[str, ...]
+    """Its answer for every label, in the order of ``labels``; of a regression the words for 0, 1,
+    2 and so on."""
 
     @property
     def primary(self) -> str:
@@ -48,34 +53,64 @@ def _task(
     folder: str,
     fields: tuple[str, ...],
     labels: tuple[str, ...] | None,
+    prompt: str,
+    answers: tuple[str, ...],
     metrics: tuple[str, ...] = ("accuracy",),
     splits: Mapping[str, str] | None = None,
 ) -> Task:
     return Task(
         name=name, folder=folder, fields=fields, labels=labels, metrics=metrics,
         splits=MappingProxyType({"validation": folder} if splits is None else dict(splits)),
+        prompt=prompt, answers=answers,
     )  # fmt: skip
 
 
 _PAIR = ("sentence1", "sentence2")
 _ENTAILMENT = ("entailment", "not_entailment")
 _ALL = (
-    _task("cola", "CoLA", ("sentence",), ("unacceptable", "acceptable"), ("mcc", "accuracy")),
-    _task("sst2", "SST-2", ("sentence",), ("negative", "positive")),
-    _task("mrpc", "MRPC", _PAIR, ("not_equivalent", "equivalent"), ("accuracy", "f1")),
     _task(
-        "qqp", "QQP", ("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1")
+        "cola", "CoLA", ("sentence",), ("unacceptable", "acceptable"),
+        "Sentence: {sentence}\nIs the grammar correct, yes or no? Answer:", ("no", "yes"),
+        metrics=("mcc", "accuracy"),
     ),
-    _task("stsb", "STS-B", _PAIR, None, ("pearson", "spearman", "accuracy")),
+    _task(
+        "sst2", "SST-2", ("sentence",), ("negative", "positive"),
+        "Review: {sentence}\nThe review is", ("negative", "positive"),
+    ),
+    _task(
+        "mrpc", "MRPC", _PAIR, ("not_equivalent", "equivalent"),
+        "First: {sentence1}\nSecond: {sentence2}\nDo both say the same, yes or no? Answer:",
+        ("no", "yes"), metrics=("accuracy", "f1"),
+    ),
+    _task(
+        "qqp", "QQP", ("question1", "question2"), ("not_duplicate", "duplicate"),
+        "First: {question1}\nSecond: {question2}\nIs it the same question, yes or no? Answer:",
+        ("no", "yes"), metrics=("accuracy", "f1"),
+    ),
+    _task(
+        "stsb", "STS-B", _PAIR, None,
+        "First: {sentence1}\nSecond: {sentence2}\nSimilarity from 0 to 5 (the same). Answer:",
+        ("0", "1", "2", "3", "4", "5"), metrics=("pearson", "spearman", "accuracy"),
+    ),
     _task(
         "mnli", "MNLI", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"),
+        "Text: {premise}\nClaim: {hypothesis}\nIs the claim true, yes, no or maybe? Answer:",
+        ("yes", "maybe", "no"),
         splits={"validation_matched": "MNLI-m", "validation_mismatched": "MNLI-mm"},
     ),
-    _task("qnli", "QNLI", ("question", "sentence"), _ENTAILMENT),
-    _task("rte", "RTE", _PAIR, _ENTAILMENT),
+    _task(
+        "qnli", "QNLI", ("question", "sentence"), _ENTAILMENT,
+        "Question: {question}\nText: {sentence}\nIs the answer in the text, yes or no? Answer:",
+        ("yes", "no"),
+    ),
+    _task(
+        "rte", "RTE", _PAIR, _ENTAILMENT,
+        "Text: {sentence1}\nClaim: {sentence2}\nIs the claim true, yes or no? Answer:",
+        ("yes", "no"),
+    ),
 )  # fmt: skip
 
-TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _ALL})
+TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 
 COLUMNS: tuple[str, ...] = tuple(column for task in _ALL for column in task.splits.values())
 """The paper's nine columns, in its order."""

@@ -4,7 +4,8 @@ Each tensor that the optimizer is given (a parameter, or the flat fp32 master pa
 rank) is armed with the packed mask of its elements. State is compact: one value per kept element,
 in row-major order. The other elements are never written: no momentum, no weight decay, no rounding.
 
-A rule is one method of a subclass (masked_adamw.py, masked_rules.py); all else is here.
+A rule is one method of a subclass (masked_adamw.py, masked_rules.py), and the other is what it
+takes from a run's settings; all else is here.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from pmp_ds.config import TrainConfig
 from pmp_ds.errors import UserError
 from pmp_ds.optim.kernels import kernels_for
 from pmp_ds.optim.zero_shards import ZeroShards
@@ -33,6 +35,16 @@ class MaskedOptimizer(torch.optim.Optimizer):
     """
 
     moments: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def settings(cls, config: TrainConfig) -> dict[str, Any]:
+        """Return the rule's own hyper-parameters, beside rate and weight decay, of a run."""
+        raise NotImplementedError
+
+    @classmethod
+    def moment_bytes(cls, num_elements: int) -> int:
+        """Return the bytes of the moments of so many trained elements."""
+        return 4 * len(cls.moments) * num_elements
 
     def __init__(
         self, params: Params, defaults: dict[str, Any], *, compact_master: bool = False

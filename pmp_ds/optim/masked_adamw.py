@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from pmp_ds.config import TrainConfig
 from pmp_ds.optim.kernels.cpu import Coefficients
 from pmp_ds.optim.masked import Mask, MaskedOptimizer, Params
 
@@ -13,6 +14,10 @@ class MaskedAdamW(MaskedOptimizer):
     """AdamW (Loshchilov and Hutter, 2019) with compact `exp_avg` and `exp_avg_sq`."""
 
     moments = ("exp_avg", "exp_avg_sq")
+
+    @classmethod
+    def settings(cls, config: TrainConfig) -> dict[str, Any]:
+        return {"betas": config.betas, "eps": config.eps}
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from pmp_ds.config import TrainConfig
 from pmp_ds.optim.masked import MaskedOptimizer, Params
 
 
@@ -11,6 +12,11 @@ class MaskedSGD(MaskedOptimizer):
     """SGD with momentum and decoupled weight decay; compact `momentum_buffer`."""
 
     moments = ("momentum_buffer",)
+
+    @classmethod
+    def settings(cls, config: TrainConfig) -> dict[str, Any]:
+        assert config.betas is not None
+        return {"momentum": config.betas[0]}
 
     def __init__(
         self,
@@ -41,6 +47,10 @@ class MaskedLion(MaskedOptimizer):
     """Lion (Chen et al., 2023, algorithm 2); compact `exp_avg`."""
 
     moments = ("exp_avg",)
+
+    @classmethod
+    def settings(cls, config: TrainConfig) -> dict[str, Any]:
+        return {"betas": config.betas}
 
     def __init__(
         self,

@@ -1,6 +1,5 @@
 """The tokenizer beside the blocks: write it, and say where a plain ``AutoTokenizer`` differs."""
 
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from tokenizers.processors import TemplateProcessing
 
 from pmp_ds.errors import UserError
 from pmp_ds.prepare.tokenizer import Tokenizer, collector_paused
-from pmp_ds.run_dir import fsync_dir
+from pmp_ds.run_dir import fsync_dir, sha256
 
 _COMPARED_CHARS = 1000
 
@@ -27,8 +26,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, bos: str) -> dict[str, st
         _prepend_bos(folder, tokenizer.bos_id)
     digests = {}
     for path in sorted(folder.iterdir()):
+        digests[path.name] = sha256(path)
         with open(path, "rb") as file:
-            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
     fsync_dir(folder)
     return digests

@@ -1,6 +1,5 @@
 """Pack one work unit: its shards, and what is counted about them. Runs in any process."""
 
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +17,7 @@ from pmp_ds.prepare.corpus import Rejects, Unit
 from pmp_ds.prepare.encoder import Encoder, EncoderSpec
 from pmp_ds.prepare.packing import Packer, Tokens, is_validation
 from pmp_ds.prepare.readers import read_documents
-from pmp_ds.run_dir import atomic_path, write_json
+from pmp_ds.run_dir import atomic_path, sha256, write_json
 
 _BATCH_BYTES = 4 << 20
 _BATCH_DOCUMENTS = 2048
@@ -117,11 +116,11 @@ def finished_unit(job: PackJob, unit: Unit) -> UnitResult | None:
     entry_path, counts_path = _paths(job.folder, unit.index)
     try:
         entry = read_object(entry_path)
-        expected = (job.run, unit.digest, _sha256(counts_path))
+        expected = (job.run, unit.digest, sha256(counts_path))
         if tuple(entry.pop(key) for key in ("run", "digest", "unigrams")) != expected:
             return None
         for shard in (shard for split in SPLITS for shard in entry["shards"][split]):
-            if _sha256(job.folder / shard["file"]) != shard["sha256"]:
+            if sha256(job.folder / shard["file"]) != shard["sha256"]:
                 return None
         rejects = Rejects(**entry.pop("rejects"))
         rejects.counts = Counter(rejects.counts)
@@ -149,18 +148,13 @@ def _record(job: PackJob, unit: Unit, result: UnitResult) -> None:
         "run": job.run,
         "digest": unit.digest,
         "rejects": vars(result.rejects),
-        "unigrams": _sha256(counts_path),
+        "unigrams": sha256(counts_path),
     }
     write_json(entry_path, entry)
 
 
 def _paths(folder: Path, index: int) -> tuple[Path, Path]:
     return folder / "units" / f"{index:05d}.json", folder / "units" / f"{index:05d}.npy"
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _ShardWriter:

@@ -8,7 +8,6 @@ breach, so a file, key or field that somebody adds has to be added here, on purp
 """
 
 import getpass
-import hashlib
 import re
 import socket
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from pmp_ds.release.tokenizer_files import (
     TOKENIZER_KEYS,
     trainer_paths,
 )
+from pmp_ds.run_dir import sha256
 
 SUMS_FILE, SIGNATURE_FILE = "SHA256SUMS", "model.sig"
 REQUIRED = {"README.md", SUMS_FILE, "config.json", "generation_config.json"}
@@ -194,8 +194,3 @@ def _about_words(path: Path) -> Iterator[str]:
         telling = len(word) > 2 and not word.isdecimal() and word.lower() not in _NOBODY
         if telling and re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text):
             yield f"{path.name}: {word!r} is the name of this {what}"
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,15 +14,16 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
+from pmp_ds.config import Precision
 from pmp_ds.errors import UserError
 from pmp_ds.lease import hold
 from pmp_ds.model.folder_rules import INDEX_FILE, SINGLE_FILE
+from pmp_ds.model.precision import PRECISIONS
 from pmp_ds.progress import Progress
-from pmp_ds.release.allow_list import SUMS_FILE, require_clean, sha256
+from pmp_ds.release.allow_list import SUMS_FILE, require_clean
 from pmp_ds.release.ledger import Claim
 from pmp_ds.release.metadata import (
     begin_of_text,
@@ -37,10 +38,8 @@ from pmp_ds.release.source import Source, open_source
 from pmp_ds.release.tensor_file import write_tensors
 from pmp_ds.release.tokenizer_files import as_json, copy_tokenizer, settle_tokenizer
 from pmp_ds.release.verify import run_alone, verify_reload
-from pmp_ds.run_dir import fsync_dir
+from pmp_ds.run_dir import fsync_dir, sha256
 
-ReleaseDtype = Literal["bf16", "fp16", "fp32"]
-TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 _ROUNDED_SHARE = 0.01  # of a matrix; by chance 2^-13 of fp32 numbers have 13 low bits of zero
 
@@ -57,7 +56,7 @@ class ExportSummary:
     total_bytes: int
     """Bytes of all tensors."""
 
-    dtype: ReleaseDtype
+    dtype: Precision
     logits_difference: float
     """Largest absolute difference between the release's logits and the run's; usually 0."""
 
@@ -68,7 +67,7 @@ def export(
     *,
     tokenizer_dir: Path,
     card: CardFacts | DerivativeFacts,
-    dtype: ReleaseDtype = "bf16",
+    dtype: Precision = "bf16",
     max_shard_size: str | int = "5GB",
     private: bool = False,
     vocab_size: int | None = None,
@@ -107,7 +106,9 @@ def export(
         staging.mkdir(mode=0o700 if private else 0o755)
         try:
             sums = write_model(source, staging, dtype, limit)
-            config = release_config(source.config, str(TORCH_DTYPES[dtype]).removeprefix("torch."))
+            config = release_config(
+                source.config, str(PRECISIONS[dtype].dtype).removeprefix("torch.")
+            )
             readme = render(card, config, source.num_params, dtype)
             copy_tokenizer(tokenizer_dir, staging)
             pad_id = settle_tokenizer(
@@ -119,7 +120,7 @@ def export(
             generation = as_json(generation_config(source.config, pad_id))
             (staging / "generation_config.json").write_text(generation, encoding="utf-8")
             (staging / "README.md").write_text(readme, encoding="utf-8")
-            difference = verify_reload(source, staging, TORCH_DTYPES[dtype])
+            difference = verify_reload(source, staging, PRECISIONS[dtype].dtype)
             _write_sums(staging, sums)
             if signing_key is not None:
                 sign(staging, signing_key)
@@ -185,8 +186,8 @@ def _digest(source: Source) -> str:
         return source.digest(bar.update)
 
 
-def _released_digest(folder: Path, source: Source, digest: str, dtype: ReleaseDtype) -> str:
-    if source.dtype == TORCH_DTYPES[dtype]:
+def _released_digest(folder: Path, source: Source, digest: str, dtype: Precision) -> str:
+    if source.dtype == PRECISIONS[dtype].dtype:
         return digest
     released = open_source(folder)
     try:
@@ -195,9 +196,9 @@ def _released_digest(folder: Path, source: Source, digest: str, dtype: ReleaseDt
         released.close()
 
 
-def _refuse_rounded(source: Source, dtype: ReleaseDtype) -> None:
+def _refuse_rounded(source: Source, dtype: Precision) -> None:
     """fp32 or fp16 may leave only when no part of the weights was rounded to 16 bits on the way."""
-    stored = next(short for short, found in TORCH_DTYPES.items() if found == source.dtype)
+    stored = next(one.name for one in PRECISIONS.values() if one.dtype == source.dtype)
     if stored not in (dtype, "fp32"):
         raise UserError(
             f"dtype={dtype} is refused: {source.folder} holds {stored} weights, and in {dtype} "
@@ -216,11 +217,11 @@ def _refuse_rounded(source: Source, dtype: ReleaseDtype) -> None:
 
 
 def write_model(
-    source: Source, folder: Path, dtype: ReleaseDtype, limit: int, *, quiet: bool = False
+    source: Source, folder: Path, dtype: Precision, limit: int, *, quiet: bool = False
 ) -> dict[str, str]:  # file -> sha256
     """Write weights of at most ``limit`` bytes a file, and what transformers needs to load them.
     Returns the sums of the weights."""
-    config = release_config(source.config, str(TORCH_DTYPES[dtype]).removeprefix("torch."))
+    config = release_config(source.config, PRECISIONS[dtype].torch_name)
     (folder / "config.json").write_text(as_json(config), encoding="utf-8")
     generation = as_json(generation_config(source.config, end_of_text(source.config)))
     (folder / "generation_config.json").write_text(generation, encoding="utf-8")
@@ -228,13 +229,13 @@ def write_model(
 
 
 def _write_weights(
-    source: Source, folder: Path, dtype: ReleaseDtype, limit: int, quiet: bool
+    source: Source, folder: Path, dtype: Precision, limit: int, quiet: bool
 ) -> dict[str, str]:
     """Greedy shards in the model's order, one parameter in memory at a time."""
     shards: list[list[str]] = [[]]
     size = 0
     for name in source.shapes:
-        nbytes = source.nbytes(name, TORCH_DTYPES[dtype])
+        nbytes = source.nbytes(name, PRECISIONS[dtype].dtype)
         if shards[-1] and size + nbytes > limit:
             shards.append([])
             size = 0
@@ -247,14 +248,14 @@ def _write_weights(
 
         def tensor(name: str) -> torch.Tensor:
             bar.update(source.numel(name))
-            return source.tensor(name, TORCH_DTYPES[dtype])
+            return source.tensor(name, PRECISIONS[dtype].dtype)
 
         for number, names in enumerate(shards, start=1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             if len(shards) == 1:
                 file = SINGLE_FILE
             shapes = {name: source.shapes[name] for name in names}
-            dtypes = {name: source.released_dtype(name, TORCH_DTYPES[dtype]) for name in names}
+            dtypes = {name: source.released_dtype(name, PRECISIONS[dtype].dtype) for name in names}
             sums[file] = write_tensors(folder / file, shapes, dtypes, tensor)
             files |= dict.fromkeys(names, file)
     if len(shards) > 1:
@@ -266,8 +267,8 @@ def _write_weights(
     return sums
 
 
-def _total_bytes(source: Source, dtype: ReleaseDtype) -> int:
-    return sum(source.nbytes(name, TORCH_DTYPES[dtype]) for name in source.shapes)
+def _total_bytes(source: Source, dtype: Precision) -> int:
+    return sum(source.nbytes(name, PRECISIONS[dtype].dtype) for name in source.shapes)
 
 
 def _write_sums(folder: Path, written: dict[str, str]) -> None:

@@ -29,9 +29,9 @@ from transformers import PretrainedConfig
 from pmp_ds import dist, lease
 from pmp_ds.errors import UserError
 from pmp_ds.formats import FormatError
-from pmp_ds.run_dir import RunDir, fsync_dir, make_private
+from pmp_ds.run_dir import RunDir, fsync_dir, make_private, sha256
 from pmp_ds.state import shelf
-from pmp_ds.state.manifest import DamagedError, Position, listed, sha256, verified, write_manifest
+from pmp_ds.state.manifest import DamagedError, Position, listed, verified, write_manifest
 from pmp_ds.state.state_reader import MASKS_FILE, StateReader
 from pmp_ds.state.weight_files import save_tensors, save_weights
 

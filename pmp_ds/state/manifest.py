@@ -15,7 +15,7 @@ from pmp_ds.fields import fit
 from pmp_ds.foreign import read_object
 from pmp_ds.formats import FormatError
 from pmp_ds.progress import Progress
-from pmp_ds.run_dir import write_json
+from pmp_ds.run_dir import sha256, write_json
 from pmp_ds.version import code_version
 
 MANIFEST_FILE = "manifest.json"
@@ -116,11 +116,6 @@ def verified(folder: Path, part: str = "") -> Position:
     except OSError as error:
         raise DamagedError(folder, f"{error.filename}: {error.strerror}") from None
     return position
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(content: dict[str, Any]) -> str:

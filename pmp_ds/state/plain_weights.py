@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from pmp_ds.errors import UserError
 from pmp_ds.model.parameters import constants
+from pmp_ds.model.precision import precision_of
 from pmp_ds.run_dir import RunDir, make_private
 from pmp_ds.state import shelf, theta0, weight_files
 from pmp_ds.state.run_record import load_config, read_data
@@ -38,8 +39,7 @@ def of_init(run: RunDir, folder: Path) -> PlainWeights:
     model = theta0.draw(config, read_data(run), theta0.init_of(run, config))
     theta0.check(run, model)
     fixed = {name: buffer.clone() for name, buffer in constants(model).items()}  # keep their dtype
-    if config.train.precision == "bf16":
-        model = model.bfloat16()
+    model = model.to(precision_of(config.train).dtype)
     make_private(folder)
     tensors = {name: param.detach() for name, param in model.named_parameters()}
     weight_files.save_weights((tensors | fixed).items(), model.config, folder)

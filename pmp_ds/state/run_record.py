@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.mixed_store import MixedStore, Part
 from pmp_ds.errors import UserError
 from pmp_ds.fields import fit
+from pmp_ds.log import read_metrics
+from pmp_ds.optim.schedule import first_change, in_words
 from pmp_ds.run_dir import RunDir, read_json, write_json, write_text
 from pmp_ds.state import shelf
 from pmp_ds.ticket.ticket import MANIFEST_FILE as TICKET_FILE
@@ -21,7 +23,8 @@ from pmp_ds.version import UNKNOWN, code_version
 _BEGUN = "# begun with "
 
 _MAY_CHANGE = {"run", "guard", "data.store", "train.micro_batch_size"}
-"""Sections and settings that a run may be continued with; of the store the content is compared."""
+"""Sections and settings that a run may be continued with; of the store the content is compared.
+``_on_schedule`` says when a run may have another length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +77,7 @@ def claim(run: RunDir, config: Config, store: Store | MixedStore) -> None:
         _require_new(run)
     else:
         saved = load_config(run)
-        differences = list(_differences(asdict(saved), asdict(config)))
+        differences = list(_differences(asdict(saved), asdict(_on_schedule(run, saved, config))))
         if (before := read_data(run)).dataset_id != data.dataset_id:
             differences += _data_differences(before.parts, data.parts) or [
                 f"data.store: {config.data.store} holds other data than the run's"
@@ -164,6 +167,27 @@ def _differences(saved: dict[str, Any], given: dict[str, Any]) -> Iterator[str]:
                 yield f"{section}.{name}: {saved[section][name]!r}, {value!r}"
 
 
+def _on_schedule(run: RunDir, saved: Config, given: Config) -> Config:
+    """Return ``given`` with the run's own length where another one may follow what is trained: a
+    `wsd` run may become longer, or begin to fall, while no rate so far would have been another.
+    Raises UserError where one would."""
+    before, now = saved.train, given.train
+    own = replace(now, steps=before.steps, decay_steps=before.decay_steps)
+    if own == now or before.schedule != "wsd":
+        return given
+    explored = (one["step"] for one in read_metrics(run.metrics) if one["phase"] == "discover")
+    done = max(shelf.last_step(run), *explored, 0)
+    change = first_change(before, now, done)
+    if change is not None or now.steps < shelf.last_step(run):
+        raise UserError(
+            f"train.steps={now.steps} and train.decay_steps={now.decay_steps} do not continue "
+            f"{run.root}: with its train.steps={before.steps} and train.decay_steps="
+            f"{before.decay_steps} it has done {done:,} updates, and update {change or done:,} "
+            f"would have had another learning rate or none. Begin the decay after update {done:,}"
+        )
+    return replace(given, train=own)
+
+
 def load_config(run: RunDir) -> Config:
     """The resolved configuration of a run."""
     if not run.config.exists():
@@ -197,11 +221,7 @@ def export_facts(run: RunDir, step: int, val_loss: float | None) -> dict[str, An
         "tokens": step * train.global_batch_size * data.block_size,
         "global_batch_size": train.global_batch_size,
         "block_size": data.block_size,
-        "schedule": (
-            f"AdamW, peak learning rate {train.lr:g}, {train.warmup_steps:,} updates of linear "
-            f"warm-up, cosine over {train.steps:,} updates, gradient norm clipped at "
-            f"{train.clip_norm:g}"
-        ),
+        "schedule": in_words(train),
         "val_loss": val_loss,
         "dataset_sources": data.sources,
         "data_description": (

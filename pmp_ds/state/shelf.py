@@ -160,6 +160,11 @@ def has_any(run: RunDir, phase: Phase | None = None) -> bool:
     return any(_folders(run, one) for one in NAMES if phase in (None, one))
 
 
+def last_step(run: RunDir) -> int:
+    """Return the update of the newest checkpoint, readable or not, of any phase; 0 for none."""
+    return max((step_of(folder) for phase in NAMES for folder in _folders(run, phase)), default=0)
+
+
 def _folders(run: RunDir, phase: Phase) -> list[Path]:
     """All that have the name of a checkpoint, newest first, whether they can be read or not."""
     return sorted(_matching(run, _NAME, phase), reverse=True)

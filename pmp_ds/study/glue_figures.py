@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from pmp_ds.finetune.method import UNAUTHORIZED
 from pmp_ds.results import Result
 from pmp_ds.study import sweep_figures
 from pmp_ds.study.figures import (
@@ -21,7 +22,7 @@ from pmp_ds.study.figures import (
 )
 from pmp_ds.study.glue_tables import HEADS, METHODS, Levels, fine_tuned, heads, majority
 from pmp_ds.study.headline import Headline
-from pmp_ds.study.runs import BASE, PMP, RANDOM, UNAUTHORIZED, FineTune, is_lm, ordered, pick
+from pmp_ds.study.runs import BASE, PMP, RANDOM, FineTune, is_lm, ordered, pick
 from pmp_ds.study.six_tables import NAMES
 from pmp_ds.study.statistics import Estimate
 

@@ -2,13 +2,15 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from pmp_ds.finetune import method as tuning
+from pmp_ds.finetune.method import UNAUTHORIZED
 from pmp_ds.results import Result
 from pmp_ds.study.runs import (
     AVERAGE,
     BASE,
     PMP,
     RANDOM,
-    UNAUTHORIZED,
+    RECOVERED,
     Cell,
     FineTune,
     Unit,
@@ -25,11 +27,8 @@ from pmp_ds.study.runs import (
 from pmp_ds.study.statistics import Estimate, level
 from pmp_ds.study.tables import Table
 
-METHODS = {
-    "full": "Full fine-tuning", "lora": "LoRA", "ticket": "With the true mask (authorized)",
-    "random": "With a random mask", "recovered": "With a recovered mask",
-    "complement": "Complement only",
-}  # fmt: skip
+_TITLES = [(name, one.title) for name, one in tuning.METHODS.items()]
+METHODS = dict([*_TITLES[:-1], (RECOVERED, "With a recovered mask"), _TITLES[-1]])
 HEADS = {"untrained-head": "Untrained head", "zero-shot": "Zero-shot"}
 
 Levels = Mapping[str, Estimate]

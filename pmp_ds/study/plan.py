@@ -11,6 +11,7 @@ from pmp_ds.cli import parse
 from pmp_ds.config import Config
 from pmp_ds.errors import UserError
 from pmp_ds.finetune.config import FinetuneConfig
+from pmp_ds.finetune.method import METHODS
 from pmp_ds.run_dir import RunDir, read_json
 from pmp_ds.study.recipe import Arm, Flags, Study, Tuning
 
@@ -154,7 +155,7 @@ def _tuning(
     argv += ["--arm", _label(study, arm)]
     argv += ["--results", str(root / "results.jsonl")]
     argv += ["--run.root", str(root / "finetune"), "--run.name", name]
-    if {"ticket", "complement"} & set(tuning.methods):
+    if any(name in METHODS and METHODS[name].needs_ticket for name in tuning.methods):
         argv += ["--ticket", str(run.ticket)]
     if density is not None and "density" not in tuning.settings:
         argv += ["--density", str(density)]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pmp_ds.finetune.method import UNAUTHORIZED
 from pmp_ds.results import Result
 
 BASE, PMP, RANDOM = "base", "pmp", "random"
@@ -21,7 +22,6 @@ CONTINUED = "LM pretraining"
 """Column of the task lm on the text of pretraining: pretraining that an attacker continues."""
 COLUMNS = ("CoLA", "SST-2", "MRPC", "QQP", "STS-B", "MNLI-m", "MNLI-mm", "QNLI", "RTE")
 AVERAGE = "average"
-UNAUTHORIZED = ("full", "lora")
 RECOVERED = "recovered"
 """Method: fine-tuned with a mask that is called otherwise than the model's own."""
 _NOT_A_CHOICE = frozenset(

@@ -4,19 +4,50 @@ Works on the gradient shards that a rank owns, in place. Only the order of score
 running mean is kept as a running sum and the exponential mean without bias correction.
 """
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
-ScoreKind = Literal["mean", "ema", "gradient"]
+from pmp_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class Score:
+    """One value of ``mask.score``."""
+
+    name: str
+    add: Callable[[torch.Tensor, torch.Tensor, float, float], None] | None
+    """Takes a fragment's running score, its gradient, the scale of that, and ``mask.score_decay``.
+    None: the gradient itself is ranked and nothing is remembered."""
+
+
+def _mean(value: torch.Tensor, gradient: torch.Tensor, scale: float, decay: float) -> None:
+    value.add_(gradient.abs(), alpha=1.0 / scale)
+
+
+def _ema(value: torch.Tensor, gradient: torch.Tensor, scale: float, decay: float) -> None:
+    value.mul_(decay).add_(gradient.abs(), alpha=(1.0 - decay) / scale)
+
+
+SCORES = {
+    score.name: score
+    for score in (Score("mean", _mean), Score("ema", _ema), Score("gradient", None))
+}
+
+
+def find_score(name: str) -> Score:
+    """Return the score of this name. Raises UserError with all names."""
+    if name not in SCORES:
+        raise UserError(f"mask.score={name!r} is unknown; the scores are {', '.join(SCORES)}")
+    return SCORES[name]
 
 
 class Scores:
     """Running scores of the local fragments: 4 bytes per local element, none for `gradient`."""
 
-    def __init__(self, kind: ScoreKind, decay: float = 0.95) -> None:
-        self.kind = kind
+    def __init__(self, name: str, decay: float = 0.95) -> None:
+        self.score = find_score(name)
         self.decay = decay
         self.values: list[torch.Tensor] | None = None
 
@@ -24,15 +55,12 @@ class Scores:
         """Take in one update's reduced gradients and return what to rank.
 
         ``gradients``: (n_i,) each, any float dtype, times ``scale`` (the loss scale of fp16). The
-        result is ranked by magnitude, so for `gradient` it is the gradients themselves: no copy.
+        result is ranked by magnitude, so a score may give the gradients themselves: no copy.
         """
-        if self.kind == "gradient":
+        if self.score.add is None:
             return list(gradients)
         if self.values is None:
             self.values = [torch.zeros_like(g, dtype=torch.float32) for g in gradients]
         for value, gradient in zip(self.values, gradients, strict=True):
-            if self.kind == "mean":
-                value.add_(gradient.abs(), alpha=1.0 / scale)
-            else:
-                value.mul_(self.decay).add_(gradient.abs(), alpha=(1.0 - self.decay) / scale)
+            self.score.add(value, gradient, scale, self.decay)
         return self.values

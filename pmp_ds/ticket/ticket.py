@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class Ticket:
         ):
             require(ok, f"{name} is {value!r:.80}")
 
-    @property
+    @cached_property
     def id(self) -> str:
         """sha256 over the parameters' names, shapes and bits."""
         digest = hashlib.sha256(b"pmp-ds ticket\n")

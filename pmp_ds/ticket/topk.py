@@ -17,7 +17,7 @@ import torch
 
 from pmp_ds import dist
 from pmp_ds.errors import UserError
-from pmp_ds.ticket.mask import full_bits, pack
+from pmp_ds.ticket.mask import pack
 
 CHUNK = 1 << 17  # elements; a multiple of 8. All temporaries are of this size
 T = TypeVar("T")
@@ -59,45 +59,27 @@ def select_top_k(
     names: Sequence[str],  # parameter of each fragment, for errors
     k: int,
     *,
-    keep_all: Sequence[bool] | None = None,
     replicated: bool = False,
 ) -> list[torch.Tensor]:
     """Masks of the k largest scores over all fragments of all ranks, packed (ticket/mask.py):
     (ceil(n_i / 8),) uint8 each.
 
-    Ties go to the lowest global index. Fragments flagged in ``keep_all`` are kept whole and count
-    towards k. ``replicated`` says that every rank holds all fragments, so nothing is summed.
-    Collective: every rank calls it, also one without fragments. Raises UserError on every rank
-    when a score is not finite, naming its parameter, or when ``keep_all`` leaves no room.
+    Ties go to the lowest global index. ``replicated`` says that every rank holds all fragments, so
+    nothing is summed. Collective: every rank calls it, also one without fragments. Raises UserError
+    on every rank when a score is not finite, naming its parameter.
     """
-    flags = list(keep_all) if keep_all is not None else [False] * len(scores)
-    ranked = [i for i, whole in enumerate(flags) if not whole]
-    pool = _Pool([scores[i] for i in ranked], [starts[i] for i in ranked], replicated)
-    pool.check_finite(scores, names)
-    num_whole = pool.total(sum(s.numel() for s, whole in zip(scores, flags, strict=True) if whole))
-    num_ranked = pool.total(sum(score.numel() for score in pool.scores))
-    if not 0 <= k - num_whole <= num_ranked:
-        raise UserError(
-            f"the ticket keeps k={k} elements, but {num_whole} of {num_whole + num_ranked} are "
-            "always trained (mask.always_train): choose a mask.density that leaves room, or "
-            "switch mask.always_train off"
-        )
-    threshold, quotas = pool.threshold(k - num_whole)
-    quota_of = dict(zip(ranked, quotas, strict=True))
-    return [
-        full_bits(score.numel(), score.device)
-        if flags[i]
-        else _packed_mask(score, threshold, quota_of[i])
-        for i, score in enumerate(scores)
-    ]
+    pool = _Pool(scores, starts, replicated)
+    pool.check_finite(names)
+    threshold, quotas = pool.threshold(k)
+    return [_packed_mask(s, threshold, quota) for s, quota in zip(scores, quotas, strict=True)]
 
 
 @dataclass
 class _Pool:
     """The fragments that compete, and how ranks agree on them."""
 
-    scores: list[torch.Tensor]
-    starts: list[int]
+    scores: Sequence[torch.Tensor]
+    starts: Sequence[int]
     replicated: bool
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -106,16 +88,13 @@ class _Pool:
     def gather(self, value: T) -> list[T]:
         return [value] if self.replicated else dist.all_gather_object(value)
 
-    def total(self, count: int) -> int:
-        return sum(self.gather(count))
-
     @property
     def device(self) -> torch.device:
         return self.scores[0].device if self.scores else dist.device()
 
-    def check_finite(self, scores: Sequence[torch.Tensor], names: Sequence[str]) -> None:
-        """Raise the same UserError on every rank when any of ``scores`` is not finite."""
-        bad = [n for n, s in zip(names, scores, strict=True) if not _is_finite(s)]
+    def check_finite(self, names: Sequence[str]) -> None:
+        """Raise the same UserError on every rank when any score is not finite."""
+        bad = [n for n, s in zip(names, self.scores, strict=True) if not _is_finite(s)]
         for rank, found in enumerate(self.gather(bad[:1])):
             if found:
                 raise UserError(
@@ -131,6 +110,7 @@ class _Pool:
         assert len(dtypes) == 1, f"scores of several dtypes: {dtypes}"
         shift = 16 if torch.float32 in dtypes else 0
         high = self.histogram(1 << 15, lambda keys: keys >> shift)
+        assert wanted <= int(high.sum()), f"k={wanted} of {int(high.sum())} elements"
         key, above = _boundary(high, wanted)
         ties = int(high[key])
         if shift:

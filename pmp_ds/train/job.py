@@ -18,6 +18,7 @@ from pmp_ds.run_dir import RunDir
 from pmp_ds.state import theta0
 from pmp_ds.state.manifest import Phase
 from pmp_ds.state.run_record import DataFacts
+from pmp_ds.ticket.scores import find_score
 from pmp_ds.ticket.ticket import Ticket, has_ticket, load_ticket
 from pmp_ds.train.session import Measure, Work
 
@@ -79,6 +80,7 @@ def check(config: Config, store: Store | MixedStore, run: RunDir) -> None:
     """Do model, data and a given ticket fit together? Raises UserError; writes nothing."""
     data = DataFacts.of(store)
     architecture(config, store)
+    find_score(config.mask.score)
     if (folder := given_ticket(config, run)) is not None:
         load_ticket(folder, model_digest=theta0.model_digest(config, data))
 

@@ -9,6 +9,8 @@ from pmp_ds.data.loader import order_key
 from pmp_ds.engine.cut import Cut
 from pmp_ds.engine.deepspeed_config import wants_compact_master, zero_stage
 from pmp_ds.model.parameters import num_params
+from pmp_ds.model.precision import precision_of
+from pmp_ds.optim.rules import rule_of
 from pmp_ds.ticket.ticket import exact_k, load_ticket
 from pmp_ds.train.job import Job, given_ticket
 
@@ -68,13 +70,15 @@ def _epochs(job: Job, samples: int) -> str:
 def _memory(config: Config, ds_config: dict[str, Any], d: int, k: int, world: int) -> str:
     """Model states per rank, without activations; padding left out."""
     stage = zero_stage(ds_config)
-    element = 4 if config.train.precision == "fp32" else 2
+    precision = precision_of(config.train)
+    element = precision.num_bytes
     weights = element * d / (world if stage >= 3 else 1)
     gradients = element * d / (world if stage >= 2 else 1)
     share = world if stage >= 1 else 1
     kept = k if wants_compact_master(ds_config) else d
-    master = 0 if config.train.precision == "fp32" and stage == 0 else 4 * kept / share
-    moments, dense = (8 * k + d / 8) / share, 8 * d / share
+    master = 0 if not precision.has_master and stage == 0 else 4 * kept / share
+    rule = rule_of(config.train)
+    moments, dense = (rule.moment_bytes(k) + d / 8) / share, rule.moment_bytes(d) / share
     mb = 1e6
     return (
         f"per rank {(weights + gradients + master + moments) / mb:,.1f} MB of model states: "

@@ -52,6 +52,7 @@ def plain(stage: int, precision: Precision) -> dict[str, Any]:
     c, model = train_config(precision), tiny.model()
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     groups = parameter_groups(model.named_parameters(), c.weight_decay)
+    assert c.betas is not None
     optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=c.betas, eps=c.eps, fused=True)
     json = tiny.ds_json(stage) | {
         "train_micro_batch_size_per_gpu": MICRO,

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pmp_ds import dist
-from pmp_ds.config import MaskConfig, Precision, TrainConfig
+from pmp_ds.config import MaskConfig, Optimizer, Precision, TrainConfig
 from pmp_ds.discover.discover import random_ticket
 from pmp_ds.engine.engine import Engine
 from pmp_ds.model.parameters import parameter_table
@@ -46,7 +47,7 @@ def share(step: int) -> torch.Tensor:
 
 def segment(
     root: str, stage: int, precision: Precision, masked: bool | str, resume: bool, last: int,
-    save: list[int],
+    save: list[int], optimizer: Optimizer = "adamw",
 ) -> dict[str, Any]:  # fmt: skip
     """Updates up to ``last``: from theta(0), or from the newest checkpoint below ``root``.
     ``masked`` may be "compact": with a compact fp32 master."""
@@ -54,7 +55,8 @@ def segment(
     json = tiny.ds_json(stage)
     if masked == "compact":
         json["pmp_ds"] = {"compact_master": True}
-    run, config = RunDir(Path(root)), replace(TRAIN, precision=precision)
+    run = RunDir(Path(root))
+    config = replace(TRAIN, precision=precision, optimizer=optimizer, betas=None)
     dist.on_rank0(run.create)
     mask: ParamMask | None = None
     if masked:
@@ -140,6 +142,26 @@ def test_same_shape_to_the_bit(part, world_size, stage, precision, masked):
     if masked:
         assert_complement_untouched(resumed)
     assert resumed["losses"][STEPS] < straight["losses"][1]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "stage", "precision", "masked", "moment"),
+    [("lion", 2, "bf16", "compact", "exp_avg"), ("sgd", 3, "fp32", True, "momentum_buffer")],
+)
+def test_other_optimizers_to_the_bit(
+    part, tmp_path, optimizer, stage, precision, masked, moment
+):  # fmt: skip
+    """``train.optimizer``: its own moment is in the checkpoint, and no other."""
+    straight = part(2, stage, precision, masked, save=[4], optimizer=optimizer)
+    files = (tmp_path / "run/private/checkpoints/update-00000004/state").glob("*.safetensors")
+    kinds = {key.partition("/")[0] for file in files for key in load_file(file)}
+    assert kinds - {"master"} == {moment}
+    resumed = part(2, stage, precision, masked, resume=True, optimizer=optimizer)
+    assert resumed["losses"] == {s: straight["losses"][s] for s in range(5, STEPS + 1)}
+    assert resumed["losses"][STEPS] != straight["losses"][1]
+    for name, weight in straight["weights"].items():
+        assert torch.equal(resumed["weights"][name], weight), name
+    assert_complement_untouched(resumed)
 
 
 # Another number of ranks sums gradients in another order. Measured: in fp32 5e-7 in a loss and

@@ -10,7 +10,7 @@ import torch
 from pmp_ds import dist
 from pmp_ds.cli import parse
 from pmp_ds.config import Config, MaskConfig
-from pmp_ds.discover.discover import Discovery
+from pmp_ds.discover.discover import Discovery, random_ticket
 from pmp_ds.discover.selection import Selector, proportional
 from pmp_ds.engine.engine import Engine
 from pmp_ds.errors import UserError
@@ -122,6 +122,20 @@ def test_a_drawn_element_does_not_hide_a_gradient_that_is_not_finite():
 def test_no_room_beside_what_is_always_trained():
     with pytest.raises(UserError, match=r"k=3 elements, but 7 of 357 are always trained"):
         Selector([], TABLE, MaskConfig(quota="per_tensor", density=0.01), KEY)
+
+
+@pytest.mark.parametrize(
+    ("rule", "ticket_id"),
+    [
+        (MaskConfig(), "70e8ac9c5c55ebba"),
+        (MaskConfig(density=0.3), "055e0e9dc9926414"),
+        (MaskConfig(density=0.5, always_train=False), "6482fc5dd7f0b702"),
+        (MaskConfig(quota="per_tensor"), "70e8ac9c5c55ebba"),
+    ],
+)
+def test_random_ticket_of_a_key(rule, ticket_id):
+    """Golden: a run whose ticket is lost draws it again. A quota is not a random mask's."""
+    assert random_ticket(b"g" * 32, rule, parameter_table(tiny.model())).id[:16] == ticket_id
 
 
 def hardened_ticket(stage: int) -> tuple[str, dict[str, int]]:

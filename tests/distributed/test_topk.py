@@ -17,7 +17,6 @@ SHARDINGS = ("replicated", "flat", "split", "last rank")
 
 # name, number of elements; sizes that no number of ranks divides
 SIZES = {"embed": 103, "gain": 7, "zero": 30, "tiny": 1, "matrix": 211, "tail": 5}
-FORCED = ("gain",)
 
 
 def synthetic(dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -70,7 +69,6 @@ def masks_of_this_rank(sharding: str, ks: list[int]) -> list[dict[tuple[str, int
                 [starts[name] + a for name, a, _ in mine],
                 [name for name, _, _ in mine],
                 k,
-                keep_all=[name in FORCED for name, _, _ in mine],
                 replicated=sharding == "replicated",
             )
             results.append(
@@ -80,17 +78,17 @@ def masks_of_this_rank(sharding: str, ks: list[int]) -> list[dict[tuple[str, int
 
 
 def brute_force(dtype: torch.dtype, k: int) -> dict[str, list[bool]]:
-    """Python's own sort on (forced, magnitude, global index)."""
+    """Python's own sort on (magnitude, global index)."""
     scores = synthetic(dtype)
     ranked = [
-        (name not in FORCED, -abs(value), name, i)
+        (-abs(value), name, i)
         for name in SIZES
         for i, value in enumerate(scores[name].double().tolist())
     ]
-    order = sorted(range(len(ranked)), key=lambda position: (ranked[position][:2], position))
+    order = sorted(range(len(ranked)), key=lambda position: (ranked[position][0], position))
     masks = {name: [False] * size for name, size in SIZES.items()}
     for position in order[:k]:
-        _, _, name, i = ranked[position]
+        _, name, i = ranked[position]
         masks[name][i] = True
     return masks
 
@@ -137,24 +135,3 @@ def test_every_rank_names_what_is_not_finite(ranks2, sharding, rank, name, value
     assert messages[0] is not None
     assert messages[0] == messages[1]
     assert f"the gradient of {name} is not finite (rank {rank})" in messages[0]
-
-
-def test_every_rank_hears_that_there_is_no_room(ranks2):
-    messages = ranks2.run(no_room)
-    assert messages[0] == messages[1]
-    assert "k=3 elements, but 4 of 10" in messages[0]
-
-
-def no_room() -> str:
-    """Two elements always trained on each of two ranks, and room for three."""
-    try:
-        select_masks(
-            [torch.ones(2), torch.ones(3)],
-            [5 * dist.rank(), 5 * dist.rank() + 2],
-            ["gain", "weight"],
-            3,
-            keep_all=[True, False],
-        )
-    except UserError as error:
-        return str(error)
-    raise AssertionError("accepted")

@@ -86,6 +86,7 @@ class Trainer:
             progress = (step - c.warmup_steps) / (c.steps - c.warmup_steps)
             cosine = 0.5 * (1 + math.cos(math.pi * progress))
             lr = c.lr * (c.min_lr_ratio + (1 - c.min_lr_ratio) * cosine)
+        assert c.betas is not None
         b1, b2 = c.betas
         for name, p in self.params.items():
             g = grads[name] * scale

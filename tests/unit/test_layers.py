@@ -39,6 +39,7 @@ MAY_IMPORT_DEEPSPEED = {
     "pmp_ds.dist",
     "pmp_ds.optim.zero_shards",
     "pmp_ds.engine.engine",
+    "pmp_ds.engine.portable",
     "pmp_ds.engine.deepspeed_keys",
 }
 

@@ -238,7 +238,8 @@ def _use_ledger(folder: Path) -> None:
 def _checkpoint(folder: Path) -> None:
     from safetensors.torch import save_file
 
-    from pmp_ds.state.manifest import Position, sha256, write_manifest
+    from pmp_ds.run_dir import sha256
+    from pmp_ds.state.manifest import Position, write_manifest
 
     home = folder / "update-00000004"
     (home / "state").mkdir(parents=True)

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from pmp_ds.errors import UserError
-from pmp_ds.evaluate.zero_shot import PROMPTS, untrained_head, zero_shot
+from pmp_ds.evaluate.zero_shot import untrained_head, zero_shot
 from pmp_ds.glue.read import Rows, TaskData, load
 from pmp_ds.glue.tasks import TASKS, Task
 from pmp_ds.progress import Progress
@@ -49,7 +49,7 @@ def naive(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, rows: Rows, longest: int
 ) -> np.ndarray:
     """(n, answers): what zero_shot scores, written down plainly."""
-    template, words = PROMPTS[task.name]
+    template, words = task.prompt, task.answers
     scores = []
     for texts in rows.texts:
         prompt = template.format(**dict(zip(task.fields, texts, strict=True)))
@@ -86,7 +86,7 @@ def test_every_task_as_one_by_one(model: PreTrainedModel, data: dict[str, TaskDa
 
 def test_answers_stand_for_the_labels():
     meanings = {
-        name: dict(zip(task.labels, PROMPTS[name][1], strict=True))
+        name: dict(zip(task.labels, task.answers, strict=True))
         for name, task in TASKS.items()
         if task.labels is not None
     }

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from pmp_ds.config import TrainConfig
 from pmp_ds.optim.masked import MaskedOptimizer
+from pmp_ds.optim.masked_adamw import MaskedAdamW
 from pmp_ds.optim.masked_rules import MaskedLion, MaskedSGD
+from pmp_ds.optim.rules import optimizer_of, rule_of
 from pmp_ds.ticket.mask import pack
 
 NUMEL = 37
@@ -58,3 +61,47 @@ def test_momentum_by_hand():
         weights.grad = torch.full((3,), 2.0)
         optimizer.step()
         torch.testing.assert_close(weights.detach(), torch.tensor([expected, 1.0, expected]))
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "kind", "expected", "num_bytes"),
+    [
+        ("adamw", None, MaskedAdamW, {"betas": (0.9, 0.999), "eps": 1e-6}, 80),
+        ("adamw", (0.8, 0.95), MaskedAdamW, {"betas": (0.8, 0.95), "eps": 1e-6}, 80),
+        ("lion", None, MaskedLion, {"betas": (0.9, 0.99)}, 40),
+        ("sgd", None, MaskedSGD, {"momentum": 0.9}, 40),
+        ("sgd", (0.5, 0.0), MaskedSGD, {"momentum": 0.5}, 40),
+    ],
+)
+def test_settings_of_a_run(name, given, kind, expected, num_bytes):
+    """``train.optimizer`` and what it takes from a run; bytes of the moments of 10 elements."""
+    config = TrainConfig(optimizer=name, betas=given, eps=1e-6, lr=0.25)
+    optimizer = optimizer_of(config, [{"params": [torch.ones(3)], "weight_decay": 0.5}])
+    assert type(optimizer) is kind is rule_of(config)
+    (group,) = optimizer.param_groups
+    assert {k: v for k, v in group.items() if k in ("betas", "eps", "momentum")} == expected
+    assert (group["lr"], group["weight_decay"]) == (0.25, 0.5)
+    assert kind.moment_bytes(10) == num_bytes
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd"])
+def test_compact_master_is_the_fp32_one(name):
+    """16-bit weights with a compact master learn what fp32 weights do, and are it, rounded."""
+    generator = torch.Generator().manual_seed(5)
+    initial = torch.randn(NUMEL, generator=generator).bfloat16()
+    kept = torch.rand(NUMEL, generator=generator) < 0.6
+    half, full = initial.clone(), initial.float()
+    config = TrainConfig(optimizer=name, lr=0.01)
+    both = [
+        optimizer_of(config, [{"params": [half]}], compact_master=True),
+        optimizer_of(config, [{"params": [full]}]),
+    ]
+    for optimizer, weights in zip(both, (half, full), strict=True):
+        optimizer.arm({weights: pack(kept)})
+    for _ in range(5):
+        gradient = torch.randn(NUMEL, generator=generator).bfloat16()
+        half.grad, full.grad = gradient, gradient.float()
+        for optimizer in both:
+            optimizer.step()
+    assert torch.equal(both[0].state[half]["master"], full[kept])
+    assert torch.equal(half, full.bfloat16())

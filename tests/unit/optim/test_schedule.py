@@ -3,7 +3,8 @@ import math
 import pytest
 
 from pmp_ds.config import TrainConfig
-from pmp_ds.optim.schedule import learning_rate
+from pmp_ds.errors import UserError
+from pmp_ds.optim.schedule import first_change, in_words, learning_rate
 
 
 def rates(**settings) -> list[float]:
@@ -61,3 +62,48 @@ def test_rises_then_falls():
 def test_beyond_the_last_update_it_stays():
     config = TrainConfig(lr=1.0, warmup_steps=0, steps=5, min_lr_ratio=0.2)
     assert learning_rate(config, 6) == learning_rate(config, 5) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"schedule": "linear"}, [4, 8, 7, 6, 5, 4, 3, 2, 1, 0]),
+        ({"schedule": "linear", "min_lr_ratio": 0.5}, [4, 8, 7.5, 7, 6.5, 6, 5.5, 5, 4.5, 4]),
+        ({"schedule": "constant"}, [4, *[8] * 9]),
+        ({"schedule": "wsd", "decay_steps": 4}, [4, 8, 8, 8, 8, 8, 6, 4, 2, 0]),
+        ({"schedule": "wsd", "decay_steps": 8}, [4, 8, 7, 6, 5, 4, 3, 2, 1, 0]),
+        ({"schedule": "wsd", "decay_steps": 0}, [4, *[8] * 9]),
+        ({"schedule": "wsd", "decay_steps": 1, "min_lr_ratio": 0.25}, [4, *[8] * 8, 2]),
+    ],
+)
+def test_ten_updates_by_hand(settings, expected):
+    assert rates(lr=8.0, warmup_steps=2, steps=10, **settings) == expected
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"schedule": "wsd"}, {"decay_steps": 3}, {"schedule": "wsd", "decay_steps": 9},
+        {"schedule": "wsd", "decay_steps": -1},
+    ],
+)  # fmt: skip
+def test_decay_that_does_not_fit(settings):
+    with pytest.raises(UserError, match="decay_steps"):
+        TrainConfig(steps=10, warmup_steps=2, **settings)
+
+
+def test_first_change():
+    """A decay over the last 4 of 10 updates sets in with update 7."""
+    stable = TrainConfig(schedule="wsd", steps=10, warmup_steps=2, decay_steps=0)
+    decay = TrainConfig(schedule="wsd", steps=10, warmup_steps=2, decay_steps=4)
+    assert first_change(stable, decay, 6) is None
+    assert first_change(stable, decay, 7) == first_change(stable, decay, 9) == 7
+
+
+def test_in_words():
+    paper = "AdamW, peak learning rate 2e-05, 2,000 updates of linear warm-up, cosine over 20,000"
+    assert in_words(TrainConfig()) == f"{paper} updates, gradient norm clipped at 1"
+    wsd = TrainConfig(optimizer="lion", schedule="wsd", decay_steps=1000)
+    said = in_words(wsd)
+    assert said.startswith("Lion, ")
+    assert "constant, then linear decay over the last 1,000 of 20,000 updates" in said

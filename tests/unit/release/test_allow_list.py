@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from pmp_ds.errors import UserError
 from pmp_ds.prepare.spm import train_model
 from pmp_ds.release import allow_list
-from pmp_ds.release.allow_list import problems, require_clean, sha256
+from pmp_ds.release.allow_list import problems, require_clean
 from pmp_ds.release.export import export
 from pmp_ds.release.tokenizer_files import copy_tokenizer
+from pmp_ds.run_dir import sha256
 from tests.unit.release.conftest import CARD, llama, write_weights
 
 

@@ -17,10 +17,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 dtypes = st.sampled_from(DTYPES)
 
 
-def brute_force(scores: torch.Tensor, k: int, forced: Sequence[int] = ()) -> torch.Tensor:
+def brute_force(scores: torch.Tensor, k: int) -> torch.Tensor:
     """One flat vector in global order: stable sort, so ties go to the lowest global index."""
     magnitude = scores.double().abs()
-    magnitude[list(forced)] = torch.inf
     kept = torch.zeros(len(scores), dtype=torch.bool)
     kept[torch.sort(magnitude, descending=True, stable=True).indices[:k]] = True
     return kept
@@ -121,13 +120,12 @@ def test_agrees_with_the_reference_of_the_whole_method():
     generator = torch.Generator().manual_seed(0)
     scores = {
         "a": torch.randint(-3, 4, (5, 3), generator=generator).float(),
-        "gain": torch.ones(7),
         "b": torch.randn(4, 6, generator=generator),
     }
-    starts, flat = [0, 15, 22], [s.flatten() for s in scores.values()]
-    for k in range(7, 47):
-        found = select_masks(flat, starts, list(scores), k, keep_all=[False, True, False])
-        expected = reference.top_k(scores, k, {"gain"})
+    flat = [s.flatten() for s in scores.values()]
+    for k in range(40):
+        found = select_masks(flat, [0, 15], list(scores), k)
+        expected = reference.top_k(scores, k, set())
         for name, mask in zip(scores, found, strict=True):
             assert torch.equal(mask.view(scores[name].shape), expected[name])
 
@@ -140,20 +138,14 @@ floats = st.lists(st.floats(-1e4, 1e4, width=16), min_size=1, max_size=60)
 @examples(200)
 @given(st.one_of(tied, floats), dtypes, st.data())
 def test_equals_brute_force(values, dtype, data):
-    """Any cut, any order of fragments, any k, any fragments kept whole."""
+    """Any cut, any order of fragments, any k."""
     scores = torch.tensor(values, dtype=torch.float64).to(dtype)
     cuts = data.draw(st.lists(st.integers(0, len(scores)), max_size=4))
     order = data.draw(st.permutations(range(len(cuts) + 1)))
-    flags = data.draw(st.lists(st.booleans(), min_size=len(order), max_size=len(order)))
-    borders = [0, *sorted(cuts), len(scores)]
-    forced = [
-        i for n, keep in zip(order, flags, strict=True) if keep
-        for i in range(borders[n], borders[n + 1])
-    ]  # fmt: skip
-    k = data.draw(st.integers(len(forced), len(scores)))
-    found = select(scores, cuts, order, k, keep_all=flags)
+    k = data.draw(st.integers(0, len(scores)))
+    found = select(scores, cuts, order, k)
     assert int(found.sum()) == k
-    assert torch.equal(found, brute_force(scores, k, forced))
+    assert torch.equal(found, brute_force(scores, k))
 
 
 @examples(50)
@@ -204,19 +196,8 @@ def test_non_finite_names_parameter_and_rank_alone(monkeypatch, dtype, bad, chun
     assert not re.search(r"0\.625|nan|inf\b|79|39", message), "an error shows values or positions"
 
 
-def test_no_room_beside_what_is_always_trained():
-    with pytest.raises(UserError, match=r"k=3 elements, but 4 of 10 .*mask\.always_train.*density"):
-        select_masks([TEN[:6], TEN[6:]], [0, 6], ["a", "gain"], 3, keep_all=[False, True])
-
-
-def test_just_enough_room_beside_what_is_always_trained():
-    a, gain = select_masks([TEN[:6], TEN[6:]], [0, 6], ["a", "gain"], 4, keep_all=[False, True])
-    assert a.tolist() == [False] * 6
-    assert gain.tolist() == [True] * 4
-
-
 def test_more_than_there_is():
-    with pytest.raises(UserError, match="k=11"):
+    with pytest.raises(AssertionError, match="k=11 of 10"):
         select_whole(TEN, 11)
 
 

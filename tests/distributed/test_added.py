@@ -1,0 +1,118 @@
+"""A method, a task and a score, each added in one place, work from the flag to the result."""
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from pmp_ds import results
+from pmp_ds.cli import parse
+from pmp_ds.config import Config
+from pmp_ds.errors import UserError
+from pmp_ds.evaluate.zero_shot import zero_shot
+from pmp_ds.finetune.config import FinetuneConfig
+from pmp_ds.finetune.method import METHODS, Method
+from pmp_ds.finetune.methods import with_head
+from pmp_ds.glue.read import load
+from pmp_ds.glue.tasks import TASKS, Task
+from pmp_ds.model.folder import open_folder, open_tokenizer
+from pmp_ds.ticket.mask import ParamMask, full_bits, unpack
+from pmp_ds.ticket.scores import SCORES, Score, Scores, find_score
+from pmp_ds.ticket.topk import select_top_k
+from tests.helpers.finetune import tune, write_model
+
+
+def only_norms(config: FinetuneConfig, ticket: Any, model: Any) -> tuple[ParamMask, str]:
+    shapes = open_folder(Path(config.model)).trained
+    bits = {
+        name: full_bits(shape[0]) if len(shape) == 1 else 0 * full_bits(torch.Size(shape).numel())
+        for name, shape in shapes.items()
+    }
+    return with_head(ParamMask(bits=bits, shapes=dict(shapes)), model), "norms"
+
+
+NORMS = Method(
+    name="norms", title="Norms alone", kept=only_norms, facts=lambda c: {"norms": c.density}
+)
+PARITY = Task(
+    name="parity", folder="Parity", fields=("digits",), labels=("even", "odd"),
+    metrics=("accuracy",), splits={"validation": "Parity"},
+    prompt="{digits} is even or odd:", answers=("even", "odd"),
+)  # fmt: skip
+
+
+def added() -> ExitStack:
+    stack = ExitStack()
+    stack.enter_context(mock.patch.dict(METHODS, {"norms": NORMS}))
+    stack.enter_context(mock.patch.dict(TASKS, {"parity": PARITY}))
+    return stack
+
+
+def tuned(folder: str) -> tuple[results.Result, tuple[int, ...]]:
+    """A fine-tuning of the task with the method, and the shape of what zero-shot gives for it."""
+    home = Path(folder)
+    write_model(home)
+    (home / "glue" / "Parity").mkdir(parents=True)
+    for split in ("train", "validation"):
+        rows = [{"digits": str(i), "label": i % 2} for i in range(16)]
+        text = "\n".join(map(json.dumps, rows))
+        (home / "glue" / "Parity" / f"{split}.jsonl").write_text(text)
+    with added():
+        (found,) = tune(folder, [
+            "--task", "parity", "--method", "norms", "--data.glue_dir", f"{home}/glue",
+            "--train.steps", "2", "--train.global_batch_size", "4", "--run.checkpoint_every", "9",
+            "--train.optimizer", "lion", "--train.schedule", "linear",
+        ])  # fmt: skip
+        data = load(PARITY, home / "glue")
+        release = home / "release"
+        model = open_folder(release).load()
+        shape = zero_shot(model, open_tokenizer(release), PARITY, data.validation["Parity"]).shape
+    return found, shape
+
+
+@pytest.mark.distributed
+def test_a_method_and_a_task(ranks1, tmp_path):
+    ((found, shape),) = ranks1.run(tuned, str(tmp_path))
+    assert found.settings["method"] == "norms"
+    assert (found.settings["task"], found.settings["norms"]) == ("parity", 0.7)
+    assert (found.settings["optimizer"], found.settings["schedule"]) == ("lion", "linear")
+    assert 0 <= found.values["metrics"]["Parity"]["accuracy"] <= 1
+    assert found.values["trainable"] == 5 * 32 + 2 * 32  # norms of two blocks and the last; head
+    assert results.read(tmp_path / "runs/finetune/results.jsonl") == [found]
+    assert shape == (16, 2)
+
+
+@pytest.mark.distributed
+def test_an_unknown_score_is_refused_before_anything_is_written(lives, run):
+    one, _ = lives("--mask.source", "earlybird", "--mask.score", "other")
+    assert (one.code, run.root.exists()) == (1, False)
+    assert "mask.score='other' is unknown; the scores are mean, ema, gradient" in one.err
+
+
+def test_unknown_ones_are_told_all_names():
+    given = ["--model", "m", "--task", "sst2", "--method"]
+    with added():
+        assert parse(FinetuneConfig, [*given, "norms"])[0].method == "norms"
+        with pytest.raises(UserError, match=r"'other' is unknown; .* full, lora, .*, norms$"):
+            parse(FinetuneConfig, [*given, "other"])
+
+
+def _largest(value: torch.Tensor, gradient: torch.Tensor, scale: float, decay: float) -> None:
+    torch.maximum(value, gradient.abs() / scale, out=value)
+
+
+def test_a_score():
+    """The largest |g| so far: element 1 has it, though others have a larger mean."""
+    with mock.patch.dict(SCORES, {"largest": Score("largest", _largest)}):
+        config, _ = parse(Config, ["--mask.score", "largest"])
+        scores = Scores(config.mask.score)
+        for gradient in ([2.0, -5.0, 3.0], [3.0, 0.0, 4.0]):
+            ranked = scores.update([torch.tensor(gradient)])
+        (bits,) = select_top_k(ranked, [0], ["w"], 1)
+        assert unpack(bits, 3).tolist() == [False, True, False]
+        with pytest.raises(UserError, match=r"'other' is unknown; .* gradient, largest$"):
+            find_score("other")
