@@ -11,12 +11,12 @@ import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
+from pmp_ds import shipped
 from pmp_ds.errors import UserError, require
 from pmp_ds.settings import checked, checked_option, expanded
 from pmp_ds.strict_yaml import parse as parse_yaml
@@ -86,8 +86,8 @@ def _parser(
     parser.add_argument(
         "--config",
         action="config",
-        help="YAML file of settings; may be given several times, later files win over earlier "
-        "ones and flags over files where they follow",
+        help="YAML file of settings, or the name of a recipe such as demo; may be given several "
+        "times, later files win over earlier ones and flags over files where they follow",
     )
     parser.add_argument(
         "--print_config",
@@ -160,7 +160,11 @@ def _read_files(cls: type[Any], argv: Sequence[str]) -> list[str]:
 
 def _read_file(cls: type[Any], path: str) -> dict[str, Any]:
     name = f"--config {path}"
-    settings = read_settings(Path(expanded(path, "--config")), name)
+    found = shipped.recipe(expanded(path, "--config"))
+    if not found.exists():
+        known = ", ".join(shipped.recipes())
+        raise UserError(f"{name} cannot be read: {found} is missing; recipes by name: {known}")
+    settings = read_settings(found, name)
     for key in ("config", "print_config"):
         require(key not in settings, f"{name}: {key} is a flag, not a setting")
     for field in _list_fields(cls):  # a list of text may be one text

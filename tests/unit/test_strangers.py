@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from launcher import report, vault
+from pmp_ds.commands import report, vault
 from pmp_ds.errors import UserError, exit_code
 from pmp_ds.evaluate.subject import read_parameters
 from pmp_ds.model.folder import open_folder

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.report import main
 from pmp_ds import results
 from pmp_ds.cli import dump
+from pmp_ds.commands.report import main
 from pmp_ds.config import Config, DataConfig, MaskConfig, RunConfig, TrainConfig
 from pmp_ds.errors import UserError
 from pmp_ds.log import MetricsLog
@@ -81,7 +81,7 @@ def test_bad_input(tmp_path: Path):
     for path in run.release.iterdir():
         path.unlink()
     run.release.rmdir()
-    with pytest.raises(UserError, match=r"has no release: python launcher/export\.py"):
+    with pytest.raises(UserError, match=r"has no release: pmp-ds export"):
         pretrain_result(run, "pmp")
     with pytest.raises(UserError, match="nothing is not a run"):
         pretrain_result(RunDir(tmp_path / "nothing"), "pmp")
