@@ -36,7 +36,7 @@ Private Mask Pre-Training on DeepSpeed.
 
 pmp-ds COMMAND --help explains each. From text to a release:
 
-  pmp-ds prepare-data --train_vocab_size 2048 --val_fraction 0.05 --out tokenized_data/demo
+  pmp-ds prepare-data --train-vocab-size 2048 --val-fraction 0.05 --out tokenized_data/demo
   pmp-ds pretrain --config demo
   pmp-ds export --run runs/demo
   pmp-ds report --run runs/demo

@@ -2,7 +2,7 @@
 
     pmp-ds evaluate perplexity --model runs/demo/release --store tokenized_data/demo
     pmp-ds evaluate last_word --model runs/demo/release --text lambada.jsonl
-    pmp-ds evaluate glue --model runs/demo/release --glue_dir glue --glue_tasks sst2 rte
+    pmp-ds evaluate glue --model runs/demo/release --glue-dir glue --glue-tasks sst2 rte
     pmp-ds evaluate lm_eval --model runs/demo/release --tasks arc_easy piqa
     pmp-ds evaluate perplexity landscape gradients --model runs/demo/release \\
         --store tokenized_data/demo --ticket runs/demo/private/ticket
@@ -52,7 +52,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--again", action="store_true", help="measure what is in --results already")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N",
         help="of untrained heads and of random directions. Default: 0 1 2")  # fmt: skip
-    add("--batch_size", type=int, default=8, metavar="N", help="sequences at once. Default: 8")
+    add("--batch-size", type=int, default=8, metavar="N", help="sequences at once. Default: 8")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1. Default: a GPU if there is one")
 
     add = parser.add_argument_group("perplexity, landscape, gradients").add_argument
@@ -64,7 +64,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("landscape, gradients").add_argument
     add("--ticket", type=Path, metavar="TICKET", help="the ticket's folder, or a sealed file")
-    add("--mask_name", default="own", metavar="NAME",
+    add("--mask-name", default="own", metavar="NAME",
         help="what results call the ticket, when it is not the model's own")  # fmt: skip
     add("--identity", type=Path, metavar="KEY", help="what opens the sealed file")
     add("--alphas", type=float, nargs="+", metavar="A",
@@ -74,10 +74,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("last_word, glue, lm_eval").add_argument
     add("--text", type=Path, metavar="FILE", help=".jsonl with the field `text`, or lines of .txt")
-    add("--glue_dir", type=Path, metavar="FOLDER", help="GLUE's files. Default: from the hub")
-    add("--glue_tasks", nargs="+", metavar="TASK", help="cola sst2 ... Default: all eight")
+    add("--glue-dir", type=Path, metavar="FOLDER", help="GLUE's files. Default: from the hub")
+    add("--glue-tasks", nargs="+", metavar="TASK", help="cola sst2 ... Default: all eight")
     add("--tasks", nargs="+", metavar="TASK", help="tasks of the lm-eval harness")
-    add("--task_dir", type=Path, metavar="FOLDER", help="task files of your own for the harness")
+    add("--task-dir", type=Path, metavar="FOLDER", help="task files of your own for the harness")
     add("--limit", type=int, metavar="N", help="examples of each task of the harness")
     return parser.parse_args(argv)
 
@@ -91,10 +91,10 @@ def check(args: argparse.Namespace) -> None:
     for name in ("model", "store", "ticket", "identity", "finetuned", "text", "glue_dir",
                  "task_dir"):  # fmt: skip
         if (path := getattr(args, name)) is not None and not path.exists():
-            raise UserError(f"--{name} {path} does not exist")
+            raise UserError(f"--{name.replace('_', '-')} {path} does not exist")
     for name in ("blocks", "batch_size", "limit"):
         if (value := getattr(args, name)) is not None and value < 1:
-            raise UserError(f"--{name} {value} must be at least 1")
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
     if args.results.is_dir():
         raise UserError(f"--results {args.results} is a folder: name a file")
     if args.results.resolve().is_relative_to(args.model.resolve()):

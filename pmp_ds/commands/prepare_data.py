@@ -41,8 +41,8 @@ examples:
     pmp-ds prepare-data --input books/ more.jsonl.gz --tokenizer path/to/tokenizer \\
         --out tokenized_data/books
   another field of the JSON lines, longer blocks, an own vocabulary
-    pmp-ds prepare-data --input posts.jsonl --text_field body --block_size 1024 \\
-        --train_vocab_size 16000 --out tokenized_data/posts
+    pmp-ds prepare-data --input posts.jsonl --text-field body --block-size 1024 \\
+        --train-vocab-size 16000 --out tokenized_data/posts
   a dataset of the Hugging Face hub, streamed and shuffled as in the paper
     pmp-ds prepare-data --config data-slimpajama-6b \\
         --tokenizer path/to/llama

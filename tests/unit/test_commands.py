@@ -2,13 +2,14 @@
 
 import importlib
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from pmp_ds import commands, shipped
 from pmp_ds.cli import parse
-from pmp_ds.commands import VERBS, main, module_of
+from pmp_ds.commands import VERBS, evaluate, export, main, module_of, vault
 from pmp_ds.config import Config
 from pmp_ds.engine.deepspeed_config import read_json
 from pmp_ds.errors import UserError
@@ -85,3 +86,39 @@ def test_files_of_a_wheel_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_the_version(capsys: pytest.CaptureFixture[str]):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.strip() == commands.__version__
+
+
+FLAGS = {
+    "--train.micro_batch_size": (lambda words: parse(Config, words)[0].train.micro_batch_size, 2),
+    "--deepspeed_config": (
+        lambda words: parse(Config, words, options={"--deepspeed-config": {"type": str}})[1][
+            "deepspeed_config"
+        ],
+        "2",
+    ),
+    "--batch_size": (
+        lambda words: evaluate.arguments(["glue", "--model", "m", *words]).batch_size,
+        2,
+    ),
+    "--max_shard_size": (lambda words: export.parse(["--run", "r", *words]).max_shard_size, "2"),
+    "--passphrase_file": (
+        lambda words: str(vault.parse(["show", "t", *words]).passphrase_file),
+        "2",
+    ),
+}
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_dashes_and_underscores_are_the_same(flag: str):
+    read, expected = FLAGS[flag]
+    dashed = flag.replace("_", "-")
+    for words in ([flag, "2"], [dashed, "2"], [f"{flag}=2"], [f"{dashed}=2"]):
+        assert read(words) == expected
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_shows_dashes(verb: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    flags = re.findall(r"(?<!\w)--[a-z][\w.-]*", capsys.readouterr().out)
+    assert {flag for flag in flags if "_" in flag} <= {"--num_accelerators"}  # of deepspeed
