@@ -57,8 +57,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("perplexity, landscape, gradients").add_argument
     add("--store", type=Path, metavar="STORE", help="packed tokens of the model's tokenizer")
-    add("--split", choices=("validation", "train"), default="validation",
-        help="Default: validation")  # fmt: skip
+    add(
+        "--split", choices=("validation", "train"), default="validation", help="Default: validation"
+    )
     add("--blocks", type=int, default=128, metavar="N",
         help="evenly spread over the split. Default: 128, or as many as there are")  # fmt: skip
 

@@ -89,9 +89,7 @@ def prepare(argv: Sequence[str] | None = None) -> ranks.Prepared:
     keep, afresh = options["keep_models"] or not grid, options["start_afresh"]
 
     def tune() -> None:
-        sweep.run_all(
-            cells, ds_config, run, where, STARTED, keep_models=keep, start_afresh=afresh
-        )  # fmt: skip
+        sweep.run_all(cells, ds_config, run, where, STARTED, keep_models=keep, start_afresh=afresh)
 
     return ranks.Prepared(str(run.root), config.guard.lost_seconds, tune)
 

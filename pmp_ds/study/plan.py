@@ -190,8 +190,7 @@ def _audit(study: Study) -> Iterator[Step]:
             *_verb("audit"), "--release", str(run.release), "--ticket", str(run.ticket),
             "--config", str(run.config), "--out", str(out), *_flags(study.audit.settings),
         )  # fmt: skip
-        yield Step(f"audit-{arm}", argv, out / "audit.json", may_leak=True,
-                   independent=True)  # fmt: skip
+        yield Step(f"audit-{arm}", argv, out / "audit.json", may_leak=True, independent=True)
 
 
 def _verb(name: str) -> tuple[str, str]:

@@ -176,7 +176,7 @@ def pmp_ds(python: Path, cwd: Path, line: str, ranks: bool = False) -> str:
 def test_the_short_demo_from_an_empty_folder(python: Path, tmp_path: Path):
     """Recipes, DeepSpeed files and commands all come from the wheel."""
     pmp_ds(python, tmp_path, "prepare-data --train-vocab-size 2048 --out tokenized_data/demo")
-    short = "--train.steps 4 --mask.max_steps 3 --mask.on_unstable last --run.max_time 3m"
+    short = "--train.steps 4 --train.warmup-steps 1 --mask.max_steps 3 --mask.on_unstable last"
     train = f"pretrain --config demo --deepspeed-config zero2 {short}"
     said = pmp_ds(python, tmp_path, train, ranks=True)
     assert "next: pmp-ds export --run runs/demo" in said

@@ -26,10 +26,11 @@ def finished(root: Path, steps: int = 4, done: int = 4) -> RunDir:
     run = RunDir(root)
     run.create()
     config = Config(
-        run=RunConfig(name=root.name), data=DataConfig(store="store", seed=7),
+        run=RunConfig(name=root.name),
+        data=DataConfig(store="store", seed=7),
         mask=MaskConfig(density=0.6, score="ema"),
         train=TrainConfig(steps=steps, global_batch_size=2, micro_batch_size=2, warmup_steps=0),
-    )  # fmt: skip
+    )
     write_text(run.config, dump(config))
     write_json(run.data, asdict(DATA))
     log = MetricsLog(run, enabled=True)

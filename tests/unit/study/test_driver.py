@@ -171,8 +171,9 @@ def test_side_by_side_waits_for_what_is_needed(two: tuple[Study, list[Step]], tm
 
 def test_a_failure_side_by_side(two: tuple[Study, list[Step]], tmp_path: Path):
     study, planned = two
-    bad = Step("bad", ("-c", "print('why'); raise SystemExit(3)"), tmp_path / "bad",
-               independent=True)  # fmt: skip
+    bad = Step(
+        "bad", ("-c", "print('why'); raise SystemExit(3)"), tmp_path / "bad", independent=True
+    )
     long = Step("long", ("-c", f"import time; time.sleep(1); open({str(tmp_path / 'l')!r}, 'w')"),
                 tmp_path / "l", independent=True)  # fmt: skip
     never = replace(planned[0], independent=True)
