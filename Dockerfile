@@ -5,8 +5,7 @@
 #   docker build --build-arg REVISION="$REVISION" -t pmp-ds .
 #   mkdir -p runs && docker run --rm --gpus all --shm-size 8g -u "$(id -u):$(id -g)" \
 #     -v "$PWD/runs:/app/runs" -v "$PWD/tokenized_data:/app/tokenized_data" \
-#     pmp-ds python3 -m pmp_ds.launch launcher/pretrain.py \
-#     --config launcher/recipes/tinyllama-1.1b.yaml --deepspeed-config ds_configs/zero1.json
+#     pmp-ds python3 -m pmp_ds.launch pretrain --config tinyllama-1.1b --deepspeed-config zero1
 #
 # --shm-size: NCCL and the loader exchange data through /dev/shm, 64 MB by default.
 # -u: what is written to the mounted folders is yours; private/ is readable by its owner alone. Any
@@ -17,7 +16,7 @@
 #   docker build --build-arg BASE=python:3.12-slim \
 #     --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu -t pmp-ds:cpu .
 #   docker run --rm -e DS_ACCELERATOR=cpu -e OMP_NUM_THREADS=1 pmp-ds:cpu \
-#     python3 -m pmp_ds.launch --ranks 2 launcher/pretrain.py --help
+#     python3 -m pmp_ds.launch --ranks 2 pretrain --help
 #
 # pmp_ds.launch: a rank per GPU; passes SIGTERM on, and ends with their exit code (75: saved). Give
 # it time to save: `docker stop -t 120`.
@@ -71,4 +70,4 @@ ENV PMP_DS_COMMIT=${REVISION} \
     PYTHONUNBUFFERED=1
 USER 10001:10001
 
-CMD ["python3", "launcher/pretrain.py", "--help"]
+CMD ["pmp-ds", "--help"]

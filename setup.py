@@ -1,6 +1,8 @@
-"""Writes the commit into wheels and source archives, where pmp_ds/version.py finds it. Everything
-else is in pyproject.toml."""
+"""Writes the commit into wheels and source archives, where pmp_ds/version.py finds it, and recipes
+and DeepSpeed JSON files into wheels, where pmp_ds/shipped.py does. Everything else is in
+pyproject.toml."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -22,11 +24,21 @@ def write_commit(package: Path) -> None:
         target.write_text(commit + "\n", encoding="utf-8")
 
 
+def copy_files(package: Path) -> None:
+    """Copy what the checkout has beside the package into ``package``."""
+    for folder, pattern in (("launcher/recipes", "*.yaml"), ("ds_configs", "*.json")):
+        target = package / Path(folder).name
+        target.mkdir(exist_ok=True)
+        for path in sorted((ROOT / folder).glob(pattern)):
+            shutil.copyfile(path, target / path.name)
+
+
 class BuildPy(build_py):
     def run(self) -> None:
         super().run()
         if not self.editable_mode:  # there the checkout itself says it
             write_commit(Path(self.build_lib) / "pmp_ds")
+            copy_files(Path(self.build_lib) / "pmp_ds")
 
 
 class Sdist(sdist):

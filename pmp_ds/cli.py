@@ -10,13 +10,14 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
+from pmp_ds import shipped
 from pmp_ds.errors import UserError, require
 from pmp_ds.settings import checked, checked_option, expanded
 from pmp_ds.strict_yaml import parse as parse_yaml
@@ -52,7 +53,8 @@ def parse(
         _parsers[key] = _parser(cls, prog, description, epilog, options)
     parser = _parsers[key]
     try:
-        namespace = parser.parse_args(_join_lists(cls, _read_files(cls, argv)))
+        words = spelled(argv, parser._option_string_actions)
+        namespace = parser.parse_args(_join_lists(cls, _read_files(cls, words)))
         _check_values(cls, namespace)
         values = parser.instantiate(namespace)
         config = cls(**{f.name: values[f.name] for f in dataclasses.fields(cls)})  # type: ignore[arg-type]
@@ -86,8 +88,8 @@ def _parser(
     parser.add_argument(
         "--config",
         action="config",
-        help="YAML file of settings; may be given several times, later files win over earlier "
-        "ones and flags over files where they follow",
+        help="YAML file of settings, or the name of a recipe such as demo; may be given several "
+        "times, later files win over earlier ones and flags over files where they follow",
     )
     parser.add_argument(
         "--print_config",
@@ -111,6 +113,15 @@ def dump(config: Any) -> str:
     return text
 
 
+def spelled(argv: Sequence[str], known: Iterable[str]) -> list[str]:
+    """Return the words with every flag as it is declared: `-` and `_` are the same in a flag."""
+    declared = {flag.replace("-", "_"): flag for flag in known}
+    words = (word.partition("=") for word in argv)
+    return [
+        declared.get(flag.replace("-", "_"), flag) + rest + value for flag, rest, value in words
+    ]
+
+
 class PlainParser(argparse.ArgumentParser):
     """For launchers without a settings tree; keeps line breaks, and a mistake is a UserError."""
 
@@ -121,6 +132,10 @@ class PlainParser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # of verbs as well
+        words = spelled(sys.argv[1:] if args is None else args, self._option_string_actions)
+        return super().parse_known_args(words, namespace)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Paths may begin with `~` or `$VARIABLE`; numbers are finite, counts not negative."""
@@ -134,7 +149,12 @@ class PlainParser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of description and epilog and leaves out the long usage line."""
+    """Keeps the line breaks of description and epilog, leaves out the long usage line, and spells
+    flags with dashes."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        text = super()._format_action_invocation(action)
+        return re.sub(r"--[\w.]+", lambda flag: flag[0].replace("_", "-"), text)
 
     def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: str | None = None) -> None:
         super().add_usage("%(prog)s [options]" if usage is None else usage, actions, groups, prefix)
@@ -160,7 +180,11 @@ def _read_files(cls: type[Any], argv: Sequence[str]) -> list[str]:
 
 def _read_file(cls: type[Any], path: str) -> dict[str, Any]:
     name = f"--config {path}"
-    settings = read_settings(Path(expanded(path, "--config")), name)
+    found = shipped.recipe(expanded(path, "--config"))
+    if not found.exists():
+        known = ", ".join(shipped.recipes())
+        raise UserError(f"{name} cannot be read: {found} is missing; recipes by name: {known}")
+    settings = read_settings(found, name)
     for key in ("config", "print_config"):
         require(key not in settings, f"{name}: {key} is a flag, not a setting")
     for field in _list_fields(cls):  # a list of text may be one text
@@ -236,9 +260,10 @@ def _one_line(error: Exception, parser: ArgumentParser) -> str:
     known = [name for action in parser._actions for name in action.option_strings]
     if match := re.match(r"unrecognized arguments: (\S+)", text):
         given = match[1].partition("=")[0]
+        flags = [name.replace("_", "-") for name in known]
         if not given.startswith("-"):
             return f"unexpected argument {given!r}; every setting is a flag, see --help"
-        return f"unknown flag {given}{_did_you_mean(given, known)}; see --help for all of them"
+        return f"unknown flag {given}{_did_you_mean(given, flags)}; see --help for all of them"
     if match := re.search(r"Group '(\S+)' does not accept option '(\S+)'", text) or re.search(
         r"Option '(\S+)' is not accepted", text
     ):

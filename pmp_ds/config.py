@@ -226,7 +226,7 @@ class DataConfig:
     """The packed tokens and their order."""
 
     store: dict[str, float] | str = "tokenized_data/demo"
-    """Folder written by launcher/prepare_data.py; or a mixture of several, each with its weight:
+    """Folder written by pmp-ds prepare-data; or a mixture of several, each with its weight:
     {FOLDER: WEIGHT, FOLDER: WEIGHT}."""
 
     separate_documents: bool = False

@@ -1,9 +1,10 @@
 """Start the ranks of this machine, pass signals on, and end with their exit code.
 
-    python -m pmp_ds.launch launcher/pretrain.py --config launcher/recipes/demo.yaml
-    python -m pmp_ds.launch --ranks 2 launcher/pretrain.py ...       two CPU ranks
+    python -m pmp_ds.launch pretrain --config demo
+    python -m pmp_ds.launch --ranks 2 finetune ...                   two CPU ranks
+    python -m pmp_ds.launch launcher/pretrain.py ...                 the same, from a checkout
     python -m pmp_ds.launch --nodes 4 --node 1 --master-addr HOST --master-port 29400 \\
-        launcher/pretrain.py ...                                     the second of four machines
+        pretrain ...                                                 the second of four machines
 
 Made for containers and job arrays, also as process 1: SIGTERM, SIGINT and SIGUSR1 reach every rank,
 orphans are reaped, and the exit code says what a scheduler has to know: 0 done, 1 a mistake, 70 a
@@ -36,6 +37,9 @@ KILL_SECONDS = 10.0
 """Between SIGTERM and SIGKILL for those that do not."""
 
 _ORDER = (EXIT_MISTAKE, EXIT_FAULT, EXIT_REQUEUE)  # which code of several ranks counts
+
+
+_COMMANDS = ("pretrain", "finetune")
 
 
 class Ranks:
@@ -135,8 +139,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )  # fmt: skip
     add("--master-addr", help="of several: the host of node 0. Default: MASTER_ADDR")
     add("--master-port", type=int, help="where they meet. Default: MASTER_PORT, or a free port")
-    add("script", help="launcher/pretrain.py or launcher/finetune.py")
-    add("arguments", nargs=argparse.REMAINDER, help="of the script")
+    add("command", help="pretrain, finetune, or a file such as launcher/pretrain.py")
+    add("arguments", nargs=argparse.REMAINDER, help="of the command")
     return parser.parse_args(argv)
 
 
@@ -146,7 +150,7 @@ def run(argv: Sequence[str]) -> int:
     ranks = args.ranks or num_gpus() or 1
     require(ranks > 0, f"--ranks {args.ranks} must be positive")
     require(0 <= args.node < args.nodes, f"--node {args.node} must be from 0 to {args.nodes - 1}")
-    require(os.path.isfile(args.script), f"{args.script}: no such file")
+    command = _command(args.command)
     address = args.master_addr or os.environ.get("MASTER_ADDR")
     port = args.master_port or int(os.environ.get("MASTER_PORT", "0"))
     if args.nodes == 1:
@@ -156,7 +160,7 @@ def run(argv: Sequence[str]) -> int:
         f"--nodes {args.nodes} needs --master-addr and --master-port: the host of node 0, and a "
         "free port there",
     )
-    command = [sys.executable, "-u", args.script, *args.arguments]
+    command += args.arguments
     found = environments(ranks, args.nodes, args.node, str(address), port)
     started: Ranks | None = None
     early: list[signal.Signals] = []
@@ -171,6 +175,14 @@ def run(argv: Sequence[str]) -> int:
         if early:
             started.send(early[-1])
         return started.wait()
+
+
+def _command(name: str) -> list[str]:
+    """How Python starts a file, or one of our commands; a file wins."""
+    if os.path.isfile(name):
+        return [sys.executable, "-u", name]
+    require(name in _COMMANDS, f"{name}: no such file, nor one of {', '.join(_COMMANDS)}")
+    return [sys.executable, "-u", "-m", f"pmp_ds.commands.{name}"]
 
 
 def _free_port() -> int:

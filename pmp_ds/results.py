@@ -34,7 +34,7 @@ class Result:
     """One measurement of one model."""
 
     kind: str
-    """`finetune`, or what launcher/evaluate.py measured: `perplexity`, `landscape`, ..."""
+    """`finetune`, or what pmp-ds evaluate measured: `perplexity`, `landscape`, ..."""
     arm: str
     """The model's name in tables: `base`, `pmp`, `random`."""
     model: str

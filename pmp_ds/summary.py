@@ -51,7 +51,7 @@ def summarize(run: RunDir, prompt: str) -> str:
         rows["release"] = f"{run.release}/: {files}"
         rows["sample"] = repr(generate_sample(run.release, prompt, seed=0))
     else:
-        rows["release"] = f"none yet: python launcher/export.py --run {quoted(run.root)}"
+        rows["release"] = f"none yet: pmp-ds export --run {quoted(run.root)}"
     return "\n".join(f"  {name:<12}{text}" for name, text in rows.items())
 
 

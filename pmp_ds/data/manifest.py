@@ -22,7 +22,7 @@ SPLITS = ("train", "validation")
 COLUMN = "input_ids"
 MUST_AGREE = ("block_size", "dtype", "vocab_size", "eos_id", "bos_id")
 """What stores that are read together have in common, beside the tokenizer."""
-AGAIN = "run launcher/prepare_data.py again (delete the folder first)"
+AGAIN = "run pmp-ds prepare-data again (delete the folder first)"
 """What helps against a damaged store."""
 
 
@@ -131,7 +131,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         what = "has no manifest.json" if folder.is_dir() else "does not exist"
         raise UserError(
             f"the data folder {folder} {what}: it is not a complete store; make it with "
-            f"`python launcher/prepare_data.py --out {quoted(folder)}`"
+            f"`pmp-ds prepare-data --out {quoted(folder)}`"
         ) from error
     except ForeignError as error:
         raise UserError(f"{error}: {AGAIN}") from error

@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from pmp_ds import dist
+from pmp_ds import dist, shipped
 from pmp_ds.config import TrainConfig
 from pmp_ds.engine import deepspeed_keys, deepspeed_refused
 from pmp_ds.engine.cut import Cut
@@ -24,17 +24,19 @@ _SECTIONS = [one.section for one in PRECISIONS.values() if one.section]
 _MAX_BUCKET = 1 << 40  # elements: more than any machine holds
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON as a dict; raises UserError when it is missing or not a plain JSON object."""
-    name = f"--deepspeed-config {path}"
+def read_json(given: str | Path) -> dict[str, Any]:
+    """Return the JSON of a file, or of a name such as `zero2`, as a dict; raises UserError when it
+    is missing or not a plain JSON object."""
+    name = f"--deepspeed-config {given}"
     try:
-        text = read_bytes(path, MAX_BYTES).decode("utf-8-sig")
+        text = read_bytes(shipped.ds_config(str(given)), MAX_BYTES).decode("utf-8-sig")
         value = json.loads(
             text, object_pairs_hook=_once, parse_constant=_no_number, parse_float=_finite,
             parse_int=_small,
         )  # fmt: skip
     except MissingError:
-        raise UserError(f"{name}: no such file; ds_configs/ has one per ZeRO stage") from None
+        known = ", ".join(shipped.ds_configs())
+        raise UserError(f"{name}: no such file; files by name: {known}") from None
     except ForeignError as error:
         raise UserError(f"{name} cannot be read: {error}") from None
     except RecursionError:

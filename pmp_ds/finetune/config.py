@@ -1,4 +1,4 @@
-"""Settings of launcher/finetune.py; every field's docstring is its line in ``--help``."""
+"""Settings of pmp-ds finetune; every field's docstring is its line in ``--help``."""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -33,7 +33,7 @@ class TuneDataConfig:
     """Longest example in tokens; the longer text of a pair is cut first."""
 
     store: dict[str, float] | str | None = None
-    """For `task: lm`: packed text, a folder of launcher/prepare_data.py made with the model's own
+    """For `task: lm`: packed text, a folder of pmp-ds prepare-data made with the model's own
     tokenizer, or a mixture."""
 
     def __post_init__(self) -> None:

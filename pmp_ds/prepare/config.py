@@ -1,4 +1,4 @@
-"""The settings of launcher/prepare_data.py; docstrings become ``--help``, as in config.py."""
+"""The settings of pmp-ds prepare-data; docstrings become ``--help``, as in config.py."""
 
 from dataclasses import dataclass
 from typing import Literal

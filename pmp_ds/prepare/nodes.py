@@ -199,7 +199,7 @@ def _add_up(out: Path, planned: _Planned) -> UnitResult:
         raise Unfinished(
             f"{len(missing)} of {len(planned.units)} units are missing in {job.folder}: "
             f"{', '.join(missing[:_NAMED])}{more}; repeat the nodes that did not end, or pack all "
-            f"that is missing here: python launcher/prepare_data.py pack {quoted(out)}"
+            f"that is missing here: pmp-ds prepare-data pack {quoted(out)}"
         )
     return total
 
@@ -211,7 +211,7 @@ def _read_plan(out: Path) -> _Planned:
         config = PrepareConfig(**planned["config"] | {"input": tuple(planned["config"]["input"])})
     except MissingError as error:
         raise UserError(
-            f"{folder} holds no plan: run `python launcher/prepare_data.py plan "
+            f"{folder} holds no plan: run `pmp-ds prepare-data plan "
             f"--out {quoted(out)}` with all settings first, once, and wait for its end"
         ) from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""The whole way from text to a packed store: what launcher/prepare_data.py runs.
+"""The whole way from text to a packed store: what pmp-ds prepare-data runs.
 
 Everything is written to `<out>.incomplete` and renamed at the end, so a killed run leaves no half
 store, and the same command goes on with what is missing.

@@ -28,7 +28,7 @@ def of_checkpoint(run: RunDir, step: int | None) -> PlainWeights:
     there is none."""
     found = shelf.find(run, step, part="weights/")
     if found is None:
-        raise UserError(f"{run.root} has no checkpoint yet: let launcher/pretrain.py write one")
+        raise UserError(f"{run.root} has no checkpoint yet: let pmp-ds pretrain write one")
     folder, position = found
     return PlainWeights(folder / "weights", position.step, position.val_loss)
 

@@ -159,7 +159,7 @@ def lineage(run: RunDir) -> str:
     if not isinstance(found, str):
         raise UserError(
             f"{run.init / _FILE} is missing or damaged: put it back from a backup, or let "
-            "launcher/pretrain.py write it again; nothing else says which initial weights are this "
+            "pmp-ds pretrain write it again; nothing else says which initial weights are this "
             "run's"
         )
     return found

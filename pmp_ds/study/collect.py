@@ -25,13 +25,11 @@ def pretrain_result(run: RunDir, arm: str) -> Result:
     last = max((record["step"] for record in trained), default=0)
     if last < config.train.steps or not curve:
         raise UserError(
-            f"{run.root} has done {last} of {config.train.steps} updates: the same pretrain.py "
+            f"{run.root} has done {last} of {config.train.steps} updates: the same `pretrain` "
             "command goes on"
         )
     if not run.release.is_dir():
-        raise UserError(
-            f"{run.root} has no release: python launcher/export.py --run {quoted(run.root)}"
-        )
+        raise UserError(f"{run.root} has no release: pmp-ds export --run {quoted(run.root)}")
     found = config.mask.source == "earlybird"
     return Result(
         kind="pretrain",

@@ -21,7 +21,7 @@ from pmp_ds.study.plan import Step, report_argv
 from pmp_ds.study.recipe import Study
 
 EXIT_LEAK = 1
-"""Of audit.py, which has written its findings nevertheless."""
+"""Of `audit`, which has written its findings nevertheless."""
 
 
 class _Children:
@@ -109,7 +109,7 @@ def _run_step(
     step: Step, root: Path, launch: str, children: _Children, log: Path | None = None
 ) -> None:
     started = time.time()
-    command = [*_launcher(launch), *step.argv] if step.ranks else [sys.executable, *step.argv]
+    command = _on_ranks(launch, step.argv) if step.ranks else [sys.executable, *step.argv]
     accepted = (0, EXIT_LEAK) if step.may_leak else (0,)
     _call(command, children, accepted, log)
     if not step.output.exists() or (step.may_leak and step.output.stat().st_mtime < started - 1):
@@ -119,10 +119,15 @@ def _run_step(
     write_json(where, {"argv": list(step.argv), "seconds": round(time.time() - started, 1)})
 
 
-def _launcher(launch: str) -> list[str]:
-    """`A=1 deepspeed --num_accelerators 2` as words; settings of the environment go to env."""
-    words = shlex.split(launch) or [sys.executable]
-    return ["env", *words] if "=" in words[0] else words
+def _on_ranks(launch: str, argv: Sequence[str]) -> list[str]:
+    """The words of `A=1 deepspeed --num_accelerators 2` before those of a step. Settings of the
+    environment go to env; `-m` is what Python and torchrun call a module."""
+    words, rest = shlex.split(launch) or [sys.executable], list(argv)
+    if rest[0] == "-m" and "pmp_ds.launch" in words:
+        rest[:2] = [rest[1].rpartition(".")[2]]
+    elif rest[0] == "-m" and any(Path(word).name == "deepspeed" for word in words):
+        rest[0] = "--module"
+    return ["env", *words, *rest] if "=" in words[0] else [*words, *rest]
 
 
 def _call(

@@ -87,9 +87,10 @@ def dots(
 
 
 def by_column(
-    series: Mapping[str, Mapping[str, Estimate]], title: str,
+    series: Mapping[str, Mapping[str, Estimate]],
+    title: str,
     majority: Mapping[str, float] | None = None,
-) -> Figure | None:  # fmt: skip
+) -> Figure | None:
     """GLUE accuracies on the left, LM losses on the right; None without any."""
     columns = ordered({c for found in series.values() for c in found})
     glue, lm = [c for c in columns if not is_lm(c)], [c for c in columns if is_lm(c)]
@@ -104,9 +105,10 @@ def by_column(
     for axes, part in zip(grid[0], panels, strict=True):
         dots(axes, series, part, factor=100.0 if part is glue else 1.0)
         axes.set_ylabel(
-            "accuracy (%), higher is better" if part is glue
+            "accuracy (%), higher is better"
+            if part is glue
             else "loss (nats per token), lower is better"
-        )  # fmt: skip
+        )
         if part is glue and majority:
             _majority(axes, majority, part)
     one_legend(figure, grid[0])

@@ -58,9 +58,10 @@ def _gaps(folder: Path, six: Headline) -> Picture | None:
     for axes, part in zip(grid[:, 0], panels, strict=True):
         _forest(axes, contrasts, part)
         axes.set_xlabel(
-            "difference (nats per token)" if is_lm(part[0])
+            "difference (nats per token)"
+            if is_lm(part[0])
             else "difference (percentage points of accuracy)"
-        )  # fmt: skip
+        )
     one_legend(figure, grid[:, 0], columns=1)
     figure.suptitle("What the mask changes: right of 0 is what its owner wants", fontsize=11)
     return save(figure, folder, Picture(
@@ -90,9 +91,10 @@ def _authorized(
     folder: Path, results: Sequence[Result], runs: Sequence[FineTune]
 ) -> Picture | None:
     series = {
-        words: fine_tuned(runs, PMP, (method,)) for method, words in METHODS.items()
+        words: fine_tuned(runs, PMP, (method,))
+        for method, words in METHODS.items()
         if pick(runs, arm=PMP, methods=(method,))
-    }  # fmt: skip
+    }
     figure = by_column(series, "Figure 3. Fine-tuning the PMP model", majority(results))
     if figure is None:
         return None
@@ -108,18 +110,20 @@ EARLY_BIRD = {BASE: "no mask", PMP: "early-bird ticket", RANDOM: "random mask"}
 def _before(folder: Path, results: Sequence[Result]) -> Picture | None:
     series = {
         f"{words}, {head.lower()}": found
-        for kind, head in HEADS.items() for arm, words in EARLY_BIRD.items()
+        for kind, head in HEADS.items()
+        for arm, words in EARLY_BIRD.items()
         if (found := heads(results, arm, kind))
-    }  # fmt: skip
+    }
     title = "Figure 2a. Before fine-tuning: early-bird ticket or random mask"
     return _earlybird(folder, "figure2a", title, series, results)
 
 
 def _after(folder: Path, results: Sequence[Result], runs: Sequence[FineTune]) -> Picture | None:
     series = {
-        words: found for arm, words in EARLY_BIRD.items()
+        words: found
+        for arm, words in EARLY_BIRD.items()
         if (found := fine_tuned(runs, arm, UNAUTHORIZED))
-    }  # fmt: skip
+    }
     title = "Figure 2b. Best unauthorized fine-tuning: early-bird ticket or random mask"
     return _earlybird(folder, "figure2b", title, series, results)
 

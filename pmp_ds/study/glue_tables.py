@@ -162,10 +162,11 @@ def table_canonical(runs: Sequence[FineTune]) -> Table:
     names = {c: metric for run in glue for c, metric in run.primary.items()}
     columns = ordered({c for *_, found in rows for c in found})
     return Table(
-        "canonical", f"Each task's canonical metric. {CELLS}",
+        "canonical",
+        f"Each task's canonical metric. {CELLS}",
         ("Arm", "Method", *(f"{c} ({names[c]})" for c in columns)),
         [(arm, words, *(cell(found.get(c), c) for c in columns)) for arm, words, found in rows],
-    )  # fmt: skip
+    )
 
 
 def head(column: str) -> str:

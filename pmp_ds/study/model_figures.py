@@ -15,14 +15,16 @@ from pmp_ds.study.glue_tables import arms
 from pmp_ds.study.runs import BASE
 
 NORMS = {
-    "global": "one norm for the whole direction", "per_tensor": "norms matched per tensor",
+    "global": "one norm for the whole direction",
+    "per_tensor": "norms matched per tensor",
     "per_row": "norms matched per row",
-}  # fmt: skip
+}
 TUNED = "the way of a fine-tuning, which ends at 1"
 DIRECTIONS = {
-    "ticket": "in the ticket (authorized)", "full": "in all parameters (unauthorized)",
+    "ticket": "in the ticket (authorized)",
+    "full": "in all parameters (unauthorized)",
     "complement": "in the complement",
-}  # fmt: skip
+}
 
 
 def draw(folder: Path, results: Sequence[Result]) -> dict[str, Picture]:
@@ -108,7 +110,7 @@ def _gradients(folder: Path, found: Sequence[Result]) -> Picture:
         axes.set_title(
             short(result.arm) + ("" if auc is None else f": AUC of |gradient| {auc:.3f}"),
             fontsize=10,
-        )  # fmt: skip
+        )
         axes.set(xlabel="log10 of |gradient|", ylabel="elements")
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.set_ylim(bottom=0)

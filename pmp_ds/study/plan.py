@@ -1,21 +1,19 @@
 """A study as the commands that make it, in order, and which of them are done."""
 
 import math
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pmp_ds.cli import parse
 from pmp_ds.config import Config
-from pmp_ds.errors import UserError
 from pmp_ds.finetune.config import FinetuneConfig
 from pmp_ds.finetune.method import METHODS
 from pmp_ds.run_dir import RunDir, read_json
 from pmp_ds.study.recipe import Arm, Flags, Study, Tuning
 
 _VOCAB = 1 << 18  # stands for that of a tokenizer that may not be there yet
+_COMMANDS = "pmp_ds.commands."
 ROOT = "{root}"
 """Stands for the study's folder in settings, which name files of its other runs with it."""
 
@@ -27,7 +25,7 @@ class Step:
     name: str
     """Of its marker and log as well."""
     argv: tuple[str, ...]
-    """`launcher/X.py` and its flags."""
+    """`-m`, the module of a command, and its flags."""
     output: Path
     """What is there once it is done."""
     ranks: bool = False
@@ -48,7 +46,10 @@ class Step:
         where = self.marker(root)
         if not (where.exists() and self.output.exists()):
             return False
-        return read_json(where).get("argv") == list(self.argv)
+        words = list(read_json(where).get("argv") or [""])
+        if words[0].endswith(".py"):  # written by pmp-ds 0.1.0.dev, which ran files
+            words[:1] = _verb(Path(words[0]).stem)
+        return words == list(self.argv)
 
 
 def steps(study: Study) -> list[Step]:
@@ -68,7 +69,7 @@ def report_argv(study: Study) -> tuple[str, ...]:
     runs = [f"{_label(study, arm)}={run_of(study, arm).root}" for arm in study.arms]
     audits = [str(root / "audit" / arm / "audit.json") for arm in study.audit.arms]
     flags = ["--study", str(root), "--collect", *runs]
-    return (_file("report"), *flags, *(["--audit", *audits] if audits else []))
+    return (*_verb("report"), *flags, *(["--audit", *audits] if audits else []))
 
 
 def run_of(study: Study, arm: str) -> RunDir:
@@ -82,7 +83,7 @@ def _label(study: Study, arm: str) -> str:
 
 def _prepare(study: Study) -> Iterator[Step]:
     for store, flags in study.stores.items():
-        argv = (_file("prepare_data"), "--out", store, *_flags(flags))
+        argv = (*_verb("prepare_data"), "--out", store, *_flags(flags))
         yield Step(f"prepare-{Path(store).name}", argv, Path(store) / "manifest.json")
 
 
@@ -91,8 +92,8 @@ def _pretrain(study: Study) -> Iterator[Step]:
         run, flags = run_of(study, name), _arm_flags(study, name, arm)
         parse(Config, flags)  # its mistakes before the first hour
         checkpoints = run.checkpoints
-        yield Step(f"pretrain-{name}", (_file("pretrain"), *flags), checkpoints, ranks=True)
-        argv = (_file("export"), "--run", str(run.root))
+        yield Step(f"pretrain-{name}", (*_verb("pretrain"), *flags), checkpoints, ranks=True)
+        argv = (*_verb("export"), "--run", str(run.root))
         yield Step(f"export-{name}", argv, run.release)
 
 
@@ -138,7 +139,7 @@ def _density(study: Study, arm: str) -> float:
 
 def _check_tuning(step: Step) -> None:
     """Its mistakes before the first hour: the settings of its first cell."""
-    words = list(step.argv[1:])
+    words = list(step.argv[2:])
     for place, word in enumerate(words):
         if word == "--sweep":
             setting, _, values = words[place + 1].partition("=")
@@ -151,7 +152,7 @@ def _tuning(
 ) -> Step:
     root, run = Path(study.root), run_of(study, arm)
     grid: dict[str, Sequence[object]] = {"method": tuning.methods, **tuning.sweep}
-    argv = [_file("finetune"), "--model", str(run.release), "--task", task]
+    argv = [*_verb("finetune"), "--model", str(run.release), "--task", task]
     argv += ["--arm", _label(study, arm)]
     argv += ["--results", str(root / "results.jsonl")]
     argv += ["--run.root", str(root / "finetune"), "--run.name", name]
@@ -172,7 +173,7 @@ def _evaluate(study: Study) -> Iterator[Step]:
     for number, evaluation in enumerate(study.evaluations):
         for arm in evaluation.arms:
             run = run_of(study, arm)
-            argv = [_file("evaluate"), *evaluation.measures, "--model", str(run.release)]
+            argv = [*_verb("evaluate"), *evaluation.measures, "--model", str(run.release)]
             argv += ["--arm", _label(study, arm), "--results", str(root / "results.jsonl")]
             if {"landscape", "gradients"} & set(evaluation.measures):
                 argv += ["--ticket", str(run.ticket)]
@@ -187,25 +188,15 @@ def _audit(study: Study) -> Iterator[Step]:
     for arm in study.audit.arms:
         run, out = run_of(study, arm), Path(study.root) / "audit" / arm
         argv = (
-            _file("audit"), "--release", str(run.release), "--ticket", str(run.ticket),
+            *_verb("audit"), "--release", str(run.release), "--ticket", str(run.ticket),
             "--config", str(run.config), "--out", str(out), *_flags(study.audit.settings),
         )  # fmt: skip
-        yield Step(f"audit-{arm}", argv, out / "audit.json", may_leak=True,
-                   independent=True)  # fmt: skip
+        yield Step(f"audit-{arm}", argv, out / "audit.json", may_leak=True, independent=True)
 
 
-def _file(name: str) -> str:
-    """Return `launcher/NAME.py` of the checkout around this package, or, where pmp_ds is installed
-    elsewhere, of the one whose study.py is running."""
-    beside_package = Path(__file__).resolve().parents[2] / "launcher"
-    of_command = Path(sys.argv[0]).resolve().parent
-    for folder in (beside_package, of_command):
-        if (folder / f"{name}.py").is_file():
-            return str(Path(os.path.relpath(folder)) / f"{name}.py")
-    raise UserError(
-        f"{name}.py is neither in {beside_package} nor in {of_command}, and a study runs it: start "
-        "study.py in the launcher/ of a checkout"
-    )
+def _verb(name: str) -> tuple[str, str]:
+    """What Python starts `pmp-ds NAME` with."""
+    return "-m", f"{_COMMANDS}{name}"
 
 
 def _flags(flags: Flags) -> list[str]:

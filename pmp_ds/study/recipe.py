@@ -15,10 +15,10 @@ class Arm:
     """A model to pretrain and export."""
 
     configs: list[str] = field(default_factory=list)
-    """Recipes and overlays of pretrain.py, in order."""
+    """Recipes and overlays of `pretrain`, in order."""
 
     settings: Flags = field(default_factory=dict)
-    """Further flags of pretrain.py."""
+    """Further flags of `pretrain`."""
 
     seed_of: str | None = None
     """The arm of which this is one more pretraining seed (give it another `data.seed`): results
@@ -27,7 +27,7 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """A sweep of finetune.py for each of `arms` and `tasks`."""
+    """A sweep of `finetune` for each of `arms` and `tasks`."""
 
     arms: list[str]
     """Names of arms."""
@@ -43,12 +43,12 @@ class Tuning:
     that none has more tries."""
 
     settings: Flags = field(default_factory=dict)
-    """Further flags of finetune.py."""
+    """Further flags of `finetune`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Measurements of evaluate.py."""
+    """Measurements of `evaluate`."""
 
     arms: list[str]
     """Names of arms."""
@@ -57,18 +57,18 @@ class Evaluation:
     """perplexity, last_word, glue, lm_eval, landscape, gradients."""
 
     settings: Flags = field(default_factory=dict)
-    """Further flags of evaluate.py."""
+    """Further flags of `evaluate`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """Attacks of audit.py on some arms."""
+    """Attacks of `audit` on some arms."""
 
     arms: list[str] = field(default_factory=list)
     """Names of arms."""
 
     settings: Flags = field(default_factory=dict)
-    """Further flags of audit.py."""
+    """Further flags of `audit`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class Study:
     `ticket: "{root}/runs/other/private/ticket"`."""
 
     stores: dict[str, Flags] = field(default_factory=dict)
-    """Stores to prepare, each with flags of prepare_data.py."""
+    """Stores to prepare, each with flags of `prepare-data`."""
 
     arms: dict[str, Arm] = field(default_factory=dict)
     """By name. `base` (no mask), `pmp` and `random` (a random mask) have a role in the report."""

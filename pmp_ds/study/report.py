@@ -42,7 +42,7 @@ def write(results_path: Path, audit_paths: Sequence[Path], out: Path) -> list[st
     """Write the report; returns the verdict. Raises UserError for missing or damaged input."""
     require(
         results_path.exists(),
-        f"{results_path} is missing: launcher/finetune.py and evaluate.py write it",
+        f"{results_path} is missing: pmp-ds finetune and `evaluate` write it",
     )
     results = measured.check(results_path, results_file.read(results_path))
     require(bool(results), f"{results_path} is empty: measure something first")
@@ -68,8 +68,8 @@ def write(results_path: Path, audit_paths: Sequence[Path], out: Path) -> list[st
 
 
 def read_audit(path: Path) -> dict[str, Any]:
-    """An audit.json of launcher/audit.py."""
-    require(path.exists(), f"{path} is missing: launcher/audit.py writes it")
+    """An audit.json of pmp-ds audit."""
+    require(path.exists(), f"{path} is missing: pmp-ds audit writes it")
     audit = read_json(path)
     require("attacks" in audit and "leaks" in audit, f"{path} is no audit.json")
     version = fit(int, audit.get("format_version"), f"{path}: format_version")

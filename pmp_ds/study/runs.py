@@ -119,9 +119,10 @@ def pick(
 ) -> list[FineTune]:  # fmt: skip
     """Runs of an arm (of any without one) with one of ``methods``."""
     return [
-        run for run in runs
+        run
+        for run in runs
         if (arm is None or run.arm == arm) and run.method in methods and run.scratch == scratch
-    ]  # fmt: skip
+    ]
 
 
 Cell = Any
@@ -144,9 +145,10 @@ def cells(runs: Iterable[FineTune], key: Callable[[FineTune], Cell]) -> dict[Cel
         found[key(run)].append(run)
     fullest = max((len({(r.model, r.seed) for r in group}) for group in found.values()), default=0)
     return {
-        cell: group for cell, group in found.items()
+        cell: group
+        for cell, group in found.items()
         if len({(r.model, r.seed) for r in group}) == fullest
-    }  # fmt: skip
+    }
 
 
 def best(

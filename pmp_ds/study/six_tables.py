@@ -44,8 +44,9 @@ def table_six(six: Headline) -> Table:
         "The six numbers. Positive is what the owner of the mask wants. 95% intervals by Student's "
         "t, over pairs with the same seed where both sides have it, else Welch's; Hedges' g with "
         "its interval from the noncentral t. N: seeds, pairs, or models where (i) has several.",
-        ("", "Number", "On", "Value", "95% interval", "Hedges' g", "N"), rows,
-    )  # fmt: skip
+        ("", "Number", "On", "Value", "95% interval", "Hedges' g", "N"),
+        rows,
+    )
 
 
 def _contrast(found: Contrast) -> Iterator[tuple[str, ...]]:
@@ -120,17 +121,19 @@ def table_columns(six: Headline) -> Table:
         for found in contrasts.values():
             estimate = found.estimates.get(column)
             cells.append(
-                "-" if estimate is None
+                "-"
+                if estimate is None
                 else f"{estimate.mean:+.{digits}f} {interval(estimate, digits)}"
-            )  # fmt: skip
+            )
         rows.append((head(column), *cells))
     heads = (f"{roman} {words.split(':')[0]}" for roman, words in NAMES.values())
     return Table(
         "columns",
         "(i) to (iii) by column, percentage points of accuracy (losses: nats per token), with 95% "
         "intervals; each stands by itself, without correction for their number.",
-        ("Column", *heads), rows,
-    )  # fmt: skip
+        ("Column", *heads),
+        rows,
+    )
 
 
 def table_chosen(six: Headline, runs: Sequence[FineTune]) -> Table:
@@ -175,10 +178,11 @@ def table_audits(six: Headline) -> Table:
         for row in audit["attacks"]
     ]  # fmt: skip
     return Table(
-        "audit", "What each attack recovers of the mask; AUC 0.5 is chance.",
+        "audit",
+        "What each attack recovers of the mask; AUC 0.5 is chance.",
         ("Audit", "Attack", "AUC", "AUC outside embeddings", "IoU", "IoU by chance", "Verdict"),
         rows,
-    )  # fmt: skip
+    )
 
 
 def _rate(value: float | None) -> str:

@@ -128,9 +128,10 @@ def _density_arms(results: Sequence[Result]) -> dict[str, float]:
     pretrained = [result for result in results if result.kind == "pretrain"]
     of_pmp = [_but_density(result) for result in pretrained if result.arm == PMP]
     return {
-        r.arm: r.settings["density"] for r in pretrained
+        r.arm: r.settings["density"]
+        for r in pretrained
         if r.arm == BASE or _but_density(r) in of_pmp
-    }  # fmt: skip
+    }
 
 
 def _but_density(result: Result) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launcher import audit, evaluate, export, vault
+from pmp_ds.commands import audit, evaluate, export, vault
 from pmp_ds.model.folder import open_folder
 from pmp_ds.run_dir import RunDir
 from pmp_ds.summary import summarize

@@ -113,8 +113,8 @@ def test_the_plan_comes_first_and_once(main_run: MainRun, ticket: Ticket):
     ):
         assert plan.count(row) == out.count(row) == 1
     assert f"ticket of {k:,} elements of {d:,}, 0 elements of the complement changed" in out
-    assert "next: python launcher/export.py --run runs/main" in out
-    assert "python launcher/vault.py show runs/main/private/ticket" in out
+    assert "next: pmp-ds export --run runs/main" in out
+    assert "pmp-ds vault show runs/main/private/ticket" in out
 
 
 def test_one_rank_shows_progress(main_run: MainRun):

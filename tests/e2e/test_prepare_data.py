@@ -141,6 +141,6 @@ def test_mistakes_are_one_line(corpus: Path, arguments: tuple[str, ...], message
 
 def test_help_shows_examples(tmp_path: Path):
     text = prepare_ok(tmp_path, "--help")
-    assert "python launcher/prepare_data.py verify" in text
+    assert "pmp-ds prepare-data verify" in text
     assert "Tokens per block" in text
     assert "default: 256" in text

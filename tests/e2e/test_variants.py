@@ -102,4 +102,4 @@ def test_unstable_ticket_is_reported(work: Path):
     ))  # fmt: skip
     report = ok(run("report.py", "--run", "runs/unstable", cwd=work)).stdout
     assert "after update 30 of discovery, NOT STABLE" in report
-    assert "none yet: python launcher/export.py --run runs/unstable" in report
+    assert "none yet: pmp-ds export --run runs/unstable" in report

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launcher import vault
+from pmp_ds.commands import vault
 from pmp_ds.run_dir import RunDir
 from pmp_ds.ticket.keys import identities, new_identity
 from pmp_ds.ticket.vault import open_sealed

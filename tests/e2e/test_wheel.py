@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 
 from pmp_ds.optim.kernels import cpu
 from pmp_ds.version import COMMIT_VARIABLE
-from tests.helpers.commands import LAUNCHER, Done, error_of, ok
+from tests.helpers.commands import LAUNCHER, Done, ok
 from tests.helpers.distributed import REPO
 from tests.helpers.faults import seen
 from tests.helpers.workdir import SHORT
@@ -113,9 +112,11 @@ def files_of(folder: str) -> set[str]:
 def test_contents(built: Built):
     """All of the package and the commit; the archive also has what the commands are run from."""
     package = files_of("pmp_ds") | {"pmp_ds/COMMIT"}
+    recipes = {f"pmp_ds/recipes/{p.name}" for p in (REPO / "launcher/recipes").iterdir()}
+    ds_configs = {f"pmp_ds/ds_configs/{p.name}" for p in (REPO / "ds_configs").glob("*.json")}
     with zipfile.ZipFile(built.wheel) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
-        assert names == package
+        assert names == package | recipes | ds_configs
         assert wheel.read("pmp_ds/COMMIT").decode().strip() == built.commit
     with tarfile.open(built.sdist) as sdist:
         names = {member.name.partition("/")[2] for member in sdist if member.isfile()}
@@ -164,16 +165,23 @@ def train(python: Path, cwd: Path, *flags: str) -> Done:
     ))  # fmt: skip
 
 
-def plan(python: Path, study: Path, cwd: Path) -> Done:
-    words: Sequence[str | Path] = (
-        study, "--config", REPO / "launcher/recipes/study-small.yaml", "--plan",
-    )  # fmt: skip
-    return call(python, *words, cwd=cwd)
+def pmp_ds(python: Path, cwd: Path, line: str, ranks: bool = False) -> str:
+    """What the console command of the wheel says to a line of words."""
+    environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cwd)}
+    start = [str(python), "-m", "pmp_ds.launch", "--ranks", "1"]
+    words = start if ranks else [str(python.with_name("pmp-ds"))]
+    return ok(call(*words, *line.split(), cwd=cwd, env=environment)).stdout
 
 
-def test_a_study_finds_the_commands(python: Path, tmp_path: Path):
-    """With the launchers of a checkout, and one clear line where they are not beside it."""
-    ok(plan(python, LAUNCHER / "study.py", REPO))
-    shutil.copy(LAUNCHER / "study.py", tmp_path)
-    done = plan(python, tmp_path / "study.py", REPO)
-    seen("no commands", done.returncode, error_of(done))
+def test_the_short_demo_from_an_empty_folder(python: Path, tmp_path: Path):
+    """Recipes, DeepSpeed files and commands all come from the wheel."""
+    pmp_ds(python, tmp_path, "prepare-data --train-vocab-size 2048 --out tokenized_data/demo")
+    short = "--train.steps 4 --train.warmup-steps 1 --mask.max_steps 3 --mask.on_unstable last"
+    train = f"pretrain --config demo --deepspeed-config zero2 {short}"
+    said = pmp_ds(python, tmp_path, train, ranks=True)
+    assert "next: pmp-ds export --run runs/demo" in said
+    pmp_ds(python, tmp_path, "export --run runs/demo")
+    report = pmp_ds(python, tmp_path, "report --run runs/demo")
+    assert "of 378,816 elements changed in 4 updates" in report
+    assert (tmp_path / "runs/demo/release/model.safetensors").is_file()
+    assert "54 steps, 54 to do" in pmp_ds(python, tmp_path, "study --config study-small --plan")

@@ -341,12 +341,6 @@ MACHINE = {
         "told, training goes on in torch operations, to the same bits", 0,
         r"many times slower on CPU: .*masked_adamw\.cpp is missing, .* install it again", NOTHING,
     ),
-    "no commands": Fault(
-        "a study without the other commands", "`study.py` copied away from `launcher/`",
-        "refused before anything is written", EXIT_MISTAKE,
-        r"error: prepare_data\.py is neither in .* nor in .*: start study\.py in the launcher/ of",
-        NOTHING,
-    ),
 }  # fmt: skip
 
 STRANGERS = {

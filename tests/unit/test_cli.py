@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from pmp_ds import shipped
 from pmp_ds.cli import HIDDEN, dump, parse
 from pmp_ds.config import Config, TrainConfig
 from pmp_ds.errors import UserError
@@ -108,7 +109,8 @@ def test_lists_of_text(argv: list[str], inputs: tuple[str, ...]):
          "unknown flag --train.step (did you mean --train.steps?); see --help for all of them"),
         (["foo"], "unexpected argument 'foo'; every setting is a flag, see --help"),
         (["--config", "none.yaml"],
-         "--config none.yaml cannot be read: none.yaml is missing"),
+         "--config none.yaml cannot be read: none.yaml is missing; recipes by name: "
+         + ", ".join(shipped.recipes())),
     ],
 )  # fmt: skip
 def test_mistakes_in_flags(argv: list[str], message: str):

@@ -46,7 +46,8 @@ def flags() -> set[str]:
     sources = "\n".join(p.read_text() for top in tops for p in (REPO / top).rglob("*.py"))
     options = re.findall(r'^ +"(\w+)": (?:\{|dict\()', sources, re.MULTILINE)
     declared = re.findall(r'"(--[\w-]+)', sources)
-    return {f"--{name}" for name in [*SETTINGS, *options]} | set(declared) | OTHERS
+    found = {f"--{name}" for name in [*SETTINGS, *options]} | set(declared) | OTHERS
+    return found | {flag.replace("_", "-") for flag in found}  # both are accepted
 
 
 @pytest.mark.parametrize("document", documents(), ids=lambda path: path.name)

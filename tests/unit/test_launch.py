@@ -153,4 +153,7 @@ def test_mistakes(launch, options, says):
 def test_a_script_that_is_not_there(tmp_path):
     done = subprocess.run([sys.executable, "-m", "pmp_ds.launch", "--ranks", "1", tmp_path / "no"],
                           capture_output=True, text=True, cwd=REPO, check=False)  # fmt: skip
-    assert (done.returncode, done.stderr) == (1, f"error: {tmp_path / 'no'}: no such file\n")
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"error: {tmp_path / 'no'}: no such file, nor one of pretrain, finetune\n",
+    )

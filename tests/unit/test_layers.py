@@ -14,7 +14,7 @@ REPO = Path(__file__).resolve().parents[2]
 # A name is a module or package directly below pmp_ds, with everything inside it.
 ROWS = (
     ("account", "errors", "version"),
-    ("foreign", "fields"),
+    ("foreign", "fields", "shipped"),
     ("config", "run_dir", "progress", "launchers", "signals", "formats", "settings", "strict_yaml"),
     ("lease_file",),
     ("meeting", "lease", "restarts", "launch"),
@@ -30,6 +30,7 @@ ROWS = (
     ("train",),
     ("finetune", "evaluate", "release", "plots"),
     ("summary", "study", "audit"),
+    ("commands",),
     ("launcher",),
 )
 FREE_FOR_ALL = {"errors", "progress", "__version__"}  # any row may import these
@@ -59,8 +60,9 @@ WITHOUT_TORCH = (
     "pmp_ds.ranks",
     "pmp_ds.launch",
     "pmp_ds.formats",
-    "launcher.pretrain",
-    "launcher.finetune",
+    "pmp_ds.commands",
+    "pmp_ds.commands.pretrain",
+    "pmp_ds.commands.finetune",
     "pmp_ds.prepare.config",
     "pmp_ds.prepare.corpus",
     "pmp_ds.prepare.packing",

@@ -6,8 +6,8 @@ from typing import Any, get_args
 
 import pytest
 
-from launcher import audit, evaluate, export, report, vault
 from pmp_ds.cli import PlainParser, parse
+from pmp_ds.commands import audit, evaluate, export, report, vault
 from pmp_ds.config import Config
 from pmp_ds.errors import UserError
 from pmp_ds.prepare.config import PrepareConfig

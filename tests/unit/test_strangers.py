@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from launcher import report, vault
+from pmp_ds.commands import report, vault
+from pmp_ds.commands.trace import _report_missing
 from pmp_ds.errors import UserError, exit_code
 from pmp_ds.evaluate.subject import read_parameters
 from pmp_ds.model.folder import open_folder
@@ -139,7 +140,7 @@ def test_a_trace_says_what_it_does_not_see(tmp_path: Path, capsys: Capture) -> N
     bits = {n: pack(torch.ones(torch.Size(s), dtype=torch.bool)) for n, s in shapes.items()}
     mask = ParamMask(bits=bits, shapes=shapes)
     assert trace.not_in(tmp_path, mask) == ["b", "c"]
-    vault._report_missing(tmp_path, mask)
+    _report_missing(tmp_path, mask)
     line = "lacks b, c, or has them in another shape: 16 of 40 elements (40.0%) are compared\n"
     assert capsys.readouterr().out.endswith(line)
 

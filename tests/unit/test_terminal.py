@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import prepare_data
+from pmp_ds.commands import prepare_data
 from pmp_ds.prepare.summary import PrepareSummary
 
 REPO = Path(__file__).resolve().parents[2]
@@ -48,12 +48,11 @@ def test_a_printed_command_can_be_pasted(
 
 
 def test_no_printed_command_has_a_bare_path():
-    """Every `python launcher/X.py ... {path}` in a message quotes the path."""
+    """Every `pmp-ds VERB ... {path}` in a message quotes the path."""
     bare = []
-    for top in ("pmp_ds", "launcher"):
-        for path in sorted((REPO / top).rglob("*.py")):
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-                command, found, rest = line.partition("launcher/")
-                if found and "{" in rest and "quoted(" not in rest and 'f"' in command:
-                    bare.append(f"{path.relative_to(REPO)}:{number}: {line.strip()}")
+    for path in sorted((REPO / "pmp_ds").rglob("*.py")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            command, _, rest = line.partition("pmp-ds ")
+            if rest[:1].isalpha() and "{" in rest and "quoted(" not in rest and 'f"' in command:
+                bare.append(f"{path.relative_to(REPO)}:{number}: {line.strip()}")
     assert bare == []

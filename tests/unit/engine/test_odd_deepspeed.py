@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher import pretrain
 from pmp_ds import dist
+from pmp_ds.commands import pretrain
 from pmp_ds.config import TrainConfig
 from pmp_ds.engine import deepspeed_keys
 from pmp_ds.engine.deepspeed_config import OWN_SECTION, merge, read_json, require_precision

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.evaluate import main
 from pmp_ds import results
+from pmp_ds.commands.evaluate import main
 from pmp_ds.errors import UserError
 from pmp_ds.evaluate import harness
 from pmp_ds.ticket.mask import ParamMask

@@ -29,10 +29,14 @@ import os, signal, sys
 from pmp_ds.prepare import corpus, units
 corpus._MIN_UNIT_BYTES = 40_000
 {extra}
-from launcher.prepare_data import main
+from pmp_ds.commands.prepare_data import main
 from pmp_ds.errors import exit_code
 if __name__ == "__main__":
     raise SystemExit(exit_code(main))
+"""
+VERB = """
+if __name__ == "__main__":
+    assert sys.argv.pop(1) == "prepare-data"
 """
 DIES = """
 def killed(job, unit, result, record=units._record):
@@ -130,9 +134,9 @@ def documented(language: str) -> str:
 
 def test_documented_slurm_example(folder: Path, expected):
     """Word for word, with two nodes at once and an sbatch that waits."""
-    (folder / "launcher").mkdir()
-    (folder / "launcher" / "prepare_data.py").write_text(COMMAND.format(extra=""))
     (folder / "bin").mkdir()
+    (folder / "bin" / "pmp-ds").write_text(f"#!{sys.executable}\n" + COMMAND.format(extra=VERB))
+    (folder / "bin" / "pmp-ds").chmod(0o755)
     (folder / "bin" / "sbatch").write_text(SBATCH)
     (folder / "bin" / "sbatch").chmod(0o755)
     (folder / "big.yaml").write_text(

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.report import main
 from pmp_ds import results
 from pmp_ds.cli import dump
+from pmp_ds.commands.report import main
 from pmp_ds.config import Config, DataConfig, MaskConfig, RunConfig, TrainConfig
 from pmp_ds.errors import UserError
 from pmp_ds.log import MetricsLog
@@ -26,10 +26,11 @@ def finished(root: Path, steps: int = 4, done: int = 4) -> RunDir:
     run = RunDir(root)
     run.create()
     config = Config(
-        run=RunConfig(name=root.name), data=DataConfig(store="store", seed=7),
+        run=RunConfig(name=root.name),
+        data=DataConfig(store="store", seed=7),
         mask=MaskConfig(density=0.6, score="ema"),
         train=TrainConfig(steps=steps, global_batch_size=2, micro_batch_size=2, warmup_steps=0),
-    )  # fmt: skip
+    )
     write_text(run.config, dump(config))
     write_json(run.data, asdict(DATA))
     log = MetricsLog(run, enabled=True)
@@ -81,7 +82,7 @@ def test_bad_input(tmp_path: Path):
     for path in run.release.iterdir():
         path.unlink()
     run.release.rmdir()
-    with pytest.raises(UserError, match=r"has no release: python launcher/export\.py"):
+    with pytest.raises(UserError, match=r"has no release: pmp-ds export"):
         pretrain_result(run, "pmp")
     with pytest.raises(UserError, match="nothing is not a run"):
         pretrain_result(RunDir(tmp_path / "nothing"), "pmp")

@@ -1,13 +1,11 @@
 """The study in docs/ is what the program makes of its results."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from launcher import report
+from pmp_ds.commands import report, study
 
 REPO = Path(__file__).resolve().parents[3]
 
@@ -23,12 +21,12 @@ def test_report_in_the_documents_is_made_of_the_results_beside_it(
     assert drawn == {path.name for path in (kept / "figures").iterdir()}
 
 
-def test_recipe_in_the_documents_plans_what_the_results_hold():
+def test_recipe_in_the_documents_plans_what_the_results_hold(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     results = (REPO / "docs/study/results.jsonl").read_text().splitlines()
     kinds = [json.loads(line)["kind"] for line in results]
-    command = "launcher/study.py", "--config", "docs/study/recipe.yaml", "--plan"
-    done = subprocess.run(
-        [sys.executable, *command], cwd=REPO, capture_output=True, text=True, check=True
-    )
+    monkeypatch.chdir(REPO)
+    study.main(["--config", "docs/study/recipe.yaml", "--plan"])
     expected = f"{kinds.count('pretrain')} models, {kinds.count('finetune')} fine-tunings"
-    assert expected in done.stdout
+    assert expected in capsys.readouterr().out

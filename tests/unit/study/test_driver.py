@@ -11,7 +11,8 @@ import pytest
 
 from pmp_ds.errors import EXIT_REQUEUE, Stopped, UserError
 from pmp_ds.lease import hold
-from pmp_ds.study.driver import run
+from pmp_ds.run_dir import write_json
+from pmp_ds.study.driver import _on_ranks, run
 from pmp_ds.study.plan import Step, describe
 from pmp_ds.study.recipe import Arm, Study
 
@@ -75,6 +76,27 @@ def test_a_leak_is_a_finding(
     else:
         run(study, [step], "")
         assert step.is_done(Path(study.root))
+
+
+@pytest.mark.parametrize(
+    ("launch", "words"),
+    [
+        ("deepspeed --num_gpus 2", "deepspeed --num_gpus 2 --module pmp_ds.commands.pretrain -x"),
+        ("A=1 /bin/deepspeed", "env A=1 /bin/deepspeed --module pmp_ds.commands.pretrain -x"),
+        ("torchrun", "torchrun -m pmp_ds.commands.pretrain -x"),
+        ("python -m pmp_ds.launch --ranks 2", "python -m pmp_ds.launch --ranks 2 pretrain -x"),
+    ],
+)
+def test_launchers_start_a_module(launch: str, words: str):
+    assert _on_ranks(launch, ("-m", "pmp_ds.commands.pretrain", "-x")) == words.split()
+
+
+def test_a_marker_of_a_study_that_ran_files(two: tuple[Study, list[Step]], tmp_path: Path):
+    step = Step("s", ("-m", "pmp_ds.commands.prepare_data", "--out", "x"), tmp_path)
+    step.marker(tmp_path).parent.mkdir()
+    write_json(step.marker(tmp_path), {"argv": ["launcher/prepare_data.py", "--out", "x"]})
+    assert step.is_done(tmp_path)
+    assert not replace(step, argv=(*step.argv, "y")).is_done(tmp_path)
 
 
 def test_launch_sets_the_environment(two: tuple[Study, list[Step]], tmp_path: Path):
@@ -149,8 +171,9 @@ def test_side_by_side_waits_for_what_is_needed(two: tuple[Study, list[Step]], tm
 
 def test_a_failure_side_by_side(two: tuple[Study, list[Step]], tmp_path: Path):
     study, planned = two
-    bad = Step("bad", ("-c", "print('why'); raise SystemExit(3)"), tmp_path / "bad",
-               independent=True)  # fmt: skip
+    bad = Step(
+        "bad", ("-c", "print('why'); raise SystemExit(3)"), tmp_path / "bad", independent=True
+    )
     long = Step("long", ("-c", f"import time; time.sleep(1); open({str(tmp_path / 'l')!r}, 'w')"),
                 tmp_path / "l", independent=True)  # fmt: skip
     never = replace(planned[0], independent=True)

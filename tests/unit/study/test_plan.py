@@ -49,23 +49,22 @@ def test_plan_of_the_small_study(small: tuple[Study, list[Step]]):
 
 def test_commands(small: tuple[Study, list[Step]]):
     commands = {step.name: shlex.join(step.argv) for step in small[1]}
-    launcher = commands["export-pmp"].partition("/export.py")[0]
     for name, rest in {
-        "export-pmp": "/export.py --run s/runs/pmp",
-        "pretrain-pmp-0.5": "/pretrain.py --config launcher/recipes/demo.yaml --mask.density 0.5 "
+        "export-pmp": "export --run s/runs/pmp",
+        "pretrain-pmp-0.5": "pretrain --config demo --mask.density 0.5 "
         "--run.root s/runs --run.name pmp-0.5",
-        "finetune-1-pmp-sst2": "/finetune.py --model s/runs/pmp/release --task sst2 --arm pmp "
+        "finetune-1-pmp-sst2": "finetune --model s/runs/pmp/release --task sst2 --arm pmp "
         "--results s/results.jsonl --run.root s/finetune --run.name 1-pmp-sst2 --ticket "
         "s/runs/pmp/private/ticket --density 0.7 --data.max_train 4000 --sweep "
         "method=ticket,random,complement --sweep train.lr=1e-05,0.0001,0.001,0.003 --sweep "
         "train.epochs=1,3 --sweep seed=0,1,2",
-        "evaluate-1-pmp": "/evaluate.py landscape gradients --model s/runs/pmp/release --arm pmp "
+        "evaluate-1-pmp": "evaluate landscape gradients --model s/runs/pmp/release --arm pmp "
         "--results s/results.jsonl --ticket s/runs/pmp/private/ticket --store tokenized_data/demo",
-        "audit-pmp": "/audit.py --release s/runs/pmp/release --ticket s/runs/pmp/private/ticket "
+        "audit-pmp": "audit --release s/runs/pmp/release --ticket s/runs/pmp/private/ticket "
         "--config s/runs/pmp/config.yaml --out s/audit/pmp --text tokenized_data/demo --shadow "
         "s/runs/pmp-2",
     }.items():
-        assert commands[name] == launcher + rest
+        assert commands[name] == f"-m pmp_ds.commands.{rest}"
     assert "--ticket s/runs/pmp-2/private/ticket" in commands["finetune-4-pmp-sst2"]
     assert "--scratch true" in commands["finetune-2-base-sst2"]
     assert shlex.join(report_argv(small[0])).endswith("--audit s/audit/pmp/audit.json")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.report import main
+from pmp_ds.commands.report import main
 from pmp_ds.errors import UserError
 from pmp_ds.study import model_figures, report
 from pmp_ds.study.glue_tables import table_one
@@ -121,7 +121,7 @@ def test_table_texts():
         ("", None, "results.jsonl is empty"),
         ("{]\n", None, "line 1 is damaged"),
         ('{"kind": "finetune"}\n', None, "line 1 is damaged"),
-        ("whole", "missing.json", "missing.json is missing: launcher/audit.py"),
+        ("whole", "missing.json", "missing.json is missing: pmp-ds audit"),
         ("whole", "results.jsonl", "results.jsonl is damaged"),
         ("whole", "other.json", "other.json is no audit.json"),
     ],

@@ -105,9 +105,9 @@ def test_a_model_that_one_method_lacks_is_left_out_of_the_pairs():
 
 
 def test_average_is_over_complete_seeds_and_leaves_losses_out():
-    found = with_average({
-        "CoLA": {("", 0): 0.5, ("", 1): 0.7}, "RTE": {("", 0): 0.7}, "LM": {("", 0): -3.0}
-    })  # fmt: skip
+    found = with_average(
+        {"CoLA": {("", 0): 0.5, ("", 1): 0.7}, "RTE": {("", 0): 0.7}, "LM": {("", 0): -3.0}}
+    )
     assert found["average"] == {("", 0): 0.6}
 
 

@@ -66,8 +66,9 @@ def test_a_base_that_was_stopped_where_pmp_is(loss: float, gap: float, expected:
     whole = study.study(gap=gap, secret=2.0, tax=0.1, seeds=4, luck=2)
     early = [
         Result(**vars(r) | {"arm": "early", "model_digest": "early"})
-        for r in whole if r.arm == "base" and r.kind == "finetune"
-    ]  # fmt: skip
+        for r in whole
+        if r.arm == "base" and r.kind == "finetune"
+    ]
     early.append(study.pretrain("early", loss=loss, source="none", tokens=1_000_000))
     found = six([*whole, *early])
     sentences = [s for s in verdict(found) if "against early" in s]
@@ -115,9 +116,9 @@ def test_attackers_tokens():
     for seed in range(3):
         for arm, scale in (("base", 1.0), ("pmp", 2.0)):
             result = study.fine_tune(arm, "lm", "full", score=2.0, seed=seed)
-            results.append(Result(**vars(result) | {
-                "values": result.values | {"curve": curve(scale, 2.0)}
-            }))  # fmt: skip
+            results.append(
+                Result(**vars(result) | {"values": result.values | {"curve": curve(scale, 2.0)}})
+            )
     tokens = six(results).tokens["LM"]
     assert tokens.more is not None
     assert (tokens.pairs, tokens.never, tokens.most) == (3, 0, 400)

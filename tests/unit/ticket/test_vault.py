@@ -23,8 +23,8 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
-from launcher.vault import main
 from pmp_ds.cli import dump
+from pmp_ds.commands.vault import main
 from pmp_ds.config import Config, InitConfig
 from pmp_ds.errors import UserError
 from pmp_ds.model.secret_init import create_key

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.vault import main
 from pmp_ds.cli import dump
+from pmp_ds.commands.vault import main
 from pmp_ds.config import Config, InitConfig
 from pmp_ds.errors import UserError
 from pmp_ds.formats import FormatError

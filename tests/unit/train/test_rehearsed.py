@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launcher import pretrain
+from pmp_ds.commands import pretrain
 from pmp_ds.errors import UserError
 from pmp_ds.study.plan import rehearse_arms, steps
 from pmp_ds.study.recipe import Arm, Study

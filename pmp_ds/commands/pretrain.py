@@ -1,0 +1,131 @@
+"""Find the ticket, rewind, pretrain it under DeepSpeed ZeRO. Resumes by itself.
+
+Run `pmp-ds pretrain --help`.
+"""
+
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pmp_ds import ranks  # the rest is imported when signals are heard already
+
+if TYPE_CHECKING:
+    from pmp_ds.config import Config
+    from pmp_ds.run_dir import RunDir
+    from pmp_ds.train.pipeline import Outcome
+
+DESCRIPTION = """\
+Private Mask Pre-Training: find a sparse ticket early in training, go back to the initial weights,
+and train only the ticket. What is learned is in --config, how it fits on the machine in
+--deepspeed-config. The same command continues a run where it was."""
+
+EPILOG = """\
+examples:
+  one process: a GPU, or the CPU
+    pmp-ds pretrain --config demo
+  two CPU ranks
+    DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 python -m pmp_ds.launch --ranks 2 pretrain --config demo
+  the paper's model on the GPUs of this machine, states sharded over them
+    python -m pmp_ds.launch pretrain --config tinyllama-1.1b \\
+        --deepspeed-config zero2 --data.store tokenized_data/slimpajama
+  several stores in fixed proportions
+    python -m pmp_ds.launch pretrain --config gpt2-small \\
+        --data.store '{tokenized_data/web: 0.7, tokenized_data/code: 0.3}'
+  its control without a mask: an overlay, then a name of its own
+    python -m pmp_ds.launch pretrain --config demo \\
+        --config base --run.name demo-base"""
+
+STARTED = time.monotonic()
+"""run.max_time counts from here."""
+
+
+def prepare(argv: Sequence[str] | None = None) -> ranks.Prepared:
+    """Check what this rank can check by itself, the quick things first."""
+    from pmp_ds.cli import HIDDEN, parse
+    from pmp_ds.config import Config
+
+    argv = sys.argv[1:] if argv is None else argv
+    config, options = parse(
+        Config,
+        argv,
+        prog="pmp-ds pretrain",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        options={
+            "--deepspeed-config": {
+                "type": str,
+                "default": "zero1",
+                "metavar": "JSON",
+                "help": "DeepSpeed settings for this machine: a file, or zero0, zero1, zero2, ...",
+            },
+            "--start-afresh": {
+                "action": "store_true",
+                "help": "where the run has checkpoints and none can be read, set them aside and "
+                "begin again at update 0, with the same key and ticket",
+            },
+            "--local_rank": {"type": int, "default": 0, "help": HIDDEN},
+        },
+    )
+    from pmp_ds.restarts import is_child, run_with_restarts
+
+    if config.run.restarts and not is_child():
+        again = [sys.executable, "-m", "pmp_ds.commands.pretrain", *argv]
+        raise SystemExit(run_with_restarts(again, config.run.restarts))
+    from pmp_ds.data.mixed_store import open_data
+    from pmp_ds.engine import deepspeed_config
+    from pmp_ds.run_dir import RunDir
+
+    ds_config = deepspeed_config.read_json(options["deepspeed_config"])
+    deepspeed_config.merge(ds_config, config.train, int(os.environ.get("WORLD_SIZE", "1")))
+    deepspeed_config.require_precision(config.train)
+    store = open_data(config.data.store)
+    run = RunDir(Path(config.run.root) / config.run.name)
+    from pmp_ds.train import job  # imports transformers: seconds
+
+    job.check(config, store, run)
+    # DeepSpeed calls functions of torch by their old names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+    def train() -> None:
+        from pmp_ds import dist
+        from pmp_ds.release.rehearsal import rehearse
+        from pmp_ds.train import pipeline
+
+        architecture = job.architecture(config, store)
+        dist.on_rank0(lambda: rehearse(architecture, secret=config.init.seed is None))
+        outcome = pipeline.run(
+            config, ds_config, store, run, STARTED, start_afresh=options["start_afresh"]
+        )
+        _tell(outcome, config, run)
+
+    return ranks.Prepared(str(run.root), config.guard.lost_seconds, train)
+
+
+def _tell(outcome: "Outcome", config: "Config", run: "RunDir") -> None:
+    from pmp_ds import dist
+    from pmp_ds.errors import quoted
+    from pmp_ds.plots import plot_run  # imports matplotlib: a second
+
+    if dist.rank() != 0:
+        return
+    plot_run(run)
+    print(
+        f"done: ticket of {outcome.num_kept:,} elements of {outcome.num_params:,}, "
+        f"{outcome.complement_changed} elements of the complement changed"
+    )
+    if config.mask.source != "none":
+        print(f"  what it keeps, for you alone: pmp-ds vault show {quoted(run.ticket)}")
+    print(f"  next: pmp-ds export --run {quoted(run.root)}", flush=True)
+
+
+def command(argv: Sequence[str] | None = None) -> int:
+    """Run `pmp-ds pretrain` as one rank and return its exit code."""
+    return ranks.command(lambda: prepare(argv))
+
+
+if __name__ == "__main__":
+    raise SystemExit(command())
