@@ -78,6 +78,18 @@ class Store:
             shard for split in SPLITS for shard in manifest["splits"][split]["shards"]
         ]
         """The manifest's entries of all splits."""
+        self.block_size: int = manifest["block_size"]
+        self.vocab_size: int = manifest["vocab_size"]
+        self.eos_id: int = manifest["eos_id"]
+        self.bos_id: int | None = manifest.get("bos_id")
+        """The id that leads every document, if one does."""
+        self.dataset_id: str = manifest["dataset_id"]
+        """sha256 over everything that decides which tokens are where."""
+        self.tokenizer_fingerprint: str = manifest["tokenizer"]["fingerprint"]
+        self.tokenizer_dir = folder / "tokenizer"
+        """A folder that ``AutoTokenizer.from_pretrained`` reads."""
+        self.unigram_cross_entropy = float(manifest["unigram_cross_entropy"])
+        """Nats per predicted validation token of a model that knows only token frequencies."""
         self._splits: dict[str, Blocks] = {}
         self._views: list[Tokens] = []  # of all shards
 
@@ -161,43 +173,6 @@ class Store:
     @property
     def parts(self) -> tuple[()]:
         return ()
-
-    @property
-    def block_size(self) -> int:
-        return int(self.manifest["block_size"])
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self.manifest["vocab_size"])
-
-    @property
-    def eos_id(self) -> int:
-        return int(self.manifest["eos_id"])
-
-    @property
-    def bos_id(self) -> int | None:
-        """The id that leads every document, if one does."""
-        found: int | None = self.manifest.get("bos_id")
-        return found
-
-    @property
-    def dataset_id(self) -> str:
-        """sha256 over everything that decides which tokens are where."""
-        return str(self.manifest["dataset_id"])
-
-    @property
-    def tokenizer_fingerprint(self) -> str:
-        return str(self.manifest["tokenizer"]["fingerprint"])
-
-    @property
-    def tokenizer_dir(self) -> Path:
-        """A folder that ``AutoTokenizer.from_pretrained`` reads."""
-        return self.folder / "tokenizer"
-
-    @property
-    def unigram_cross_entropy(self) -> float:
-        """Nats per predicted validation token of a model that knows only token frequencies."""
-        return float(self.manifest["unigram_cross_entropy"])
 
     def unlike(self, other: "Store") -> list[str]:
         """Why blocks of the two do not go together, with both values; empty when they do."""

@@ -41,6 +41,14 @@ class Part:
 class Dataset(Protocol):
     """What training reads: a ``Store`` or a ``MixedStore``."""
 
+    dataset_id: str
+    block_size: int
+    vocab_size: int
+    eos_id: int
+    bos_id: int | None
+    unigram_cross_entropy: float
+    tokenizer_dir: Path
+
     @property
     def stores(self) -> Sequence[Store]: ...
 
@@ -56,27 +64,6 @@ class Dataset(Protocol):
     def split(self, name: Literal["validation"]) -> Blocks | InTurn: ...
 
     def verify(self) -> int: ...
-
-    @property
-    def dataset_id(self) -> str: ...
-
-    @property
-    def block_size(self) -> int: ...
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def eos_id(self) -> int: ...
-
-    @property
-    def bos_id(self) -> int | None: ...
-
-    @property
-    def unigram_cross_entropy(self) -> float: ...
-
-    @property
-    def tokenizer_dir(self) -> Path: ...
 
 
 class MixedStore:
