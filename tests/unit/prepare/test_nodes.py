@@ -15,6 +15,7 @@ import pytest
 from pmp_ds.errors import UserError
 from pmp_ds.prepare import corpus as corpus_module
 from pmp_ds.prepare import nodes, planning, staging
+from pmp_ds.prepare.cluster import FinishStore, PackUnits
 from pmp_ds.prepare.config import PrepareConfig
 from pmp_ds.prepare.prepare import prepare
 from pmp_ds.prepare.units import pack_unit
@@ -166,6 +167,19 @@ def test_documented_datatrove_example(folder: Path, expected):
     stats = json.loads((folder / "logs/pack/stats.json").read_text())
     units = next(step for step in stats if "pack units" in step["name"])["stats"]["units"]
     assert (units["total"], units["n"]) == (6, 2)
+
+
+def test_steps_of_datatrove(folder: Path, expected):
+    """What an executor calls on each of two tasks, and then on one; documents pass by."""
+    nodes.plan(config("out"))
+    for rank in (0, 1):
+        step = PackUnits("out", workers=1)
+        assert list(step.run(iter(["a document"]), rank, 2)) == ["a document"]
+        assert step.stats["units"].total == 3
+    assert list(FinishStore("out").run(None, 1, 2)) == []
+    assert not Path("out").exists()
+    assert list(FinishStore("out").run(None, 0, 2)) == []
+    assert contents(folder / "out") == expected
 
 
 def test_killed_node_is_repeated_and_finish_waits_for_all(folder: Path, expected):
