@@ -54,13 +54,13 @@ def main(options: argparse.Namespace) -> None:
     if options.proof:
         assert runs["ours"]["dataset_id"] == runs["reference"]["dataset_id"]
         print(f"{runs['ours']['engine']} made the same store as {runs['reference']['engine']}")
-    goals = {
-        "engine": 0.6, "engine_on_files": 0.6, "reference": 1.0, "datatrove": 5.0,
-        "megatron": 5.0, "datasets": 20.0,
-    }  # fmt: skip
-    for name in (name for name in goals if name in runs):
+    goals = {"reference": 1.0, "datatrove": 5.0, "megatron": 5.0, "datasets": 20.0}
+    for name in (name for name in runs if name != "ours"):
         ratio = runs[name]["seconds"] / runs["ours"]["seconds"]
-        print_figure(f"prepare_speed_vs_{name}", ratio, goals[name], at_least=True)
+        if name in goals:
+            print_figure(f"prepare_speed_vs_{name}", ratio, goals[name], at_least=True)
+        else:
+            print(f"prepare_speed_vs_{name} {ratio:.2f}")
 
 
 def _run(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any] | None:

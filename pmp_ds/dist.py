@@ -154,9 +154,11 @@ def on_rank0(action: Callable[[], T]) -> T:
     return result
 
 
-def together(action: Callable[[], T]) -> T:
+def together(action: Callable[[], T], *, patient: bool = False) -> T:
     """Run ``action`` on every rank and return this rank's result. A UserError of any rank is raised
-    on all of them, with the names of those that met it unless all did. Collective."""
+    on all of them, with the names of those that met it unless all did. ``patient``: ranks wait for
+    each other however long, without the time limit of a collective. Collective."""
+    global _waits
     result: T | None = None
     mistake: str | None = None
     try:
@@ -165,6 +167,11 @@ def together(action: Callable[[], T]) -> T:
         if world_size() == 1:
             raise
         mistake = str(error)
+    if patient and _meeting is not None:
+        _waits += 1
+        _meeting.store.set(f"waits/{_waits}/{rank()}", "over")
+        for other in range(world_size()):
+            _meeting.wait(f"waits/{_waits}/{other}")
     mistakes = all_gather_object(mistake)
     names = [_meeting.name(r) if _meeting else f"rank {r}" for r in range(world_size())]
     text = in_words(mistakes, names)

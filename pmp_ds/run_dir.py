@@ -1,6 +1,7 @@
 """Where a run's files are. Every file name of a run is spelled here and nowhere else.
 
-runs/NAME/config.yaml  data.json  tokenizer/  metrics.jsonl  tensorboard/  plots/  stacks/
+runs/NAME/config.yaml  data.json  verified.json  tokenizer/  metrics.jsonl  tensorboard/  plots/
+               stacks/
 runs/NAME/release/     the only folder that leaves
 runs/NAME/private/     ticket/  init/  checkpoints/  vault/  ledger.jsonl   0700, files 0600
 """
@@ -39,6 +40,11 @@ class RunDir:
     def data(self) -> Path:
         """What the run knows of its tokens, so that export needs no store."""
         return self.root / "data.json"
+
+    @property
+    def verified(self) -> Path:
+        """Which shards of its store were found intact, so that a restart does not read them."""
+        return self.root / "verified.json"
 
     @property
     def tokenizer(self) -> Path:

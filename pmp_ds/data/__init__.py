@@ -1,1 +1,1 @@
-"""Text to tokens to fixed blocks to Arrow shards, once; and their order at training time."""
+"""Packed stores, read: what is in one, whether it is intact, and its blocks in training's order."""

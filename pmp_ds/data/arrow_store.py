@@ -4,6 +4,7 @@ The format is described in tokenized_data/README.md. Imports without torch.
 """
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -73,7 +74,24 @@ class Store:
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
         self.manifest = manifest
+        self.shards: list[dict[str, Any]] = [
+            shard for split in SPLITS for shard in manifest["splits"][split]["shards"]
+        ]
+        """The manifest's entries of all splits."""
+        self.block_size: int = manifest["block_size"]
+        self.vocab_size: int = manifest["vocab_size"]
+        self.eos_id: int = manifest["eos_id"]
+        self.bos_id: int | None = manifest.get("bos_id")
+        """The id that leads every document, if one does."""
+        self.dataset_id: str = manifest["dataset_id"]
+        """sha256 over everything that decides which tokens are where."""
+        self.tokenizer_fingerprint: str = manifest["tokenizer"]["fingerprint"]
+        self.tokenizer_dir = folder / "tokenizer"
+        """A folder that ``AutoTokenizer.from_pretrained`` reads."""
+        self.unigram_cross_entropy = float(manifest["unigram_cross_entropy"])
+        """Nats per predicted validation token of a model that knows only token frequencies."""
         self._splits: dict[str, Blocks] = {}
+        self._views: list[Tokens] = []  # of all shards
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> "Store":
@@ -91,13 +109,17 @@ class Store:
                     _check_name(folder, split, shard["file"])
                 for shard in shards if verify else ():
                     store._check_hash(shard)  # before Arrow, which a bad header can crash
-                store._splits[split] = Blocks([store._map(shard) for shard in shards])
+                views = [store._map(shard) for shard in shards]
+                store._splits[split] = Blocks(views)
+                store._views += views
         except (KeyError, TypeError, IndexError) as error:
             raise UserError(
                 f"{folder / 'manifest.json'} is damaged ({error!r}): {AGAIN}"
             ) from error
         if verify:
-            store._check_content()
+            store.check_facts()
+            for number in range(len(store.shards)):
+                store._check_tokens(number)
         return store
 
     def split(self, name: str) -> Blocks:
@@ -109,52 +131,48 @@ class Store:
 
         Raises UserError that names the first altered file.
         """
-        shards = [s for split in SPLITS for s in self.manifest["splits"][split]["shards"]]
-        total = sum(shard["bytes"] for shard in shards)
+        self.check_facts()
+        total = sum(shard["bytes"] for shard in self.shards)
         quick = total < _SHOW_PROGRESS
         with Progress("verify data", "B", total, scale=True, disable=quick) as bar:
-            for shard in shards:
-                self._check_hash(shard)
+            for number, shard in enumerate(self.shards):
+                self.check_shard(number)
                 bar.update(shard["bytes"])
-        self._check_content()
         return total
 
-    @property
-    def block_size(self) -> int:
-        return int(self.manifest["block_size"])
+    def check_facts(self) -> None:
+        """Raise UserError for a manifest or a tokenizer that was altered."""
+        if self.manifest["dataset_id"] != dataset_id(self.manifest):
+            raise UserError(
+                f"{self.folder / 'manifest.json'} was altered (its dataset_id does not match): "
+                f"{AGAIN}"
+            )
+        for name, digest in self.manifest["tokenizer"].get("files", {}).items():
+            path = self.tokenizer_dir / name
+            if not path.is_file() or hashlib.sha256(read_bytes(path)).hexdigest() != digest:
+                raise UserError(
+                    f"tokenizer file {path} is missing or was changed since the text was "
+                    f"tokenized with it: put it back, or {AGAIN}"
+                )
+
+    def check_shard(self, number: int) -> None:
+        """Hash one of ``shards`` and look at its tokens; UserError when it is altered."""
+        self._check_hash(self.shards[number])
+        self._check_tokens(number)
+
+    def look(self, number: int) -> os.stat_result:
+        """What the file system says of one of ``shards``; UserError unless its size is right."""
+        shard = self.shards[number]
+        return _check_size(self.folder / shard["file"], shard["bytes"])
 
     @property
-    def vocab_size(self) -> int:
-        return int(self.manifest["vocab_size"])
+    def stores(self) -> "list[Store]":
+        """This one; a mixture has several."""
+        return [self]
 
     @property
-    def eos_id(self) -> int:
-        return int(self.manifest["eos_id"])
-
-    @property
-    def bos_id(self) -> int | None:
-        """The id that leads every document, if one does."""
-        found: int | None = self.manifest.get("bos_id")
-        return found
-
-    @property
-    def dataset_id(self) -> str:
-        """sha256 over everything that decides which tokens are where."""
-        return str(self.manifest["dataset_id"])
-
-    @property
-    def tokenizer_fingerprint(self) -> str:
-        return str(self.manifest["tokenizer"]["fingerprint"])
-
-    @property
-    def tokenizer_dir(self) -> Path:
-        """A folder that ``AutoTokenizer.from_pretrained`` reads."""
-        return self.folder / "tokenizer"
-
-    @property
-    def unigram_cross_entropy(self) -> float:
-        """Nats per predicted validation token of a model that knows only token frequencies."""
-        return float(self.manifest["unigram_cross_entropy"])
+    def parts(self) -> tuple[()]:
+        return ()
 
     def unlike(self, other: "Store") -> list[str]:
         """Why blocks of the two do not go together, with both values; empty when they do."""
@@ -178,25 +196,11 @@ class Store:
         if digest != shard["sha256"]:
             _damaged(path, "its content changed since it was written (sha256 differs)")
 
-    def _check_content(self) -> None:
-        if self.manifest["dataset_id"] != dataset_id(self.manifest):
-            raise UserError(
-                f"{self.folder / 'manifest.json'} was altered (its dataset_id does not match): "
-                f"{AGAIN}"
-            )
-        for name, digest in self.manifest["tokenizer"].get("files", {}).items():
-            path = self.tokenizer_dir / name
-            if not path.is_file() or hashlib.sha256(read_bytes(path)).hexdigest() != digest:
-                raise UserError(
-                    f"tokenizer file {path} is missing or was changed since the text was "
-                    f"tokenized with it: put it back, or {AGAIN}"
-                )
-        for split in SPLITS:
-            shards = self.manifest["splits"][split]["shards"]
-            for shard, largest in zip(shards, self._splits[split].largest(), strict=True):
-                if largest >= self.vocab_size:
-                    path = self.folder / shard["file"]
-                    _damaged(path, f"token {largest} is outside vocab_size={self.vocab_size}")
+    def _check_tokens(self, number: int) -> None:
+        largest = int(self._views[number].max())
+        if largest >= self.vocab_size:
+            path = self.folder / self.shards[number]["file"]
+            _damaged(path, f"token {largest} is outside vocab_size={self.vocab_size}")
 
     def _map(self, shard: Mapping[str, Any]) -> Tokens:
         """The tokens of one shard, ``(rows, block_size)``, zero-copy."""
@@ -243,13 +247,14 @@ def _require_plain(file: Any) -> None:
     file.seek(0)
 
 
-def _check_size(path: Path, num_bytes: int) -> None:
+def _check_size(path: Path, num_bytes: int) -> os.stat_result:
     try:
-        size = path.stat().st_size
+        facts = path.stat()
     except FileNotFoundError:
         _damaged(path, "it is missing")
-    if size != num_bytes:
-        _damaged(path, f"it has {size} bytes, the manifest says {num_bytes}")
+    if facts.st_size != num_bytes:
+        _damaged(path, f"it has {facts.st_size} bytes, the manifest says {num_bytes}")
+    return facts
 
 
 def _damaged(path: Path, what: str) -> NoReturn:

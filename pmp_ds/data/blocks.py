@@ -64,10 +64,6 @@ class Blocks:
             here = order[cuts[shard] : cuts[shard + 1]]
             yield self.views[shard], here, indices[here] - self._starts[shard]
 
-    def largest(self) -> list[int]:
-        """The largest id of every shard; reads all of them."""
-        return [int(view.max()) for view in self.views]
-
     def gather_ref(self, indices: npt.NDArray[np.integer]) -> Tokens:
         """What ``gather`` does, block by block."""
         everything = [block for view in self.views for block in view]

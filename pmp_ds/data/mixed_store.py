@@ -8,13 +8,15 @@ weights give; where the parts lie and in which order they are written does not m
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, overload
+from typing import Literal, Protocol, overload
 
 from pmp_ds.data.arrow_store import Store
+from pmp_ds.data.blocks import Blocks
+from pmp_ds.data.loader import BlockSource, SampleSource
 from pmp_ds.data.mixture import PERIOD, InTurn, Mixture, slots_of
 from pmp_ds.errors import UserError, quoted
 
@@ -36,8 +38,36 @@ class Part:
         return f"{self.folder} (dataset {self.dataset_id[:12]})"
 
 
+class Dataset(Protocol):
+    """What training reads: a ``Store`` or a ``MixedStore``."""
+
+    dataset_id: str
+    block_size: int
+    vocab_size: int
+    eos_id: int
+    bos_id: int | None
+    unigram_cross_entropy: float
+    tokenizer_dir: Path
+
+    @property
+    def stores(self) -> Sequence[Store]: ...
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The stores of a mixture; empty for a single store."""
+        ...
+
+    @overload
+    def split(self, name: Literal["train"]) -> BlockSource | SampleSource: ...
+
+    @overload
+    def split(self, name: Literal["validation"]) -> Blocks | InTurn: ...
+
+    def verify(self) -> int: ...
+
+
 class MixedStore:
-    """Stores with weights, in the order of their dataset ids; to training it is a ``Store``."""
+    """Stores with weights, in the order of their dataset ids."""
 
     def __init__(self, weights: Mapping[str, float]) -> None:
         """``weights`` by folder. Raises UserError as ``open_data`` does."""
@@ -51,6 +81,20 @@ class MixedStore:
             Part(folder=name, dataset_id=store.dataset_id, slots=count)
             for name, store, count in zip(names, self.stores, slots, strict=True)
         )
+        content = [(part.dataset_id, part.slots) for part in self.parts]
+        self.dataset_id = hashlib.sha256(
+            json.dumps(["mixture", PERIOD, content]).encode()
+        ).hexdigest()
+        """sha256 over the parts' dataset ids and shares."""
+        self.unigram_cross_entropy = sum(
+            part.share * store.unigram_cross_entropy
+            for part, store in zip(self.parts, self.stores, strict=True)
+        )
+        """What a model reaches that knows of each part the token frequencies and nothing else."""
+        first = self.stores[0]
+        self.block_size, self.vocab_size = first.block_size, first.vocab_size
+        self.eos_id, self.bos_id = first.eos_id, first.bos_id
+        self.tokenizer_dir = first.tokenizer_dir
         self._train = Mixture(names, [store.split("train") for store in self.stores], slots)
         self._validation = InTurn([store.split("validation") for store in self.stores], slots)
 
@@ -69,43 +113,8 @@ class MixedStore:
         """What ``Store.verify`` does, for every part."""
         return sum(store.verify() for store in self.stores)
 
-    @property
-    def dataset_id(self) -> str:
-        """sha256 over the parts' dataset ids and shares."""
-        content = [(part.dataset_id, part.slots) for part in self.parts]
-        return hashlib.sha256(json.dumps(["mixture", PERIOD, content]).encode()).hexdigest()
 
-    @property
-    def unigram_cross_entropy(self) -> float:
-        """The parts' own, weighted: what a model reaches that knows of each part the token
-        frequencies and nothing else."""
-        return sum(
-            part.share * store.unigram_cross_entropy
-            for part, store in zip(self.parts, self.stores, strict=True)
-        )
-
-    @property
-    def block_size(self) -> int:
-        return self.stores[0].block_size
-
-    @property
-    def vocab_size(self) -> int:
-        return self.stores[0].vocab_size
-
-    @property
-    def eos_id(self) -> int:
-        return self.stores[0].eos_id
-
-    @property
-    def bos_id(self) -> int | None:
-        return self.stores[0].bos_id
-
-    @property
-    def tokenizer_dir(self) -> Path:
-        return self.stores[0].tokenizer_dir
-
-
-def open_data(setting: Mapping[str, float] | str) -> Store | MixedStore:
+def open_data(setting: Mapping[str, float] | str) -> Dataset:
     """The store or the mixture of `data.store`.
 
     Raises UserError as ``Store.open`` does, for stores that do not go together and for weights

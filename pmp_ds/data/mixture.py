@@ -30,7 +30,7 @@ class Mixture:
     ) -> None:
         """Raises UserError for weights that are not positive or too small to occur."""
         assert len(names) == len(sources) == len(weights) > 0
-        self.names, self._sources = tuple(names), tuple(sources)
+        self._sources = tuple(sources)
         self.slots = slots_of(names, weights)
         """Samples of each source in every 2^16."""
 
@@ -58,10 +58,6 @@ class Mixture:
         cycles, slots = samples // PERIOD, samples % PERIOD
         which = pattern[slots]
         return which, cycles * np.array(self.slots)[which] + ranks[slots]
-
-    def realised(self, consumed_samples: int, key: bytes) -> dict[str, int]:
-        """How many of the first ``consumed_samples`` came from each source, exactly."""
-        return dict(zip(self.names, realised(self.slots, consumed_samples, key), strict=True))
 
 
 class InTurn:

@@ -10,6 +10,7 @@ import torch
 from pmp_ds import dist
 from pmp_ds.config import Config
 from pmp_ds.data.mixed_store import open_data
+from pmp_ds.data.verified import check_together
 from pmp_ds.engine.engine import Engine
 from pmp_ds.engine.objective import NextToken, Objective
 from pmp_ds.errors import UserError, quoted
@@ -21,6 +22,7 @@ from pmp_ds.glue.tasks import find_task
 from pmp_ds.model.build import context_length
 from pmp_ds.model.classifier import pad_id
 from pmp_ds.model.folder import open_tokenizer, read_config
+from pmp_ds.run_dir import RunDir
 from pmp_ds.train.loop import validate
 
 LM = "lm"
@@ -101,7 +103,7 @@ class Text:
         assert config.data.store is not None
         store = open_data(config.data.store)
         _same_tokenizer(config, store.tokenizer_dir)
-        dist.on_rank0(lambda: store.verify() and None)
+        check_together(store, RunDir(Path(config.run.root) / config.run.name).verified)
         self.samples = store.split("train")
         self._validation = store.split("validation")
         self.objective: Objective = NextToken()

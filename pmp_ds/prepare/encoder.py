@@ -1,7 +1,7 @@
 """Text to ids in any process: the reference library, and a faster engine with the same ids.
 
-An ``Encoder`` comes from a ``Tokenizer`` and passes ``choose_engine`` once; its ``EncoderSpec`` is
-sent to worker processes, which make encoders of it. Imports neither torch nor transformers.
+An ``Encoder`` comes from a ``Tokenizer`` and passes ``choose_engine`` once; what is sent to worker
+processes is its ``EncoderSpec``. Imports neither torch nor transformers.
 """
 
 import dataclasses
@@ -66,6 +66,9 @@ class Encoder:
         self._turns = threading.Lock()
         self._marked = [name.encode("utf-8") for name in spec.marked]
         self._openings = {name[:1] for name in self._marked}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Encoder, (self.spec,)
 
     def twin(self) -> "Encoder":
         """The same for another thread: an engine of its own, the reference shared."""

@@ -1,59 +1,39 @@
-"""Prepare one store on several machines that share a file system, under any scheduler.
+"""The steps of a preparation, for one machine or several that share a file system.
 
     plan(config)            once: tokenizer, engine, units; writes `<out>.incomplete/plan.json`
     pack(out, node, nodes)  on every node, at the same time: units node, node + nodes, ...
     finish(out)             once, when all units are there: the manifest, and the store's name
 
-The result is that of ``prepare`` to the byte, whichever node packed what. Nodes do not talk to
-each other: a shard and an entry of the ledger appear whole by a rename, so a node may be killed,
-repeated, late, or the same twice.
+The store is the same to the byte, whichever node packed what. Nodes do not talk to each other: a
+shard and an entry of the ledger appear whole by a rename, so a node may be killed, repeated, late,
+or the same twice.
 """
 
-import dataclasses
-import functools
-import json
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from pmp_ds.data.arrow_store import Store
-from pmp_ds.data.manifest import SPLITS
-from pmp_ds.errors import UserError, quoted
-from pmp_ds.foreign import MissingError, read_object
-from pmp_ds.prepare.build import (
-    complete_store,
-    packing_job,
-    ready_encoder,
-    sample_texts,
-)
+from pmp_ds.errors import UserError
+from pmp_ds.prepare.complete import complete_store
 from pmp_ds.prepare.config import PrepareConfig
-from pmp_ds.prepare.corpus import Rejects, Unfinished, Unit, group_units
-from pmp_ds.prepare.encoder import Encoder
-from pmp_ds.prepare.prepare import ready_tokenizer, summarize
-from pmp_ds.prepare.saved_tokenizer import about_saved
+from pmp_ds.prepare.corpus import Unfinished, Unit, group_units
+from pmp_ds.prepare.planning import make_plan, read_plan, write_plan
+from pmp_ds.prepare.request import Request
 from pmp_ds.prepare.staging import (
-    PLAN,
-    Request,
     exists,
     held,
     matching_manifest,
     publish,
-    read_identity,
     remove_leftovers,
-    saved_tokenizer_files,
     staging,
     staging_folder,
+    writing,
 )
 from pmp_ds.prepare.summary import PrepareSummary
-from pmp_ds.prepare.tokenizer import Tokenizer, load_trained
 from pmp_ds.prepare.units import PackJob, UnitResult, finished_unit
 from pmp_ds.prepare.workers import available_cores, pack_units
 from pmp_ds.progress import Progress
-from pmp_ds.run_dir import write_json
-
-_NAMED = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,19 +57,6 @@ class Share:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Planned:
-    """What a plan says, found again on this machine."""
-
-    request: Request
-    tokenizer: Tokenizer
-    tokenizer_files: dict[str, str]
-    warnings: list[str]
-    encoder: Encoder
-    job: PackJob
-    units: list[Unit]
-
-
 def plan(config: PrepareConfig) -> int:
     """Decide everything that the nodes have to agree on; return the number of units.
 
@@ -100,29 +67,13 @@ def plan(config: PrepareConfig) -> int:
     if exists(request.out):
         matching_manifest(request.out, request.settings)
         return 0
-    for source in request.sources:
-        if source.kind == "stream":
-            raise UserError(
-                f"input {source.name} is a stream, which one process reads in order: download it "
-                "and name its files, or prepare it on one machine"
-            )
-    try:
-        with staging(request.out, request.identity) as folder:
-            tokenizer, _ = ready_tokenizer(folder, request)
-            sample = sample_texts(request.sources, config)
-            encoder, warnings = ready_encoder(request, tokenizer, sample)
-            job = packing_job(folder, request, tokenizer, encoder.spec)
-            warnings += about_saved(tokenizer, folder / "tokenizer", sample, job.bos_id)
-            write_json(
-                folder / PLAN,
-                {
-                    "config": dataclasses.asdict(config),
-                    "engine": job.encoder.engine,
-                    "warnings": warnings,
-                },
-            )
-    except OSError as error:
-        raise UserError(f"out={config.out} cannot be written: {error}") from error
+    if (stream := request.stream) is not None:
+        raise UserError(
+            f"input {stream.name} is a stream, which one process reads in order: download it "
+            "and name its files, or prepare it on one machine"
+        )
+    with writing(request.out), staging(request.out, request.identity) as folder:
+        write_plan(make_plan(folder, request), request)
     return len(group_units(request.sources))
 
 
@@ -137,18 +88,14 @@ def pack(out: Path, node: int = 0, nodes: int = 1, workers: int | None = None) -
     if exists(out) and not staging_folder(out).exists():
         Store.open(out)
         return Share(folder=out, packed=0, units=0, num_bytes=0)
-    planned = _read_plan(out)
-    job, units = planned.job, planned.units[node::nodes]
-    missing = [unit for unit in units if finished_unit(job, unit) is None]
-    num_bytes = sum(unit.num_bytes for unit in missing)
-    workers = workers or planned.request.config.workers or available_cores()
+    job, units = read_plan(out)
+    mine = units[node::nodes]
     try:
-        with Progress(f"pack on node {node} of {nodes}", "B", num_bytes, scale=True) as bar:
-            workers = max(1, min(workers, len(missing)))
-            pack_units(job, planned.encoder, missing, workers, _ignore, bar.update)
+        _, packed = pack_missing(job, mine, f"pack on node {node} of {nodes}", workers)
     except OSError as error:
         raise Unfinished(f"{job.folder} cannot be written: {error}") from error
-    return Share(folder=job.folder, packed=len(missing), units=len(units), num_bytes=num_bytes)
+    num_bytes = sum(unit.num_bytes for unit in packed)
+    return Share(folder=job.folder, packed=len(packed), units=len(mine), num_bytes=num_bytes)
 
 
 def finish(out: Path) -> PrepareSummary:
@@ -159,99 +106,48 @@ def finish(out: Path) -> PrepareSummary:
     """
     if exists(out) and not staging_folder(out).exists():
         remove_leftovers(out)
-        return summarize(out, Store.open(out).manifest, None, reused=True)
-    planned = _read_plan(out)
-    folder = planned.job.folder
-    try:
-        with held(out):
-            manifest = complete_store(
-                planned.job,
-                _add_up(out, planned),
-                planned.request,
-                planned.tokenizer,
-                planned.tokenizer_files,
-                planned.warnings,
-            )
-            publish(folder, out)
-    except OSError as error:
-        raise UserError(f"out={out} cannot be written: {error}") from error
-    return summarize(out, manifest, None, reused=False)
+        return PrepareSummary(folder=out, reused=True, manifest=Store.open(out).manifest)
+    job, units = read_plan(out)
+    with writing(out), held(out):
+        manifest = complete_store(job, units)
+        publish(job.folder, out)
+    return PrepareSummary(folder=out, reused=False, manifest=manifest)
 
 
-def _add_up(out: Path, planned: _Planned) -> UnitResult:
-    """What all units gave together; one at a time in memory, for there may be 10,000."""
-    job = planned.job
-    total = UnitResult(
-        unigrams=np.zeros((len(SPLITS), job.vocab_size), np.int64),
-        rejects=Rejects(max_malformed=job.max_malformed),
-    )
-    missing = []
-    with ThreadPoolExecutor(available_cores()) as pool:  # hashing leaves the interpreter
-        found = pool.map(functools.partial(finished_unit, job), planned.units)
-        for unit, result in zip(planned.units, found, strict=True):
-            if result is None:
-                missing.append(str(unit.index))
-            else:
-                total.unigrams += result.unigrams
-                total.add(result)
-    if missing:
-        more = "" if len(missing) <= _NAMED else f" and {len(missing) - _NAMED} more"
-        raise Unfinished(
-            f"{len(missing)} of {len(planned.units)} units are missing in {job.folder}: "
-            f"{', '.join(missing[:_NAMED])}{more}; repeat the nodes that did not end, or pack all "
-            f"that is missing here: pmp-ds prepare-data pack {quoted(out)}"
-        )
-    return total
+def pack_missing(
+    job: PackJob, units: Iterable[Unit], title: str, workers: int | None = None
+) -> tuple[list[Unit], list[Unit]]:
+    """Pack those of ``units`` that the ledger does not have; return all, and those packed now.
 
+    ``workers``: None means as planned, or one per core. ``title`` is that of the progress; a list
+    of units says how much there is to do.
+    """
+    workers = workers or job.config.workers or available_cores()
+    total = None
+    if isinstance(units, list):
+        workers, total = min(workers, len(units)), sum(unit.num_bytes for unit in units)
+    seen: list[Unit] = []
+    packed: list[Unit] = []
+    documents = 0
+    with Progress(title, "B", total, scale=True) as bar:
 
-def _read_plan(out: Path) -> _Planned:
-    folder = staging_folder(out)
-    try:
-        planned = read_object(folder / PLAN)
-        config = PrepareConfig(**planned["config"] | {"input": tuple(planned["config"]["input"])})
-    except MissingError as error:
-        raise UserError(
-            f"{folder} holds no plan: run `pmp-ds prepare-data plan "
-            f"--out {quoted(out)}` with all settings first, once, and wait for its end"
-        ) from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{folder / PLAN} cannot be read ({error}); run plan again") from error
-    request = Request.of(config)
-    _check_same(folder, request)
-    files = saved_tokenizer_files(folder)
-    if files is None:
-        raise UserError(f"{folder}/tokenizer is not as it was planned; run plan again")
-    tokenizer = request.tokenizer or load_trained(folder / "tokenizer")
-    encoder = tokenizer.encoder
-    if encoder.spec.engine != planned["engine"]:
-        encoder = encoder.without_fast()
-    return _Planned(
-        request=request,
-        tokenizer=tokenizer,
-        tokenizer_files=files,
-        warnings=planned["warnings"],
-        encoder=encoder,
-        job=packing_job(folder, request, tokenizer, encoder.spec),
-        units=group_units(request.sources),
-    )
+        def on_done(unit: Unit, result: UnitResult) -> None:
+            nonlocal documents
+            documents += sum(result.documents.values())
+            bar.set(documents=documents)
+            if unit.spooled:
+                unit.sources[0].path.unlink()
 
+        def missing() -> Iterator[Unit]:
+            for unit in units:
+                seen.append(unit)
+                result = finished_unit(job, unit)
+                if result is None:
+                    packed.append(unit)
+                    yield unit
+                else:
+                    on_done(unit, result)
+                    bar.update(unit.num_bytes)
 
-def _check_same(folder: Path, request: Request) -> None:
-    """UserError unless this machine sees the files, settings and libraries of the plan."""
-    there, here = read_identity(folder) or {}, json.loads(json.dumps(request.identity))
-    if there == here:
-        return
-    words = {"inputs": "input files (names, sizes or dates)", "versions": "library versions"}
-    found = [
-        f"{words.get(key, key)} are {there.get(key)} in the plan and {here[key]} here"
-        for key in here
-        if there.get(key) != here[key]
-    ]
-    raise UserError(
-        f"{folder} was planned for something else: {'; '.join(found)}; let every node see the same "
-        "files and libraries, or run plan again"
-    )
-
-
-def _ignore(unit: Unit, result: UnitResult) -> None:
-    """The ledger has it."""
+        pack_units(job, missing(), max(workers, 1), on_done, bar.update)
+    return seen, packed

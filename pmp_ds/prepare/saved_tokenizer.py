@@ -9,7 +9,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.processors import TemplateProcessing
 
 from pmp_ds.errors import UserError
-from pmp_ds.prepare.tokenizer import Tokenizer, collector_paused
+from pmp_ds.prepare.tokenizer import Tokenizer
 from pmp_ds.run_dir import fsync_dir, sha256
 
 _COMPARED_CHARS = 1000
@@ -64,7 +64,6 @@ def about_saved(
     return warnings
 
 
-@collector_paused()
 def plain_reader(folder: Path) -> Any:
     """What a user of `transformers` gets for the ``folder``."""
     from transformers import AutoTokenizer

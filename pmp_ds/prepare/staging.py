@@ -2,35 +2,28 @@
 
     run.json        the identity: what has to be the same for finished units to be of use
     tokenizer.json  sha256 of the files in tokenizer/
-    plan.json       for several machines: what `nodes.pack` needs to know
+    plan.json       for several machines: what `nodes.pack` has to know
     units/  spool/  the ledger of finished units; units of a stream that wait to be packed
 
 The rest is the store itself.
 """
 
 import contextlib
-import dataclasses
 import hashlib
-import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from pmp_ds.data.arrow_store import Store
-from pmp_ds.data.manifest import FORMAT_VERSION, SPLITS, read_manifest
+from pmp_ds.data.manifest import SPLITS, read_manifest
 from pmp_ds.errors import UserError
 from pmp_ds.fields import fit
 from pmp_ds.foreign import ForeignError, read_bytes, read_object
 from pmp_ds.lease import Lease, hold
-from pmp_ds.prepare.config import PrepareConfig
-from pmp_ds.prepare.corpus import EmptySplit, Source, StreamOptions, Unfinished
-from pmp_ds.prepare.inputs import find_sources
-from pmp_ds.prepare.tokenizer import Tokenizer, load_tokenizer
+from pmp_ds.prepare.corpus import EmptySplit, Unfinished
 from pmp_ds.run_dir import fsync_dir, write_json
 
 TOKENIZER = "tokenizer.json"
@@ -39,63 +32,6 @@ _IDENTITY = "run.json"
 _FOLDERS = (*SPLITS, "tokenizer", "units", "spool")
 _NOT_OF_THE_STORE = (_IDENTITY, TOKENIZER, PLAN, "units", "spool")
 _ENTRIES = {*_FOLDERS, *_NOT_OF_THE_STORE, "dataset_dict.json", "manifest.json"}
-_LIBRARIES = ("gigatoken", "pyarrow", "sentencepiece", "tokenizers")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What somebody wants prepared, as far as it is known before text is read."""
-
-    config: PrepareConfig
-    sources: list[Source]
-
-    tokenizer: Tokenizer | None
-    """None: to be trained on the sources."""
-
-    settings: dict[str, Any]
-    """What the content of the store depends on."""
-
-    left_out: tuple[str, ...] = ()
-    """What the inputs hold and is not read, a line each."""
-
-    @classmethod
-    def of(cls, config: PrepareConfig) -> "Request":
-        """Find the sources and load the tokenizer; UserError when one cannot be used."""
-        notes: list[str] = []
-        sources = find_sources(config.input, _stream_options(config), notes)
-        tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
-        return cls(
-            config=config,
-            sources=sources,
-            tokenizer=tokenizer,
-            settings=_settings(config, sources, tokenizer),
-            left_out=tuple(notes),
-        )
-
-    @property
-    def out(self) -> Path:
-        return Path(self.config.out)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What has to be the same for the finished parts of a killed run to be of use."""
-        files = [(s.name, s.num_bytes, s.version) for s in self.sources]
-        versions = {}
-        for name in _LIBRARIES:
-            with contextlib.suppress(metadata.PackageNotFoundError):
-                versions[name] = metadata.version(name)
-        return {
-            "engine": self.config.engine,
-            "format_version": FORMAT_VERSION,
-            "inputs": hashlib.sha256(json.dumps(files).encode()).hexdigest(),
-            "settings": self.settings,
-            "versions": versions,
-        }
-
-    @property
-    def run(self) -> str:
-        """sha256 of the identity."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
 
 def staging_folder(out: Path) -> Path:
@@ -104,7 +40,7 @@ def staging_folder(out: Path) -> Path:
 
 @contextlib.contextmanager
 def staging(out: Path, identity: dict[str, Any]) -> Iterator[Path]:
-    """`<out>.incomplete`, held, to be renamed: empty, or as a run of equal ``identity`` left it.
+    """Hold `<out>.incomplete`, to be renamed: empty, or as a run of equal ``identity`` left it.
 
     A mistake of the user removes it, unless units are finished by then: with a setting mended that
     their content does not depend on, the next run uses them. So it does after what a second attempt
@@ -117,10 +53,11 @@ def staging(out: Path, identity: dict[str, Any]) -> Iterator[Path]:
         foreign -= _ENTRIES
         if foreign:
             raise UserError(
-                f"{folder} holds {sorted(foreign)[0]!r}, which no killed run left; move it away"
+                f"{folder} holds {sorted(foreign)[0]!r}, not created by pmp-ds; move it or choose "
+                "another out"
             )
         try:
-            if read_identity(folder) != json.loads(json.dumps(identity)):
+            if read_identity(folder) != identity:
                 _clear(folder)
             for name in _FOLDERS:
                 (folder / name).mkdir(exist_ok=True)
@@ -136,6 +73,15 @@ def staging(out: Path, identity: dict[str, Any]) -> Iterator[Path]:
                 ) from error
             shutil.rmtree(folder, ignore_errors=True)
             raise
+
+
+@contextlib.contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Turn an OSError into a UserError about ``out``."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"out={out} cannot be written: {error}") from error
 
 
 def held(out: Path) -> AbstractContextManager[Lease]:
@@ -197,39 +143,6 @@ def matching_manifest(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"out={out} holds another store ({'; '.join(differences)}); {way_out}")
     Store.open(out)  # complete, or an error that names what is missing
     return manifest
-
-
-def _stream_options(config: PrepareConfig) -> StreamOptions:
-    return StreamOptions(
-        split=config.hf_split,
-        config=config.hf_config,
-        revision=config.hf_revision,
-        shuffle_buffer=config.shuffle_buffer,
-        seed=config.shuffle_seed,
-    )
-
-
-def _settings(
-    config: PrepareConfig, sources: Sequence[Source], tokenizer: Tokenizer | None
-) -> dict[str, Any]:
-    inputs = []
-    for given in config.input:
-        files = [(s.name, s.num_bytes) for s in sources if s.given == given]
-        digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
-        inputs.append({"input": given, "files": len(files), "names_and_sizes": digest})
-    trained = f"trained here with train_vocab_size={config.train_vocab_size}"
-    stream = {}
-    if any(source.kind == "stream" for source in sources):
-        stream = {"stream": dataclasses.asdict(_stream_options(config))}
-    return {
-        **stream,
-        "input": inputs,
-        "text_field": config.text_field,
-        "tokenizer": trained if tokenizer is None else tokenizer.fingerprint,
-        "block_size": config.block_size,
-        "bos": config.bos,
-        "val_fraction": config.val_fraction,
-    }
 
 
 def _clear(folder: Path) -> None:

@@ -8,7 +8,7 @@ the units whose text is the same to the byte.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from pmp_ds.prepare.corpus import (
     Unfinished,
     Unit,
 )
-from pmp_ds.prepare.readers import parse_row
+from pmp_ds.prepare.rows import parse_row
 
 
 def read_stream(
@@ -54,6 +54,21 @@ def read_stream(
             yield text
         else:
             rejects.add_empty(f"{source.name}:{number}")
+
+
+def spooled(
+    units: Iterable[Unit], folder: Path, text_field: str, rejects: Rejects
+) -> Iterator[Unit]:
+    """The units, numbered anew, with those of a stream as they arrive in its place: files in
+    ``folder``. Its bad rows are counted in ``rejects``."""
+    index = 0
+    for unit in units:
+        parts: Iterable[Unit] = [dataclasses.replace(unit, index=index)]
+        if unit.sources[0].kind == "stream":
+            parts = spool_units(unit.sources[0], index, folder, text_field, rejects)
+        for part in parts:
+            yield part
+            index += 1
 
 
 def spool_units(

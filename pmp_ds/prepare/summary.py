@@ -23,10 +23,13 @@ class PrepareSummary:
     """The complete store was there already, made with the same settings."""
 
     manifest: dict[str, Any]
-    warnings: tuple[str, ...]
 
-    seconds: float | None
+    seconds: float | None = None
     """None: it was there already, or several machines made it."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return tuple(self.manifest["warnings"])
 
     @property
     def tokens(self) -> int:

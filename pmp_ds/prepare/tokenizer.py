@@ -5,11 +5,9 @@ cannot forge the boundary between two documents; and ``save_pretrained`` writes 
 plain ``AutoTokenizer`` reads.
 """
 
-import contextlib
-import gc
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,21 +50,6 @@ class Tokenizer(Protocol):
         ...
 
 
-@contextlib.contextmanager
-def collector_paused() -> Iterator[None]:
-    """Reading a tokenizer makes 100,000 lists and no garbage: the collector would go through
-    everything imported for it, again and again. Process-wide.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@collector_paused()
 def load_tokenizer(path: str) -> Tokenizer:
     """A Hugging Face folder, a tokenizer.json, or a sentencepiece ``.model`` file.
 

@@ -13,9 +13,10 @@ import numpy.typing as npt
 from pmp_ds.data.arrow_store import SHARD_BLOCKS, write_shard
 from pmp_ds.data.manifest import SPLITS
 from pmp_ds.foreign import read_object
+from pmp_ds.prepare.config import PrepareConfig
 from pmp_ds.prepare.corpus import Rejects, Unit
-from pmp_ds.prepare.encoder import Encoder, EncoderSpec
-from pmp_ds.prepare.packing import Packer, Tokens, is_validation
+from pmp_ds.prepare.encoder import Encoder
+from pmp_ds.prepare.packing import Packer, Tokens, is_validation, token_dtype
 from pmp_ds.prepare.readers import read_documents
 from pmp_ds.run_dir import atomic_path, sha256, write_json
 
@@ -26,7 +27,10 @@ _COUNTED_TOKENS = 1 << 18  # at a time: counting makes them int64 first
 
 @dataclass(frozen=True, kw_only=True)
 class PackJob:
-    """What is the same for all units; every worker gets it once."""
+    """What is the same for all units, and what the manifest says beside them; every worker gets it
+    once."""
+
+    config: PrepareConfig
 
     folder: Path
     """The store in the making."""
@@ -35,17 +39,23 @@ class PackJob:
     """What all units depend on, and which engine packs; parts that another run finished are of no
     use."""
 
-    encoder: EncoderSpec
+    settings: dict[str, Any]
+    """What the content of the store depends on, for the manifest."""
+
+    encoder: Encoder
+    vocab_size: int
     eos_id: int
     bos_id: int | None
     """What leads every document, if anything."""
 
-    vocab_size: int
-    dtype: str
-    text_field: str
-    block_size: int
-    val_fraction: float
-    max_malformed: float
+    tokenizer: dict[str, Any]
+    """What the manifest says of it."""
+
+    warnings: tuple[str, ...]
+
+    @property
+    def dtype(self) -> np.dtype[np.unsignedinteger]:
+        return token_dtype(self.vocab_size)
 
 
 @dataclass(kw_only=True)
@@ -63,8 +73,17 @@ class UnitResult:
         default_factory=lambda: {split: [] for split in SPLITS}
     )
 
+    @classmethod
+    def nothing(cls, job: PackJob) -> "UnitResult":
+        """What no unit at all gives."""
+        return cls(
+            unigrams=np.zeros((len(SPLITS), job.vocab_size), np.int64),
+            rejects=Rejects(max_malformed=job.config.max_malformed),
+        )
+
     def add(self, other: "UnitResult") -> None:
-        """Append what the next unit gave, all but its ``unigrams``."""
+        """Append what the next unit gave."""
+        self.unigrams += other.unigrams
         self.rejects.merge(other.rejects)
         for split in SPLITS:
             self.documents[split] += other.documents[split]
@@ -73,27 +92,23 @@ class UnitResult:
 
 
 def pack_unit(
-    job: PackJob, encoder: Encoder, unit: Unit, on_bytes: Callable[[int], None] = lambda _: None
+    job: PackJob, unit: Unit, on_bytes: Callable[[int], None] = lambda _: None
 ) -> UnitResult:
     """Write the shards of one unit, then its entry in the ledger. Depends on nothing but the job
-    and the unit. Raises UserError for input that cannot be used, and what ``on_bytes`` raises; that
-    hears how many more bytes of the unit are done, also of none.
+    and the unit. ``on_bytes`` is called often, with how many more bytes of the unit are done.
+    Raises UserError for input that cannot be used, and what ``on_bytes`` raises.
     """
-    result = UnitResult(
-        unigrams=np.zeros((len(SPLITS), job.vocab_size), np.int64),
-        rejects=Rejects(max_malformed=job.max_malformed),
-    )
-    dtype = np.dtype(job.dtype)
-    packers = [Packer(job.block_size, job.eos_id, dtype, job.bos_id) for _ in SPLITS]
+    config, result = job.config, UnitResult.nothing(job)
+    packers = [Packer(config.block_size, job.eos_id, job.dtype, job.bos_id) for _ in SPLITS]
     writers = [_ShardWriter(job.folder, split, unit.index, result) for split in SPLITS]
     documents = (
         document
         for source in unit.sources
-        for document in read_documents(source, job.text_field, result.rejects, on_bytes)
+        for document in read_documents(source, config.text_field, result.rejects, on_bytes)
     )
     for batch in _batches(documents):
-        held_out = np.array([is_validation(document, job.val_fraction) for document in batch])
-        ids = encoder.encode_batch(batch)
+        held_out = np.array([is_validation(document, config.val_fraction) for document in batch])
+        ids = job.encoder.encode_batch(batch)
         spoken = np.array([len(tokens) > 0 for tokens in ids])
         for index in np.flatnonzero(~spoken):  # a tokenizer may drop all that is in a text
             result.rejects.add_empty(

@@ -21,17 +21,17 @@ from concurrent.futures import (
     wait,
 )
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from multiprocessing.connection import wait as wait_for
 
 from pmp_ds.prepare.corpus import Unfinished, Unit
-from pmp_ds.prepare.encoder import Encoder
 from pmp_ds.prepare.units import PackJob, UnitResult, pack_unit
 
 MOST_THREADS = 2
 
 Submit = Callable[[Unit], Future[UnitResult]]
 
-_worker: tuple[PackJob, Encoder] | None = None
+_worker: PackJob | None = None
 
 
 class _StoppedError(Exception):
@@ -45,7 +45,6 @@ def available_cores() -> int:
 
 def pack_units(
     job: PackJob,
-    encoder: Encoder,
     units: Iterable[Unit],
     workers: int,
     on_done: Callable[[Unit, UnitResult], None],
@@ -53,11 +52,11 @@ def pack_units(
 ) -> None:
     """Pack every unit and call ``on_done`` here as each is finished, in any order.
 
-    ``on_bytes`` hears of bytes as threads read them, or when a process has finished a unit. Every
+    ``on_bytes`` is called as threads read bytes, or when a process has finished a unit. Every
     worker holds one unit at a time. Raises what a unit raised, ``Unfinished`` when a process died.
     """
     if workers <= MOST_THREADS:
-        with _threads(job, encoder, workers, on_bytes) as submit:
+        with _threads(job, workers, on_bytes) as submit:
             _pack_all(submit, units, workers, on_done)
         return
 
@@ -96,13 +95,11 @@ def _pack_all(
 
 
 @contextlib.contextmanager
-def _threads(
-    job: PackJob, encoder: Encoder, workers: int, on_bytes: Callable[[int], None]
-) -> Iterator[Submit]:
+def _threads(job: PackJob, workers: int, on_bytes: Callable[[int], None]) -> Iterator[Submit]:
     """At the end, threads that are still packing stop at their next batch."""
-    encoders: queue.SimpleQueue[Encoder] = queue.SimpleQueue()
+    free: queue.SimpleQueue[PackJob] = queue.SimpleQueue()
     for i in range(workers):
-        encoders.put(encoder.twin() if i else encoder)
+        free.put(replace(job, encoder=job.encoder.twin()) if i else job)
     stopped, one_at_a_time = threading.Event(), threading.Lock()
 
     def hear(num_bytes: int) -> None:
@@ -112,11 +109,11 @@ def _threads(
             on_bytes(num_bytes)
 
     def pack(unit: Unit) -> UnitResult:
-        mine = encoders.get()
+        mine = free.get()
         try:
-            return pack_unit(job, mine, unit, hear)
+            return pack_unit(mine, unit, hear)
         finally:
-            encoders.put(mine)
+            free.put(mine)
 
     pool = ThreadPoolExecutor(workers)
     try:
@@ -148,11 +145,11 @@ def _processes(job: PackJob, workers: int) -> Iterator[Submit]:
 
 def _start(job: PackJob) -> None:
     global _worker
-    with contextlib.suppress(ValueError):  # no main thread: somebody embeds us
+    with contextlib.suppress(ValueError):  # not in a main thread: embedded
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one worker per core already
-    _worker = job, Encoder(job.encoder)
+    _worker = job
 
 
 def _end_with_parent() -> None:
@@ -164,4 +161,4 @@ def _end_with_parent() -> None:
 
 def _pack(unit: Unit) -> UnitResult:
     assert _worker is not None
-    return pack_unit(*_worker, unit)
+    return pack_unit(_worker, unit)

@@ -9,8 +9,7 @@ from typing import Any
 from pmp_ds import formats
 from pmp_ds.cli import dump, parse
 from pmp_ds.config import Config
-from pmp_ds.data.arrow_store import Store
-from pmp_ds.data.mixed_store import MixedStore, Part
+from pmp_ds.data.mixed_store import Dataset, Part
 from pmp_ds.errors import UserError
 from pmp_ds.fields import fit
 from pmp_ds.log import read_metrics
@@ -45,9 +44,8 @@ class DataFacts:
     """What leads every document, if anything."""
 
     @classmethod
-    def of(cls, store: Store | MixedStore) -> "DataFacts":
-        stores = store.stores if isinstance(store, MixedStore) else [store]
-        manifests = [part.manifest for part in stores]
+    def of(cls, store: Dataset) -> "DataFacts":
+        manifests = [part.manifest for part in store.stores]
         splits = [split for m in manifests for split in m["splits"].values()]
         return cls(
             dataset_id=store.dataset_id,
@@ -61,11 +59,11 @@ class DataFacts:
             sources=tuple(
                 one["input"] for m in manifests for one in m.get("settings", {}).get("input", ())
             ),
-            parts=store.parts if isinstance(store, MixedStore) else (),
+            parts=store.parts,
         )
 
 
-def claim(run: RunDir, config: Config, store: Store | MixedStore) -> None:
+def claim(run: RunDir, config: Config, store: Dataset) -> None:
     """Make ``run`` this configuration's folder, or check that it is. Rank 0 alone calls it.
 
     A folder that is claimed already is not changed: ``record_start`` does that, once nothing can
@@ -148,7 +146,7 @@ def _data_differences(saved: Sequence[Part], given: Sequence[Part]) -> list[str]
     ]
 
 
-def _write(run: RunDir, config: Config, data: DataFacts, store: Store | MixedStore) -> None:
+def _write(run: RunDir, config: Config, data: DataFacts, store: Dataset) -> None:
     run.create()
     if not run.tokenizer.exists():
         aside = run.tokenizer.with_suffix(".incomplete")

@@ -8,9 +8,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from pmp_ds import dist
 from pmp_ds.config import Config
-from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.loader import order_key
-from pmp_ds.data.mixed_store import MixedStore
+from pmp_ds.data.mixed_store import Dataset
 from pmp_ds.engine.objective import NextToken
 from pmp_ds.model.parameters import ParamInfo, parameter_table
 from pmp_ds.model.secret_init import derive
@@ -30,7 +29,7 @@ class Job:
     config: Config
     ds_config: dict[str, Any]
     run: RunDir
-    store: Store | MixedStore
+    store: Dataset
     init: theta0.Init
     table: tuple[ParamInfo, ...]
     theta0_digest: str = ""
@@ -76,7 +75,7 @@ class Job:
         )
 
 
-def check(config: Config, store: Store | MixedStore, run: RunDir) -> None:
+def check(config: Config, store: Dataset, run: RunDir) -> None:
     """Do model, data and a given ticket fit together? Raises UserError; writes nothing."""
     data = DataFacts.of(store)
     architecture(config, store)
@@ -85,7 +84,7 @@ def check(config: Config, store: Store | MixedStore, run: RunDir) -> None:
         load_ticket(folder, model_digest=theta0.model_digest(config, data))
 
 
-def architecture(config: Config, store: Store | MixedStore) -> PreTrainedConfig:
+def architecture(config: Config, store: Dataset) -> PreTrainedConfig:
     """The Hugging Face config of the model. Raises UserError when model and data do not fit."""
     return theta0.architecture(config, DataFacts.of(store))
 
@@ -97,9 +96,7 @@ def given_ticket(config: Config, run: RunDir) -> Path | None:
     return run.ticket if has_ticket(run.ticket) else Path(config.mask.file)
 
 
-def open_job(
-    config: Config, ds_config: dict[str, Any], store: Store | MixedStore, run: RunDir
-) -> Job:
+def open_job(config: Config, ds_config: dict[str, Any], store: Dataset, run: RunDir) -> Job:
     """Draw theta(0), or draw it again and check that it is the same. Collective.
 
     Writes nothing but the key of a new run.

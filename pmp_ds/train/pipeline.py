@@ -12,8 +12,8 @@ import torch
 
 from pmp_ds import dist
 from pmp_ds.config import Config
-from pmp_ds.data.arrow_store import Store
-from pmp_ds.data.mixed_store import MixedStore
+from pmp_ds.data.mixed_store import Dataset
+from pmp_ds.data.verified import check_together
 from pmp_ds.discover.discover import Discovery, random_ticket
 from pmp_ds.engine.engine import Engine
 from pmp_ds.model.parameters import digest, num_params
@@ -87,7 +87,7 @@ class Outcome:
 def run(
     config: Config,
     ds_config: dict[str, Any],
-    store: Store | MixedStore,
+    store: Dataset,
     folder: RunDir,
     started: float,
     *,
@@ -100,8 +100,7 @@ def run(
     asked to stop before its end.
     """
     with held(folder.root, f"the run's folder {folder.root}"):
-        # Rank 0 alone reads every byte; a damaged store stops all ranks before anything is written.
-        dist.on_rank0(lambda: store.verify() and None)
+        check_together(store, folder.verified)  # a damaged store stops all ranks first
         dist.on_rank0(lambda: run_record.claim(folder, config, store))
         job = open_job(config, ds_config, store, folder)
         _say(f"{config.run.name}:\n{plan.describe(job)}")

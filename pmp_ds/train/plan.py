@@ -4,8 +4,8 @@ from typing import Any
 
 from pmp_ds import dist
 from pmp_ds.config import Config
-from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.loader import order_key
+from pmp_ds.data.mixture import realised
 from pmp_ds.engine.cut import Cut
 from pmp_ds.engine.deepspeed_config import wants_compact_master, zero_stage
 from pmp_ds.model.parameters import num_params
@@ -55,11 +55,11 @@ def describe(job: Job) -> str:
 
 def _epochs(job: Job, samples: int) -> str:
     """How often the blocks are read, of each store of a mixture."""
-    if isinstance(job.store, Store):
+    if not job.store.parts:
         blocks = len(job.store.split("train"))
         return f"{samples / blocks:.2f} epochs of {blocks:,} blocks"
     key = order_key("train", job.config.data.seed)
-    counts = job.store.split("train").realised(samples, key).values()
+    counts = realised([part.slots for part in job.store.parts], samples, key)
     return "a mixture of\n" + "\n".join(
         f"{'':13}{part.share:.2%} {part.folder}: {count / len(store.split('train')):.2f} epochs of "
         f"{len(store.split('train')):,} blocks"

@@ -17,7 +17,7 @@ RELEASE = {
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 }  # fmt: skip
 RUN = {"config.yaml", "data.json", "metrics.jsonl", "plots", "private", "release", "tensorboard",
-       "tokenizer"}  # fmt: skip
+       "tokenizer", "verified.json"}  # fmt: skip
 
 
 def spellings(secret: bytes) -> set[bytes]:

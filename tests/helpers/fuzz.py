@@ -22,7 +22,7 @@ from pmp_ds import foreign, strict_yaml
 from pmp_ds.data import arrow_header
 from pmp_ds.errors import UserError
 from pmp_ds.fields import fit
-from pmp_ds.prepare import readers
+from pmp_ds.prepare import jsonl
 from pmp_ds.release.ledger import Entry
 from pmp_ds.ticket import vault
 
@@ -40,8 +40,8 @@ def _yaml(data: bytes) -> object:
 PARSERS: dict[str, tuple[Callable[[bytes], object], tuple[type[Exception], ...]]] = {
     "json": (_json, (ValueError,)),
     "yaml": (_yaml, (yaml.YAMLError, UnicodeDecodeError)),
-    "rows": (lambda data: readers.parse_chunk(data + b"\n", "text"), ()),
-    "line": (lambda data: readers._parse_line(data, "text"), ()),
+    "rows": (lambda data: jsonl.parse_chunk(data + b"\n", "text"), ()),
+    "line": (lambda data: jsonl._parse_line(data, "text"), ()),
     "batch": (arrow_header.is_packed, (pa.ArrowInvalid,)),
     "archive": (lambda data: vault._members(data, NOWHERE), (UserError,)),
     "tensors": (load, (SafetensorError,)),
@@ -59,7 +59,7 @@ def one(data: bytes) -> None:
 def main() -> None:
     import atheris
 
-    for module in (foreign, strict_yaml, readers, arrow_header, vault):
+    for module in (foreign, strict_yaml, jsonl, arrow_header, vault):
         for function in vars(module).values():
             if isinstance(function, FunctionType) and function.__module__ == module.__name__:
                 atheris.instrument_func(function)

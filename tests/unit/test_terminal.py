@@ -38,9 +38,7 @@ def test_a_printed_command_can_be_pasted(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     folder = "my data/it's"
-    summary = PrepareSummary(
-        folder=Path(folder), reused=True, manifest={}, warnings=(), seconds=None
-    )
+    summary = PrepareSummary(folder=Path(folder), reused=True, manifest={})
     monkeypatch.setattr(PrepareSummary, "__str__", lambda self: "")
     prepare_data._report(summary)
     words = shlex.split(capsys.readouterr().out.partition("with ")[2])

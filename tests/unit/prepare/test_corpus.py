@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pmp_ds.errors import UserError
-from pmp_ds.prepare import readers
+from pmp_ds.prepare import jsonl
 from pmp_ds.prepare.corpus import PYTHON, Rejects, Source, group_units
 from pmp_ds.prepare.inputs import find_sources
 from pmp_ds.prepare.readers import read_documents, read_texts
@@ -111,7 +111,7 @@ def test_many_lines_at_once_are_the_lines_one_by_one(tmp_path: Path, line: bytes
     good = b'{"text": "good", "id": 1}'
     path.write_bytes(b"\n".join([good, line, good]))
     together = read(path)
-    monkeypatch.setattr(readers, "parse_chunk", lambda *_: None)
+    monkeypatch.setattr(jsonl, "parse_chunk", lambda *_: None)
     assert together == read(path)
 
 
@@ -120,9 +120,9 @@ def test_plain_lines_are_parsed_at_once(monkeypatch, tmp_path: Path):
     rows = [f"row {i} é\n" for i in range(50)]
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps({"id": i, "text": row}) for i, row in enumerate(rows)))
-    monkeypatch.setattr(readers, "_parse_line", None)
+    monkeypatch.setattr(jsonl, "_parse_line", None)
     for size in (1, 7, 100, 10_000):
-        monkeypatch.setattr(readers, "_CHUNK_BYTES", size)
+        monkeypatch.setattr(jsonl, "_CHUNK_BYTES", size)
         assert read(path)[0] == rows
 
 

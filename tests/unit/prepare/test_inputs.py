@@ -160,7 +160,7 @@ def test_dataset_of_hugging_face_as_a_stream(dataset: str, tmp_path: Path, monke
     def small(source, index, folder, field, rejects):
         return spool_units(source, index, folder, field, rejects, 8000)
 
-    monkeypatch.setattr("pmp_ds.prepare.build.spool_units", small)
+    monkeypatch.setattr("pmp_ds.prepare.streams.spool_units", small)
     first = prepare(config(dataset, tmp_path))
     shards = first.manifest["splits"]["train"]["shards"]
     assert len(shards) > 3
@@ -188,7 +188,7 @@ def test_stream_that_breaks_off_goes_on(dataset: str, tmp_path: Path, monkeypatc
                 raise Unfinished("the network is gone")
             yield unit
 
-    monkeypatch.setattr("pmp_ds.prepare.build.spool_units", breaking)
+    monkeypatch.setattr("pmp_ds.prepare.streams.spool_units", breaking)
     with pytest.raises(Unfinished):
         prepare(config(dataset, tmp_path))
     assert len(list((tmp_path / "out.incomplete" / "units").glob("*.json"))) == 2

@@ -11,9 +11,8 @@ from tests.unit.prepare.conftest import make_texts
 SCRIPT = """
 import re, sys
 from pmp_ds.prepare.config import PrepareConfig
-from pmp_ds.prepare import build, prepare
-group_units = build.group_units
-build.group_units = lambda sources: group_units(sources, unit_bytes=4 << 20)
+from pmp_ds.prepare import corpus, prepare
+corpus._MIN_UNIT_BYTES = 4 << 20
 tokenizer, name = sys.argv[1:]
 prepare.prepare(PrepareConfig(input=(name,), out=name + ".store", tokenizer=tokenizer, workers=2))
 print(int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) // 1024)

@@ -14,9 +14,9 @@ import pytest
 
 from pmp_ds.errors import UserError
 from pmp_ds.prepare import corpus as corpus_module
-from pmp_ds.prepare import nodes, staging
+from pmp_ds.prepare import nodes, planning, staging
+from pmp_ds.prepare.cluster import FinishStore, PackUnits
 from pmp_ds.prepare.config import PrepareConfig
-from pmp_ds.prepare.encoder import Encoder
 from pmp_ds.prepare.prepare import prepare
 from pmp_ds.prepare.units import pack_unit
 from tests.unit.prepare.conftest import make_texts
@@ -159,7 +159,7 @@ def test_documented_datatrove_example(folder: Path, expected):
     nodes.plan(config("tokenized_data/big"))
     example = documented("python").replace("SlurmPipelineExecutor", "LocalPipelineExecutor")
     example = re.sub(r"(?m)^slurm = .*$", "slurm = {}", example).replace("tasks=64", "tasks=2")
-    start = "from pmp_ds.data import corpus\ncorpus._MIN_UNIT_BYTES = 40_000\n"
+    start = "from pmp_ds.prepare import corpus\ncorpus._MIN_UNIT_BYTES = 40_000\n"
     body = example.replace("\n", "\n    ")
     (folder / "script.py").write_text(f"{start}if __name__ == '__main__':\n    {body}\n")
     done = subprocess.run(
@@ -171,6 +171,19 @@ def test_documented_datatrove_example(folder: Path, expected):
     stats = json.loads((folder / "logs/pack/stats.json").read_text())
     units = next(step for step in stats if "pack units" in step["name"])["stats"]["units"]
     assert (units["total"], units["n"]) == (6, 2)
+
+
+def test_steps_of_datatrove(folder: Path, expected):
+    """What an executor calls on each of two tasks, and then on one; documents pass by."""
+    nodes.plan(config("out"))
+    for rank in (0, 1):
+        step = PackUnits("out", workers=1)
+        assert list(step.run(iter(["a document"]), rank, 2)) == ["a document"]
+        assert step.stats["units"].total == 3
+    assert list(FinishStore("out").run(None, 1, 2)) == []
+    assert not Path("out").exists()
+    assert list(FinishStore("out").run(None, 0, 2)) == []
+    assert contents(folder / "out") == expected
 
 
 def test_killed_node_is_repeated_and_finish_waits_for_all(folder: Path, expected):
@@ -211,10 +224,10 @@ def test_late_commands_change_nothing(folder: Path, expected):
 
 def test_late_node_of_another_plan_cannot_spoil_this_one(folder: Path, expected):
     nodes.plan(config("out", block_size=8))
-    late = nodes._read_plan(Path("out"))
+    late, units = planning.read_plan(Path("out"))
     nodes.plan(config("out"))  # other settings: starts over
     nodes.pack(Path("out"))
-    pack_unit(late.job, Encoder(late.job.encoder), late.units[4])
+    pack_unit(late, units[4])
     with pytest.raises(UserError, match=r"1 of 6 units are missing in .*: 4;"):
         nodes.finish(Path("out"))
     nodes.pack(Path("out"))

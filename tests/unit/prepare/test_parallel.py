@@ -12,11 +12,12 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from pmp_ds.errors import UserError
-from pmp_ds.prepare import build
+from pmp_ds.prepare import corpus as corpus_module
 from pmp_ds.prepare import units as units_module
 from pmp_ds.prepare import workers as workers_module
 from pmp_ds.prepare.config import PrepareConfig
@@ -28,9 +29,8 @@ from tests.unit.prepare.conftest import make_texts
 SCRIPT = """
 import json, sys, time
 from pmp_ds.prepare.config import PrepareConfig
-from pmp_ds.prepare import build, prepare, workers
-group_units = build.group_units
-build.group_units = lambda sources: group_units(sources, unit_bytes=40_000)
+from pmp_ds.prepare import corpus, prepare, workers
+corpus._MIN_UNIT_BYTES = 40_000
 if __name__ == "__main__":
     prepare.prepare(PrepareConfig(**json.loads(sys.argv[1])))
 """
@@ -67,8 +67,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def one_worker(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
-    group_units = build.group_units
-    monkeypatch.setattr(build, "group_units", lambda s: group_units(s, unit_bytes=40_000))
+    monkeypatch.setattr(corpus_module, "_MIN_UNIT_BYTES", 40_000)
     arguments = settings(corpus, "one", workers=1)
     prepare(PrepareConfig(**arguments | {"input": tuple(arguments["input"])}))
     return contents(corpus.parent / "one")
@@ -107,10 +106,10 @@ def run_until(corpus: Path, monkeypatch: pytest.MonkeyPatch, units: int) -> Prep
     """Stop, as by a full disk, before unit number ``units``."""
     pack_unit = units_module.pack_unit
 
-    def stopping(job, encoder, unit, on_bytes):
+    def stopping(job, unit, on_bytes):
         if unit.index == units:
             raise OSError(28, "No space left on device")
-        return pack_unit(job, encoder, unit, on_bytes)
+        return pack_unit(job, unit, on_bytes)
 
     arguments = settings(corpus, "stopped", workers=1)
     config = PrepareConfig(**arguments | {"input": tuple(arguments["input"])})
@@ -126,9 +125,9 @@ def spy_on_units(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     pack_unit = units_module.pack_unit
 
-    def spy(job, encoder, unit, on_bytes):
+    def spy(job, unit, on_bytes):
         seen.append(unit.index)
-        return pack_unit(job, encoder, unit, on_bytes)
+        return pack_unit(job, unit, on_bytes)
 
     monkeypatch.setattr("pmp_ds.prepare.workers.pack_unit", spy)
     return seen
@@ -141,7 +140,7 @@ def test_finished_units_are_not_packed_again(corpus: Path, one_worker, monkeypat
     data = bytearray(damaged.read_bytes())
     data[-100] ^= 1
     damaged.write_bytes(data)  # found by its sha256, and made again
-    monkeypatch.setattr("pmp_ds.prepare.prepare.train_tokenizer", None)  # nor is that repeated
+    monkeypatch.setattr("pmp_ds.prepare.planning.train_tokenizer", None)  # nor is that repeated
     prepare(config)
     assert seen == [1, 4, 5]
     assert contents(corpus.parent / "stopped") == one_worker
@@ -177,12 +176,19 @@ def test_raised_max_malformed_goes_on_with_what_is_packed(
     assert contents(corpus.parent / "mended") == one_worker
 
 
+@dataclasses.dataclass
+class JobLike:
+    """What the threads need of a job."""
+
+    encoder: Any
+
+
 def test_a_failed_unit_stops_the_other_thread(monkeypatch):
     """At its next batch, not at the end of its unit."""
     stopped = threading.Event()
     other_runs = threading.Event()
 
-    def packing(job, encoder, unit, on_bytes):
+    def packing(job, unit, on_bytes):
         if unit.index == 0:
             assert other_runs.wait(60)
             raise OSError(28, "No space left on device")
@@ -197,9 +203,9 @@ def test_a_failed_unit_stops_the_other_thread(monkeypatch):
 
     monkeypatch.setattr(workers_module, "pack_unit", packing)
     units = [Unit(index=i, sources=()) for i in range(9)]
-    encoder = SimpleNamespace(twin=lambda: None)
+    job: Any = JobLike(SimpleNamespace(twin=lambda: None))
     with pytest.raises(OSError, match="No space left"):
-        workers_module.pack_units(None, encoder, units, 2, print, lambda _: None)  # type: ignore[arg-type]
+        workers_module.pack_units(job, units, 2, print, lambda _: None)
     assert stopped.is_set()
 
 
@@ -208,10 +214,10 @@ def test_lost_worker_is_named_and_keeps_what_is_finished(corpus: Path, one_worke
     script = SCRIPT.replace(
         "if __name__",
         "import os\npack = workers.pack_unit\n"
-        "def dying(job, encoder, unit, *rest):\n"
+        "def dying(job, unit, *rest):\n"
         "    if unit.index == 5 and not os.path.exists(sys.argv[2]):\n"
         "        open(sys.argv[2], 'w').close(); os.kill(os.getpid(), 9)\n"
-        "    return pack(job, encoder, unit, *rest)\n"
+        "    return pack(job, unit, *rest)\n"
         "workers.pack_unit = dying\nif __name__",
     )
     path = corpus.parent / "script.py"

@@ -1,11 +1,13 @@
 """End to end in one process: what ends up in the store, what is refused, what is left behind."""
 
+import dataclasses
 import json
 import math
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -15,11 +17,11 @@ import pytest
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.manifest import SPLITS, read_manifest
 from pmp_ds.errors import UserError
-from pmp_ds.prepare import build, saved_tokenizer
-from pmp_ds.prepare import prepare as module
+from pmp_ds.prepare import corpus as corpus_module
+from pmp_ds.prepare import encoder as encoder_module
+from pmp_ds.prepare import planning, sample, saved_tokenizer
 from pmp_ds.prepare import units as units_module
 from pmp_ds.prepare.config import PrepareConfig
-from pmp_ds.prepare.inputs import find_sources
 from pmp_ds.prepare.packing import is_validation, pack_ref
 from pmp_ds.prepare.prepare import prepare
 from pmp_ds.prepare.tokenizer import load_tokenizer
@@ -101,10 +103,7 @@ def test_units_and_shards(corpus: Path, monkeypatch: pytest.MonkeyPatch):
     assert [s["rows"] for s in shards[:-1]] == [50] * (len(shards) - 1)
     assert len(shards) > 5
 
-    units = build.group_units(
-        find_sources([str(corpus)]), unit_bytes=(corpus / "b.jsonl").stat().st_size
-    )
-    monkeypatch.setattr(build, "group_units", lambda _: units)
+    monkeypatch.setattr(corpus_module, "_MIN_UNIT_BYTES", (corpus / "b.jsonl").stat().st_size)
     split = prepare(config(corpus, out=str(corpus.parent / "split")))
     files = [s["file"] for s in split.manifest["splits"]["train"]["shards"]]
     assert files[0] == "train/00000-000.arrow"
@@ -121,8 +120,8 @@ def test_same_input_same_bytes(corpus: Path):
 
 def test_complete_store_is_reused(corpus: Path, monkeypatch: pytest.MonkeyPatch):
     first = prepare(config(corpus))
-    monkeypatch.setattr(module, "read_documents", None)  # nothing is read again
-    monkeypatch.setattr(build, "read_texts", None)
+    monkeypatch.setattr(sample, "read_documents", None)  # nothing is read again
+    monkeypatch.setattr(sample, "read_texts", None)
     monkeypatch.setattr(units_module, "read_documents", None)
     again = prepare(config(corpus))
     assert again.reused
@@ -199,9 +198,9 @@ def test_killed_run_leaves_no_store_and_can_be_repeated(corpus: Path):
     script = (
         "import os, signal, sys\n"
         "from pmp_ds.prepare.config import PrepareConfig\n"
-        "from pmp_ds.data import build, prepare as module\n"
+        "from pmp_ds.prepare import complete, prepare as module\n"
         "def killed(*_): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "build.write_manifest = killed\n"
+        "complete.write_manifest = killed\n"
         "module.prepare(PrepareConfig(input=(sys.argv[1],), out=sys.argv[2], block_size=16,\n"
         "                             train_vocab_size=400, val_fraction=0.1))\n"
     )
@@ -238,17 +237,17 @@ def test_tokenizer_is_trained_on_the_train_split_within_its_budget(
     corpus: Path, monkeypatch: pytest.MonkeyPatch
 ):
     seen: list[str] = []
-    original = module.train_tokenizer
+    original = planning.train_tokenizer
 
     def spy(texts, vocab_size):
         seen[:] = texts
         return original(seen, vocab_size)
 
-    monkeypatch.setattr(module, "train_tokenizer", spy)
+    monkeypatch.setattr(planning, "train_tokenizer", spy)
     prepare(config(corpus))
     assert seen == [t for t in make_texts(200) if not is_validation(t.encode(), 0.1)]
     total = sum(p.stat().st_size for p in corpus.iterdir())
-    monkeypatch.setattr(module, "TRAINING_BYTES", total // 4)
+    monkeypatch.setattr(sample, "TRAINING_BYTES", total // 4)
     prepare(config(corpus, out=str(corpus.parent / "small")))
     assert total / 5 < sum(len(t.encode()) for t in seen) < total / 3
 
@@ -266,10 +265,48 @@ def test_foreign_model_that_transformers_reads_differently_is_a_warning(
 
 
 def test_uint32_above_65536_ids(corpus: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(build, "token_dtype", lambda _: np.dtype(np.uint32))
+    monkeypatch.setattr(units_module, "token_dtype", lambda _: np.dtype(np.uint32))
     wide = prepare(config(corpus))
     monkeypatch.undo()
     narrow = prepare(config(corpus, out=str(corpus.parent / "narrow")))
     assert wide.manifest["dtype"] == "uint32"
     assert read_all(wide.folder) == read_all(narrow.folder)
     assert read_manifest(narrow.folder)["dtype"] == "uint16"
+
+
+def test_nothing_of_an_engine_that_errs_is_kept(
+    corpus: Path, tokenizer_paths, monkeypatch: pytest.MonkeyPatch
+):
+    """A run packs with the fast engine and is stopped; the next one finds that its ids are wrong,
+    packs all again by the reference and says so."""
+    settings = config(corpus, tokenizer=str(tokenizer_paths["byte-bpe"]), workers=1)
+    correct = prepare(dataclasses.replace(settings, out=settings.out + "2", engine="reference"))
+    packed: list[str] = []
+    pack_unit = units_module.pack_unit
+
+    def spy(job, *rest):
+        packed.append(job.encoder.spec.engine.split()[0])
+        return pack_unit(job, *rest)
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pmp_ds.prepare.workers.pack_unit", spy)
+    with monkeypatch.context() as patch:
+        patch.setattr("pmp_ds.prepare.complete.write_manifest", no_space)
+        with pytest.raises(UserError, match="No space left"):
+            prepare(settings)
+
+    def encode_batch(documents: list[bytes], *, parallel: bool) -> Any:
+        ends = np.cumsum([0, *map(len, documents)])
+        data = np.full(ends[-1], 7, np.uint32)
+        offsets, content = SimpleNamespace(data=ends), SimpleNamespace(data=data)
+        return SimpleNamespace(layout=SimpleNamespace(offsets=offsets, content=content))
+
+    wrong = SimpleNamespace(encode_batch=encode_batch)
+    monkeypatch.setattr(encoder_module, "_load_fast", lambda _: wrong)
+    found = prepare(settings)
+    assert packed == ["gigatoken", "tokenizers"]
+    assert "gigatoken gives other ids" in found.warnings[0]
+    for key in ("dataset_id", "splits", "tokenizer"):
+        assert found.manifest[key] == correct.manifest[key]

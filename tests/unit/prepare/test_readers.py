@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pmp_ds.errors import UserError
-from pmp_ds.prepare import readers
+from pmp_ds.prepare import jsonl, parquet, rows
 from pmp_ds.prepare.corpus import Rejects, Source
 from pmp_ds.prepare.inputs import find_sources
 from pmp_ds.prepare.readers import read_documents
@@ -50,8 +50,8 @@ def repeated(path: Path, text: str, rows: int) -> Path:
 
 @pytest.fixture(autouse=True)
 def _little_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "_FREE_BYTES", 1 << 16)
-    monkeypatch.setattr(readers, "_CHUNK_BYTES", 1 << 14)
+    monkeypatch.setattr(rows, "_FREE_BYTES", 1 << 16)
+    monkeypatch.setattr(jsonl, "_CHUNK_BYTES", 1 << 14)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
@@ -103,7 +103,7 @@ def test_a_row_group_of_one_endless_text(tmp_path: Path, monkeypatch: pytest.Mon
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": [os.urandom(50_000).hex()]}), path, compression="none")
     assert len(read(path)) == 1
-    monkeypatch.setattr(readers, "LONGEST", 1 << 16)
+    monkeypatch.setattr(parquet, "LONGEST", 1 << 16)
     assert "is too long: row group 0 has 1 documents, and a document has at" in refusal(path)
 
 

@@ -1,0 +1,77 @@
+"""Check a store at the start of a job: together, and only what no earlier start has checked.
+
+    check_together(store, run.verified)
+
+Every rank hashes a share of the shards. A shard that was found intact is remembered by the hash of
+its manifest, its name, size, time of change and inode; one whose mark is the same is not read
+again. ``Store.verify`` reads every byte in any case.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from pmp_ds import dist
+from pmp_ds.data.arrow_store import Store
+from pmp_ds.data.mixed_store import Dataset
+from pmp_ds.foreign import ForeignError, read_object
+from pmp_ds.progress import Progress
+from pmp_ds.run_dir import write_json
+
+_SHOW_PROGRESS = 1 << 30  # from so many bytes on: a second of hashing
+
+
+def check_together(data: Dataset, memory: Path) -> int:
+    """Raise UserError on every rank when a shard or tokenizer of ``data`` is damaged on any.
+
+    Returns how many bytes of shards this rank read. Ranks that see the same files share them; ranks
+    with a copy of their own check that copy. Remembers in ``memory`` what is intact, unless that
+    cannot be written. Collective.
+    """
+    marks = dist.together(lambda: _marks(data.stores))
+    copies: list[str] = dist.all_gather_object(hashlib.sha256("".join(marks).encode()).hexdigest())
+    same = [rank for rank, copy in enumerate(copies) if copy == copies[dist.rank()]]
+    known = set(dist.on_rank0(lambda: _read(memory)))
+    shards = [(store, number) for store in data.stores for number in range(len(store.shards))]
+    new = [shard for shard, mark in zip(shards, marks, strict=True) if mark not in known]
+    mine = new[same.index(dist.rank()) :: len(same)]
+    # However long it takes: with one slow disk the others would exceed a collective's time limit.
+    dist.together(lambda: _check(mine), patient=True)
+    of_copies = dist.all_gather_object(marks if same[0] == dist.rank() else [])
+    found = {mark for marks in of_copies for mark in marks}
+    if dist.rank() == 0 and found != known:
+        with contextlib.suppress(OSError):
+            write_json(memory, {"verified": sorted(found)})
+    return sum(store.shards[number]["bytes"] for store, number in mine)
+
+
+def _marks(stores: Sequence[Store]) -> list[str]:
+    """What changes with every shard, one after the other. Raises UserError for one that is gone."""
+    marks = []
+    for store in stores:
+        store.check_facts()
+        manifest = hashlib.sha256(json.dumps(store.manifest, sort_keys=True).encode()).hexdigest()
+        for number, shard in enumerate(store.shards):
+            facts = store.look(number)
+            mark = [manifest, shard["file"], facts.st_size, facts.st_mtime_ns, facts.st_ino]
+            marks.append(hashlib.sha256(json.dumps(mark).encode()).hexdigest()[:32])
+    return marks
+
+
+def _read(memory: Path) -> list[str]:
+    """The marks of shards that are intact; none when that cannot be read."""
+    try:
+        found = read_object(memory).get("verified")
+    except ForeignError:
+        return []
+    return [mark for mark in found if isinstance(mark, str)] if isinstance(found, list) else []
+
+
+def _check(shards: Sequence[tuple[Store, int]]) -> None:
+    total = sum(store.shards[number]["bytes"] for store, number in shards)
+    with Progress("verify data", "B", total, scale=True, disable=total < _SHOW_PROGRESS) as bar:
+        for store, number in shards:
+            store.check_shard(number)
+            bar.update(store.shards[number]["bytes"])

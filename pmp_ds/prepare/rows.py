@@ -1,0 +1,73 @@
+"""Rows of an input: what makes one a document, and how long one may be."""
+
+import codecs
+from collections.abc import Iterable, Iterator
+from typing import Any, BinaryIO, cast
+
+from pmp_ds.errors import UserError
+from pmp_ds.prepare.corpus import Rejects, Source
+
+LONGEST = 64 << 20
+"""Bytes of one document, or of one line of JSON."""
+_EXPANSION = 200
+_FREE_BYTES = 2 << 20
+"""What unpacks to more than so many bytes may be _EXPANSION times as long as the file: text is
+seldom packed to less than a tenth, a crafted file to any part."""
+
+
+def open_source(source: Source) -> BinaryIO:
+    """The bytes of a file or URL."""
+    if source.url is None:
+        return open(source.path, "rb")
+    import fsspec
+
+    return cast(BinaryIO, fsspec.open(source.url, "rb").open())
+
+
+def parse_row(row: Any, text_field: str) -> tuple[str | None, str]:
+    """The text of one decoded row, or None and what is wrong with it."""
+    if not isinstance(row, dict):
+        return None, "not a JSON object"
+    if text_field not in row:
+        return None, f"no field {text_field!r}"
+    text = row[text_field]
+    if not isinstance(text, str):
+        return None, f"field {text_field!r} is not a string"
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # "\ud800": JSON can spell half a character
+        return None, "half of a surrogate pair"
+    return text, ""
+
+
+def accepted(rows: Iterable[tuple[str, bytes]], rejects: Rejects) -> Iterator[bytes]:
+    """Rows that are a document as they are."""
+    for where, raw in rows:
+        rejects.rows += 1
+        try:
+            text = raw.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            line = raw.count(b"\n", 0, error.start) + 1
+            wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+            rejects.add("UTF-16, not UTF-8" if wide else "invalid UTF-8", f"{where}:{line}")
+            continue
+        if text.strip():
+            yield raw.removeprefix(codecs.BOM_UTF8)
+        else:
+            rejects.add_empty(where)
+
+
+def too_long(source: Source, what: str) -> UserError:
+    return UserError(
+        f"input {source.name} is too long: {what}, and a document has at most {LONGEST:,} bytes; "
+        "divide it into several, as `split -C 32M` does"
+    )
+
+
+def require_plausible(source: Source, unpacked: int, packed: int) -> None:
+    """Raise UserError for what unpacks to far more than text does."""
+    if unpacked > _FREE_BYTES + _EXPANSION * packed:
+        raise UserError(
+            f"input {source.name} unpacks to more than {_EXPANSION} times its size, as no text "
+            "does; remove it, or unpack it yourself"
+        )

@@ -1,0 +1,78 @@
+"""Text of a corpus before it is packed: to train a tokenizer on, and to compare engines with."""
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+
+from pmp_ds.errors import UserError
+from pmp_ds.prepare.config import PrepareConfig
+from pmp_ds.prepare.corpus import MalformedError, Rejects
+from pmp_ds.prepare.packing import is_validation
+from pmp_ds.prepare.readers import read_documents, read_texts
+from pmp_ds.prepare.request import Request
+from pmp_ds.progress import Progress
+
+TRAINING_BYTES = 64 << 20
+"""Most text that a tokenizer is trained on, spread over all sources."""
+
+_SOURCES = 32
+_CHARS = 1 << 18
+_DOCUMENT_CHARS = 4_000
+_TEXTS = 4096
+
+
+def training_texts(request: Request) -> Iterator[str]:
+    """Documents of the train split, from the start of every source in proportion to its size.
+
+    Raises UserError when there is none.
+    """
+    rejects = Rejects(max_malformed=request.config.max_malformed)
+    texts = _training_texts(request, rejects)
+    first = next(texts, None)
+    if first is None:
+        rejects.check()
+        raise UserError(no_document(request.config))
+    return itertools.chain([first], texts)
+
+
+def _training_texts(request: Request, rejects: Rejects) -> Iterator[str]:
+    config = request.config
+    total = sum(source.num_bytes for source in request.sources)
+    share = min(1.0, TRAINING_BYTES / max(1, total))
+    credit = 0.0
+    with Progress("train tokenizer", "B", total, scale=True) as bar:
+        for source in request.sources:
+            stream = source.kind == "stream"  # does not say how much there is
+            credit += TRAINING_BYTES if stream else share * source.num_bytes
+            for document in read_documents(source, config.text_field, rejects):
+                if (stream or share < 1.0) and credit <= 0.0:
+                    break
+                if not is_validation(document, config.val_fraction):
+                    credit -= len(document)
+                    yield document.decode("utf-8")
+            bar.update(source.num_bytes)
+
+
+def sample_texts(request: Request) -> list[str]:
+    """Beginnings of documents from all over the corpus, about 256,000 characters, and not many more
+    texts than 4,096."""
+    chosen = request.sources[:: len(request.sources) // _SOURCES + 1]
+    texts: list[str] = []
+    for source in chosen:
+        room = _CHARS // len(chosen)
+        most = len(texts) + max(1, _TEXTS // len(chosen))
+        with contextlib.suppress(MalformedError):  # of a thousand rows most: read no further
+            for text in read_texts(source, request.config.text_field, Rejects(max_malformed=0.5)):
+                texts.append(text[: min(room, _DOCUMENT_CHARS)])
+                room -= len(texts[-1])
+                if room <= 0 or len(texts) == most:
+                    break
+    return texts
+
+
+def no_document(config: PrepareConfig) -> str:
+    """The message for input without a single usable document."""
+    return (
+        f"input {', '.join(config.input)} holds no document with text in it; name files that do, "
+        "or add text"
+    )
