@@ -123,9 +123,9 @@ QUICK = {
 
 
 def quick(cases: list[Any], chosen: Collection[Any]) -> list[Any]:
-    """The cases, those not ``chosen`` for `make test-matrix` alone."""
+    """The cases, those not ``chosen`` for `make nightly` alone."""
     return [
-        pytest.param(*case, marks=[] if case in chosen else [pytest.mark.matrix]) for case in cases
+        pytest.param(*case, marks=[] if case in chosen else [pytest.mark.nightly]) for case in cases
     ]
 
 

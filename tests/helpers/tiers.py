@@ -1,0 +1,100 @@
+"""Which tests run, on which worker, and how long they took: the hooks of tests/conftest.py.
+
+pytest -m 'not nightly'                  what `make test` runs
+pytest -m nightly --slice 2/6            a sixth of the rest, the same sixth every time
+pytest --record .durations               writes .durations/TIME.json, slowest test first
+"""
+
+import json
+import re
+import zlib
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SLOW_SECONDS = 20.0
+"""A test that takes longer belongs to `make nightly`, or needs a cheaper proof."""
+
+POOLS = {"ranks1", "ranks2", "ranks3", "ranks4"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("tiers")
+    group.addoption("--slice", type=_slice, metavar="I/N", help="only part I of N of the tests")
+    group.addoption("--record", metavar="FOLDER", help="write the seconds of each test there")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # with xdist, the process that hears of all tests
+        config.pluginmanager.register(_Durations(config.getoption("--record")))
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
+    items.sort(key=lambda item: _place(_group(item)))
+    if part := config.getoption("--slice"):
+        left_out = [item for item in items if not in_slice(item.nodeid, *part)]
+        items[:] = [item for item in items if in_slice(item.nodeid, *part)]
+        config.hook.pytest_deselected(items=left_out)
+
+
+def in_slice(nodeid: str, part: int, parts: int) -> bool:
+    """Whether a test belongs to slice ``part`` of ``parts``, which count from 1."""
+    return zlib.crc32(nodeid.encode()) % parts == part - 1
+
+
+def _slice(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(text)  # argparse names the option
+    return int(match[1]), int(match[2])
+
+
+def _group(item: pytest.Item) -> str:
+    """Tests that share something costly run in one worker of xdist, others by file."""
+    fixtures = set(getattr(item, "fixturenames", ()))
+    if "_furnished" in fixtures:
+        return "run"
+    folder = "tests/e2e/"
+    if POOLS & fixtures and not item.nodeid.startswith(folder):  # e2e only closes the pools
+        return "ranks"
+    return item.nodeid.partition("::")[0]
+
+
+def _place(group: str) -> int:
+    """The groups that take longest start first."""
+    if group in ("ranks", "run"):
+        return ("ranks", "run").index(group)
+    return 2 if "/unit/" not in group else 3
+
+
+class _Durations:
+    """Set-up, call and tear-down of every test, summed up."""
+
+    def __init__(self, folder: str | None) -> None:
+        self.folder = folder
+        self.seconds: dict[str, float] = {}
+        self.nightly: set[str] = set()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        nodeid = re.sub(r"@[\w./]+$", "", report.nodeid)  # the group that xdist appended
+        self.seconds[nodeid] = self.seconds.get(nodeid, 0.0) + report.duration
+        if "nightly" in report.keywords:
+            self.nightly.add(nodeid)
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        order = sorted(self.seconds.items(), key=lambda row: -row[1])
+        for nodeid, seconds in order:
+            if seconds > SLOW_SECONDS and nodeid not in self.nightly:
+                terminalreporter.write_line(f"slow: {nodeid} took {seconds:.0f} s; not nightly")
+        if self.folder is not None:
+            now = datetime.now(UTC)
+            path = Path(self.folder) / f"{now:%Y%m%d-%H%M%S}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            found = {nodeid: round(seconds, 2) for nodeid, seconds in order}
+            path.write_text(json.dumps(found, indent=0) + "\n", encoding="utf-8")
+            terminalreporter.write_line(f"durations of {len(found)} tests: {path}")
