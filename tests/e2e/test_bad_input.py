@@ -233,7 +233,7 @@ def test_two_ranks_say_it_once(work: Path, copy_of_store: Path, case: str):
 
 @pytest.mark.parametrize("launcher", ["prepare_data.py", "pretrain.py", "export.py", "report.py"])
 def test_help(tmp_path: Path, launcher: str):
-    text = ok(call(launcher, "--help", cwd=tmp_path)).stdout
+    text = ok(run(launcher, "--help", cwd=tmp_path)).stdout
     assert text.startswith(f"usage: {launcher}")
     assert f"launcher/{launcher}" in text  # an example
     assert "==SUPPRESS==" not in text

@@ -123,6 +123,7 @@ def test_contents(built: Built):
     assert [name for name in names if name.startswith(("runs/", "tokenized_data/"))] == []
 
 
+@pytest.mark.nightly
 def test_trains_with_the_compiled_kernel(python: Path, built: Built, work: Path, tmp_path: Path):
     for name in ("tiny.yaml", "zero1.json"):
         shutil.copy(work / name, tmp_path)
@@ -137,6 +138,7 @@ def test_trains_with_the_compiled_kernel(python: Path, built: Built, work: Path,
     assert compiled.suffix == ".so"
 
 
+@pytest.mark.nightly
 def test_without_the_kernels_source(python: Path, work: Path, tmp_path: Path):
     """Slow, and it says why; the compiler is not blamed."""
     for name in ("tiny.yaml", "zero1.json"):
@@ -171,6 +173,7 @@ def plan(python: Path, study: Path, cwd: Path) -> Done:
     return call(python, *words, cwd=cwd)
 
 
+@pytest.mark.nightly
 def test_a_study_finds_the_commands(python: Path, tmp_path: Path):
     """With the launchers of a checkout, and one clear line where they are not beside it."""
     ok(plan(python, LAUNCHER / "study.py", REPO))

@@ -8,6 +8,7 @@ pytest --record .durations               writes .durations/TIME.json, slowest te
 import json
 import re
 import zlib
+from collections.abc import Collection, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
 
 
+def daily(cases: Iterable[Any], chosen: Collection[Any]) -> list[Any]:
+    """Parameters of a test: those ``chosen`` run in `make test`, the others in `make nightly`.
+    A tuple is the values of several parameters."""
+    found = list(cases)
+    assert all(case in found for case in chosen), "a case that does not exist"
+    rows = [(case, case if isinstance(case, tuple) else (case,)) for case in found]
+    return [
+        pytest.param(*values, marks=() if case in chosen else pytest.mark.nightly)
+        for case, values in rows
+    ]
+
+
 def in_slice(nodeid: str, part: int, parts: int) -> bool:
     """Whether a test belongs to slice ``part`` of ``parts``, which count from 1."""
     return zlib.crc32(nodeid.encode()) % parts == part - 1
@@ -59,8 +72,8 @@ def _group(item: pytest.Item) -> str:
     fixtures = set(getattr(item, "fixturenames", ()))
     if "_furnished" in fixtures:
         return "run"
-    folder = "tests/e2e/"
-    if POOLS & fixtures and not item.nodeid.startswith(folder):  # e2e only closes the pools
+    in_turn = "request" in fixtures and "/distributed/" in item.nodeid  # asks for ranksN by name
+    if POOLS & fixtures or in_turn:
         return "ranks"
     return item.nodeid.partition("::")[0]
 
