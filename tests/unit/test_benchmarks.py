@@ -11,6 +11,8 @@ import pytest
 from pmp_ds.prepare.tokenizer import train_tokenizer
 from tests.unit.prepare.conftest import make_texts
 
+pytestmark = pytest.mark.processes
+
 REPO = Path(__file__).resolve().parents[2]
 FIGURE = re.compile(r"^figure (\w+) \d+\.\d+ goal <= \d+\.\d+ (?:met|short)$", re.MULTILINE)
 

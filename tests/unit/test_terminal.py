@@ -11,6 +11,8 @@ import pytest
 from launcher import prepare_data
 from pmp_ds.prepare.summary import PrepareSummary
 
+pytestmark = pytest.mark.processes
+
 REPO = Path(__file__).resolve().parents[2]
 
 SCRIPT = """

@@ -11,6 +11,8 @@ import pytest
 from pmp_ds.optim.kernels import cpu
 from tests.helpers.distributed import REPO
 
+pytestmark = pytest.mark.processes
+
 needs_compiler = pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler")
 ASK = """
 import sys

@@ -22,6 +22,8 @@ from pmp_ds.ticket.mask import pack
 from tests.helpers.reference import masked_adamw_ref
 from tests.helpers.tiers import daily
 
+pytestmark = pytest.mark.processes
+
 REPO = Path(__file__).resolve().parents[3]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

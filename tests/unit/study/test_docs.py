@@ -23,6 +23,7 @@ def test_report_in_the_documents_is_made_of_the_results_beside_it(
     assert drawn == {path.name for path in (kept / "figures").iterdir()}
 
 
+@pytest.mark.processes
 def test_recipe_in_the_documents_plans_what_the_results_hold():
     results = (REPO / "docs/study/results.jsonl").read_text().splitlines()
     kinds = [json.loads(line)["kind"] for line in results]
