@@ -4,7 +4,7 @@
 #   TORCH_INDEX=URL      take torch, and only torch, from this index (see `make help`)
 #   PYTEST_ARGS="-k x"   passed on to pytest
 #   WORKERS=0            tests one after the other, in pytest's own process
-#   SLICE=2/6            that part of the nightly tests alone
+#   SLICE=2/4            that part of the nightly tests alone
 #   TORTURE_ARGS="--seed 7"   the same kills again
 #   FUZZ_ARGS="-max_total_time=60"   libFuzzer's options, one minute here
 #   CRAFTED_ARGS=corpus  that kind of input alone, and what was said of each
@@ -44,7 +44,7 @@ help:
 	@echo 'make demo    tokenize a small corpus, find a ticket, pretrain, export and report (CPU or GPU)'
 	@echo 'make check   ruff, mypy and the unit tests that start no process: three minutes'
 	@echo 'make test    ruff, mypy and every guarantee once: ten minutes on two cores, what CI runs first'
-	@echo 'make test-nightly  the tests that are left out there; SLICE=2/6: a sixth of them, as CI runs'
+	@echo 'make test-nightly  the tests that are left out there; SLICE=2/4: a quarter, as CI runs'
 	@echo 'make families      every causal architecture of transformers at tiny width, into docs/SUPPORT.md'
 	@echo 'make crafted       open 12,000 crafted files, settings and DeepSpeed JSONs; a table with memory'
 	@echo 'make examples      the tests with hypothesis, a hundred times as many examples'
