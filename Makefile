@@ -101,8 +101,7 @@ lint: $(STAMP)
 
 # Workers of pytest-xdist share the cores with the ranks that tests start: two, however many there
 # are. Each test takes one thread. The seconds of every test go into .durations/.
-PYTEST = OMP_NUM_THREADS=1 pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder \
-  --record=.durations --durations=10
+PYTEST = OMP_NUM_THREADS=1 pytest --numprocesses $(WORKERS) --record=.durations --durations=10
 
 .PHONY: check
 check: lint

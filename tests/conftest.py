@@ -11,6 +11,7 @@ from tests.helpers.tiers import (  # noqa: F401  (hooks)
     pytest_addoption,
     pytest_collection_modifyitems,
     pytest_configure,
+    pytest_xdist_make_scheduler,
 )
 
 settings.register_profile("untimed", examples())

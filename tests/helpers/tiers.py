@@ -18,7 +18,8 @@ import pytest
 SLOW_SECONDS = 20.0
 """A test that takes longer belongs to `make nightly`, or needs a cheaper proof."""
 
-POOLS = {"ranks1", "ranks2", "ranks3", "ranks4"}
+WITH_RANKS = ("tests/distributed/", "tests/unit/optim/test_contract.py")
+"""What uses the fixtures ranks1 to ranks4: in one worker of xdist, as each pool is costly."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,11 +33,22 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(_Durations(config.getoption("--record")))
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A worker of xdist takes a whole group at a time. (The marks of `--dist loadgroup` do nothing
+    under pytest 9.2: xdist 3.8 writes them into an attribute that is no longer read.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid)
+
+    config.option.loadscopereorder = False  # in the order of `items` below
+    return ByGroup(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
-    items.sort(key=lambda item: _place(_group(item)))
+    items.sort(key=lambda item: _place(group(item.nodeid)))
     if part := config.getoption("--slice"):
         left_out = [item for item in items if not in_slice(item.nodeid, *part)]
         items[:] = [item for item in items if in_slice(item.nodeid, *part)]
@@ -67,22 +79,17 @@ def _slice(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _group(item: pytest.Item) -> str:
-    """Tests that share something costly run in one worker of xdist, others by file."""
-    fixtures = set(getattr(item, "fixturenames", ()))
-    if "_furnished" in fixtures:
-        return "run"
-    in_turn = "request" in fixtures and "/distributed/" in item.nodeid  # asks for ranksN by name
-    if POOLS & fixtures or in_turn:
+def group(nodeid: str) -> str:
+    """Tests that share something costly belong together, others by file."""
+    file = nodeid.partition("::")[0]
+    if file.startswith(WITH_RANKS):
         return "ranks"
-    return item.nodeid.partition("::")[0]
+    return "run" if file.startswith("tests/e2e/") else file  # its fixture main_run
 
 
-def _place(group: str) -> int:
+def _place(name: str) -> int:
     """The groups that take longest start first."""
-    if group in ("ranks", "run"):
-        return ("ranks", "run").index(group)
-    return 2 if "/unit/" not in group else 3
+    return ("ranks", "run").index(name) if name in ("ranks", "run") else 2
 
 
 class _Durations:
@@ -94,7 +101,7 @@ class _Durations:
         self.nightly: set[str] = set()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        nodeid = re.sub(r"@[\w./]+$", "", report.nodeid)  # the group that xdist appended
+        nodeid = report.nodeid
         self.seconds[nodeid] = self.seconds.get(nodeid, 0.0) + report.duration
         if "nightly" in report.keywords:
             self.nightly.add(nodeid)

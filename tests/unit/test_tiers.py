@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.tiers import SLOW_SECONDS, in_slice
+from tests.helpers.tiers import SLOW_SECONDS, WITH_RANKS, group, in_slice
 
 pytest_plugins = ["pytester"]
 REPO = Path(__file__).resolve().parents[2]
@@ -25,7 +25,7 @@ def test_short(): time.sleep(0.1)
 def suite(pytester: pytest.Pytester) -> pytest.Pytester:
     hooks = "pytest_addoption, pytest_collection_modifyitems, pytest_configure"
     pytester.makeconftest(f"from tests.helpers.tiers import {hooks}")
-    pytester.makeini("[pytest]\nmarkers =\n  nightly: x\n  xdist_group: x")
+    pytester.makeini("[pytest]\nmarkers =\n  nightly: x")
     pytester.makepyfile(SUITE)
     return pytester
 
@@ -62,6 +62,32 @@ def test_durations_are_written_slowest_first_and_slow_ones_are_named(
     assert list(rows.values()) == sorted(rows.values(), reverse=True)
     assert run.stdout.str().count("slow: ") == 1
     assert run.ret == 0
+
+
+@pytest.mark.processes
+def test_what_shares_ranks_or_a_run_shares_a_worker(suite: pytest.Pytester) -> None:
+    """And no other file builds the pools a second time."""
+    files = [path for path in (REPO / "tests").rglob("test_*.py") if path != Path(__file__)]
+    pooled = {
+        str(path.relative_to(REPO))
+        for path in files
+        if re.search(r"^def \w+\([^)]*\branks[1-4]\b", path.read_text(), re.MULTILINE)
+    }
+    assert len(pooled) > 10
+    assert [file for file in pooled if not file.startswith(WITH_RANKS)] == []
+    assert (
+        group("tests/e2e/test_vault.py::test_a") == "run" == group("tests/e2e/test_b.py::test_b[x]")
+    )
+
+    hooks = "pytest_addoption, pytest_configure, pytest_xdist_make_scheduler"
+    suite.makeconftest(f"from tests.helpers.tiers import {hooks}")
+    suite.makepyfile(test_other=SUITE)
+    names = [path.name for path in suite.path.glob("test_*.py")]
+    run = suite.runpytest_subprocess("-n", "2", "-v", "-p", "no:cacheprovider")
+    for name in names:  # every file in one worker
+        workers = re.findall(rf"\[(gw\d)\].*PASSED {name}::", run.stdout.str())
+        assert len(workers) == 21
+        assert len(set(workers)) == 1
 
 
 def test_ci_runs_what_the_readme_says_and_one_slice() -> None:
