@@ -3,6 +3,8 @@
 #   PYTHON=python3.12    the interpreter that .venv is made from
 #   TORCH_INDEX=URL      take torch, and only torch, from this index (see `make help`)
 #   PYTEST_ARGS="-k x"   passed on to pytest
+#   WORKERS=0            tests one after the other, in pytest's own process
+#   SLICE=2/4            that part of the nightly tests alone
 #   TORTURE_ARGS="--seed 7"   the same kills again
 #   FUZZ_ARGS="-max_total_time=60"   libFuzzer's options, one minute here
 #   CRAFTED_ARGS=corpus  that kind of input alone, and what was said of each
@@ -16,6 +18,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+WORKERS ?= 2
+SLICE ?= 1/1
 TORTURE_ARGS ?=
 FUZZ_ARGS ?= -max_total_time=600
 CRAFTED_ARGS ?=
@@ -38,13 +42,14 @@ DEEPSPEED = $(if $(filter-out 0,$(GPUS)),$(ON_GPU),$(ON_CPU)) --master_port $(PO
 .PHONY: help
 help:
 	@echo 'make demo    tokenize a small corpus, find a ticket, pretrain, export and report (CPU or GPU)'
-	@echo 'make test    ruff, mypy and all tests: what CI runs'
-	@echo 'make test-matrix   every supported combination of stage, precision, offload and ranks'
+	@echo 'make check   ruff, mypy and the unit tests that start no process: three minutes'
+	@echo 'make test    ruff, mypy and every guarantee once: ten minutes on two cores, what CI runs first'
+	@echo 'make test-nightly  the tests that are left out there; SLICE=2/4: a quarter, as CI runs'
 	@echo 'make families      every causal architecture of transformers at tiny width, into docs/SUPPORT.md'
 	@echo 'make crafted       open 12,000 crafted files, settings and DeepSpeed JSONs; a table with memory'
 	@echo 'make examples      the tests with hypothesis, a hundred times as many examples'
 	@echo 'make fuzz          change the bytes of what the parsers read, ten minutes long (atheris)'
-	@echo 'make nightly       crafted, examples, fuzz, torture, test-matrix, families and clients: hours'
+	@echo 'make nightly       test, test-nightly, crafted, examples, fuzz, torture, families, clients: hours'
 	@echo 'make torture       SIGKILL a run 50 times in all of its phases; it must come to the same bits'
 	@echo 'make study   pretrain, fine-tune, attack and report, as RECIPE=FILE says (STUDY_ARGS=--plan: only say what)'
 	@echo 'make clients      load tiny releases with transformers 4 and 5, llama.cpp, vLLM and others (12 GB)'
@@ -94,13 +99,21 @@ lint: $(STAMP)
 	ruff format --check .
 	mypy
 
+# Workers of pytest-xdist share the cores with the ranks that tests start: two, however many there
+# are. Each test takes one thread. The seconds of every test go into .durations/.
+PYTEST = OMP_NUM_THREADS=1 pytest --numprocesses $(WORKERS) --record=.durations --durations=10
+
+.PHONY: check
+check: lint
+	$(PYTEST) tests/unit -m 'not nightly and not processes and not distributed' $(PYTEST_ARGS)
+
 .PHONY: test
 test: lint
-	pytest -m 'not matrix' --durations=10 $(PYTEST_ARGS)
+	$(PYTEST) -m 'not nightly' $(PYTEST_ARGS)
 
-.PHONY: test-matrix
-test-matrix: $(STAMP)
-	pytest tests/distributed/test_matrix.py tests/distributed/test_checkpoint.py $(PYTEST_ARGS)
+.PHONY: test-nightly
+test-nightly: $(STAMP)
+	$(PYTEST) -m nightly --slice=$(SLICE) $(PYTEST_ARGS)
 
 .PHONY: families
 families: $(STAMP)
@@ -120,7 +133,7 @@ fuzz: $(STAMP)
 	python -m tests.helpers.fuzz $(FUZZ_ARGS)
 
 # One after the other, the costly ones last, each whether or not the one before failed.
-NIGHTLY := crafted examples fuzz torture test-matrix families clients
+NIGHTLY := test test-nightly crafted examples fuzz torture families clients
 .PHONY: nightly
 nightly:
 	@failed=; for target in $(NIGHTLY); do $(MAKE) $$target || failed+=" $$target"; done; \
@@ -136,5 +149,5 @@ clients: $(STAMP)
 
 .PHONY: clean
 clean:
-	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build *.egg-info .durations .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './.clients/*' -prune -exec rm -rf {} +

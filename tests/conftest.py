@@ -7,6 +7,12 @@ from hypothesis import settings
 
 from tests.helpers.distributed import RankPool
 from tests.helpers.examples import examples
+from tests.helpers.tiers import (  # noqa: F401  (hooks)
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_xdist_make_scheduler,
+)
 
 settings.register_profile("untimed", examples())
 settings.load_profile("untimed")

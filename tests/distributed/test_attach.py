@@ -22,6 +22,7 @@ from pmp_ds.run_dir import RunDir
 from pmp_ds.ticket.mask import ParamMask, full_bits
 from pmp_ds.ticket.ticket import load_ticket, save_ticket
 from tests.helpers import tiny
+from tests.helpers.tiers import daily
 
 REPO = Path(__file__).resolve().parents[2]
 STEPS, SIZE, CLIP = 5, 4, 0.2
@@ -142,7 +143,7 @@ def test_lines_of_the_readme(ranks1, tmp_path):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", daily([1, 3], [3]))
 def test_an_engine_with_the_ticket_of_another_model(ranks2, stage):
     missing, other = ranks2.run(refused, stage)[0]
     assert missing.startswith("the ticket is of another model: 'model.embed_tokens.weight' is of")
@@ -154,10 +155,11 @@ def test_an_engine_with_the_ticket_of_another_model(ranks2, stage):
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("kind", "stage", "accumulation"),
-    [
-        ("adamw", 0, 1), ("adamw", 1, 2), ("adamw", 2, 1), ("adamw", 3, 2), ("lion", 2, 1),
-        ("sgd", 3, 1),
-    ],
+    daily(
+        [("adamw", 0, 1), ("adamw", 1, 2), ("adamw", 2, 1), ("adamw", 3, 2), ("lion", 2, 1),
+         ("sgd", 3, 1)],
+        [("adamw", 1, 2), ("adamw", 3, 2), ("lion", 2, 1)],
+    ),
 )  # fmt: skip
 def test_users_engine_follows_the_plain_module(ranks2, kind, stage, accumulation):
     weights = ranks2.run(engine, kind, stage, accumulation)[0]

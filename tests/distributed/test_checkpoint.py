@@ -4,7 +4,7 @@ never killed; and what is on disk is private, whole or not there, and no program
 import json
 import os
 import stat
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from pmp_ds.state import checkpoint, shelf, weight_files
 from pmp_ds.state.checkpoint import Position
 from pmp_ds.ticket.mask import ParamMask
 from tests.helpers import tiny
+from tests.helpers.tiers import daily
 
 pytestmark = pytest.mark.distributed
 
@@ -118,20 +119,13 @@ SAME_SHAPE = [
 ]  # fmt: skip
 
 
-QUICK = {
+DAILY = {
     (2, 0, "bf16", True), (2, 1, "fp32", True), (2, 3, "bf16", True), (2, 2, "fp16", True),
-    (2, 2, "bf16", "compact"), (2, 3, "fp32", False),
+    (2, 2, "bf16", "compact"),
 }  # fmt: skip
 
 
-def quick(cases: list[Any], chosen: Collection[Any]) -> list[Any]:
-    """The cases, those not ``chosen`` for `make test-matrix` alone."""
-    return [
-        pytest.param(*case, marks=[] if case in chosen else [pytest.mark.matrix]) for case in cases
-    ]
-
-
-@pytest.mark.parametrize(("world_size", "stage", "precision", "masked"), quick(SAME_SHAPE, QUICK))
+@pytest.mark.parametrize(("world_size", "stage", "precision", "masked"), daily(SAME_SHAPE, DAILY))
 def test_same_shape_to_the_bit(part, world_size, stage, precision, masked):
     """In bf16 as well: the fp32 master weights come back, not the rounded ones."""
     straight = part(world_size, stage, precision, masked, save=[4])
@@ -177,9 +171,9 @@ CHAINS = [
 
 @pytest.mark.parametrize(
     ("chain", "precision"),
-    quick(
+    daily(
         [(chain, precision) for chain in CHAINS for precision in ("fp32", "bf16")],
-        [(CHAINS[0], "fp32"), (CHAINS[1], "bf16")],
+        [(CHAINS[1], "bf16")],
     ),
 )
 def test_other_shapes(part, chain, precision):

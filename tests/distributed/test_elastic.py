@@ -27,6 +27,7 @@ from tests.helpers.lives import (
     recorded_samples,
     repeated_batches,
 )
+from tests.helpers.tiers import daily
 
 pytestmark = pytest.mark.distributed
 
@@ -98,7 +99,7 @@ def compare(folder: Path, precision: str, updates: int = 12) -> None:
         assert torch.equal(moved[0][frozen], moved[1][frozen]), name
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", daily(["fp32", "bf16"], ["bf16"]))
 def test_three_shapes(lives, shapes, ranks2, tmp_path, precision):
     flags = (*FLAGS, "--train.precision", precision)
     divided = [(pool, stage, flags) for pool, stage in shapes]
@@ -106,7 +107,7 @@ def test_three_shapes(lives, shapes, ranks2, tmp_path, precision):
     compare(tmp_path, precision, 6 + 12)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", daily(["fp32", "bf16"], ["fp32"]))
 def test_one_two_three_one(lives, request, tmp_path, precision):
     """The largest micro-batch is the whole batch of 8, as in the recipes for GPUs: 8, then 4 + 4,
     then 3 + 3 + 2, then 8."""
@@ -118,7 +119,7 @@ def test_one_two_three_one(lives, request, tmp_path, precision):
     compare(tmp_path, precision, 6 + 12)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", daily(["fp32", "bf16"], ["bf16"]))
 def test_smaller_micro_batches(lives, ranks2, tmp_path, precision):
     """Halved at a restart, as when memory runs out: 4, then 2 + 2. The run's file says so then."""
     flags = (*FLAGS, "--train.precision", precision, "--train.micro_batch_size")
@@ -150,7 +151,7 @@ def _if_masked(engine: Any) -> None:
         raise_signal(engine, signal.SIGTERM)
 
 
-@pytest.mark.parametrize("score", ["mean", "ema"])
+@pytest.mark.parametrize("score", daily(["mean", "ema"], ["ema"]))
 def test_discovery_in_three_shapes(lives, shapes, tmp_path, score):
     """Where gradients are the same to the bit, scores, IoUs and the ticket are."""
     flags = (*FLAGS, "--mask.score", score, "--train.steps", "2", "--train.warmup_steps", "1")

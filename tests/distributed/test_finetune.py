@@ -21,6 +21,7 @@ from tests.helpers.commands import files_of
 from tests.helpers.finetune import tune, weights, write_model
 from tests.helpers.glue import write_glue, write_rows
 from tests.helpers.lives import act, raise_signal
+from tests.helpers.tiers import daily
 
 pytestmark = pytest.mark.distributed
 
@@ -62,7 +63,7 @@ def test_all_tasks(ranks2, home):
         )
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "ticket", "random"])
+@pytest.mark.parametrize("method", daily(["full", "lora", "ticket", "random"], ["lora", "ticket"]))
 def test_each_method_learns(ranks1, home, method):
     """A word decides the label, so a few epochs beat the majority by far."""
     given = flags(
@@ -74,8 +75,14 @@ def test_each_method_learns(ranks1, home, method):
     assert found.values["metrics"]["SST-2"]["accuracy"] > 0.75
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 1), (2, 3)])
-@pytest.mark.parametrize("method", ["full", "lora", "ticket", "random", "complement"])
+@pytest.mark.parametrize(
+    ("method", "ranks", "stage"),
+    daily(
+        [(m, *s) for m in ("full", "lora", "ticket", "random", "complement")
+         for s in ((1, 0), (2, 1), (2, 3))],
+        [("full", 1, 0), ("lora", 2, 1), ("ticket", 2, 3), ("random", 1, 0), ("complement", 1, 0)],
+    ),
+)  # fmt: skip
 def test_what_may_change(request, home, method, ranks, stage):
     """Bit for bit; the head, which is new, always does."""
     pool = request.getfixturevalue(f"ranks{ranks}")
@@ -145,7 +152,7 @@ def test_sweep_repeats_nothing(ranks1, home, capfd):
     assert not list((home / "runs/swept/cells").rglob("update-*"))  # no states are left
 
 
-@pytest.mark.parametrize("method", ["ticket", "lora"])
+@pytest.mark.parametrize("method", daily(["ticket", "lora"], ["ticket"]))
 def test_stopped_and_resumed(ranks2, home, method):
     """SIGTERM after update 4; the same command gives the same bits as one that was left alone."""
     values, models = [], []
@@ -162,7 +169,7 @@ def test_stopped_and_resumed(ranks2, home, method):
     assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
 
 
-@pytest.mark.parametrize("task", ["sst2", "stsb"])
+@pytest.mark.parametrize("task", daily(["sst2", "stsb"], ["stsb"]))
 def test_stopped_and_resumed_on_three_ranks(ranks1, ranks3, home, task):
     """8 examples on one rank, then 3 + 3 + 2 on three: the losses of one that was left alone."""
     runs = [RunDir(home / "runs" / f"{task}-{name}") for name in ("one", "three")]

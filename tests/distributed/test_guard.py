@@ -5,6 +5,7 @@ import math
 import time
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,6 +25,7 @@ from pmp_ds.train import pipeline
 from tests.helpers import tiny
 from tests.helpers.faults import seen
 from tests.helpers.lives import act, checkpoints, infinite_gradient, same_end, scaled_loss, slow
+from tests.helpers.tiers import daily
 
 pytestmark = pytest.mark.distributed
 
@@ -61,14 +63,14 @@ def test_infinite_gradient_stops(lives, run, calm):
     same_end(calm, run)
 
 
-@pytest.mark.parametrize("update", [4, 12])
+@pytest.mark.parametrize("update", daily([4, 12], [12]))
 def test_infinite_gradient_just_before_a_save(lives, run, update):
     """What it spoilt is not saved."""
     one, _ = lives(fault=infinite_gradient, given=(update,))
     assert (one.code, checkpoints(run)) == (1, list(range(4, update, 4)))
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", daily(range(4), [1]))
 def test_infinite_gradient_is_skipped(lives, run, stage):
     one, _ = lives("--guard.nonfinite", "skip", fault=infinite_gradient, given=(6,), stage=stage)
     seen("inf, skip", one.code, one.err)
@@ -118,8 +120,14 @@ def flip_mask(engine: Engine) -> None:
     bits[100] ^= 4
 
 
-@pytest.mark.parametrize(("action", "fault"), [(flip_frozen, "drift"), (flip_mask, "mask drift")])
-@pytest.mark.parametrize("every", ["1", "100"])
+@pytest.mark.parametrize(
+    ("action", "fault", "every"),
+    daily(
+        [(a, f, n) for a, f in ((flip_frozen, "drift"), (flip_mask, "mask drift"))
+         for n in ("1", "100")],
+        [(flip_frozen, "drift", "1"), (flip_mask, "mask drift", "100")],
+    ),
+)  # fmt: skip
 def test_drift(lives, run, calm, action, fault, every):
     """Found at the next look; when there is none before the save, then."""
     one, other = lives("--guard.drift_every", every, fault=act, given=(6, 1, action))
@@ -177,6 +185,7 @@ def test_straggler_stops(lives, run):
     assert (other.code, checkpoints(run)[-1]) == (75, 20)
 
 
+@pytest.mark.nightly
 def test_straggler_is_ignored(lives):
     one, _ = lives(*STRAGGLING, "--guard.straggler", "ignore", fault=slow, given=(0.1, 1))
     assert (one.code, one.err.count("times as long")) == (0, 0)
@@ -239,8 +248,9 @@ def skipping(stage: int, precision: Precision, with_backward: bool) -> dict[str,
     return found
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "precision"), daily(product(range(4), ("fp32", "bf16")), [(1, "fp32"), (3, "bf16")])
+)
 def test_skipped_update_leaves_no_trace(ranks2, stage, precision):
     """Weights, master, moments and counters are those of a run that never had the update."""
     skipped = ranks2.run(skipping, stage, precision, True)

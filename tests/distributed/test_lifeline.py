@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.helpers.distributed import REPO, free_port
+from tests.helpers.tiers import daily
 
 pytestmark = pytest.mark.distributed
 
@@ -96,12 +97,12 @@ def ends(processes: list[Process]) -> list[tuple[int, str]]:
     return found
 
 
-@pytest.mark.parametrize("what", ["mistake of 1", "together"])
+@pytest.mark.parametrize("what", daily(["mistake of 1", "together"], ["mistake of 1"]))
 def test_a_mistake_of_one_rank_is_told_by_rank_0(pair, what):
     assert ends(pair(what)) == [(1, f"error: rank 1 on host {HOST}: boom\n"), (1, "")]
 
 
-@pytest.mark.parametrize("what", ["mistake of 0", "both"])
+@pytest.mark.parametrize("what", daily(["mistake of 0", "both"], ["mistake of 0"]))
 def test_a_mistake_of_rank_0_ends_the_others_alike(pair, what):
     assert ends(pair(what)) == [(1, "error: boom\n"), (1, "")]
 
@@ -122,6 +123,7 @@ def test_a_killed_rank_is_named(pair):
     assert err.count("\n") == 1
 
 
+@pytest.mark.nightly
 def test_a_killed_rank_0_is_named(pair):
     processes = pair("wait")
     processes[0].kill()
@@ -130,7 +132,7 @@ def test_a_killed_rank_0_is_named(pair):
     assert err.startswith(f"fault: rank 1: rank 0 on host {HOST} is gone. The last checkpoint is")
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", daily([0, 1], [1]))
 def test_a_rank_that_gives_no_sign(pair, rank):
     processes = pair("wait")
     processes[rank].send_signal(signal.SIGSTOP)
@@ -141,7 +143,7 @@ def test_a_rank_that_gives_no_sign(pair, rank):
     assert time.monotonic() - began < 60
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", daily([0, 1], [1]))
 def test_a_signal_to_one_rank_ends_both(pair, rank):
     processes = pair("wait")
     processes[rank].send_signal(signal.SIGTERM)

@@ -140,7 +140,7 @@ def expected(case: Case, mask: Any) -> tuple[list[float], dict[str, torch.Tensor
 
 def _params() -> list[Any]:
     return [
-        pytest.param(case, id=case.id, marks=[] if case.quick else [pytest.mark.matrix])
+        pytest.param(case, id=case.id, marks=[] if case.quick else [pytest.mark.nightly])
         for case in cases()
     ]
 

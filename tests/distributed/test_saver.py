@@ -23,6 +23,7 @@ from tests.helpers.lives import (
     same_end,
     slow_disk,
 )
+from tests.helpers.tiers import daily
 
 pytestmark = pytest.mark.distributed
 
@@ -38,7 +39,7 @@ def files(run: RunDir) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", daily([1, 3], [3]))
 def test_background_and_foreground_write_the_same_bytes(lives, tmp_path, stage):
     """Those of discovery too, which goes on while they are written; it is stopped, as its
     checkpoints go when there is a ticket."""
@@ -77,7 +78,9 @@ def test_time_of_saves_is_recorded(calm):
     assert all(0 <= r["save_stall_seconds"] < 60 for r in records)
 
 
-@pytest.mark.parametrize(("every", "kept"), [("0", [10, 12]), ("6", [6, 10, 12])])
+@pytest.mark.parametrize(
+    ("every", "kept"), daily([("0", [10, 12]), ("6", [6, 10, 12])], [("6", [6, 10, 12])])
+)
 def test_every_nth_is_kept(lives, run, every, kept):
     flags = ("--run.checkpoint_every", "2", "--run.keep_every", every)
     assert lives(*flags)[0].code == 0
@@ -85,7 +88,7 @@ def test_every_nth_is_kept(lives, run, every, kept):
     assert (run.checkpoints / "latest").read_text() == "update-00000012\n"
 
 
-@pytest.mark.parametrize("background", ["true", "false"])
+@pytest.mark.parametrize("background", daily(["true", "false"], ["true"]))
 def test_disk_full(lives, run, calm, background):
     """Told, and training goes on; the next checkpoint finds room again."""
     flags = ("--run.async_save", background)
@@ -96,7 +99,7 @@ def test_disk_full(lives, run, calm, background):
     same_end(calm, run)
 
 
-@pytest.mark.parametrize("background", ["true", "false"])
+@pytest.mark.parametrize("background", daily(["true", "false"], ["true"]))
 def test_disk_full_stops(lives, run, calm, background):
     flags = ("--guard.disk", "stop", "--run.async_save", background)
     one, other = lives(*flags, fault=little_room, given=(1, range(7, 11)))

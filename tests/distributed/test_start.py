@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from unittest import mock
 
@@ -22,6 +23,7 @@ from tests.distributed.test_damage import flip
 from tests.helpers.commands import files_of
 from tests.helpers.faults import seen
 from tests.helpers.lives import Life, checkpoints, same_end
+from tests.helpers.tiers import daily
 
 pytestmark = pytest.mark.distributed
 
@@ -259,9 +261,15 @@ def cut_once_named(step: int, name: str) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("background", ["true", "false"])
 @pytest.mark.parametrize(
-    "name", ["weights/model.safetensors", "state/rank-00001.safetensors", "manifest.json"]
+    ("name", "background"),
+    daily(
+        product(
+            ["weights/model.safetensors", "state/rank-00001.safetensors", "manifest.json"],
+            ["true", "false"],
+        ),
+        [("weights/model.safetensors", "true"), ("state/rank-00001.safetensors", "true")],
+    ),
 )
 def test_save_that_does_not_read_back(lives, run, calm, name, background):
     """It is no checkpoint: the one before is kept for it, and the next start does not count it."""

@@ -1,11 +1,13 @@
 """Asked to stop, a run saves after the update and goes on from there: by signals and by time."""
 
 import signal
+from itertools import product
 
 import pytest
 
 from tests.helpers.faults import seen
 from tests.helpers.lives import act, checkpoints, comparable, raise_signal, same_end
+from tests.helpers.tiers import daily
 
 pytestmark = pytest.mark.distributed
 
@@ -13,7 +15,9 @@ DISCOVER = ("--mask.source", "earlybird", "--mask.iou_threshold", "1.0", "--mask
             "last", "--mask.max_steps", "7", "--run.checkpoint_every", "4")  # fmt: skip
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", daily([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], [signal.SIGTERM])
+)
 def test_signal_to_one_rank(lives, run, calm, number):
     before = signal.getsignal(number)
     one, other = lives(fault=act, given=(6, 1, raise_signal, number))
@@ -42,8 +46,10 @@ def test_signal_while_a_checkpoint_is_due(lives, run, calm):
     same_end(calm, run)
 
 
-@pytest.mark.parametrize("background", ["true", "false"])
-@pytest.mark.parametrize("score", ["mean", "gradient"])
+@pytest.mark.parametrize(
+    ("score", "background"),
+    daily(product(["mean", "gradient"], ["true", "false"]), [("mean", "true")]),
+)
 def test_signal_in_discovery(lives, run, tmp_path, background, score):
     """Scores, IoU history and candidates come back: ticket and metrics are those of one life."""
     flags = (*DISCOVER, "--mask.score", score, "--run.async_save", background)
@@ -63,7 +69,7 @@ STABLE = ("--mask.source", "earlybird", "--mask.iou_threshold", "0.01", "--mask.
           "--mask.max_steps", "9")  # fmt: skip
 
 
-@pytest.mark.parametrize("last", [STABLE, DISCOVER])
+@pytest.mark.parametrize("last", daily([(STABLE,), (DISCOVER,)], [(STABLE,)]))
 def test_signal_within_the_last_update_of_discovery(lives, run, tmp_path, last):
     """The mask that was stable, or the last one, is the ticket: no update is added."""
     assert lives(*last, "--run.name", "whole")[0].code == 0

@@ -2,6 +2,7 @@
 them, against one sort on one process."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from pmp_ds import dist
 from pmp_ds.errors import UserError
 from tests.helpers.selection import select_masks
+from tests.helpers.tiers import daily
 
 pytestmark = pytest.mark.distributed
 
@@ -93,8 +95,10 @@ def brute_force(dtype: torch.dtype, k: int) -> dict[str, list[bool]]:
     return masks
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("sharding", SHARDINGS)
+@pytest.mark.parametrize(
+    ("sharding", "world_size"),
+    daily(product(SHARDINGS, (1, 2, 4)), [*product(SHARDINGS, (2,)), ("flat", 4)]),
+)
 def test_same_bits_under_every_sharding(request, sharding, world_size):
     d = sum(SIZES.values())
     ks = [7, 8, 60, 100, 150, 200, 249, 250, 251, 300, d - 1, d]

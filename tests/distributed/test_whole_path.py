@@ -17,6 +17,7 @@ from pmp_ds.ticket.ticket import load_ticket
 from tests.helpers import families, finetune
 from tests.helpers.distributed import RankPool
 from tests.helpers.lives import live
+from tests.helpers.tiers import daily
 
 pytestmark = pytest.mark.distributed
 
@@ -33,7 +34,7 @@ FIXED = {
 """What no ticket names: a frozen parameter, and a persistent buffer."""
 
 
-@pytest.fixture(params=FIXED)
+@pytest.fixture(params=daily(FIXED, ["deepseek_v3"]))
 def main(request: pytest.FixtureRequest, ranks1: RankPool, work: Path, tmp_path: Path) -> RunDir:
     """A finished and exported run of the family."""
     architecture = tmp_path / "architecture.json"

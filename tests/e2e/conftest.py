@@ -8,17 +8,8 @@ import pytest
 
 from pmp_ds.run_dir import RunDir
 from tests.helpers.commands import DS_CONFIGS, Done, ok, run
-from tests.helpers.distributed import RankPool
 from tests.helpers.torture import Place
 from tests.helpers.workdir import furnish
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _no_idle_ranks(ranks1: RankPool, ranks2: RankPool, ranks3: RankPool, ranks4: RankPool) -> None:
-    """The kept ranks of the tests before take half a core while they wait: every process group that
-    they ever made has threads of gloo that poll."""
-    for pool in (ranks1, ranks2, ranks3, ranks4):
-        pool.close()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import MainRun
-from tests.helpers.commands import Done, error_of, ok, run
+from tests.helpers.commands import Done, call, error_of, ok, run
 
 pytestmark = pytest.mark.e2e
 
@@ -37,10 +37,11 @@ def public(work: Path) -> Path:
             "--train.micro_batch_size", "8", "--deepspeed-config", "zero0.json", cwd=work,
         )
     )  # fmt: skip
-    ok(run("export.py", "--run", "runs/public", "--allow-public-mask", cwd=work))
+    ok(call("export.py", "--run", "runs/public", "--allow-public-mask", cwd=work))
     return work
 
 
+@pytest.mark.nightly
 def test_public_seed_fails(public: Path):
     done, found = audit(public, "public", "--text", "store")
     assert done.returncode == 1, done.stderr
@@ -74,10 +75,11 @@ def test_default_passes(main_run: MainRun, work: Path):
     shutil.rmtree(folder)
 
 
+@pytest.mark.nightly
 def test_second_revision_and_shadow(main_run: MainRun, public: Path):
     """Another checkpoint of the run, and the attacker's own run."""
     older = ("--checkpoint", "30", "--out", "older", "--private")
-    ok(run("export.py", "--run", "runs/main", *older, cwd=public))
+    ok(call("export.py", "--run", "runs/main", *older, cwd=public))
     done, found = audit(public, "main", "--base", "older", "--shadow", "runs/public")
     assert done.returncode == 1
     assert found["whole"]["leaks"] == ["two revisions"]
@@ -86,8 +88,9 @@ def test_second_revision_and_shadow(main_run: MainRun, public: Path):
     shutil.rmtree(main_run.run.private / "audit")
 
 
+@pytest.mark.nightly
 def test_without_the_ticket(main_run: MainRun, public: Path):
-    done = run(
+    done = call(
         "audit.py", "--release", "runs/public/release", "--seeds", "0:1", "--out", "seen/by/others",
         cwd=public,
     )  # fmt: skip
@@ -113,4 +116,4 @@ def test_without_the_ticket(main_run: MainRun, public: Path):
     ],
 )
 def test_mistakes(work: Path, arguments: list[str], message: str):
-    assert message in error_of(run("audit.py", *arguments, cwd=work))
+    assert message in error_of(call("audit.py", *arguments, cwd=work))

@@ -12,7 +12,7 @@ import yaml
 from pmp_ds.config import Config
 from pmp_ds.prepare.config import PrepareConfig
 from tests.e2e.conftest import MainRun
-from tests.helpers.commands import error_of, files_of, ok, run
+from tests.helpers.commands import call, error_of, files_of, ok, run
 from tests.helpers.faults import seen
 from tests.helpers.stores import write_store
 from tests.helpers.workdir import PREPARE
@@ -25,7 +25,7 @@ TRAIN = ("pretrain.py", "--config", "tiny.yaml", "--run.root", "bad")
 def refused(work: Path, *arguments: str | Path, watched: tuple[Path, ...] = ()) -> str:
     """The message of a training that must not start."""
     before = files_of(work / "store", *watched)
-    message = error_of(run(*TRAIN, *arguments, cwd=work))
+    message = error_of(call(*TRAIN, *arguments, cwd=work))
     assert before == files_of(work / "store", *watched)
     assert not (work / "bad").exists()
     return message
@@ -139,14 +139,14 @@ def test_edited_tokenizer(work: Path, copy_of_store: Path):
     path.write_text(path.read_text().replace('"kana', '"kanu', 1))
     message = refused(work, "--data.store", copy_of_store, watched=(copy_of_store,))
     assert f"tokenizer file {path} is missing or was changed" in message
-    done = run("prepare_data.py", "verify", copy_of_store, cwd=work)
+    done = call("prepare_data.py", "verify", copy_of_store, cwd=work)
     assert error_of(done) == message
 
 
 def test_another_tokenizer_at_the_same_out(work: Path):
     before = files_of(work)
     prepare = ("prepare_data.py", *PREPARE, "--out", "store")
-    message = error_of(run(*prepare, "--tokenizer", "store/tokenizer", cwd=work))
+    message = error_of(call(*prepare, "--tokenizer", "store/tokenizer", cwd=work))
     assert "out=store holds another store (tokenizer is" in message
     assert before == files_of(work)
 
@@ -162,7 +162,7 @@ def test_corpus(tmp_path: Path, text: str | None, message: str):
     if text is not None:
         (tmp_path / "corpus.txt").write_text(text)
     before = files_of(tmp_path)
-    done = run("prepare_data.py", "--input", "corpus.txt", "--out", "packed", cwd=tmp_path)
+    done = call("prepare_data.py", "--input", "corpus.txt", "--out", "packed", cwd=tmp_path)
     assert message in error_of(done)
     assert before == files_of(tmp_path)
 
@@ -170,7 +170,7 @@ def test_corpus(tmp_path: Path, text: str | None, message: str):
 def test_folder_of_another_run(main_run: MainRun, work: Path):
     before = files_of(main_run.run.root)
     changes = ("--train.lr", "0.5", "--mask.density", "0.4", "--run.log_every", "3")
-    message = error_of(run("pretrain.py", "--config", "tiny.yaml", *changes, cwd=work))
+    message = error_of(call("pretrain.py", "--config", "tiny.yaml", *changes, cwd=work))
     lines = message.splitlines()
     assert "runs/main holds a run with another configuration" in lines[0]
     assert "--config runs/main/config.yaml" in lines[0]
@@ -189,9 +189,9 @@ def test_ticket_of_another_model(main_run: MainRun, work: Path):
 
 def test_export_and_report_of_no_run(main_run: MainRun, work: Path, tmp_path: Path):
     before = files_of(tmp_path)
-    message = error_of(run("export.py", "--run", tmp_path, cwd=work))
+    message = error_of(call("export.py", "--run", tmp_path, cwd=work))
     assert f"{tmp_path} is not a run" in message
-    assert "is not a run" in error_of(run("report.py", "--run", tmp_path, cwd=work))
+    assert "is not a run" in error_of(call("report.py", "--run", tmp_path, cwd=work))
     assert before == files_of(tmp_path)
 
     for name in ("config.yaml", "data.json"):  # a run that has only just begun
@@ -199,13 +199,13 @@ def test_export_and_report_of_no_run(main_run: MainRun, work: Path, tmp_path: Pa
     shutil.copytree(main_run.run.init, tmp_path / "private" / "init")
     os.chmod(tmp_path / "private", 0o700)
     before = files_of(tmp_path / "private" / "init")
-    message = error_of(run("export.py", "--run", tmp_path, cwd=work))
+    message = error_of(call("export.py", "--run", tmp_path, cwd=work))
     assert f"{tmp_path} has no checkpoint yet" in message
-    message = error_of(run("export.py", "--run", tmp_path, "--checkpoint", "x", cwd=work))
+    message = error_of(call("export.py", "--run", tmp_path, "--checkpoint", "x", cwd=work))
     assert "--checkpoint x is neither" in message
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "data.json", "private"]
     assert before == files_of(tmp_path / "private" / "init")
-    message = error_of(run("export.py", "--run", "runs/main", "--checkpoint", "7",
+    message = error_of(call("export.py", "--run", "runs/main", "--checkpoint", "7",
                            "--out", tmp_path / "out", cwd=work))  # fmt: skip
     assert "has no checkpoint of update 7; it has: 40, 30" in message
 
@@ -234,10 +234,10 @@ def test_two_ranks_say_it_once(work: Path, copy_of_store: Path, case: str):
 @pytest.mark.parametrize("launcher", ["prepare_data.py", "pretrain.py"])
 def test_printed_settings_are_read_back(work: Path, tmp_path: Path, launcher: str):
     flag = ("--block_size", "64") if launcher == "prepare_data.py" else ("--train.lr", "1e-3")
-    printed = ok(run(launcher, *flag, "--print_config", cwd=tmp_path)).stdout
+    printed = ok(call(launcher, *flag, "--print_config", cwd=tmp_path)).stdout
     kind = PrepareConfig if launcher == "prepare_data.py" else Config
     assert yaml.safe_load(printed).keys() == kind.__dataclass_fields__.keys()
     (tmp_path / "printed.yaml").write_text(printed)
-    again = ok(run(launcher, "--config", "printed.yaml", "--print_config", cwd=tmp_path))
+    again = ok(call(launcher, "--config", "printed.yaml", "--print_config", cwd=tmp_path))
     assert again.stdout == printed
     assert sorted(p.name for p in tmp_path.iterdir()) == ["printed.yaml"]

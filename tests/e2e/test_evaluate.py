@@ -12,7 +12,7 @@ from pmp_ds import results
 from pmp_ds.log import read_metrics
 from pmp_ds.results import Result
 from tests.e2e.conftest import MainRun
-from tests.helpers.commands import error_of, files_of, ok, run
+from tests.helpers.commands import call, error_of, files_of, ok, run
 from tests.helpers.glue import write_glue
 
 pytestmark = pytest.mark.e2e
@@ -48,7 +48,7 @@ def test_all_measures(main_run: MainRun, work: Path, texts: Path, tmp_path: Path
         *TICKET, "--text", texts, "--glue_dir", glue, "--glue_tasks", "sst2", "stsb", "--alphas",
         "0", "0.3", "--seeds", "4", "--blocks", "16", "--finetuned", tuned, "--results", file,
     )  # fmt: skip
-    done = ok(run(*command, cwd=work))
+    done = ok(call(*command, cwd=work))
     assert "they are for its owner's study" in done.stdout
     found = by_kind(file)
     assert list(found) == [

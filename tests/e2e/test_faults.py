@@ -13,6 +13,7 @@ from tests.helpers.commands import kill, ok, start
 from tests.helpers.distributed import free_port
 from tests.helpers.faults import seen
 from tests.helpers.lives import checkpoints, same_end
+from tests.helpers.tiers import daily
 from tests.helpers.torture import Place, finish
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
@@ -51,6 +52,7 @@ def in_training(place: Place) -> Callable[[], bool]:
     return lambda: place.last_step("train") >= 5 and bool(checkpoints(place.run))
 
 
+@pytest.mark.nightly
 def test_killed_rank_restarts(place, ranks, main_run):
     """The other one says why it ends; both start again, and come to the same bits."""
     one, other = ranks("--run.restarts", "1")
@@ -66,6 +68,7 @@ def test_killed_rank_restarts(place, ranks, main_run):
     same_end(main_run.run, place.run)
 
 
+@pytest.mark.nightly
 def test_hung_rank(place, ranks):
     one, other = ranks("--guard.hang_seconds", "5")
     wait_for(in_training(place))
@@ -82,6 +85,7 @@ def test_hung_rank(place, ranks):
     assert "resuming after update" in ok(finish(place.pretrain())).stdout
 
 
+@pytest.mark.nightly
 def test_second_signal_ends_a_rank_that_waits(place, ranks):
     """The other rank is stopped, so that this one waits in a collective for ever."""
     one, other = ranks()
@@ -100,7 +104,11 @@ def test_second_signal_ends_a_rank_that_waits(place, ranks):
 
 
 @pytest.mark.parametrize(
-    ("number", "fault"), [(signal.SIGTERM, "launcher SIGTERM"), (signal.SIGKILL, "killed launcher")]
+    ("number", "fault"),
+    daily(
+        [(signal.SIGTERM, "launcher SIGTERM"), (signal.SIGKILL, "killed launcher")],
+        [(signal.SIGTERM, "launcher SIGTERM")],
+    ),
 )
 def test_launcher_that_ends(place, main_run, number, fault):
     """On one node `deepspeed` dies at once; its ranks, left to themselves, save and stop."""

@@ -16,6 +16,7 @@ from tests.helpers.distributed import free_port
 from tests.helpers.faults import seen
 from tests.helpers.lives import same_end
 from tests.helpers.namespaces import needs
+from tests.helpers.tiers import daily
 from tests.helpers.torture import Place, finish
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
@@ -50,6 +51,7 @@ def where(rank: int, port: int, address: str = "127.0.0.1", world: int = 2) -> d
             "MASTER_ADDR": address, "MASTER_PORT": str(port)}  # fmt: skip
 
 
+@pytest.mark.nightly
 def test_a_second_command_on_one_run(place, begin, main_run):
     first = place.pretrain("--guard.lost_seconds", "0")
     wait_for(in_training(place))
@@ -76,6 +78,7 @@ def test_a_taken_port(place, begin):
     assert not place.run.root.exists() or not list(place.run.checkpoints.iterdir())
 
 
+@pytest.mark.nightly
 def test_two_jobs_with_the_launchers_default_port(place):
     """Neither was told a port, both run on one machine at a time."""
     jobs = [
@@ -90,6 +93,7 @@ def test_two_jobs_with_the_launchers_default_port(place):
 MPIRUN = "OMPI_COMM_WORLD_"
 
 
+@pytest.mark.nightly
 def test_ranks_of_mpirun_and_srun_find_each_other(place, begin, main_run):
     """Nobody gave an address: they used to train, each by itself, in one folder."""
     environments = [
@@ -108,6 +112,7 @@ def test_ranks_of_mpirun_and_srun_find_each_other(place, begin, main_run):
 @pytest.mark.parametrize(
     ("fault", "what"), [("host without the folder", "runs"), ("host without the store", "store")]
 )
+@pytest.mark.nightly
 def test_a_host_without(place, begin, fault, what):
     """On rank 1's host something else is mounted there."""
     place.run.root.parent.mkdir(parents=True, exist_ok=True)
@@ -125,6 +130,7 @@ def test_a_host_without(place, begin, fault, what):
 
 
 @pytest.mark.skipif(no_hosts is not None, reason=str(no_hosts))
+@pytest.mark.nightly
 def test_a_host_without_network(place, begin, main_run):
     """Both sides notice within the deadline and say whom they miss; rejoined, they go on."""
 
@@ -153,7 +159,7 @@ def test_a_host_without_network(place, begin, main_run):
     same_end(main_run.run, place.run)
 
 
-@pytest.mark.parametrize("seconds", [0.5, 2.0, 4.0, 7.0])
+@pytest.mark.parametrize("seconds", daily([0.5, 2.0, 4.0, 7.0], [4.0]))
 def test_a_signal_during_the_start(place, begin, seconds):
     """While modules are imported, ranks wait for each other, a store is read."""
     port = free_port()
@@ -168,6 +174,7 @@ def test_a_signal_during_the_start(place, begin, seconds):
     assert (one.returncode, other.returncode) == (75, 75)
 
 
+@pytest.mark.nightly
 def test_a_signal_to_one_rank_during_the_start(place, begin):
     """The other ranks end with the same code, and rank 0 says why."""
     port = free_port()

@@ -9,7 +9,7 @@ import pytest
 
 from pmp_ds.log import read_metrics
 from pmp_ds.run_dir import RunDir
-from tests.helpers.commands import DS_CONFIGS, error_of, ok, run
+from tests.helpers.commands import DS_CONFIGS, call, error_of, ok, run
 from tests.helpers.workdir import BLOCK, SHORT, write_corpus
 
 pytestmark = pytest.mark.e2e
@@ -25,7 +25,7 @@ def others(work: Path) -> tuple[str, str]:
     """Two more stores with the first one's tokenizer."""
     for name, documents in (("other_store", 60), ("third_store", 50)):
         write_corpus(work / f"{name}.jsonl", documents, words=30)
-        ok(run("prepare_data.py", "--input", f"{name}.jsonl", "--tokenizer", "store/tokenizer",
+        ok(call("prepare_data.py", "--input", f"{name}.jsonl", "--tokenizer", "store/tokenizer",
                "--block_size", str(BLOCK), "--val_fraction", "0.2", "--out", name,
                cwd=work))  # fmt: skip
     return "other_store", "third_store"
@@ -43,7 +43,7 @@ def test_mixture(work: Path, others: tuple[str, str]):
     manifest = json.loads((record.checkpoints / "update-00000006" / "manifest.json").read_text())
     assert manifest["dataset_id"] == json.loads(record.data.read_text())["dataset_id"]
 
-    report = ok(run("report.py", "--run", "runs/mixed", cwd=work)).stdout
+    report = ok(call("report.py", "--run", "runs/mixed", cwd=work)).stdout
     found = re.findall(r"(\d+) of 48 samples \(.*?%, asked (.*)%\) from (\w+)", report)
     assert sum(int(count) for count, _, _ in found) == 48
     assert {(share, name) for _, share, name in found} == {("75.00", "store"), ("25.00", second)}
@@ -53,7 +53,7 @@ def test_mixture(work: Path, others: tuple[str, str]):
     same = "{moved: 0.25, store: 0.75}"
     assert "already finished" in ok(run(*COMMAND, "--data.store", same, cwd=work)).stdout
     other = f"{{store: 1, {third}: 1}}"
-    lines = error_of(run(*COMMAND, "--data.store", other, cwd=work)).splitlines()[1:]
+    lines = error_of(call(*COMMAND, "--data.store", other, cwd=work)).splitlines()[1:]
     assert [re.sub("[0-9a-f]{12}", "ID", line) for line in lines] == [
         f"  data.store: {second} (dataset ID), not given",
         f"  data.store: not in the run, {third} (dataset ID)",

@@ -9,14 +9,14 @@ import datasets
 import pytest
 
 from pmp_ds.data.arrow_store import Store
-from tests.helpers.commands import Done, ok, run
+from tests.helpers.commands import Done, call, ok
 from tests.unit.prepare.conftest import make_texts
 
 pytestmark = pytest.mark.e2e
 
 
 def prepare(cwd: Path, *arguments: str) -> Done:
-    return run("prepare_data.py", *arguments, cwd=cwd)
+    return call("prepare_data.py", *arguments, cwd=cwd)
 
 
 def prepare_ok(cwd: Path, *arguments: str) -> str:

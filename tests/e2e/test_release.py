@@ -17,7 +17,7 @@ from pmp_ds.run_dir import RunDir
 from pmp_ds.ticket.ticket import load_ticket
 from tests.e2e.conftest import MainRun
 from tests.e2e.test_main_job import final_weights, initial_weights
-from tests.helpers.commands import RECIPES, error_of, files_of, ok, run
+from tests.helpers.commands import RECIPES, call, error_of, files_of, ok, run
 from tests.helpers.faults import seen
 from tests.helpers.workdir import SHORT, STEPS
 
@@ -89,13 +89,13 @@ def test_it_holds_the_last_checkpoint(main_run: MainRun):
 def test_initial_weights_go_to_a_private_folder_alone(main_run: MainRun, work: Path):
     export = ("export.py", "--run", "runs/main", "--checkpoint", "init")
     before = files_of(main_run.run.root)
-    assert "--checkpoint init needs --out" in error_of(run(*export, cwd=work))
+    assert "--checkpoint init needs --out" in error_of(call(*export, cwd=work))
     for inside in ("runs/main/release", "runs/main/release/init"):
-        message = error_of(run(*export, "--out", inside, cwd=work))
+        message = error_of(call(*export, "--out", inside, cwd=work))
         assert "initial weights there would show the mask" in message
     assert before == files_of(main_run.run.root)
 
-    done = ok(run(*export, "--out", "theta0", cwd=work))
+    done = ok(call(*export, "--out", "theta0", cwd=work))
     assert "keep them private" in done.stderr
     assert "--license" not in done.stderr
     assert (work / "theta0").stat().st_mode & 0o777 == 0o700
@@ -106,7 +106,7 @@ def test_initial_weights_go_to_a_private_folder_alone(main_run: MainRun, work: P
 
 def test_a_release_is_never_overwritten(main_run: MainRun, work: Path):
     before = files_of(main_run.run.root)
-    message = error_of(run("export.py", "--run", "runs/main", cwd=work))
+    message = error_of(call("export.py", "--run", "runs/main", cwd=work))
     assert "runs/main/release exists already" in message
     assert before == files_of(main_run.run.root)
 
@@ -119,10 +119,10 @@ def test_a_public_seed_is_refused(work: Path):
         "--deepspeed-config", "zero1.json", cwd=work,
     ))  # fmt: skip
     assert "secrecy    NONE: theta(0) from the public seed" in done.stdout
-    refused = error_of(run("export.py", "--run", "runs/public-random", cwd=work))
+    refused = error_of(call("export.py", "--run", "runs/public-random", cwd=work))
     assert "--allow-public-mask" in refused
     assert not (work / "runs/public-random/release").exists()
-    ok(run("export.py", "--run", "runs/public-random", "--allow-public-mask", cwd=work))
+    ok(call("export.py", "--run", "runs/public-random", "--allow-public-mask", cwd=work))
     card = (work / "runs/public-random/release/README.md").read_text()
     assert "public seed" in card
 
@@ -140,30 +140,30 @@ def test_what_left_is_remembered(main_run: MainRun):
 def test_a_second_revision_is_refused(main_run: MainRun, work: Path):
     export = ("export.py", "--run", "runs/main", "--checkpoint", "30", "--out", "second")
     before = ledger_of(main_run)
-    message = error_of(run(*export, cwd=work))
+    message = error_of(call(*export, cwd=work))
     assert "their difference is the mask" in message
     assert f"the final release (update {STEPS})" in message
     assert not (work / "second").exists()
-    ok(run(*export, "--private", cwd=work))
+    ok(call(*export, "--private", cwd=work))
     assert (work / "second").stat().st_mode & 0o777 == 0o700
     assert ledger_of(main_run) == before
     shutil.rmtree(work / "second")
-    ok(run(*export, "--another-revision", "a study of training", cwd=work))
+    ok(call(*export, "--another-revision", "a study of training", cwd=work))
     assert [entry["reason"] for entry in ledger_of(main_run)[len(before):]] == [
         "a study of training"
     ]  # fmt: skip
 
 
 def test_check_of_a_finished_folder(main_run: MainRun, work: Path):
-    done = ok(run("export.py", "--check", "runs/main/release", cwd=work))
+    done = ok(call("export.py", "--check", "runs/main/release", cwd=work))
     assert "nothing in it but" in done.stdout
     shutil.copytree(main_run.run.release, work / "planted")
     shutil.copy(main_run.run.ledger, work / "planted")
-    message = error_of(run("export.py", "--check", "planted", cwd=work))
+    message = error_of(call("export.py", "--check", "planted", cwd=work))
     assert "ledger.jsonl: not a file of a release" in message
     config = work / "planted/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"rope_theta": 7.0}))
-    seen("two names", 1, error_of(run("export.py", "--check", "planted", cwd=work)))
+    seen("two names", 1, error_of(call("export.py", "--check", "planted", cwd=work)))
 
 
 def fine_tuned(main_run: MainRun, folder: Path) -> Path:
@@ -185,7 +185,7 @@ def test_a_derivative_is_dithered(main_run: MainRun, work: Path):
         "export.py", "--derivative", "tuned", "--base", "runs/main/release", "--ticket",
         "runs/main/private/ticket",
     )  # fmt: skip
-    done = ok(run(*arguments, "--store", "store", "--out", "tuned-release", cwd=work))
+    done = ok(call(*arguments, "--store", "store", "--out", "tuned-release", cwd=work))
     cost = re.search(r"dither: (\d\.\d+) -> (\d\.\d+) nats per token", done.stdout)
     assert cost is not None
     assert float(cost[1]) != float(cost[2])
@@ -204,12 +204,12 @@ def test_a_derivative_is_dithered(main_run: MainRun, work: Path):
     # A recipient's copy would let the model forget whose it is.
     shutil.copytree(main_run.run.ticket, work / "copy")
     foreign = (*arguments[:-1], "copy", "--out", "other")
-    seen("derivative of a copy", 1, error_of(run(*foreign, cwd=work)))
+    seen("derivative of a copy", 1, error_of(call(*foreign, cwd=work)))
     # A second derivative of the same base would differ from this one as two revisions do.
     tensors = load_file(work / "tuned/model.safetensors")
     for name, tensor in tensors.items():
         tensors[name] = torch.where(mask.full(name), tensor + 0.01, tensor)
     save_file(tensors, work / "tuned/model.safetensors", {"format": "pt"})
-    message = error_of(run(*arguments, "--out", "third", cwd=work))
+    message = error_of(call(*arguments, "--out", "third", cwd=work))
     assert "a derivative from the same initial weights left" in message
     assert list(main_run.run.ticket.glob(".dither*")) == []

@@ -18,6 +18,7 @@ KILLS: dict[Phase, int] = {
 }  # fmt: skip
 
 
+@pytest.mark.nightly
 def test_killed_in_every_phase(main_run: MainRun, work: Path, tmp_path: Path):
     place = Place(work, RunDir(tmp_path / "main"), ("--run.checkpoint_every", "2"))
     updates = sum(r["phase"] == "discover" for r in comparable(main_run.run.metrics))

@@ -11,7 +11,7 @@ from pmp_ds.ticket.ticket import has_ticket, load_ticket
 from tests.e2e.conftest import MainRun
 from tests.e2e.test_main_job import final_weights, initial_weights, rows
 from tests.e2e.test_release import load_as_stranger, logits_of_run
-from tests.helpers.commands import DS_CONFIGS, RECIPES, ok, run
+from tests.helpers.commands import DS_CONFIGS, RECIPES, call, ok, run
 from tests.helpers.workdir import SHORT
 
 pytestmark = pytest.mark.e2e
@@ -34,6 +34,7 @@ def test_random_mask_at_stage_2(work: Path):
     assert [p.name for p in folder.plots.iterdir()] == ["loss.png"]
 
 
+@pytest.mark.nightly
 def test_base_at_stage_0(work: Path):
     done = ok(run(
         "pretrain.py", "--config", "tiny.yaml", "--config", RECIPES / "base.yaml", "--run.name",
@@ -45,11 +46,12 @@ def test_base_at_stage_0(work: Path):
     first, last = initial_weights(folder), final_weights(folder, 6)
     moved = sum(int((first[name] != last[name]).sum()) for name in first)
     assert moved > 0.9 * sum(tensor.numel() for tensor in first.values())
-    report = ok(run("report.py", "--run", "runs/base", cwd=work)).stdout
+    report = ok(call("report.py", "--run", "runs/base", cwd=work)).stdout
     assert "none: every parameter was trained" in report
     assert "complement" not in report
 
 
+@pytest.mark.nightly
 def test_given_ticket_on_one_rank(main_run: MainRun, work: Path):
     """Another run's ticket; ``mask.density`` does not matter then."""
     done = ok(run(
@@ -83,7 +85,7 @@ def test_tied_gpt2_at_stage_3_in_bf16(work: Path):
     for name, before in first.items():
         mask = ticket.mask.full(name)
         assert torch.equal(last[name][~mask], before.bfloat16()[~mask])
-    ok(run("export.py", "--run", "runs/gpt2", cwd=work))
+    ok(call("export.py", "--run", "runs/gpt2", cwd=work))
     released = load_file(folder.release / "model.safetensors")
     assert released.keys() == last.keys()
     assert all(torch.equal(released[name], last[name]) for name in last)
@@ -94,12 +96,13 @@ def test_tied_gpt2_at_stage_3_in_bf16(work: Path):
     torch.testing.assert_close(torch.tensor(answer["logits"]), wanted, atol=0.05, rtol=2**-6)
 
 
+@pytest.mark.nightly
 def test_unstable_ticket_is_reported(work: Path):
     ok(run(
         "pretrain.py", "--config", "tiny.yaml", "--run.name", "unstable", *SHORT,
         "--mask.iou_threshold", "1.0", "--mask.on_unstable", "last", "--deepspeed-config",
         "zero1.json", cwd=work,
     ))  # fmt: skip
-    report = ok(run("report.py", "--run", "runs/unstable", cwd=work)).stdout
+    report = ok(call("report.py", "--run", "runs/unstable", cwd=work)).stdout
     assert "after update 30 of discovery, NOT STABLE" in report
     assert "none yet: pmp-ds export --run runs/unstable" in report

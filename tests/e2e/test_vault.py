@@ -16,7 +16,7 @@ from pmp_ds.run_dir import RunDir
 from pmp_ds.ticket.keys import identities, new_identity
 from pmp_ds.ticket.vault import open_sealed
 from tests.e2e.conftest import MainRun
-from tests.helpers.commands import error_of, files_of, ok, run
+from tests.helpers.commands import call, error_of, files_of, ok, run
 from tests.helpers.distributed import REPO
 from tests.helpers.faults import seen
 from tests.helpers.glue import write_glue
@@ -30,7 +30,7 @@ def partner(main_run: MainRun, work: Path, tmp_path_factory: pytest.TempPathFact
     home = tmp_path_factory.mktemp("partner")
     public = ok(run("vault.py", "keygen", "--out", "key.txt", cwd=home)).stdout
     (work / "a.pub").write_text(public)
-    ok(run("vault.py", "seal", "--run", "runs/main", "--name", "Partner A", "--to", "a.pub",
+    ok(call("vault.py", "seal", "--run", "runs/main", "--name", "Partner A", "--to", "a.pub",
            "--out", "a.age", cwd=work))  # fmt: skip
     vault.main(["seal", "--run", str(main_run.run.root), "--name", "Partner B", "--to",
                 new_identity(work / "b.key"), "--out", str(work / "b.age")])  # fmt: skip
@@ -89,17 +89,17 @@ def test_one_command_of_the_partner(partner: Path):
 
 
 def test_a_leak_names_its_recipient(main_run: MainRun, work: Path, partner: Path, tuned: Path):
-    ok(run("vault.py", "open", "partner-a.age", "--identity", "key.txt", "--out", "ticket",
+    ok(call("vault.py", "open", "partner-a.age", "--identity", "key.txt", "--out", "ticket",
            cwd=partner))  # fmt: skip
-    fits = ok(run("vault.py", "verify", "ticket", "--model", "release", cwd=partner))
+    fits = ok(call("vault.py", "verify", "ticket", "--model", "release", cwd=partner))
     assert "same names and shapes" in fits.stdout
     shown = [
-        ok(run("vault.py", "show", *what, cwd=partner)).stdout
+        ok(call("vault.py", "show", *what, cwd=partner)).stdout
         for what in (("ticket",), ("partner-a.age", "--identity", "key.txt"))
     ]
     assert shown[0] == shown[1]
     assert "self_attn.q_proj.weight" in shown[0]
-    told = ok(run("vault.py", "trace", "--run", "runs/main", "--model", tuned, cwd=work)).stdout
+    told = ok(call("vault.py", "trace", "--run", "runs/main", "--model", tuned, cwd=work)).stdout
     verdicts = re.findall("^verdict: .*", told, re.MULTILINE)
     assert len(verdicts) == 1
     assert verdicts[0].startswith("verdict: the copy of Partner A."), told
@@ -129,9 +129,9 @@ def test_no_copy_is_sealed_with_another_key(copied: RunDir, tmp_path: Path, faul
     else:
         key.write_bytes(key.read_bytes()[:-1] + b"x")
     before = files_of(tmp_path)
-    done = run(*SEAL, cwd=tmp_path)
+    done = call(*SEAL, cwd=tmp_path)
     seen(fault, done.returncode, error_of(done))
-    done = run("export.py", "--run", "main", "--checkpoint", "init", "--out", "out", cwd=tmp_path)
+    done = call("export.py", "--run", "main", "--checkpoint", "init", "--out", "out", cwd=tmp_path)
     seen(fault, done.returncode, error_of(done))
     assert files_of(tmp_path) == before
 
@@ -142,13 +142,13 @@ def test_key_of_a_run_of_an_older_version(copied: RunDir, tmp_path: Path):
     path.write_text(json.dumps({"sha256": json.loads(path.read_text())["sha256"]}))
     right = key.read_bytes()
     key.write_bytes(right[:-1] + b"x")
-    assert "theta(0) drawn again differs from the one" in error_of(run(*SEAL, cwd=tmp_path))
+    assert "theta(0) drawn again differs from the one" in error_of(call(*SEAL, cwd=tmp_path))
     assert not copied.vault.exists()
     key.write_bytes(right)
-    ok(run(*SEAL, cwd=tmp_path))
+    ok(call(*SEAL, cwd=tmp_path))
     path.unlink()
     other = (*SEAL[:-1], "b.age")
-    assert "theta0.json is missing or damaged" in error_of(run(*other, cwd=tmp_path))
+    assert "theta0.json is missing or damaged" in error_of(call(*other, cwd=tmp_path))
 
 
 @pytest.mark.parametrize("version", [2, 3])
@@ -163,7 +163,7 @@ def test_a_digest_of_other_initial_weights(copied: RunDir, tmp_path: Path, versi
         del values["seal"]
     path.write_text(json.dumps(values))
     before = files_of(tmp_path)
-    message = error_of(run("export.py", "--run", "main", "--out", "again", cwd=tmp_path))
+    message = error_of(call("export.py", "--run", "main", "--out", "again", cwd=tmp_path))
     if version == 3:
         seen("altered digest", 1, message)
     else:
@@ -176,7 +176,7 @@ def test_no_ledger_beside_a_release(copied: RunDir, tmp_path: Path):
     copied.ledger.unlink()
     before = files_of(tmp_path)
     export = ("export.py", "--run", "main", "--out", "again")
-    message = error_of(run(*export, cwd=tmp_path))
+    message = error_of(call(*export, cwd=tmp_path))
     assert "main/private/ledger.jsonl is missing, and main/release has left" in message
     assert files_of(tmp_path) == before
-    ok(run(*export, "--another-revision", "the ledger burnt", cwd=tmp_path))
+    ok(call(*export, "--another-revision", "the ledger burnt", cwd=tmp_path))

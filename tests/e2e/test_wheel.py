@@ -124,6 +124,7 @@ def test_contents(built: Built):
     assert [name for name in names if name.startswith(("runs/", "tokenized_data/"))] == []
 
 
+@pytest.mark.nightly
 def test_trains_with_the_compiled_kernel(python: Path, built: Built, work: Path, tmp_path: Path):
     for name in ("tiny.yaml", "zero1.json"):
         shutil.copy(work / name, tmp_path)
@@ -138,6 +139,7 @@ def test_trains_with_the_compiled_kernel(python: Path, built: Built, work: Path,
     assert compiled.suffix == ".so"
 
 
+@pytest.mark.nightly
 def test_without_the_kernels_source(python: Path, work: Path, tmp_path: Path):
     """Slow, and it says why; the compiler is not blamed."""
     for name in ("tiny.yaml", "zero1.json"):
@@ -173,6 +175,7 @@ def pmp_ds(python: Path, cwd: Path, line: str, ranks: bool = False) -> str:
     return ok(call(*words, *line.split(), cwd=cwd, env=environment)).stdout
 
 
+@pytest.mark.nightly
 def test_the_short_demo_from_an_empty_folder(python: Path, tmp_path: Path):
     """Recipes, DeepSpeed files and commands all come from the wheel."""
     pmp_ds(python, tmp_path, "prepare-data --train-vocab-size 2048 --out tokenized_data/demo")

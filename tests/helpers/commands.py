@@ -3,11 +3,14 @@
     done = run("prepare_data.py", "--out", "store", cwd=tmp_path)     # python launcher/...
     done = run("pretrain.py", "--config", "a.yaml", cwd=tmp_path, ranks=2)     # under deepspeed
     ok(done)             # or error_of(done): the one line that a mistake gives
+    done = call("export.py", "--run", "x", cwd=tmp_path)      # the same without a process, one rank
 
 Each command is a session of its own, so that a time-out or ``kill`` ends its children too.
 """
 
 import contextlib
+import importlib
+import io
 import os
 import re
 import signal
@@ -16,7 +19,9 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from unittest import mock
 
+from pmp_ds.errors import exit_code
 from tests.helpers.distributed import REPO, free_port
 
 LAUNCHER, RECIPES, DS_CONFIGS = REPO / "launcher", REPO / "launcher/recipes", REPO / "ds_configs"
@@ -44,6 +49,25 @@ def run(
         error.add_note(f"{process.args!r}\n{out}\n{err}")
         raise
     return Done(process.args, process.returncode, out, err)
+
+
+def call(launcher: str, *arguments: str | Path, cwd: Path) -> Done:
+    """``launcher`` with ``arguments`` to its end in this process, as one rank: for what is
+    refused or quick. Real processes are ``run``."""
+    module = importlib.import_module(f"pmp_ds.commands.{launcher.removesuffix('.py')}")
+    argv = [str(LAUNCHER / launcher), *map(str, arguments)]
+    main = module.main if hasattr(module, "main") else lambda: module.prepare().run()
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        contextlib.chdir(cwd), mock.patch.object(sys, "argv", argv),
+        mock.patch.dict(os.environ, {"DS_ACCELERATOR": "cpu"}),
+        contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+    ):  # fmt: skip
+        try:
+            code = exit_code(main)
+        except SystemExit as end:  # of --help
+            code = int(end.code or 0)
+    return Done(argv, code, out.getvalue(), err.getvalue())
 
 
 def start(

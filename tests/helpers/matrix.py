@@ -30,7 +30,7 @@ class Case:
     zero: dict[str, Any] = field(default_factory=dict)
     model: Model = "llama"
     world_size: int = 2
-    quick: bool = False  # part of the default test run
+    quick: bool = False  # part of `make test`
 
     @property
     def id(self) -> str:
@@ -46,6 +46,10 @@ class Case:
 
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
+DAILY = {
+    (1, "fp32", "none"), (2, "fp16", "none"), (2, "bf16", "optimizer"), (3, "fp32", "none"),
+    (3, "bf16", "optimizer + parameters"),
+}  # fmt: skip
 OPTIONS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "no reduce_scatter": ((1, 2, 3), {"reduce_scatter": False}),
     "bucket reduce to each rank": ((1, 2), {"use_multi_rank_bucket_allreduce": False}),
@@ -62,20 +66,19 @@ def cases() -> list[Case]:
 
 def _cases() -> Iterator[Case]:
     for precision in PRECISIONS[:2]:
-        yield Case(stage=0, precision=precision, quick=True)
+        yield Case(stage=0, precision=precision, quick=precision == "bf16")
         yield Case(stage=0, precision=precision, accumulation=2)
         yield Case(stage=0, precision=precision, world_size=1)
     for stage in (1, 2, 3):
         offloads = ["none", "optimizer"] + ["optimizer + parameters"] * (stage == 3)
         for precision in PRECISIONS:
             for offload in offloads:
-                quick = (precision, offload) in (("fp32", "none"), ("bf16", "optimizer"))
-                quick = quick or (precision == "fp16" and offload == "none")
+                quick = (stage, precision, offload) in DAILY
                 yield Case(stage=stage, precision=precision, offload=offload, quick=quick)
                 yield Case(stage=stage, precision=precision, offload=offload, accumulation=2)
         for precision in PRECISIONS[1:]:
             for offload in offloads:
-                quick = (precision, offload) == ("bf16", "none")
+                quick = (stage, precision, offload) == (2, "bf16", "none")
                 yield Case(
                     stage=stage, precision=precision, offload=offload, compact_master=True,
                     quick=quick,
@@ -85,7 +88,7 @@ def _cases() -> Iterator[Case]:
             if (stage, precision) != (1, "bf16"):
                 yield Case(
                     stage=stage, precision=precision, accumulation=2, accumulate_fp32=True,
-                    quick=stage == 2,
+                    quick=(stage, precision) == (2, "bf16"),
                 )  # fmt: skip
         for option, (stages, zero) in OPTIONS.items():
             if stage in stages:
@@ -96,7 +99,12 @@ def _cases() -> Iterator[Case]:
                     )  # fmt: skip
         for model in ("gpt2 tied", "frozen parameters"):
             for precision in PRECISIONS[:2]:
-                yield Case(stage=stage, precision=precision, model=model, quick=stage == 3)
+                yield Case(
+                    stage=stage,
+                    precision=precision,
+                    model=model,
+                    quick=(stage, precision) == (3, "bf16"),
+                )
         yield Case(stage=stage, precision="bf16", world_size=1)
         yield Case(stage=stage, precision="bf16", world_size=4, quick=stage == 3)
     for model in ("gpt2 tied", "frozen parameters"):

@@ -1,5 +1,6 @@
 """One rank of tests/helpers/distributed.py: calls what the pipe names, answers with the result."""
 
+import ctypes
 import faulthandler
 import functools
 import importlib
@@ -30,7 +31,12 @@ def call(request: bytes) -> bytes:
         return pickle.dumps((False, traceback.format_exc()))
 
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
 def main() -> None:
+    # A rank that is stopped between two calls cannot see that the pipe has ended.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     # The stacks of a rank that hangs; also while a collective holds it outside Python.
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     faulthandler.enable()

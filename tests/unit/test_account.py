@@ -69,6 +69,7 @@ def test_a_folder_of_somebody_else_is_not_taken(nameless: Path, what: str):
 
 
 @needs(*NOBODY[1:])
+@pytest.mark.processes
 def test_the_import_does_it():
     """Not the commands alone: a user's own program has torch's caches too."""
     program = "import os, pmp_ds, getpass; print(getpass.getuser(), os.path.expanduser('~'))"

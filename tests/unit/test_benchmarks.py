@@ -11,6 +11,8 @@ import pytest
 from pmp_ds.prepare.tokenizer import train_tokenizer
 from tests.unit.prepare.conftest import make_texts
 
+pytestmark = pytest.mark.processes
+
 REPO = Path(__file__).resolve().parents[2]
 FIGURE = re.compile(r"^figure (\w+) \d+\.\d+ goal <= \d+\.\d+ (?:met|short)$", re.MULTILINE)
 
@@ -28,6 +30,7 @@ FIGURE = re.compile(r"^figure (\w+) \d+\.\d+ goal <= \d+\.\d+ (?:met|short)$", r
         ]),
     ],
 )  # fmt: skip
+@pytest.mark.nightly
 def test_benchmark_prints_its_figures(command, figures):
     result = subprocess.run(
         [sys.executable, "-m", *command, "--numel", "5000", "--repeats", "1", "--device", "cpu"],
@@ -50,6 +53,7 @@ def run_benchmark(*command: str) -> str:
     return result.stdout
 
 
+@pytest.mark.nightly
 def test_reading_benchmark(tmp_path: Path):
     arguments = ("--blocks", "500", "--steps", "10", "--repeats", "1", "--folder", str(tmp_path))
     output = run_benchmark("benchmarks.data_read", *arguments, "--megatron", "/no/such/python")
@@ -60,6 +64,7 @@ def test_reading_benchmark(tmp_path: Path):
     ]  # fmt: skip
 
 
+@pytest.mark.nightly
 def test_preparation_benchmark(tmp_path: Path):
     pytest.importorskip("gigatoken")
     train_tokenizer(make_texts(200), 400).save_pretrained(tmp_path / "tokenizer")
@@ -80,6 +85,7 @@ def test_preparation_benchmark(tmp_path: Path):
     assert FIGURE.findall(output) == ["prepare_peak_gigabytes"]
 
 
+@pytest.mark.nightly
 def test_export_benchmark(tmp_path: Path):
     output = run_benchmark(
         "benchmarks.export", "--folder", str(tmp_path), "--model.num_layers", "1",

@@ -169,6 +169,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]):
     assert "local_rank" not in text
 
 
+@pytest.mark.processes
 def test_exit_code_and_one_line_on_standard_error():
     script = (
         "import sys\n"

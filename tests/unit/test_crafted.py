@@ -9,6 +9,8 @@ from tests.helpers.crafted.corpus import inputs
 from tests.helpers.crafted.kinds import FOLDERS, KINDS
 from tests.helpers.crafted.runner import Outcome, outcomes
 
+pytestmark = pytest.mark.processes
+
 EVERY = {"results": 29, "run": 11, "pictures": 12, "release": 7, "store": 7, "corpus": 13}
 """Of the larger kinds one in so many; of the others one in three."""
 

@@ -61,6 +61,7 @@ def test_user_error_is_a_value_error():
     assert issubclass(UserError, ValueError)
 
 
+@pytest.mark.processes
 def test_a_reader_that_has_seen_enough():
     """`inspect | head` ends in silence."""
     code = (

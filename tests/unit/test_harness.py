@@ -157,15 +157,30 @@ def test_what_cannot_travel_is_refused() -> None:
             pool.run(unpicklable)
 
 
-def test_ranks_end_with_their_parent() -> None:
+def test_ranks_rest_between_calls(pool: RankPool) -> None:
+    pids = [result["pid"] for result in pool.run(sum_of_ranks, 1)]
+    deadline = time.monotonic() + 10
+    while states(pids) != {"T"} and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert states(pids) == {"T"}  # stopped: no thread of an idle rank polls
+    assert [result["sum"].item() for result in pool.run(sum_of_ranks, 1)] == [3, 3]
+
+
+def states(pids: list[int]) -> set[str]:
+    """Of all threads."""
+    files = [file for pid in pids for file in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return {file.read_text().rpartition(")")[2].split()[0] for file in files}
+
+
+@pytest.mark.parametrize("when", ["in a call", "between calls"])
+def test_ranks_end_with_their_parent(when: str) -> None:
     program = (
         "from tests.helpers.distributed import RankPool\n"
         "import os, time\n"
         "pool = RankPool(1, init=None)\n"
         "pool.run(os.getpid)\n"
         "print(*pool.pids, flush=True)\n"
-        "pool.run(time.sleep, 300)\n"
-    )
+    ) + ("pool.run(time.sleep, 300)\n" if when == "in a call" else "time.sleep(300)\n")
     parent = subprocess.Popen(
         [sys.executable, "-c", program], cwd=REPO, stdout=subprocess.PIPE, text=True
     )

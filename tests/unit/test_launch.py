@@ -13,6 +13,8 @@ import pytest
 from tests.helpers.distributed import REPO
 from tests.helpers.namespaces import needs
 
+pytestmark = pytest.mark.processes
+
 CONTAINER = ("unshare", "--pid", "--fork", "--kill-child")
 
 # A rank: notes what it finds, then ends as the argument of its number says. `wait` waits for a

@@ -11,6 +11,8 @@ from pmp_ds import launchers
 from pmp_ds.errors import UserError
 from tests.helpers.distributed import REPO
 
+pytestmark = pytest.mark.processes
+
 OURS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SRUN = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "17",
         "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "gpu-[003-004]"}  # fmt: skip

@@ -191,6 +191,7 @@ def test_every_folder_of_the_package_has_an_init() -> None:
 
 
 @pytest.mark.parametrize("module", WITHOUT_TORCH)
+@pytest.mark.processes
 def test_imports_without_torch(module: str) -> None:
     program = f"import sys, {module}\nsys.exit('torch' in sys.modules)"
     result = subprocess.run(

@@ -16,6 +16,8 @@ from pmp_ds.lease import hold
 from tests.helpers.distributed import REPO
 from tests.helpers.namespaces import needs
 
+pytestmark = pytest.mark.processes
+
 # Holds the folder until its input ends; short times, so that tests need not wait for a minute.
 PROGRAM = """
 import sys

@@ -14,6 +14,8 @@ import pytest
 from pmp_ds.meeting import in_words
 from tests.helpers.distributed import REPO, free_port
 
+pytestmark = pytest.mark.processes
+
 # Meets as the arguments say: run, mistake, seconds. Then holds the port until its input ends.
 PROGRAM = """
 import json, sys

@@ -11,6 +11,8 @@ import pytest
 from pmp_ds.restarts import CHILD, is_child, run_with_restarts
 from tests.helpers.distributed import REPO
 
+pytestmark = pytest.mark.processes
+
 # Notes its port in a file, then ends as the n-th argument says: a code, or a signal by its name.
 PROGRAM = """
 import os, signal, sys

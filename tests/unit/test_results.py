@@ -37,6 +37,7 @@ def _write(file: Path, first: int) -> None:
         results.append(file, replace(RESULT, settings={"seed": first + i}))
 
 
+@pytest.mark.processes
 def test_several_writers(tmp_path: Path):
     file = tmp_path / "results.jsonl"
     context = multiprocessing.get_context("fork")

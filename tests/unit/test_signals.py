@@ -10,6 +10,8 @@ import pytest
 
 from tests.helpers.distributed import REPO
 
+pytestmark = pytest.mark.processes
+
 # What the main thread does while a signal comes: nothing that lets a Python handler run.
 PROGRAM = """
 import sys, time, signal

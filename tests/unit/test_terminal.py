@@ -11,6 +11,8 @@ import pytest
 from pmp_ds.commands import prepare_data
 from pmp_ds.prepare.summary import PrepareSummary
 
+pytestmark = pytest.mark.processes
+
 REPO = Path(__file__).resolve().parents[2]
 
 SCRIPT = """

@@ -199,6 +199,7 @@ def test_unreadable_manifest(folder: Path, tmp_path: Path):
         Store.open(tmp_path / "none")
 
 
+@pytest.mark.processes
 def test_more_shards_than_open_files(tmp_path: Path):
     """Mapped shards keep no descriptor; in a process of its own, whose limit is lower."""
     folder = write_store(tmp_path / "many", 0, 300, shard=1)
@@ -252,6 +253,7 @@ def test_dataset_id_follows_the_content(tmp_path: Path):
     assert ids[0] == ids[1] != ids[2]
 
 
+@pytest.mark.processes
 def test_reading_needs_no_torch():
     modules = "pmp_ds.prepare.corpus, pmp_ds.prepare.packing, pmp_ds.data.arrow_store"
     script = f"import sys, {modules}; sys.exit('torch' in sys.modules)"

@@ -172,6 +172,7 @@ def test_no_two_tensors_share_a_stream() -> None:
     assert weights_digest(other) != weights_digest(model)
 
 
+@pytest.mark.processes
 def test_bits_depend_on_the_key_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not on the state before, the chunks, torch's seed, the threads or the process."""
     model = gpt2()

@@ -1,6 +1,7 @@
 """Where the C++ operators are compiled and found, and what is said where they are not."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 
 from pmp_ds.optim.kernels import cpu
 from tests.helpers.distributed import REPO
+
+pytestmark = pytest.mark.processes
 
 needs_compiler = pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler")
 ASK = """
@@ -31,6 +34,21 @@ def ask(*words: str | Path, **environment: str) -> tuple[str, str]:
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     return done.stdout.splitlines()[-1], done.stderr
+
+
+@pytest.fixture
+def _compiled_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler, which hands out what it made of the same source before: 5 s less a test."""
+    compiler, made = cpu._compiler(), cpu.library()
+    assert compiler is not None
+    assert made is not None
+    script = tmp_path / "c++"
+    script.write_text(
+        f'#!/bin/bash\n[ "$1" = --version ] && exec {shlex.quote(compiler)} "$@"\n'
+        f'cp {shlex.quote(made._name)} "${{@: -1}}"\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
 
 
 @pytest.fixture
@@ -58,6 +76,7 @@ def test_in_the_users_cache(tmp_path: Path):
 
 
 @needs_compiler
+@pytest.mark.usefixtures("_compiled_before")
 @pytest.mark.parametrize("umask", [0o000, 0o022])
 def test_the_cache_is_private_whatever_the_umask(tmp_path: Path, umask: int):
     before = os.umask(umask)
@@ -70,6 +89,7 @@ def test_the_cache_is_private_whatever_the_umask(tmp_path: Path, umask: int):
 
 
 @needs_compiler
+@pytest.mark.usefixtures("_compiled_before")
 def test_what_others_could_have_written_is_compiled_again(tmp_path: Path):
     """A folder that was open to all, as an older version made it, and a program in it."""
     loaded, _ = ask(XDG_CACHE_HOME=str(tmp_path))
@@ -83,6 +103,7 @@ def test_what_others_could_have_written_is_compiled_again(tmp_path: Path):
 
 
 @needs_compiler
+@pytest.mark.usefixtures("_compiled_before")
 def test_a_link_in_place_of_the_cache_is_not_followed(tmp_path: Path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "pmp_ds").symlink_to("elsewhere")
@@ -92,6 +113,7 @@ def test_a_link_in_place_of_the_cache_is_not_followed(tmp_path: Path):
 
 
 @needs_compiler
+@pytest.mark.usefixtures("_compiled_before")
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root to give a folder away")
 @pytest.mark.parametrize("given", ["folder", "file"])
 def test_the_cache_of_another_user_is_not_used(tmp_path: Path, given: str):
@@ -104,6 +126,7 @@ def test_the_cache_of_another_user_is_not_used(tmp_path: Path, given: str):
 
 
 @needs_compiler
+@pytest.mark.usefixtures("_compiled_before")
 @pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "HOME"])
 def test_a_cache_that_cannot_be_written_to(tmp_path: Path, variable: str):
     """As HOME=/ under `docker run --user 12345`."""
@@ -116,6 +139,7 @@ def test_a_cache_that_cannot_be_written_to(tmp_path: Path, variable: str):
 
 
 @needs_compiler
+@pytest.mark.usefixtures("_compiled_before")
 def test_beside_the_source(source: Path, tmp_path: Path):
     """As in an image: nothing is compiled at run time, no cache is needed."""
     loaded, _ = ask(source, "build")
@@ -126,6 +150,7 @@ def test_beside_the_source(source: Path, tmp_path: Path):
 
 
 @needs_compiler
+@pytest.mark.usefixtures("_compiled_before")
 def test_a_file_that_cannot_be_loaded_is_named(tmp_path: Path):
     loaded, _ = ask(XDG_CACHE_HOME=str(tmp_path))
     Path(loaded).write_bytes(b"")

@@ -57,6 +57,16 @@ SETUPS = (
 )  # fmt: skip
 
 
+DAILY = (
+    Setup(0, "bf16"), Setup(1, "fp32"), Setup(2, "bf16"), Setup(3, "fp32"), Setup(3, "fp16"),
+    Setup(1, "bf16", True), Setup(3, "bf16", True),
+)  # fmt: skip
+
+
+def tier(setup: Setup) -> Any:
+    return () if setup in DAILY else pytest.mark.nightly
+
+
 @dataclass
 class Probe:
     """An armed engine after one ``backward``, and what its gradient has to be."""
@@ -524,7 +534,7 @@ def examined(ranks2) -> Callable[[Setup], list[dict[str, Any]]]:
 @pytest.mark.parametrize(
     ("setup", "number"),
     [
-        pytest.param(setup, number, id=f"{setup}-{row.attribute}-{number}")
+        pytest.param(setup, number, id=f"{setup}-{row.attribute}-{number}", marks=tier(setup))
         for setup in SETUPS
         for number, row in enumerate(CONTRACT)
         if row.where(setup)
@@ -541,7 +551,9 @@ def test_contract(examined, setup, number):
             )
 
 
-@pytest.mark.parametrize("setup", SETUPS, ids=str)
+@pytest.mark.parametrize(
+    "setup", [pytest.param(setup, id=str(setup), marks=tier(setup)) for setup in SETUPS]
+)
 def test_every_element_is_owned_once(examined, setup):
     """By one rank at stages 1 to 3, by every rank at stage 0."""
     sizes = {name: param.numel() for name, param in tiny.model().named_parameters()}

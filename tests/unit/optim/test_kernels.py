@@ -64,6 +64,7 @@ def test_without_triton_a_warning_and_the_reference(monkeypatch):
     kernels._triton_kernels.cache_clear()
 
 
+@pytest.mark.processes
 def test_imports_without_triton():
     program = "import sys; sys.modules['triton'] = None; import pmp_ds.optim.masked_adamw"
     result = subprocess.run(

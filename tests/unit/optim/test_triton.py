@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from pmp_ds.optim.masked import zero_complement_ref
 from pmp_ds.optim.masked_adamw import MaskedAdamW, coefficients
 from pmp_ds.ticket.mask import pack
 from tests.helpers.reference import masked_adamw_ref
+from tests.helpers.tiers import daily
+
+pytestmark = pytest.mark.processes
 
 REPO = Path(__file__).resolve().parents[3]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -62,19 +66,27 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 @with_triton
 @pytest.mark.skipif(INTERPRETED, reason="is the interpreter")
-def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+@pytest.mark.parametrize(
+    ("tier", "least"), daily([("not nightly", 15), ("nightly", 50)], [("not nightly", 15)])
+)
+def test_in_the_interpreter(tier, least):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", tier, __file__]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run(
         command, cwd=REPO, env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stdout
-    assert int(re.findall(r"(\d+) passed", result.stdout)[0]) > 50, result.stdout
+    assert int(re.findall(r"(\d+) passed", result.stdout)[0]) > least, result.stdout
 
 
 @runs_kernels
-@pytest.mark.parametrize("density", [None, 0.0, 0.01, 0.7, 1.0])
-@pytest.mark.parametrize("numel", [0, 1, 7, 8, 1023, 1024, 1025, 5000])
+@pytest.mark.parametrize(
+    ("numel", "density"),
+    daily(
+        product([0, 1, 7, 8, 1023, 1024, 1025, 5000], [None, 0.0, 0.01, 0.7, 1.0]),
+        [(0, 0.7), (7, None), (1023, 0.7), (1024, 1.0), (1025, 0.01), (1025, None), (5000, 0.0)],
+    ),
+)
 def test_step_is_the_reference(triton_kernels, numel, density):
     """To the bit, over several updates with a changing rate and a gradient over many magnitudes.
     The complement keeps its bits, a NaN's payload included, whatever its gradient."""
@@ -101,9 +113,18 @@ def test_step_is_the_reference(triton_kernels, numel, density):
 
 
 @runs_kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("start", [0, 1, 7, 8, 1021])
-@pytest.mark.parametrize("numel", [0, 1, 1000, 2500])
+@pytest.mark.parametrize(
+    ("numel", "start", "dtype"),
+    daily(
+        product(
+            [0, 1, 1000, 2500], [0, 1, 7, 8, 1021], [torch.float32, torch.bfloat16, torch.float16]
+        ),
+        [
+            *((2500, start, torch.bfloat16) for start in (0, 1, 7, 8, 1021)),
+            (0, 1, torch.float32), (1, 7, torch.float16), (1000, 1021, torch.float32),
+        ],
+    ),
+)  # fmt: skip
 def test_zero_complement_is_the_reference(triton_kernels, numel, start, dtype):
     """A fragment begins at any bit of its flat's mask; neighbours in memory are left alone."""
     bits = pack(mask(start + numel + 5, 0.7))

@@ -105,6 +105,7 @@ def _reversed_merges(trained: TrainedTokenizer) -> bytes:
     return json.dumps(description).encode()
 
 
+@pytest.mark.processes
 def test_imports_neither_torch_nor_transformers():
     program = "import sys, pmp_ds.prepare.encoder\nsys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"  # noqa: E501
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -5,8 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from pmp_ds.prepare.tokenizer import TrainedTokenizer
 from tests.unit.prepare.conftest import make_texts
+
+pytestmark = pytest.mark.processes
 
 SCRIPT = """
 import re, sys
@@ -19,6 +23,7 @@ print(int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) /
 """
 
 
+@pytest.mark.nightly
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, trained: TrainedTokenizer):
     """Two threads, so that one process has it all: 20 MB and 120 MB, side by side."""
     trained.save_pretrained(tmp_path / "tokenizer")

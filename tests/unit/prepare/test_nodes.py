@@ -21,6 +21,8 @@ from pmp_ds.prepare.prepare import prepare
 from pmp_ds.prepare.units import pack_unit
 from tests.unit.prepare.conftest import make_texts
 
+pytestmark = pytest.mark.processes
+
 REPO = Path(__file__).parents[3]
 
 # Each of the six files is larger than half a unit.
@@ -132,6 +134,7 @@ def documented(language: str) -> str:
     return block
 
 
+@pytest.mark.nightly
 def test_documented_slurm_example(folder: Path, expected):
     """Word for word, with two nodes at once and an sbatch that waits."""
     (folder / "bin").mkdir()

@@ -25,6 +25,8 @@ from pmp_ds.prepare.corpus import Unit
 from pmp_ds.prepare.prepare import prepare
 from tests.unit.prepare.conftest import make_texts
 
+pytestmark = pytest.mark.processes
+
 # Each of the six files is larger than half a unit.
 SCRIPT = """
 import json, sys, time
@@ -83,7 +85,7 @@ def test_same_bytes_for_any_number_of_workers(corpus: Path, one_worker, workers:
     assert len(manifest["splits"]["train"]["shards"]) == 6
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_killed_ten_times_gives_the_same_bytes(corpus: Path, one_worker):
     chance = random.Random(0)
     arguments = settings(corpus, "killed", workers=2)

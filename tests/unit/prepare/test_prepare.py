@@ -194,6 +194,7 @@ def test_few_bad_rows_are_reported(corpus: Path):
     assert f"1 x empty document (first: {corpus}/b.jsonl:{line - 1})" in str(summary)
 
 
+@pytest.mark.processes
 def test_killed_run_leaves_no_store_and_can_be_repeated(corpus: Path):
     script = (
         "import os, signal, sys\n"

@@ -101,6 +101,7 @@ def test_count_mismatches_counts(trained: TrainedTokenizer, texts, tokenizer_pat
     assert count_mismatches(trained, plain_reader(other), sample) == (10, 10, 10)
 
 
+@pytest.mark.processes
 def test_plain_process_reads_the_trained_tokenizer(
     saved: Path, trained: TrainedTokenizer, texts: list[str]
 ):

@@ -65,6 +65,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+@pytest.mark.processes
 def test_release_holds_only_what_it_should(released: tuple[Path, Path, Any]) -> None:
     weights, release, summary = released
     files = set(os.listdir(release))
@@ -146,6 +147,7 @@ def test_the_snippet_of_the_card_runs(
 
 
 @pytest.mark.parametrize("released", ["gpt2"], indirect=True)
+@pytest.mark.processes
 def test_sample_of_a_fresh_process(released: tuple[Path, Path, Any]) -> None:
     text = generate_sample(released[1], "abc", 5)
     assert text.replace(" ", "").startswith("abc")
@@ -302,6 +304,7 @@ def test_mistakes_leave_nothing(
     assert os.listdir(out) == []
 
 
+@pytest.mark.processes
 def test_a_release_that_computes_something_else_is_refused(
     tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -389,6 +392,7 @@ def test_card_of_a_derivative() -> None:
     assert "## Training" not in card
 
 
+@pytest.mark.processes
 def test_padding_of_the_vocabulary_stays_behind(tmp_path: Path, tokenizer_dir: Path) -> None:
     for tied in (True, False):
         weights = write_weights(tmp_path / f"{tied}", llama(tied), torch.bfloat16)

@@ -16,6 +16,8 @@ from pmp_ds.study.driver import _on_ranks, run
 from pmp_ds.study.plan import Step, describe
 from pmp_ds.study.recipe import Arm, Study
 
+pytestmark = pytest.mark.processes
+
 ARMS = {"base": Arm(settings={"mask.source": "none"}), "pmp": Arm()}
 
 
