@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pmp_ds.results import Result
 from pmp_ds.study.runs import BASE, CONTINUED, PMP, RANDOM, RECOVERED, FineTune, best, pick
@@ -23,18 +24,26 @@ class Control:
 
 
 def controls(results: Sequence[Result], runs: Sequence[FineTune]) -> list[Control]:
+    """Return every control, run or not."""
     pretrained = [result for result in results if result.kind == "pretrain"]
+    heads = sum(result.kind == "untrained-head" for result in results)
+
+    def tuned(*methods: str) -> list[FineTune]:
+        return pick(runs, arm=PMP, methods=methods)
+
     rows = {
         "BASE at equal budget": _budget(pretrained),
         "Random mask at equal density, pretrained": _random_arm(pretrained, runs),
-        "Random mask at equal density, fine-tuned on PMP": _methods(runs, "random"),
-        "Complement only, fine-tuned on PMP": _methods(runs, "complement"),
-        "Mask recovered by an attack, fine-tuned on PMP": _methods(runs, RECOVERED),
-        "Fine-tuning from scratch": _scratch(runs),
-        "Untrained head": _kind(results, "untrained-head"),
+        "Random mask at equal density, fine-tuned on PMP": _count(tuned("random")),
+        "Complement only, fine-tuned on PMP": _count(tuned("complement")),
+        "Mask recovered by an attack, fine-tuned on PMP": _count(tuned(RECOVERED)),
+        "Fine-tuning from scratch": _count([run for run in runs if run.scratch]),
+        "Untrained head": f"{heads} measurements" if heads else "",
         "Learning rates from 1e-5 to 3e-3": _learning_rates(runs),
         "Longer fine-tuning": _epochs(runs),
-        "Continued full pretraining of the release": _continued(runs),
+        "Continued full pretraining of the release": _count(
+            [r for r in tuned("full") if r.task == CONTINUED]
+        ),
         "Densities 0.5 to 1.0": _densities(pretrained),
         "Ticket from each score": _scores(pretrained),
         "Several fine-tuning seeds": _seeds(runs),
@@ -43,26 +52,23 @@ def controls(results: Sequence[Result], runs: Sequence[FineTune]) -> list[Contro
     return [Control(name, found or NOT_RUN) for name, found in rows.items()]
 
 
-def _arm(pretrained: Sequence[Result], arm: str) -> list[Result]:
-    return [result for result in pretrained if result.arm == arm]
+def _of(pretrained: Sequence[Result], arm: str, setting: str) -> set[Any]:
+    """The values of a setting that an arm was pretrained with."""
+    return {r.settings[setting] for r in pretrained if r.arm == arm}
 
 
 def _budget(pretrained: Sequence[Result]) -> str:
-    tokens = [{r.settings["tokens"] for r in _arm(pretrained, arm)} for arm in (BASE, PMP)]
-    if not all(tokens):
+    base, pmp = (_of(pretrained, arm, "tokens") for arm in (BASE, PMP))
+    words = [" or ".join(f"{count:,}" for count in sorted(counts)) for counts in (base, pmp)]
+    if not (base and pmp):
         return ""
-    if tokens[0] == tokens[1]:
-        return f"{_tokens(tokens[0])} tokens each"
-    return f"{NOT_RUN}: BASE had {_tokens(tokens[0])} tokens, PMP {_tokens(tokens[1])}"
-
-
-def _tokens(counts: set[int]) -> str:
-    return " or ".join(f"{count:,}" for count in sorted(counts))
+    if base == pmp:
+        return f"{words[0]} tokens each"
+    return f"{NOT_RUN}: BASE had {words[0]} tokens, PMP {words[1]}"
 
 
 def _random_arm(pretrained: Sequence[Result], runs: Sequence[FineTune]) -> str:
-    density = {r.settings["density"] for r in _arm(pretrained, PMP)}
-    other = {r.settings["density"] for r in _arm(pretrained, RANDOM)}
+    density, other = (_of(pretrained, arm, "density") for arm in (PMP, RANDOM))
     if not other:
         return ""
     if density != other:
@@ -74,21 +80,8 @@ def _list(values: set[float]) -> str:
     return ", ".join(f"{value:g}" for value in sorted(values))
 
 
-def _methods(runs: Sequence[FineTune], method: str) -> str:
-    return _count(pick(runs, arm=PMP, methods=(method,)))
-
-
-def _scratch(runs: Sequence[FineTune]) -> str:
-    return _count([run for run in runs if run.scratch])
-
-
 def _count(runs: Sequence[FineTune]) -> str:
     return f"{len(runs)} runs, tasks {', '.join(sorted({r.task for r in runs}))}" if runs else ""
-
-
-def _kind(results: Sequence[Result], kind: str) -> str:
-    found = [result for result in results if result.kind == kind]
-    return f"{len(found)} measurements" if found else ""
 
 
 def _both(runs: Sequence[FineTune], name: str) -> list[float]:
@@ -111,10 +104,6 @@ def _epochs(runs: Sequence[FineTune]) -> str:
     return f"epochs {_list(set(found))}, for both BASE and PMP" if len(found) > 1 else ""
 
 
-def _continued(runs: Sequence[FineTune]) -> str:
-    return _count([r for r in pick(runs, arm=PMP, methods=("full",)) if r.task == CONTINUED])
-
-
 def _densities(pretrained: Sequence[Result]) -> str:
     found = {r.settings["density"] for r in pretrained if r.settings["source"] != "random"}
     if len(found) < 3:
@@ -126,10 +115,8 @@ def _densities(pretrained: Sequence[Result]) -> str:
 
 def _scores(pretrained: Sequence[Result]) -> str:
     found = {r.settings["score"] for r in pretrained if r.settings["source"] == "earlybird"}
-    missing = [score for score in SCORES if score not in found]
-    if missing:
-        return f"{NOT_RUN}: {', '.join(missing)}"
-    return ", ".join(SCORES)
+    missing = ", ".join(score for score in SCORES if score not in found)
+    return f"{NOT_RUN}: {missing}" if missing else ", ".join(SCORES)
 
 
 def _seeds(runs: Sequence[FineTune]) -> str:
@@ -138,7 +125,7 @@ def _seeds(runs: Sequence[FineTune]) -> str:
 
 
 def _pretraining_seeds(pretrained: Sequence[Result]) -> str:
-    counts = {arm: len({r.settings["seed"] for r in _arm(pretrained, arm)}) for arm in (BASE, PMP)}
+    counts = {arm: len(_of(pretrained, arm, "seed")) for arm in (BASE, PMP)}
     if not all(counts.values()):
         return ""
     if min(counts.values()) == 1:

@@ -1,6 +1,6 @@
 """The paper's Table 1 and its companions: what each arm scores at each stage."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from pmp_ds.finetune import method as tuning
 from pmp_ds.finetune.method import UNAUTHORIZED
@@ -167,6 +167,37 @@ def table_canonical(runs: Sequence[FineTune]) -> Table:
         ("Arm", "Method", *(f"{c} ({names[c]})" for c in columns)),
         [(arm, words, *(cell(found.get(c), c) for c in columns)) for arm, words, found in rows],
     )
+
+
+def table_other(results: Sequence[Result]) -> Table:
+    """One line per arm and measurement; with several models of an arm one line each."""
+    found = [(result.arm, *line) for result in results for line in _lines(result)]
+    order = arms(arm for arm, *_ in found)
+    found.sort(key=lambda line: (line[1], order.index(line[0])))
+    return Table(
+        "models", "The models as they are released.", ("Arm", "Measurement", "Value"), found
+    )
+
+
+def _lines(result: Result) -> Iterator[tuple[str, str]]:
+    values, settings = result.values, result.settings
+    match result.kind:
+        case "pretrain":
+            tokens = f"{settings['tokens']:,}"
+            yield f"Pretraining: validation loss after {tokens} tokens", _nats(values["val_loss"])
+        case "perplexity":
+            text = f"{settings.get('split', 'validation')} text {str(settings['store'])[:6]}"
+            yield f"Loss on {text}", _nats(values["loss"])
+        case "last_word":
+            yield "Last word, accuracy", f"{100 * values['accuracy']:.2f}%"
+        case "lm_eval":
+            for name, metrics in values["metrics"].items():
+                for metric, value in metrics.items():
+                    yield f"lm-eval {name}, {metric.removesuffix(',none')}", f"{value:.4g}"
+
+
+def _nats(loss: float) -> str:
+    return f"{loss:.4f} nats per token"
 
 
 def head(column: str) -> str:

@@ -13,9 +13,8 @@ from pmp_ds.run_dir import read_json, write_text
 from pmp_ds.study import glue_figures, measured, model_figures
 from pmp_ds.study.controls import Control, controls, edges
 from pmp_ds.study.figures import Picture
-from pmp_ds.study.glue_tables import table_canonical, table_methods, table_one
+from pmp_ds.study.glue_tables import table_canonical, table_methods, table_one, table_other
 from pmp_ds.study.headline import MATCHED, Headline, headline, models_per_arm
-from pmp_ds.study.other_tables import table_other
 from pmp_ds.study.page import Section, markdown, page
 from pmp_ds.study.runs import FineTune, fine_tunes
 from pmp_ds.study.six_tables import (
