@@ -42,8 +42,8 @@ DEEPSPEED = $(if $(filter-out 0,$(GPUS)),$(ON_GPU),$(ON_CPU)) --master_port $(PO
 .PHONY: help
 help:
 	@echo 'make demo    tokenize a small corpus, find a ticket, pretrain, export and report (CPU or GPU)'
-	@echo 'make check   ruff, mypy and the unit tests that start no process: three minutes'
-	@echo 'make test    ruff, mypy and every guarantee once: ten minutes on two cores, what CI runs first'
+	@echo 'make check   ruff, mypy and the unit tests that start no process'
+	@echo 'make test    ruff, mypy and tests of every guarantee once: what CI runs first'
 	@echo 'make test-nightly  the tests that are left out there; SLICE=2/4: a quarter, as CI runs'
 	@echo 'make families      every causal architecture of transformers at tiny width, into docs/SUPPORT.md'
 	@echo 'make crafted       open 12,000 crafted files, settings and DeepSpeed JSONs; a table with memory'
