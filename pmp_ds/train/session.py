@@ -73,12 +73,12 @@ class Work:
 
 @dataclass
 class Extra:
-    """What a phase saves beside weights and optimizer state: its memory, and in discovery this
-    rank's running scores and the candidate masks."""
+    """What a phase saves beside weights and optimizer state: in discovery this rank's running scores
+    and the candidate masks, and of both its memory."""
 
-    memory: dict[str, Any] = field(default_factory=dict)
     more: checkpoint.Tensors = field(default_factory=dict)
     masks: checkpoint.Tensors = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
 
 
 class Session:
@@ -132,7 +132,7 @@ class Training:
             config.guard, self.engine, session.log, watch.stop, watch.channel, memory
         )
         self.guard.compare_tickets(work.mask_id)
-        self.extra: Callable[[], Extra] = lambda: Extra(dict(self.guard.memory))
+        self.extra: Callable[[], Extra] = lambda: Extra(memory=dict(self.guard.memory))
         batch = config.train.global_batch_size
         self.tokens_per_update = round(batch * work.tokens_per_sample)
         self.loader = work.loader(batch, self.done * batch)
