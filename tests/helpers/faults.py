@@ -227,7 +227,7 @@ RANKS = {
     ),
     "smaller micro-batch": Fault(
         "a smaller `train.micro_batch_size` after the start", "halved at a restart",
-        "the run goes on with it", 0, r"resuming after update 6 of 12", NOTHING,
+        "the run goes on with it", 0, r"resuming after update 7 of 12", NOTHING,
     ),
     "too many ranks": Fault(
         "more ranks than sequences in a batch", "2 ranks, `train.global_batch_size: 1`",
