@@ -73,8 +73,8 @@ class Work:
 
 @dataclass
 class Extra:
-    """What a phase saves beside weights and optimizer state: in discovery this rank's running scores
-    and the candidate masks, and of both its memory."""
+    """What a phase saves in addition to weights and optimizer state: its memory, and in discovery
+    this rank's running scores and the candidate masks."""
 
     more: checkpoint.Tensors = field(default_factory=dict)
     masks: checkpoint.Tensors = field(default_factory=dict)
