@@ -154,14 +154,14 @@ def test_sweep_repeats_nothing(ranks1, home, capfd):
 
 @pytest.mark.parametrize("method", daily(["ticket", "lora"], ["ticket"]))
 def test_stopped_and_resumed(ranks2, home, method):
-    """SIGTERM after update 4; the same command gives the same bits as one that was left alone."""
+    """SIGTERM in update 4; the same command gives the same bits as one that was left alone."""
     values, models = [], []
     for name in (f"alone-{method}", f"stopped-{method}"):
         given = flags(home, "--task", "mrpc", "--method", method, "--run.name", name,
                       "--ticket", f"{home}/ticket", "--train.steps", "8")  # fmt: skip
         if name.startswith("stopped"):
             assert ranks2.run(_stopped, str(home), given)[0] == "SIGTERM"
-            assert (home / "runs" / name / "private/checkpoints/update-00000004").is_dir()
+            assert (home / "runs" / name / "private/checkpoints/update-00000005").is_dir()
         (found,) = ranks2.run(tune, str(home), given)[0]
         values.append(found.values)
         models.append(weights(home / "runs" / name / "private" / "model"))
@@ -216,15 +216,15 @@ def test_checkpoints_that_cannot_be_read(ranks2, home):
         run = RunDir(home / "runs" / name)
         if name == "spoilt":
             ranks2.run(_stopped, str(home), given)
-            (run.checkpoints / "update-00000004" / "manifest.json").write_text("{}")
+            (run.checkpoints / "update-00000005" / "manifest.json").write_text("{}")
             before = files_of(run.root)
             message = ranks2.run(finetune.problem, str(home), given)[0]
             assert "has 1 checkpoint, and none can be read; nothing was changed:" in message
-            assert "update-00000004 is damaged: manifest.json" in message
+            assert "update-00000005 is damaged: manifest.json" in message
             assert files_of(run.root) == before
         (found,) = ranks2.run(tune, str(home), given, (), 1, True, name == "spoilt")[0]
         values.append(found.values)
-    assert (run.private / "checkpoints.unreadable-1" / "update-00000004").is_dir()
+    assert (run.private / "checkpoints.unreadable-1" / "update-00000005").is_dir()
     assert values[0] == values[1]
     assert run.config.read_text().startswith("# begun with pmp-ds ")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from pmp_ds.run_dir import RunDir
 from pmp_ds.state.manifest import DamagedError
 from pmp_ds.state.shelf import find
+from tests.helpers import plain_loop
 from tests.helpers.plain_loop import train
 
 pytestmark = pytest.mark.distributed
@@ -69,6 +71,14 @@ def test_a_damaged_one_is_passed_over(ranks2, tmp_path, capfd):
     assert found[1].memory["last"] > 0
     with pytest.raises(DamagedError, match=r"model\.safetensors"):
         find(RunDir(tmp_path), 6)
+
+
+def test_lines_of_the_readme_name_what_there_is():
+    """They are those of helpers/plain_loop.py."""
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    used = set(re.findall(r"checkpoints\.(\w+)\(", text))
+    assert used == {"find", "load_weights", "resume", "save", "prune"}
+    assert all(f"library.{name}(" in Path(plain_loop.__file__).read_text() for name in used)
 
 
 def test_killed_while_it_trains_and_saves(tmp_path):

@@ -65,7 +65,9 @@ def test_durations_are_written_slowest_first_and_slow_ones_are_named(
 
 
 @pytest.mark.processes
-def test_what_shares_ranks_or_a_run_shares_a_worker(suite: pytest.Pytester) -> None:
+def test_what_shares_ranks_or_a_run_shares_a_worker(
+    suite: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And no other file builds the pools a second time."""
     files = [path for path in (REPO / "tests").rglob("test_*.py") if path != Path(__file__)]
     pooled = {
@@ -79,6 +81,7 @@ def test_what_shares_ranks_or_a_run_shares_a_worker(suite: pytest.Pytester) -> N
         group("tests/e2e/test_vault.py::test_a") == "run" == group("tests/e2e/test_b.py::test_b[x]")
     )
 
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
     hooks = "pytest_addoption, pytest_configure, pytest_xdist_make_scheduler"
     suite.makeconftest(f"from tests.helpers.tiers import {hooks}")
     suite.makepyfile(test_other=SUITE)

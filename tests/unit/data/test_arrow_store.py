@@ -146,7 +146,7 @@ def test_any_flipped_bit_is_found(folder: Path):
             flipped = bytearray(intact)
             flipped[position] ^= 1 << (position % 8)
             path.write_bytes(flipped)
-            with pytest.raises(UserError, match=rf"{path.name} is damaged.*prepare_data"):
+            with pytest.raises(UserError, match=rf"{path.name} is damaged.*prepare-data"):
                 Store.open(folder, verify=True)
         path.write_bytes(intact)
     Store.open(folder, verify=True)
@@ -193,7 +193,7 @@ def test_unreadable_manifest(folder: Path, tmp_path: Path):
     with pytest.raises(UserError, match="json is damaged: it is not JSON"):
         Store.open(folder)
     (folder / "manifest.json").unlink()
-    with pytest.raises(UserError, match=r"has no manifest\.json.*prepare_data"):
+    with pytest.raises(UserError, match=r"has no manifest\.json.*prepare-data"):
         Store.open(folder)
     with pytest.raises(UserError, match="none does not exist"):
         Store.open(tmp_path / "none")

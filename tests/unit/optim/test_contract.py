@@ -430,7 +430,7 @@ CONTRACT = (
 INSIDE = {"lp_fragment_address", "hp_fragment_address", "start", "numel", "flat_partition"}
 DOCUMENTED = {"module", "device", "optimizer", "train", "eval", "backward", "step", "destroy",
               "gradient_accumulation_steps", "train_batch_size", "bfloat16_enabled", "fp16_enabled",
-              "empty_partition_cache"}  # fmt: skip
+              "empty_partition_cache", "config"}  # fmt: skip
 
 
 def batches() -> list[torch.Tensor]:

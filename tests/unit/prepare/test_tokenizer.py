@@ -1,6 +1,5 @@
 """Ids, special tokens as text, and what AutoTokenizer makes of the saved folder."""
 
-import gc
 import json
 import subprocess
 import sys
@@ -199,22 +198,6 @@ def test_truncation_and_padding_settings_are_ignored(tokenizer_paths, tmp_path: 
     short, long = load_tokenizer(str(path)).encode_batch(["a", "a b c d e f g h i j k l"])
     assert len(short) == 1
     assert len(long) > 4
-
-
-def test_loading_does_not_wake_the_collector(tokenizer_paths: dict[str, Path], tmp_path: Path):
-    woken: list[dict[str, int]] = []
-    gc.callbacks.append(lambda phase, info: woken.append(info))
-    try:
-        gc.collect()
-        woken.clear()
-        load_tokenizer(str(tokenizer_paths["byte-bpe"]))
-        plain_reader(tokenizer_paths["byte-bpe"])
-    finally:
-        gc.callbacks.pop()
-    assert woken == []
-    with pytest.raises(UserError):
-        load_tokenizer(str(tmp_path / "none"))
-    assert gc.isenabled()
 
 
 def test_refuses_what_is_no_tokenizer(tmp_path: Path):
