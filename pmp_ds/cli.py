@@ -12,7 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
@@ -57,7 +57,8 @@ def parse(
         namespace = parser.parse_args(_join_lists(cls, _read_files(cls, words)))
         _check_values(cls, namespace)
         values = parser.instantiate(namespace)
-        config = cls(**{f.name: values[f.name] for f in dataclasses.fields(cls)})  # type: ignore[arg-type]
+        names = [field.name for field in dataclasses.fields(cast(Any, cls))]
+        config = cls(**{name: values[name] for name in names})
     except UserError:
         raise
     except (argparse.ArgumentError, TypeError, ValueError) as error:
@@ -243,7 +244,7 @@ def _list_fields(cls: type[Any], prefix: str = "") -> list[str]:
     names: list[str] = []
     for name, hint in get_type_hints(cls).items():
         if dataclasses.is_dataclass(hint):
-            names += _list_fields(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+            names += _list_fields(cast(Any, hint), f"{prefix}{name}.")
         elif get_origin(hint) in (tuple, list) and get_args(hint)[0] is str:
             names.append(prefix + name)
     return names

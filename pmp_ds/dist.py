@@ -8,7 +8,7 @@ import datetime
 import logging
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as torch_dist
@@ -52,7 +52,8 @@ def init(
 
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Or every torch.empty is filled, and DeepSpeed's buckets are large: most of a CPU step.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    deterministic: Any = torch.utils.deterministic  # the attribute is not in torch's types
+    deterministic.fill_uninitialized_memory = False
     if device().type == "cuda":
         torch.cuda.set_device(device())
     torch_dist.init_process_group(
@@ -177,7 +178,7 @@ def together(action: Callable[[], T], *, patient: bool = False) -> T:
     text = in_words(mistakes, names)
     if text is not None:
         raise SharedError(text)
-    return result  # type: ignore[return-value]
+    return cast(T, result)
 
 
 class SideChannel:

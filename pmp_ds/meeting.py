@@ -53,7 +53,9 @@ class Meeting:
 
     def another_connection(self) -> Store:
         """For a thread of its own: a connection serves one caller at a time."""
-        return self.store.clone()  # type: ignore[attr-defined]
+        store: Any = self.store  # torch's types lack `clone`
+        clone: Store = store.clone()
+        return clone
 
     def wait(self, key: str) -> None:
         """Until a rank sets ``key``, however long; signals and other threads are served meanwhile.

@@ -7,13 +7,26 @@
 Light: a verb is imported when it is called.
 """
 
+import argparse
 import difflib
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from pmp_ds import __version__
 from pmp_ds.errors import UserError, exit_code
+
+ON_RANKS: dict[str, dict[str, Any]] = {
+    "--deepspeed-config": {
+        "type": str,
+        "default": "zero1",
+        "metavar": "JSON",
+        "help": "DeepSpeed settings for this machine: a file, or zero0, zero1, zero2, ...",
+    },
+    "--local_rank": {"type": int, "default": 0, "help": argparse.SUPPRESS},  # deepspeed gives it
+}
+"""Options of the commands that run as several ranks."""
 
 VERBS = {
     "prepare-data": "turn text into the packed token blocks that training reads",

@@ -3,7 +3,6 @@
 Run `pmp-ds finetune --help`.
 """
 
-import argparse
 import os
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pmp_ds import ranks  # the rest is imported when signals are heard already
+from pmp_ds.commands import ON_RANKS
 
 DESCRIPTION = """\
 Fine-tune a released model on a GLUE task or on packed text, and append what came out to
@@ -44,18 +44,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "action": "store_true",
         "help": "keep the fine-tuned model of every cell of a sweep; without a sweep it is kept",
     },
-    "--deepspeed-config": {
-        "type": str,
-        "default": "zero1",
-        "metavar": "JSON",
-        "help": "DeepSpeed settings for this machine: a file, or zero0, zero1, zero2, ...",
-    },
     "--start-afresh": {
         "action": "store_true",
         "help": "where a fine-tuning has checkpoints and none can be read, set them aside and "
         "begin it again",
     },
-    "--local_rank": {"type": int, "default": 0, "help": argparse.SUPPRESS},
+    **ON_RANKS,
 }
 
 

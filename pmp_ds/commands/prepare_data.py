@@ -128,13 +128,8 @@ def _verify(arguments: list[str]) -> None:
     parser.add_argument("folder", metavar="DIR", type=Path)
     folder = parser.parse_args(arguments).folder
     store = Store.open(folder, verify=True)
-    blocks = {split: len(store.split(split)) for split in SPLITS}
     shards = sum(len(store.manifest["splits"][split]["shards"]) for split in SPLITS)
-    print(
-        f"ok: {folder}: {shards} shards, {blocks['train']:,} train and "
-        f"{blocks['validation']:,} validation blocks of {store.block_size}, every sha256 and "
-        "every token in range"
-    )
+    print(f"ok: {folder}: {shards} shards, {_blocks(store)}, every sha256 and every token in range")
 
 
 def _inspect(arguments: list[str]) -> None:
@@ -157,11 +152,12 @@ def _merge(arguments: list[str]) -> None:
     parser.add_argument("folders", metavar="DIR", nargs="+", type=Path)
     options = parser.parse_args(arguments)
     store = merge_stores(options.out, options.folders)
-    blocks = {split: len(store.split(split)) for split in SPLITS}
-    print(
-        f"merged: {options.out}: {blocks['train']:,} train and {blocks['validation']:,} validation "
-        f"blocks of {store.block_size} from {len(options.folders)} folders"
-    )
+    print(f"merged: {options.out}: {_blocks(store)} from {len(options.folders)} folders")
+
+
+def _blocks(store: Store) -> str:
+    train, validation = (len(store.split(split)) for split in SPLITS)
+    return f"{train:,} train and {validation:,} validation blocks of {store.block_size}"
 
 
 def command(argv: Sequence[str] | None = None) -> int:

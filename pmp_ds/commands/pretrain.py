@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pmp_ds import ranks  # the rest is imported when signals are heard already
+from pmp_ds.commands import ON_RANKS
 
 if TYPE_CHECKING:
     from pmp_ds.config import Config
@@ -45,7 +46,7 @@ STARTED = time.monotonic()
 
 def prepare(argv: Sequence[str] | None = None) -> ranks.Prepared:
     """Check what this rank can check by itself, the quick things first."""
-    from pmp_ds.cli import HIDDEN, parse
+    from pmp_ds.cli import parse
     from pmp_ds.config import Config
 
     argv = sys.argv[1:] if argv is None else argv
@@ -56,18 +57,12 @@ def prepare(argv: Sequence[str] | None = None) -> ranks.Prepared:
         description=DESCRIPTION,
         epilog=EPILOG,
         options={
-            "--deepspeed-config": {
-                "type": str,
-                "default": "zero1",
-                "metavar": "JSON",
-                "help": "DeepSpeed settings for this machine: a file, or zero0, zero1, zero2, ...",
-            },
             "--start-afresh": {
                 "action": "store_true",
                 "help": "where the run has checkpoints and none can be read, set them aside and "
                 "begin again at update 0, with the same key and ticket",
             },
-            "--local_rank": {"type": int, "default": 0, "help": HIDDEN},
+            **ON_RANKS,
         },
     )
     from pmp_ds.restarts import is_child, run_with_restarts

@@ -1,5 +1,6 @@
 """What a checkpoint takes of a DeepSpeed engine and gives back, whatever the ZeRO stage."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from pmp_ds.optim.zero_shards import ZeroShards, shards_of
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-class Portable:
+class Portable(ABC):
     """A DeepSpeed engine's weights, and where it stands. Its optimizer state is a subclass's."""
 
     _engine: Any
@@ -50,18 +51,18 @@ class Portable:
         ) + sum(buffer.nbytes for buffer in constants(module).values())
 
     @property
+    @abstractmethod
     def state_bytes(self) -> int:
         """Of ``local_state``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def local_state(self) -> Collected:
         """A copy of this rank's optimizer state, which puts itself into logical form."""
-        raise NotImplementedError
 
+    @abstractmethod
     def counters(self) -> dict[str, float]:
         """Updates applied by the optimizer (fp16 skips some) and, under a dynamic loss scale, the
         scale with its counters."""
-        raise NotImplementedError
 
     @property
     def _scaler(self) -> Any:

@@ -27,7 +27,7 @@ from pmp_ds.model.folder import open_tokenizer
 from pmp_ds.results import Result
 from pmp_ds.run_dir import RunDir, make_private, write_text
 from pmp_ds.state import shelf, weight_files
-from pmp_ds.state.run_record import headed
+from pmp_ds.state.run_record import differing, headed
 from pmp_ds.state.shelf import Found, Survey
 from pmp_ds.ticket.mask import ParamMask
 from pmp_ds.train import start
@@ -125,9 +125,7 @@ def _check_settings(run: RunDir, config: FinetuneConfig) -> None:
     """UserError that lists what differs when ``run`` is another configuration's folder."""
     if run.config.exists():
         saved, _ = parse(FinetuneConfig, ["--config", str(run.config)])
-        before, now = _flat(asdict(saved)), _flat(asdict(config))
-        differences = [f"{k}: {before[k]!r}, {now[k]!r}" for k in now if before[k] != now[k]]
-        if differences:
+        if differences := differing(saved, config, _MAY_CHANGE):
             raise UserError(
                 f"{run.root} holds a fine-tuning with other settings; choose another run.name. "
                 "What differs (its, yours):\n  " + "\n  ".join(differences)
@@ -141,15 +139,6 @@ def _claim(run: RunDir, config: FinetuneConfig, seen: Survey) -> None:
         make_private(folder)
     start.resume_in(run, seen.passed_over, {"train": seen.found[1].step} if seen.found else {})
     write_text(run.config, headed(run.config, dump(config)))
-
-
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """`train.lr` and its like, without what may change between two starts."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        sub = value.items() if name in ("data", "lora", "train") else ()
-        flat |= {f"{name}.{key}": inner for key, inner in sub} or {name: value}
-    return {name: value for name, value in flat.items() if name not in _MAY_CHANGE}
 
 
 def _train(

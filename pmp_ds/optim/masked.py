@@ -139,7 +139,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
         return sum(tensor.nbytes for tensor in tensors)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(  # type: ignore[override]  # torch declares two overloads of it
+        self, closure: Callable[[], float] | None = None
+    ) -> float | None:
         """One update of every tensor that has a gradient."""
         loss = None
         if closure is not None:

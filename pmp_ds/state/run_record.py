@@ -1,7 +1,7 @@
 """What a run folder remembers of its configuration and data, and what export may know of a run."""
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def claim(run: RunDir, config: Config, store: Dataset) -> None:
         _require_new(run)
     else:
         saved = load_config(run)
-        differences = list(_differences(asdict(saved), asdict(_on_schedule(run, saved, config))))
+        differences = differing(saved, _on_schedule(run, saved, config), _MAY_CHANGE)
         if (before := read_data(run)).dataset_id != data.dataset_id:
             differences += _data_differences(before.parts, data.parts) or [
                 f"data.store: {config.data.store} holds other data than the run's"
@@ -157,12 +157,24 @@ def _write(run: RunDir, config: Config, data: DataFacts, store: Dataset) -> None
     write_text(run.config, text)  # last: with it the folder is claimed
 
 
-def _differences(saved: dict[str, Any], given: dict[str, Any]) -> Iterator[str]:
-    for section, fields in given.items():
-        for name, value in fields.items():
-            may_change = not _MAY_CHANGE.isdisjoint((section, f"{section}.{name}"))
-            if not may_change and saved[section][name] != value:
-                yield f"{section}.{name}: {saved[section][name]!r}, {value!r}"
+def differing(saved: Any, given: Any, may_change: Collection[str]) -> list[str]:
+    """Return `SECTION.NAME: SAVED, GIVEN` of each setting in which two configurations of one type
+    differ, but for the sections and settings that ``may_change`` names."""
+    before, now = _flat(asdict(saved)), _flat(asdict(given))
+    return [
+        f"{name}: {before[name]!r}, {value!r}"
+        for name, value in now.items()
+        if before[name] != value and not {name, name.partition(".")[0]} & set(may_change)
+    ]
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings by `SECTION.NAME`, or by name alone where they are in no section."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        within = value.items() if isinstance(value, dict) else ()
+        flat |= {f"{name}.{key}": inner for key, inner in within} if within else {name: value}
+    return flat
 
 
 def _on_schedule(run: RunDir, saved: Config, given: Config) -> Config:
