@@ -69,10 +69,11 @@ def main(options: argparse.Namespace) -> None:
                     waits[name].append(seconds)
         alone, beside = masked.update_seconds(options.repeats)
         sizes = {
-            "ours, in the background": masked.num_bytes, "ours, at once": masked.num_bytes,
+            "ours, in the background": masked.num_bytes,
+            "ours, at once": masked.num_bytes,
             "ours, dense, at once": dense.num_bytes,
             "DeepSpeed's, dense": dense.deepspeed_bytes,
-        }  # fmt: skip
+        }
     print(f"{num_params(table):,} parameters in bf16, density {options.density}, one rank")
     print(f"{'':26}{'training waits, ms':>20}{'MB':>10}{'B/parameter':>14}")
     waited = {name: statistics.median(times) for name, times in waits.items()}

@@ -25,9 +25,17 @@ def main(options: argparse.Namespace) -> None:
         corpus, out = Path(folder, "corpus.jsonl"), Path(folder, "out")
         _repeat([Path(name) for name in options.input], corpus, int(options.gigabytes * 1e9))
         command = [
-            sys.executable, "launcher/prepare_data.py", "--input", str(corpus), "--out", str(out),
-            "--tokenizer", options.tokenizer, "--workers", str(options.workers),
-        ]  # fmt: skip
+            sys.executable,
+            "launcher/prepare_data.py",
+            "--input",
+            str(corpus),
+            "--out",
+            str(out),
+            "--tokenizer",
+            options.tokenizer,
+            "--workers",
+            str(options.workers),
+        ]
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         peak = 0

@@ -65,9 +65,21 @@ def main(options: argparse.Namespace) -> None:
 
 def _run(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any] | None:
     """One contender in a fresh process; None when it cannot run here."""
-    command = [sys.executable, "-m", "benchmarks.data_prepare", "--child", name, "--folder",
-               str(folder), "--tokenizer", options.tokenizer, "--workers", str(options.workers),
-               "--input", *options.input]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.data_prepare",
+        "--child",
+        name,
+        "--folder",
+        str(folder),
+        "--tokenizer",
+        options.tokenizer,
+        "--workers",
+        str(options.workers),
+        "--input",
+        *options.input,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         print(f"{name:24}did not run: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
@@ -80,9 +92,14 @@ def _child(options: argparse.Namespace) -> None:
     import resource
 
     contenders = {
-        "ours": _ours, "reference": _ours, "engine": _engine, "engine_on_files": _engine_on_files,
-        "datasets": _datasets, "datatrove": _datatrove, "megatron": _megatron,
-    }  # fmt: skip
+        "ours": _ours,
+        "reference": _ours,
+        "engine": _engine,
+        "engine_on_files": _engine_on_files,
+        "datasets": _datasets,
+        "datatrove": _datatrove,
+        "megatron": _megatron,
+    }
     result = contenders[options.child](options)
     kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     peak = max(resource.getrusage(kind).ru_maxrss for kind in kinds)
@@ -93,8 +110,10 @@ def _clock() -> Callable[[int], dict[str, Any]]:
     """Starts now; the result of a contender that is done and gave so many tokens."""
     start, cpu = time.perf_counter(), _cpu_seconds()
     return lambda tokens: {
-        "seconds": time.perf_counter() - start, "cpu": _cpu_seconds() - cpu, "tokens": tokens
-    }  # fmt: skip
+        "seconds": time.perf_counter() - start,
+        "cpu": _cpu_seconds() - cpu,
+        "tokens": tokens,
+    }
 
 
 def _cpu_seconds() -> float:
@@ -234,8 +253,12 @@ def _datatrove(options: argparse.Namespace) -> dict[str, Any]:
     stop = _clock()
     executor.run()
     result = stop(0)
-    width = 2 if len(json.loads(Path(_saved(options), "tokenizer.json").read_text())["model"][
-        "vocab"]) < 1 << 16 else 4  # fmt: skip
+    width = (
+        2
+        if len(json.loads(Path(_saved(options), "tokenizer.json").read_text())["model"]["vocab"])
+        < 1 << 16
+        else 4
+    )
     return {**result, "tokens": sum(f.stat().st_size for f in out.glob("*.ds")) // width}
 
 

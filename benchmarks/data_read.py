@@ -97,18 +97,26 @@ def _make(folder: Path, num_blocks: int) -> Path:
     for split, rows in shards.items():
         (folder / split).mkdir()
         entries[split] = [
-            write_shard(folder, split, f"{i:05d}-000.arrow", random.integers(
-                0, VOCAB, (min(SHARD_BLOCKS, rows - start), BLOCK), np.uint16))
+            write_shard(
+                folder,
+                split,
+                f"{i:05d}-000.arrow",
+                random.integers(0, VOCAB, (min(SHARD_BLOCKS, rows - start), BLOCK), np.uint16),
+            )
             for i, start in enumerate(range(0, rows, SHARD_BLOCKS))
-        ]  # fmt: skip
+        ]
     write_manifest(
         folder,
         {
-            "block_size": BLOCK, "dtype": "uint16", "vocab_size": VOCAB, "eos_id": 0,
-            "tokenizer": {"fingerprint": ""}, "unigram_cross_entropy": 0.0,
+            "block_size": BLOCK,
+            "dtype": "uint16",
+            "vocab_size": VOCAB,
+            "eos_id": 0,
+            "tokenizer": {"fingerprint": ""},
+            "unigram_cross_entropy": 0.0,
             "splits": {split: {"shards": entries[split]} for split in shards},
         },
-    )  # fmt: skip
+    )
     flat = folder / "flat.bin"
     with open(flat, "wb") as file:
         for view in Store.open(folder).split("train").views:
@@ -166,8 +174,10 @@ def _megatron(
     arguments = [str(flat), str(folder / "megatron"), str(steps)]
     with subprocess.Popen(
         [options.megatron, "-m", "benchmarks.megatron_read", *arguments],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    ) as peer:  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as peer:
         requests, answers = peer.stdin, peer.stdout
         assert requests is not None
         assert answers is not None

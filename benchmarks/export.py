@@ -66,9 +66,15 @@ def _make_run(folder: Path, settings: list[str]) -> RunDir:
     run.create()
     write_text(run.config, dump(config))
     data = DataFacts(
-        dataset_id="d" * 64, vocab_size=config.model.vocab_size or 32000, eos_id=2, block_size=256,
-        unigram_cross_entropy=7.0, documents=1, tokens=256, sources=("none",),
-    )  # fmt: skip
+        dataset_id="d" * 64,
+        vocab_size=config.model.vocab_size or 32000,
+        eos_id=2,
+        block_size=256,
+        unigram_cross_entropy=7.0,
+        documents=1,
+        tokens=256,
+        sources=("none",),
+    )
     write_json(run.data, asdict(data))
     train_tokenizer(["a few words of text to train on"] * 200, 300).save_pretrained(run.tokenizer)
     theta0.remember(run, "0" * 64, create_key(run.init))
@@ -83,9 +89,12 @@ def _make_run(folder: Path, settings: list[str]) -> RunDir:
             yield name, drawn.bfloat16()
 
     position = Position(
-        step=config.train.steps, consumed_samples=0, ticket_id=None, dataset_id="d" * 64,
+        step=config.train.steps,
+        consumed_samples=0,
+        ticket_id=None,
+        dataset_id="d" * 64,
         val_loss=None,
-    )  # fmt: skip
+    )
     num_bytes = 2 * sum(param.numel() for param in model.parameters())
     snapshot = Snapshot(position, architecture, weights(), None, {}, {}, num_bytes)
     checkpoint.write(run, snapshot)

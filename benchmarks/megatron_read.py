@@ -51,10 +51,17 @@ def _make(flat: Path, prefix: Path, num_samples: int) -> GPTDataset:
         start += len(document)
     builder.finalize(f"{prefix}.idx")
     config = GPTDatasetConfig(
-        random_seed=1, sequence_length=BLOCK, blend=([str(prefix)], None), split="1,0,0",
-        reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False,
-        create_attention_mask=False, tokenizer=Tokenizer(), path_to_cache=str(prefix.parent),
-    )  # fmt: skip
+        random_seed=1,
+        sequence_length=BLOCK,
+        blend=([str(prefix)], None),
+        split="1,0,0",
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        tokenizer=Tokenizer(),
+        path_to_cache=str(prefix.parent),
+    )
     low = GPTDataset.build_low_level_dataset(str(prefix), config)
     documents = np.arange(GPTDataset.numel_low_level_dataset(low), dtype=np.int32)
     return GPTDataset(low, str(prefix), documents, num_samples, Split.train, config)

@@ -73,10 +73,14 @@ def main(options: argparse.Namespace) -> None:
         held = f"{_state_bytes(optimizers[name]) / numel:12.2f}" if name in optimizers else ""
         print(f"{name:38}{time:9.2f}{moved[name]:12.2f}{rate:8.1f}{held}")
     print_figure("optimizer_step_vs_torch_fused", ms[ours] / ms[torchs], 2.0)
-    print_figure("optimizer_step_and_zeroing_vs_torch_fused",
-                 (ms[ours] + ms[zeroing]) / ms[torchs], 2.0)  # fmt: skip
-    print_figure("optimizer_state_vs_torch_fused",
-                 _state_bytes(masked) / _state_bytes(optimizers[torchs]), 0.75)  # fmt: skip
+    print_figure(
+        "optimizer_step_and_zeroing_vs_torch_fused", (ms[ours] + ms[zeroing]) / ms[torchs], 2.0
+    )
+    print_figure(
+        "optimizer_state_vs_torch_fused",
+        _state_bytes(masked) / _state_bytes(optimizers[torchs]),
+        0.75,
+    )
 
 
 def _deepspeed(tensor: torch.Tensor, device: torch.device) -> dict[str, torch.optim.Optimizer]:

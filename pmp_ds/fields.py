@@ -22,9 +22,12 @@ from typing import (
 from pmp_ds.errors import UserError
 
 _WORDS: dict[Any, str] = {
-    int: "a whole number", float: "a number", str: "text", bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
     types.NoneType: "null",
-}  # fmt: skip
+}
 _LARGEST = 1 << 63
 
 

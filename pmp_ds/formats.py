@@ -45,79 +45,110 @@ _BEFORE = "a development version of pmp-ds 0.1.0"
 
 FORMATS = {
     "checkpoint": Format(
-        "checkpoint", "`private/checkpoints/*/manifest.json`",
+        "checkpoint",
+        "`private/checkpoints/*/manifest.json`",
         (
-            Version(1, f"{_BEFORE} before commit 7175ad3",
-                    "weights and optimizer state of masked pretraining"),
-            Version(2, f"{_BEFORE} from commit 7175ad3 on",
-                    "checkpoints of discovery, the memory of the guard, a digest of the manifest"),
-            Version(3, _NOW, "version and commit of the code (`code`); unknown fields are ignored; "
-                    "persistent buffers are among the weights of the architectures that have some"),
+            Version(
+                1,
+                f"{_BEFORE} before commit 7175ad3",
+                "weights and optimizer state of masked pretraining",
+            ),
+            Version(
+                2,
+                f"{_BEFORE} from commit 7175ad3 on",
+                "checkpoints of discovery, the memory of the guard, a digest of the manifest",
+            ),
+            Version(
+                3,
+                _NOW,
+                "version and commit of the code (`code`); unknown fields are ignored; "
+                "persistent buffers are among the weights of the architectures that have some",
+            ),
         ),
         (2, 3),
         "2 has all that a run needs to resume, `code` is then unknown. 1 lacks the guard's memory "
         "and the digest: refused, never passed over for an older checkpoint.",
     ),
     "ticket": Format(
-        "ticket", "`private/ticket/ticket.json`, also in sealed files",
+        "ticket",
+        "`private/ticket/ticket.json`, also in sealed files",
         (Version(1, _NOW, "packed bits and their origin"),),
-        (1,), "There is no older one.",
+        (1,),
+        "There is no older one.",
     ),
     "store": Format(
-        "store", "`tokenized_data/NAME/manifest.json`",
+        "store",
+        "`tokenized_data/NAME/manifest.json`",
         (Version(1, _NOW, "packed Arrow blocks; the number is part of the dataset id"),),
-        (1,), "There is no older one.",
+        (1,),
+        "There is no older one.",
     ),
     "ledger": Format(
-        "ledger", "`private/ledger.jsonl`, in each line",
+        "ledger",
+        "`private/ledger.jsonl`, in each line",
         (Version(1, _NOW, "one line per release"),),
-        (1,), "There is no older one. A line that cannot be read lets nothing leave.",
+        (1,),
+        "There is no older one. A line that cannot be read lets nothing leave.",
     ),
     "results": Format(
-        "results", "`results.jsonl`, in each line",
+        "results",
+        "`results.jsonl`, in each line",
         (
             Version(1, _BEFORE, "a measurement; the line has no number"),
             Version(2, _NOW, "`format_version`, and the commit of the code (`commit`)"),
         ),
-        (1, 2), "A line without a number is version 1; its commit is unknown. One file may have "
+        (1, 2),
+        "A line without a number is version 1; its commit is unknown. One file may have "
         "lines of both.",
     ),
     "audit": Format(
-        "audit", "`private/audit/audit.json`",
+        "audit",
+        "`private/audit/audit.json`",
         (Version(1, _NOW, "the verdict and the figures of each attack"),),
-        (1,), "There is no older one.",
+        (1,),
+        "There is no older one.",
     ),
     "registry": Format(
-        "registry", "`private/vault/sealed.jsonl`, in each line",
+        "registry",
+        "`private/vault/sealed.jsonl`, in each line",
         (
             Version(1, _BEFORE, "a sealed copy; the line has no number"),
             Version(2, f"{_BEFORE} before 2026-11-28", "`format_version`"),
             Version(3, _NOW, "the copy is marked by a code that resists coalitions"),
         ),
-        (1, 2, 3), "A line without a number is version 1. Copies of both are listed; `trace` names "
+        (1, 2, 3),
+        "A line without a number is version 1. Copies of both are listed; `trace` names "
         "the pmp-ds that traces them.",
     ),
     "data": Format(
-        "data", "`data.json`",
+        "data",
+        "`data.json`",
         (
             Version(1, _BEFORE, "what a run knows of its tokens; the file has no number"),
             Version(2, _NOW, "`format_version`"),
         ),
-        (1, 2), "A file without a number is version 1. It is never rewritten.",
+        (1, 2),
+        "A file without a number is version 1. It is never rewritten.",
     ),
     "theta0": Format(
-        "theta0", "`private/init/theta0.json`",
+        "theta0",
+        "`private/init/theta0.json`",
         (
             Version(1, _BEFORE, "the digest of theta(0); the file has no number"),
-            Version(2, f"{_BEFORE} before 2026-11-28", "`format_version`, and for secret initial "
-                    "weights the one-way check value of the key (`key_check`)"),
+            Version(
+                2,
+                f"{_BEFORE} before 2026-11-28",
+                "`format_version`, and for secret initial "
+                "weights the one-way check value of the key (`key_check`)",
+            ),
             Version(3, _NOW, "the digest is sealed with the key (`seal`)"),
         ),
-        (1, 2, 3), "A file without a number is version 1. The next start of `pretrain.py` rewrites "
+        (1, 2, 3),
+        "A file without a number is version 1. The next start of `pretrain.py` rewrites "
         "it as version 3; until then `vault.py` draws theta(0) again to check the key (1), and "
         "`export.py` to check the digest (1, 2).",
     ),
-}  # fmt: skip
+}
 
 
 def current(name: str) -> int:
@@ -130,9 +161,7 @@ def writer(name: str, number: int) -> str:
     return next(v.written_by for v in FORMATS[name].versions if v.number == number)
 
 
-def require(
-    name: str, where: object, found: object, *, way_out: str, writer: object = None
-) -> int:  # fmt: skip
+def require(name: str, where: object, found: object, *, way_out: str, writer: object = None) -> int:
     """Return the version ``found`` of the file at ``where``.
 
     Raises FormatError when this pmp-ds does not read it; the message names the pmp-ds that does: of

@@ -99,9 +99,12 @@ def environments(
 ) -> list[dict[str, str]]:
     """What each rank of this machine finds in its environment."""
     of_all = {
-        "WORLD_SIZE": nodes * ranks, "LOCAL_WORLD_SIZE": ranks, "LOCAL_SIZE": ranks,
-        "MASTER_ADDR": address, "MASTER_PORT": port,
-    }  # fmt: skip
+        "WORLD_SIZE": nodes * ranks,
+        "LOCAL_WORLD_SIZE": ranks,
+        "LOCAL_SIZE": ranks,
+        "MASTER_ADDR": address,
+        "MASTER_PORT": port,
+    }
     found = []
     for local in range(ranks):
         values = of_all | {"RANK": node * ranks + local, "LOCAL_RANK": local}
@@ -127,16 +130,20 @@ class _Parser(argparse.ArgumentParser):
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(
-        prog="python -m pmp_ds.launch", description=__doc__, allow_abbrev=False,
+        prog="python -m pmp_ds.launch",
+        description=__doc__,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     add = parser.add_argument
     add("--ranks", type=int, help="ranks of this machine. Default: its GPUs, or 1")
     add("--nodes", type=int, default=1, help="machines. Default: 1")
     add(
-        "--node", type=int, default=os.environ.get("JOB_COMPLETION_INDEX", "0"),
+        "--node",
+        type=int,
+        default=os.environ.get("JOB_COMPLETION_INDEX", "0"),
         help="which of them this one is, from 0. Default: JOB_COMPLETION_INDEX of Kubernetes, or 0",
-    )  # fmt: skip
+    )
     add("--master-addr", help="of several: the host of node 0. Default: MASTER_ADDR")
     add("--master-port", type=int, help="where they meet. Default: MASTER_PORT, or a free port")
     add("command", help="pretrain, finetune, or a file such as launcher/pretrain.py")

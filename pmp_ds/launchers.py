@@ -36,11 +36,16 @@ class _Starter:
 
 # MPI's first: its ranks inherit what SLURM says of the batch script that started them.
 _STARTERS = (
-    _Starter("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
-             "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    _Starter(
+        "mpirun",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
     _Starter("mpiexec", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     _Starter("srun", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", ""),
-)  # fmt: skip
+)
 
 
 def adopt() -> None:
@@ -76,9 +81,12 @@ def _adopt_from(starter: _Starter) -> None:
     address = given.get("MASTER_ADDR") or _address(starter)
     port = given.get("MASTER_PORT") or str(derived_port(_job(starter)))
     os.environ.update(
-        RANK=given[starter.rank], LOCAL_RANK=given[starter.local_rank],
-        WORLD_SIZE=given[starter.world_size], MASTER_ADDR=address, MASTER_PORT=port,
-    )  # fmt: skip
+        RANK=given[starter.rank],
+        LOCAL_RANK=given[starter.local_rank],
+        WORLD_SIZE=given[starter.world_size],
+        MASTER_ADDR=address,
+        MASTER_PORT=port,
+    )
 
 
 def _address(starter: _Starter) -> str:
@@ -98,9 +106,12 @@ def _address(starter: _Starter) -> str:
 def _job(starter: _Starter) -> list[str]:
     """What all ranks of this start share and no other start has."""
     names = (
-        "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT",
-        "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid",
-    )  # fmt: skip
+        "SLURM_JOB_ID",
+        "SLURM_STEP_ID",
+        "SLURM_RESTART_COUNT",
+        "PMIX_NAMESPACE",
+        "OMPI_MCA_ess_base_jobid",
+    )
     found = [os.environ[name] for name in names if name in os.environ]
     return [starter.name, *(found or [str(os.getppid())])]
 

@@ -19,8 +19,11 @@ from pmp_ds.foreign import parse_object, read_bytes
 from pmp_ds.run_dir import RunDir, write_text
 
 TIMINGS = {
-    "tokens_per_second", "loader_share", "save_stall_seconds", "save_seconds",
-}  # fmt: skip
+    "tokens_per_second",
+    "loader_share",
+    "save_stall_seconds",
+    "save_seconds",
+}
 """Values that differ between two runs of the same command; all others are the same to the bit."""
 
 

@@ -135,9 +135,13 @@ def _open(rank: int, place: str, deadline: float) -> Store:
     if listener is None:
         _await_listener(host, int(port), deadline)
     store = TCPStore(
-        host, int(port), is_master=listener is not None, timeout=limit, wait_for_workers=False,
+        host,
+        int(port),
+        is_master=listener is not None,
+        timeout=limit,
+        wait_for_workers=False,
         master_listen_fd=listener,
-    )  # fmt: skip
+    )
     return PrefixStore(f"pmp-ds/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 

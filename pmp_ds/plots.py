@@ -39,16 +39,20 @@ def _plot_iou(run: RunDir, steps: list[int], ious: list[float]) -> Path:
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(steps, ious, color=BLUE, marker=".", label=f"consecutive masks, score {mask.score}")
     axes.axhline(
-        mask.iou_threshold, color=ORANGE, linestyle="--",
+        mask.iou_threshold,
+        color=ORANGE,
+        linestyle="--",
         label=f"stable from {mask.iou_threshold:g}, {mask.patience} in a row",
-    )  # fmt: skip
+    )
     axes.axhline(
         chance, color=GREY, linestyle=":", label=f"two random masks of this density: {chance:.2f}"
     )
     axes.set(
-        xlabel="discovery update", ylabel="IoU with the previous mask",
-        ylim=(min(chance, *ious) - 0.03, 1.01), title="Is the ticket stable?",
-    )  # fmt: skip
+        xlabel="discovery update",
+        ylabel="IoU with the previous mask",
+        ylim=(min(chance, *ious) - 0.03, 1.01),
+        title="Is the ticket stable?",
+    )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="center right", frameon=False)
     return _save(figure, run.plots / "iou.png")
@@ -58,9 +62,12 @@ def _plot_loss(run: RunDir, records: list[dict[str, Any]]) -> Path:
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(*_series(records, "train", "loss"), color=BLUE, linewidth=0.8, label="training")
     axes.plot(
-        *_series(records, "train", "val_loss"), color=ORANGE, marker="o", markersize=3,
+        *_series(records, "train", "val_loss"),
+        color=ORANGE,
+        marker="o",
+        markersize=3,
         label="validation",
-    )  # fmt: skip
+    )
     unigram = read_data(run).unigram_cross_entropy
     label = f"token frequencies alone: {unigram:.2f}"
     axes.axhline(unigram, color=GREY, linestyle=":", label=label)

@@ -66,11 +66,16 @@ def _of_checkout(root: Path) -> str | None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     command = [
         "git",
-        "-c", "safe.directory=*",  # the checkout may belong to another user than a container's
+        "-c",
+        "safe.directory=*",  # the checkout may belong to another user than a container's
         f"--git-dir={root / '.git'}",
         f"--work-tree={root}",
-        "describe", "--always", "--exclude=*", "--dirty", "--abbrev=12",
-    ]  # fmt: skip
+        "describe",
+        "--always",
+        "--exclude=*",
+        "--dirty",
+        "--abbrev=12",
+    ]
     try:
         done = subprocess.run(
             command,

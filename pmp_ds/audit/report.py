@@ -75,9 +75,10 @@ def _picture(path: Path, results: Sequence[Result]) -> None:
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.35 * len(results)), layout="constrained")
     places = range(len(results))
     axes.barh(
-        places, [result.iou or 0.0 for result in results],
+        places,
+        [result.iou or 0.0 for result in results],
         color=[_COLOURS.get(result.verdict, _GREY) for result in results],
-    )  # fmt: skip
+    )
     chances = [result.chance_iou or 0.0 for result in results]
     axes.scatter(chances, places, marker="|", s=300, color="black", label="chance")
     axes.set_yticks(places, [result.attack for result in results])

@@ -130,9 +130,10 @@ class _Recorder(TorchDispatchMode):
         """The parameter whose last fill comes first, the fills before it, and that fill."""
         last = {address: number for number, (address, _) in enumerate(self._fills)}
         candidates: Iterator[tuple[int, str]] = (
-            (last[p.data_ptr()], name) for name, p in model.named_parameters()
+            (last[p.data_ptr()], name)
+            for name, p in model.named_parameters()
             if p.data_ptr() in last and p.numel() >= _PROBE
-        )  # fmt: skip
+        )
         number, name = min(candidates)
         return name, [fill for _, fill in self._fills[:number]], self._fills[number][1]
 

@@ -30,10 +30,11 @@ def optimizer_files(case: Case) -> Finding:
         name: tensor
         for name in known
         for tensor in extra
-        if "exp_avg_sq" in tensor and name in tensor
+        if "exp_avg_sq" in tensor
+        and name in tensor
         and tuple(case.release.handles[tensor].get_slice(tensor).get_shape())
         == case.release.shapes[name]
-    }  # fmt: skip
+    }
     files = [
         str(path.relative_to(case.release.folder))
         for path in sorted(case.release.folder.rglob("*"))

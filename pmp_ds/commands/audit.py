@@ -32,14 +32,18 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--text", type=Path, metavar="STORE", help="packed tokens, for gradients and discovery")
     add("--shadow", type=Path, metavar="RUN", help="the attacker's own PMP run, exported")
     add(
-        "--seeds", default="0:4294967296", metavar="FIRST:END",
+        "--seeds",
+        default="0:4294967296",
+        metavar="FIRST:END",
         help="range of the brute force; it stops after --seconds. Default: all 2^32",
-    )  # fmt: skip
+    )
     add("--seconds", type=float, default=15.0, help="longest search or training of one attack")
     add(
-        "--out", type=Path, metavar="FOLDER",
+        "--out",
+        type=Path,
+        metavar="FOLDER",
         help="where audit.json and audit.png go. Default: `audit` beside the ticket, else here",
-    )  # fmt: skip
+    )
     return parser.parse_args(argv)
 
 

@@ -46,12 +46,21 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--model", type=Path, required=True, metavar="FOLDER", help="a Hugging Face causal model")
     add("--arm", metavar="NAME", help="its name in tables. Default: that of the run or folder")
     add(
-        "--results", type=Path, default=Path("results.jsonl"), metavar="FILE",
+        "--results",
+        type=Path,
+        default=Path("results.jsonl"),
+        metavar="FILE",
         help="one file for all models that are compared. Default: results.jsonl in this folder",
-    )  # fmt: skip
+    )
     add("--again", action="store_true", help="measure what is in --results already")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N",
-        help="of untrained heads and of random directions. Default: 0 1 2")  # fmt: skip
+    add(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0, 1, 2],
+        metavar="N",
+        help="of untrained heads and of random directions. Default: 0 1 2",
+    )
     add("--batch-size", type=int, default=8, metavar="N", help="sequences at once. Default: 8")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1. Default: a GPU if there is one")
 
@@ -60,18 +69,36 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--split", choices=("validation", "train"), default="validation", help="Default: validation"
     )
-    add("--blocks", type=int, default=128, metavar="N",
-        help="evenly spread over the split. Default: 128, or as many as there are")  # fmt: skip
+    add(
+        "--blocks",
+        type=int,
+        default=128,
+        metavar="N",
+        help="evenly spread over the split. Default: 128, or as many as there are",
+    )
 
     add = parser.add_argument_group("landscape, gradients").add_argument
     add("--ticket", type=Path, metavar="TICKET", help="the ticket's folder, or a sealed file")
-    add("--mask-name", default="own", metavar="NAME",
-        help="what results call the ticket, when it is not the model's own")  # fmt: skip
+    add(
+        "--mask-name",
+        default="own",
+        metavar="NAME",
+        help="what results call the ticket, when it is not the model's own",
+    )
     add("--identity", type=Path, metavar="KEY", help="what opens the sealed file")
-    add("--alphas", type=float, nargs="+", metavar="A",
-        help="steps, in norms of the weights. Default: -0.5 to 0.5, denser around 0")  # fmt: skip
-    add("--finetuned", type=Path, metavar="FOLDER",
-        help="the same model fine-tuned: the way to it is a direction too")  # fmt: skip
+    add(
+        "--alphas",
+        type=float,
+        nargs="+",
+        metavar="A",
+        help="steps, in norms of the weights. Default: -0.5 to 0.5, denser around 0",
+    )
+    add(
+        "--finetuned",
+        type=Path,
+        metavar="FOLDER",
+        help="the same model fine-tuned: the way to it is a direction too",
+    )
 
     add = parser.add_argument_group("last_word, glue, lm_eval").add_argument
     add("--text", type=Path, metavar="FILE", help=".jsonl with the field `text`, or lines of .txt")
@@ -89,8 +116,16 @@ def check(args: argparse.Namespace) -> None:
         for name in NEEDS[measure]:
             if getattr(args, name) is None:
                 raise UserError(f"{measure} needs --{name}; see --help")
-    for name in ("model", "store", "ticket", "identity", "finetuned", "text", "glue_dir",
-                 "task_dir"):  # fmt: skip
+    for name in (
+        "model",
+        "store",
+        "ticket",
+        "identity",
+        "finetuned",
+        "text",
+        "glue_dir",
+        "task_dir",
+    ):
         if (path := getattr(args, name)) is not None and not path.exists():
             raise UserError(f"--{name.replace('_', '-')} {path} does not exist")
     for name in ("blocks", "batch_size", "limit"):
@@ -124,10 +159,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         start = time.perf_counter()
         values = job.run()
         result = results.Result(
-            kind=job.kind, arm=arm, model=str(args.model), model_digest=subject.digest,
-            settings=job.settings, values=values, seconds=round(time.perf_counter() - start, 3),
+            kind=job.kind,
+            arm=arm,
+            model=str(args.model),
+            model_digest=subject.digest,
+            settings=job.settings,
+            values=values,
+            seconds=round(time.perf_counter() - start, 3),
             hardware=hardware,
-        )  # fmt: skip
+        )
         results.append(args.results, result)
         done.add(key)
         print(f"  {job.kind:<15} {_about(job.settings)}{job.words(values)}", flush=True)
@@ -161,9 +201,14 @@ def _jobs(subject: Any, ticket: Any, args: argparse.Namespace) -> Iterator[Any]:
                 )
             case "landscape":
                 yield ticket_jobs.landscape(
-                    subject, text, ticket, args.mask_name, args.alphas or ALPHAS, args.seeds,
+                    subject,
+                    text,
+                    ticket,
+                    args.mask_name,
+                    args.alphas or ALPHAS,
+                    args.seeds,
                     args.finetuned,
-                )  # fmt: skip
+                )
             case "gradients":
                 yield ticket_jobs.gradients(subject, text, ticket, args.mask_name)
 

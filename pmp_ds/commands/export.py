@@ -57,20 +57,28 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, metavar="FOLDER", help="a new folder. Default: runs/NAME/release")
     add("--private", action="store_true", help="not to leave: 0700, any update, not in the ledger")
     add(
-        "--dtype", choices=("bf16", "fp16", "fp32"), default="bf16",
+        "--dtype",
+        choices=("bf16", "fp16", "fp32"),
+        default="bf16",
         help="fp32: only of fp32 runs; fp16: of fp16 or fp32 runs",
-    )  # fmt: skip
+    )
     add("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file, such as 5GB")
     add("--license", metavar="ID", help="licence for the model card, such as apache-2.0")
     add(
-        "--language", action="append", default=[], metavar="CODE",
+        "--language",
+        action="append",
+        default=[],
+        metavar="CODE",
         help="language of the data for the model card, such as en; once for each",
-    )  # fmt: skip
+    )
     add(
-        "--dataset", action="append", default=[], metavar="OWNER/NAME",
+        "--dataset",
+        action="append",
+        default=[],
+        metavar="OWNER/NAME",
         help="data set on the Hugging Face hub for the model card, once for each. Default: the "
         "`hf:` inputs of the data",
-    )  # fmt: skip
+    )
     add("--sign", type=Path, metavar="PEM", help="private key: sign the folder (extra `sign`)")
     add("--prompt", metavar="TEXT", help="let the release continue TEXT at the end")
     add("--base", type=Path, metavar="FOLDER", help="of --derivative: the release it came from")
@@ -240,9 +248,13 @@ def _export_derivative(args: argparse.Namespace) -> "ExportSummary":
         today = _today()
         card = DerivativeFacts(name=args.out.name, base=name, date=today, **_metadata(args))
         claim = Claim(
-            path=ledger, lineage=lineage, kind="derivative", updates=None, date=today,
+            path=ledger,
+            lineage=lineage,
+            kind="derivative",
+            updates=None,
+            date=today,
             reason=args.another_revision,
-        )  # fmt: skip
+        )
         return export(
             weights, args.out, tokenizer_dir=tokenizer, card=card, claim=claim, **_form(args)
         )

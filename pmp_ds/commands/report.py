@@ -32,13 +32,20 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--prompt", default=PROMPT, metavar="TEXT", help="of --run: what the release continues")
     add(
-        "--collect", nargs="+", default=[], metavar="ARM=RUN",
+        "--collect",
+        nargs="+",
+        default=[],
+        metavar="ARM=RUN",
         help="of --study: add the pretraining of these runs to results.jsonl first",
-    )  # fmt: skip
+    )
     add(
-        "--audit", nargs="+", type=Path, default=[], metavar="FILE",
+        "--audit",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
         help="of --study: audit.json of the arms' releases. Default: FOLDER/audit/*/audit.json",
-    )  # fmt: skip
+    )
     add("--out", type=Path, metavar="FOLDER", help="of --study. Default: FOLDER/report")
     return parser.parse_args(argv)
 

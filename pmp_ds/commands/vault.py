@@ -40,8 +40,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = command("seal", "seal a run's ticket for one recipient, with a watermark")
     add("--run", type=Path, required=True, metavar="FOLDER", help="a run's folder, runs/NAME")
     add("--name", required=True, help="the recipient, as trace will name them")
-    add("--to", nargs="+", default=[], metavar="KEY",
-        help="public keys, or files with one on each line; any of them opens the file")  # fmt: skip
+    add(
+        "--to",
+        nargs="+",
+        default=[],
+        metavar="KEY",
+        help="public keys, or files with one on each line; any of them opens the file",
+    )
     add("--out", type=Path, required=True, metavar="FILE", help="a new file")
     add("--no-watermark", action="store_true", help="a copy that cannot be traced, for yourself")
     _passphrase(add)
@@ -71,15 +76,23 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--run", type=Path, required=True, metavar="FOLDER")
     add("--ticket", type=Path, metavar="FOLDER", help="the leaked ticket")
     add("--model", type=Path, metavar="FOLDER", help="a model that was fine-tuned with it")
-    add("--base", type=Path, metavar="FOLDER",
-        help="what --model was fine-tuned from. Default: the run's release")  # fmt: skip
+    add(
+        "--base",
+        type=Path,
+        metavar="FOLDER",
+        help="what --model was fine-tuned from. Default: the run's release",
+    )
     return parser.parse_args(argv)
 
 
 def _passphrase(add: Any) -> None:
     add("--passphrase", action="store_true", help="ask for a passphrase; it stands for a key")
-    add("--passphrase-file", type=Path, metavar="FILE",
-        help="read it from a file's first line; /dev/fd/N reads a descriptor")  # fmt: skip
+    add(
+        "--passphrase-file",
+        type=Path,
+        metavar="FILE",
+        help="read it from a file's first line; /dev/fd/N reads a descriptor",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -87,9 +100,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if getattr(args, "run", None) is not None and not RunDir(args.run).private.is_dir():
         raise UserError(f"--run {args.run} is not a run: it has no private folder")
     verbs = {
-        "keygen": keygen, "seal": seal, "open": open_, "verify": verify, "show": show,
-        "list": list_, "trace": trace_,
-    }  # fmt: skip
+        "keygen": keygen,
+        "seal": seal,
+        "open": open_,
+        "verify": verify,
+        "show": show,
+        "list": list_,
+        "trace": trace_,
+    }
     try:
         verbs[args.command](args)
     except BrokenPipeError:

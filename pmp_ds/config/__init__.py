@@ -13,9 +13,19 @@ from pmp_ds.config.train import Optimizer, Precision, Schedule, TrainConfig
 from pmp_ds.errors import require
 
 __all__ = [
-    "Config", "DataConfig", "GuardConfig", "InitConfig", "MaskConfig", "ModelConfig", "Optimizer",
-    "Precision", "RunConfig", "Schedule", "TrainConfig", "check_store",
-]  # fmt: skip
+    "Config",
+    "DataConfig",
+    "GuardConfig",
+    "InitConfig",
+    "MaskConfig",
+    "ModelConfig",
+    "Optimizer",
+    "Precision",
+    "RunConfig",
+    "Schedule",
+    "TrainConfig",
+    "check_store",
+]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,10 @@ Optimizer = Literal["adamw", "lion", "sgd"]
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 
 _BETAS: dict[Optimizer, tuple[float, float]] = {
-    "adamw": (0.9, 0.999), "lion": (0.9, 0.99), "sgd": (0.9, 0.0)
-}  # fmt: skip
+    "adamw": (0.9, 0.999),
+    "lion": (0.9, 0.99),
+    "sgd": (0.9, 0.0),
+}
 
 
 @dataclass(frozen=True, kw_only=True)

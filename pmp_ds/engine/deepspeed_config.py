@@ -31,9 +31,12 @@ def read_json(given: str | Path) -> dict[str, Any]:
     try:
         text = read_bytes(shipped.ds_config(str(given)), MAX_BYTES).decode("utf-8-sig")
         value = json.loads(
-            text, object_pairs_hook=_once, parse_constant=_no_number, parse_float=_finite,
+            text,
+            object_pairs_hook=_once,
+            parse_constant=_no_number,
+            parse_float=_finite,
             parse_int=_small,
-        )  # fmt: skip
+        )
     except MissingError:
         known = ", ".join(shipped.ds_configs())
         raise UserError(f"{name}: no such file; files by name: {known}") from None
@@ -110,8 +113,8 @@ def merge(ds_config: dict[str, Any], config: TrainConfig, world_size: int) -> di
     if problems:
         raise UserError(
             "the DeepSpeed JSON says how the run fits on the machine, the recipe what is learned; "
-            "leave these out or set them to \"auto\":\n  " + "\n  ".join(problems)
-        )  # fmt: skip
+            'leave these out or set them to "auto":\n  ' + "\n  ".join(problems)
+        )
     # DeepSpeed refuses a batch that is not micro x accumulation x ranks; it only counts with it.
     owned |= derived | {"train_batch_size": cut.rows * world_size}
     merged = {name: value for name, value in ds_config.items() if name != OWN_SECTION} | owned
@@ -153,9 +156,11 @@ def _fp16_problems(ds_config: dict[str, Any]) -> list[str]:
     if not isinstance(section, dict):
         return []
     bounds = {
-        "initial_scale_power": (0, 127), "loss_scale_window": (1, 2**31), "hysteresis": (1, 2**31),
+        "initial_scale_power": (0, 127),
+        "loss_scale_window": (1, 2**31),
+        "hysteresis": (1, 2**31),
         "min_loss_scale": (1, 2**31),
-    }  # fmt: skip
+    }
     return [
         f"fp16.{name} is {section[name]}; it must be between {low} and {high}"
         for name, (low, high) in bounds.items()

@@ -53,17 +53,28 @@ def _top() -> Any:
 
     monitors = DeepSpeedMonitorConfig.model_fields
     flops = {
-        "enabled": bool, "detailed": bool, "recompute_fwd_factor": float, "profile_step": int,
-        "module_depth": int, "top_modules": int, "output_file": str | None,
-    }  # fmt: skip
+        "enabled": bool,
+        "detailed": bool,
+        "recompute_fwd_factor": float,
+        "profile_step": int,
+        "module_depth": int,
+        "top_modules": int,
+        "output_file": str | None,
+    }
     counts = (
-        "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
         "steps_per_print",
-    )  # fmt: skip
+    )
     switches = (
-        "wall_clock_breakdown", "memory_breakdown", "dump_state", "disable_python_gc",
-        "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
-    )  # fmt: skip
+        "wall_clock_breakdown",
+        "memory_breakdown",
+        "dump_state",
+        "disable_python_gc",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+    )
     return model(
         "DeepSpeedJson",
         {
@@ -121,9 +132,14 @@ def _kinds(annotation: Any) -> list[Any]:
 def _not_of(value: Any, kinds: list[Any]) -> str | None:
     """What is wanted instead of ``value``: pydantic takes "yes", 1 and "5" for something else."""
     names = {
-        bool: "true or false", int: "a whole number", float: "a number", str: "text",
-        dict: "an object", list: "a list", type(None): "null",
-    }  # fmt: skip
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        dict: "an object",
+        list: "a list",
+        type(None): "null",
+    }
 
     def plain(kind: Any) -> Any:
         if not isinstance(kind, type):

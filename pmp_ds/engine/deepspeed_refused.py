@@ -61,9 +61,11 @@ REFUSED = {
     "remove it or write 0",
 }
 _OFF = {
-    "gradient_allreduce_op": "mean", "gradient_predivide_factor": 1, "sequence_parallel_size": 1,
+    "gradient_allreduce_op": "mean",
+    "gradient_predivide_factor": 1,
+    "sequence_parallel_size": 1,
     "zero_optimization.zero_hpz_partition_size": 1,
-}  # fmt: skip
+}
 """Dotted names; switched off, they are accepted and left out."""
 
 

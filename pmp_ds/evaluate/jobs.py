@@ -82,9 +82,12 @@ def last_word(subject: Subject, path: Path, batch_size: int) -> Job:
 
 
 def glue(
-    subject: Subject, tasks: Sequence[str], folder: Path | None, seeds: Sequence[int],
+    subject: Subject,
+    tasks: Sequence[str],
+    folder: Path | None,
+    seeds: Sequence[int],
     batch_size: int,
-) -> Iterator[Job]:  # fmt: skip
+) -> Iterator[Job]:
     """Zero-shot, then a job for each seed of the head, task by task."""
     from pmp_ds.evaluate import glue as glue_
     from pmp_ds.glue.read import load
@@ -102,18 +105,23 @@ def glue(
         settings = glue_.data_settings(data) | {"max_length": glue_.MAX_LENGTH}
         yield Job(
             "zero-shot", settings, partial(glue_.zero_shot_values, subject, data, batch_size), words
-        )  # fmt: skip
+        )
         for seed in seeds:
             yield Job(
-                "untrained-head", settings | {"seed": seed},
-                partial(glue_.head_values, subject, data, seed, batch_size), words,
-            )  # fmt: skip
+                "untrained-head",
+                settings | {"seed": seed},
+                partial(glue_.head_values, subject, data, seed, batch_size),
+                words,
+            )
 
 
 def lm_eval(
-    subject: Subject, tasks: Sequence[str], task_dir: Path | None, limit: int | None,
+    subject: Subject,
+    tasks: Sequence[str],
+    task_dir: Path | None,
+    limit: int | None,
     batch_size: int,
-) -> Iterator[Job]:  # fmt: skip
+) -> Iterator[Job]:
     """A job for each task."""
     from pmp_ds.evaluate import harness
 
@@ -129,6 +137,8 @@ def lm_eval(
 
     for task in tasks:
         yield Job(
-            "lm_eval", {"task": task, "limit": limit, "lm_eval": version},
-            partial(harness.run_task, subject, task, manager, limit, batch_size), words,
-        )  # fmt: skip
+            "lm_eval",
+            {"task": task, "limit": limit, "lm_eval": version},
+            partial(harness.run_task, subject, task, manager, limit, batch_size),
+            words,
+        )

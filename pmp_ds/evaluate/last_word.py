@@ -114,7 +114,8 @@ def _logits(model: PreTrainedModel, batch: Sequence[Example]) -> torch.Tensor:
     """(B, T, V): padded on the right, where causal attention does not look."""
     ids, attention_mask = padded([example.ids for example in batch], 0)
     logits: torch.Tensor = model(
-        input_ids=ids.to(model.device), attention_mask=attention_mask.to(model.device),
+        input_ids=ids.to(model.device),
+        attention_mask=attention_mask.to(model.device),
         use_cache=False,
-    ).logits  # fmt: skip
+    ).logits
     return logits

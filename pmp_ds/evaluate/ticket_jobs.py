@@ -19,16 +19,24 @@ from pmp_ds.ticket.ticket import Ticket
 
 
 def landscape(
-    subject: Subject, text: Text, ticket: Ticket, name: str, alphas: Sequence[float],
-    seeds: Sequence[int], tuned: Path | None,
-) -> Job:  # fmt: skip
+    subject: Subject,
+    text: Text,
+    ticket: Ticket,
+    name: str,
+    alphas: Sequence[float],
+    seeds: Sequence[int],
+    tuned: Path | None,
+) -> Job:
     subject.require_vocabulary(text.store)
     mask = mask_on(ticket.mask, subject.model, subject.folder)
     blocks = held_out(text.store, text.split, text.blocks)
     read = subject.reader()
     settings = text.settings | {
-        "mask": name, "alphas": list(alphas), "seeds": list(seeds), "tuned": None
-    }  # fmt: skip
+        "mask": name,
+        "alphas": list(alphas),
+        "seeds": list(seeds),
+        "tuned": None,
+    }
     tuned_read = None
     if tuned is not None:
         tuned_read = read_parameters(tuned, subject.model)

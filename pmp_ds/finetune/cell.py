@@ -116,9 +116,15 @@ def tune(
 
 
 _MAY_CHANGE = {
-    "run", "guard", "results", "arm", "ticket", "identity", "passphrase_file",
+    "run",
+    "guard",
+    "results",
+    "arm",
+    "ticket",
+    "identity",
+    "passphrase_file",
     "train.micro_batch_size",
-}  # fmt: skip
+}
 
 
 def _check_settings(run: RunDir, config: FinetuneConfig) -> None:

@@ -110,18 +110,30 @@ _ALL = (
     Method(name="full", title="Full fine-tuning", from_scratch=True),
     Method(name="lora", title="LoRA", adapt=_adapters, facts=_lora_facts),
     Method(
-        name="ticket", title="With the true mask (authorized)", authorized=True, needs_ticket=True,
-        kept=_ticket, facts=_mask_name,
+        name="ticket",
+        title="With the true mask (authorized)",
+        authorized=True,
+        needs_ticket=True,
+        kept=_ticket,
+        facts=_mask_name,
     ),
     Method(
-        name="random", title="With a random mask", control=True, from_scratch=True, kept=_random,
+        name="random",
+        title="With a random mask",
+        control=True,
+        from_scratch=True,
+        kept=_random,
         facts=lambda config: {"density": config.density},
     ),
     Method(
-        name="complement", title="Complement only", control=True, needs_ticket=True,
-        kept=_complement, facts=_mask_name,
+        name="complement",
+        title="Complement only",
+        control=True,
+        needs_ticket=True,
+        kept=_complement,
+        facts=_mask_name,
     ),
-)  # fmt: skip
+)
 
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 UNAUTHORIZED = tuple(m.name for m in _ALL if not (m.authorized or m.control))

@@ -121,10 +121,15 @@ def _run_all(
             folder = RunDir(run.root / "cells" / name) if name != WHOLE else run
             try:
                 done[name] = tune(
-                    config, ds_config, tasks.of(config), folder, watch,
-                    digest=digests[config.model], keep_model=keep_models,
+                    config,
+                    ds_config,
+                    tasks.of(config),
+                    folder,
+                    watch,
+                    digest=digests[config.model],
+                    keep_model=keep_models,
                     start_afresh=start_afresh,
-                )  # fmt: skip
+                )
             except UserError as error:  # the guard's, on every rank: others may still do well
                 if len(cells) == 1:
                     raise

@@ -78,5 +78,9 @@ def _is_constant(*arrays: np.ndarray) -> bool:
 
 
 _METRICS = {
-    "accuracy": _accuracy, "f1": _f1, "mcc": _mcc, "pearson": _pearson, "spearman": _spearman
-}  # fmt: skip
+    "accuracy": _accuracy,
+    "f1": _f1,
+    "mcc": _mcc,
+    "pearson": _pearson,
+    "spearman": _spearman,
+}

@@ -59,56 +59,90 @@ def _task(
     splits: Mapping[str, str] | None = None,
 ) -> Task:
     return Task(
-        name=name, folder=folder, fields=fields, labels=labels, metrics=metrics,
+        name=name,
+        folder=folder,
+        fields=fields,
+        labels=labels,
+        metrics=metrics,
         splits=MappingProxyType({"validation": folder} if splits is None else dict(splits)),
-        prompt=prompt, answers=answers,
-    )  # fmt: skip
+        prompt=prompt,
+        answers=answers,
+    )
 
 
 _PAIR = ("sentence1", "sentence2")
 _ENTAILMENT = ("entailment", "not_entailment")
 _ALL = (
     _task(
-        "cola", "CoLA", ("sentence",), ("unacceptable", "acceptable"),
-        "Sentence: {sentence}\nIs the grammar correct, yes or no? Answer:", ("no", "yes"),
+        "cola",
+        "CoLA",
+        ("sentence",),
+        ("unacceptable", "acceptable"),
+        "Sentence: {sentence}\nIs the grammar correct, yes or no? Answer:",
+        ("no", "yes"),
         metrics=("mcc", "accuracy"),
     ),
     _task(
-        "sst2", "SST-2", ("sentence",), ("negative", "positive"),
-        "Review: {sentence}\nThe review is", ("negative", "positive"),
+        "sst2",
+        "SST-2",
+        ("sentence",),
+        ("negative", "positive"),
+        "Review: {sentence}\nThe review is",
+        ("negative", "positive"),
     ),
     _task(
-        "mrpc", "MRPC", _PAIR, ("not_equivalent", "equivalent"),
+        "mrpc",
+        "MRPC",
+        _PAIR,
+        ("not_equivalent", "equivalent"),
         "First: {sentence1}\nSecond: {sentence2}\nDo both say the same, yes or no? Answer:",
-        ("no", "yes"), metrics=("accuracy", "f1"),
+        ("no", "yes"),
+        metrics=("accuracy", "f1"),
     ),
     _task(
-        "qqp", "QQP", ("question1", "question2"), ("not_duplicate", "duplicate"),
+        "qqp",
+        "QQP",
+        ("question1", "question2"),
+        ("not_duplicate", "duplicate"),
         "First: {question1}\nSecond: {question2}\nIs it the same question, yes or no? Answer:",
-        ("no", "yes"), metrics=("accuracy", "f1"),
+        ("no", "yes"),
+        metrics=("accuracy", "f1"),
     ),
     _task(
-        "stsb", "STS-B", _PAIR, None,
+        "stsb",
+        "STS-B",
+        _PAIR,
+        None,
         "First: {sentence1}\nSecond: {sentence2}\nSimilarity from 0 to 5 (the same). Answer:",
-        ("0", "1", "2", "3", "4", "5"), metrics=("pearson", "spearman", "accuracy"),
+        ("0", "1", "2", "3", "4", "5"),
+        metrics=("pearson", "spearman", "accuracy"),
     ),
     _task(
-        "mnli", "MNLI", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"),
+        "mnli",
+        "MNLI",
+        ("premise", "hypothesis"),
+        ("entailment", "neutral", "contradiction"),
         "Text: {premise}\nClaim: {hypothesis}\nIs the claim true, yes, no or maybe? Answer:",
         ("yes", "maybe", "no"),
         splits={"validation_matched": "MNLI-m", "validation_mismatched": "MNLI-mm"},
     ),
     _task(
-        "qnli", "QNLI", ("question", "sentence"), _ENTAILMENT,
+        "qnli",
+        "QNLI",
+        ("question", "sentence"),
+        _ENTAILMENT,
         "Question: {question}\nText: {sentence}\nIs the answer in the text, yes or no? Answer:",
         ("yes", "no"),
     ),
     _task(
-        "rte", "RTE", _PAIR, _ENTAILMENT,
+        "rte",
+        "RTE",
+        _PAIR,
+        _ENTAILMENT,
         "Text: {sentence1}\nClaim: {sentence2}\nIs the claim true, yes or no? Answer:",
         ("yes", "no"),
     ),
-)  # fmt: skip
+)
 
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 

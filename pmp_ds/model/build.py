@@ -79,8 +79,14 @@ def _kind(config_class: type[PreTrainedConfig], name: str) -> Any:
 
 
 UNBOUNDED = 1 << 30  # tokens
-_CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "context_length",
-            "n_ctx")  # fmt: skip
+_CONTEXT = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "seq_length",
+    "context_length",
+    "n_ctx",
+)
 
 
 def context_length(hf_config: PreTrainedConfig) -> int:

@@ -99,9 +99,13 @@ class ModelFolder:
         self.require_room(wanted, heads)
         try:
             model, info = kind.from_pretrained(
-                self.path, config=config, dtype=torch.float32, use_safetensors=True,
-                output_loading_info=True, **_OFFLINE,
-            )  # fmt: skip
+                self.path,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+                **_OFFLINE,
+            )
         except Exception as error:  # noqa: BLE001 - a stranger's file, and transformers' depths
             raise UserError(f"{self.path} cannot be loaded: {first_line(error)}") from None
         if missing := sorted(set(info["missing_keys"]) - heads):

@@ -33,9 +33,14 @@ _REFUSED_KEYS = {
 }
 # The first part of a key that fits says how large its integers may be.
 _LARGEST = (
-    ("layer", 1024), ("expert", 1024), ("head", 1 << 16), ("label", 1 << 16), ("vocab", 1 << 24),
-    ("position", 1 << 27), ("", 1 << 31),
-)  # fmt: skip
+    ("layer", 1024),
+    ("expert", 1024),
+    ("head", 1 << 16),
+    ("label", 1 << 16),
+    ("vocab", 1 << 24),
+    ("position", 1 << 27),
+    ("", 1 << 31),
+)
 _MOST_LAYER_EXPERTS = 1 << 16
 
 

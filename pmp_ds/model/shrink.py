@@ -32,7 +32,7 @@ _LARGEST = (
     (r"position|seq_len|n_ctx|max_length|context|query_length", POSITIONS),
     (r"window|chunk|block_size|local_attention", _HEAD),
     (r"hidden|embd|embed|d_model|width|dim$|size$", _WIDTH),
-)  # fmt: skip
+)
 _SHARED = "num_kv_shared_layers"  # the last ones, of gemma3n and gemma4
 _COUNTS = re.compile(r"(num_|n_|max_)?(\w+_)?layers?|depth")
 _KEY_HEADS = re.compile(r"kv_?heads?$|key_value_heads$|n_head_kv$|query_groups$")

@@ -38,9 +38,14 @@ class MaskedAdamW(MaskedOptimizer):
         kernels, gradient = mask.kernels, tensor.grad
         assert gradient is not None
         arguments = (
-            tensor.view(-1), gradient.reshape(-1), mask.bits, mask.prefix, state["exp_avg"],
-            state["exp_avg_sq"], coefficients(group, float(state["step"])),
-        )  # fmt: skip
+            tensor.view(-1),
+            gradient.reshape(-1),
+            mask.bits,
+            mask.prefix,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            coefficients(group, float(state["step"])),
+        )
         if kernels and tensor.dtype == gradient.dtype == torch.float32 and not self.compact_master:
             kernels.masked_adamw(*arguments)
         elif kernels and self.compact_master and kernels.has_compact_master(tensor.dtype):

@@ -8,8 +8,10 @@ from pmp_ds.optim.masked_adamw import MaskedAdamW
 from pmp_ds.optim.masked_rules import MaskedLion, MaskedSGD
 
 _RULES: dict[Optimizer, type[MaskedOptimizer]] = {
-    "adamw": MaskedAdamW, "lion": MaskedLion, "sgd": MaskedSGD
-}  # fmt: skip
+    "adamw": MaskedAdamW,
+    "lion": MaskedLion,
+    "sgd": MaskedSGD,
+}
 
 
 def rule_of(config: TrainConfig) -> type[MaskedOptimizer]:

@@ -22,10 +22,15 @@ Ids = npt.NDArray[np.integer]
 _FAST = "gigatoken"
 _SPOT_BYTES = 4000
 _EDGES = (
-    "a", " ", "\n", "  two  spaces\n\n\n\tand a tab ", "\r\n\r\n x\u00a0y\u3000z\u200b\u2028",
-    "don't WE'LL 'tis 1234567.89 ___ --- ((( ==", "\u00e9 e\u0301 \u4e2d\u6587 \u0661\u00b2\u00bd",
+    "a",
+    " ",
+    "\n",
+    "  two  spaces\n\n\n\tand a tab ",
+    "\r\n\r\n x\u00a0y\u3000z\u200b\u2028",
+    "don't WE'LL 'tis 1234567.89 ___ --- ((( ==",
+    "\u00e9 e\u0301 \u4e2d\u6587 \u0661\u00b2\u00bd",
     "\U0001f600\u200d\U0001f525 \x00\x01 \u2581 \u2581\u2581x \ufeff \ufffd",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,7 +69,12 @@ def _is_text(kind: pa.DataType) -> bool:
         return _is_text(kind.value_type)
     types = pa.types
     tests = (
-        types.is_string, types.is_large_string, types.is_string_view, types.is_binary,
-        types.is_large_binary, types.is_binary_view, types.is_null,
-    )  # fmt: skip
+        types.is_string,
+        types.is_large_string,
+        types.is_string_view,
+        types.is_binary,
+        types.is_large_binary,
+        types.is_binary_view,
+        types.is_null,
+    )
     return any(test(kind) for test in tests)

@@ -113,9 +113,12 @@ def _draw(found: list[SplitStatistics], picture: Path) -> None:
     for split in found:
         axes.hist(split.lengths, bins=edges, histtype="step", linewidth=1.5, label=split.name)
     axes.set(
-        xscale="log", yscale="log", xlabel="tokens of a document", ylabel="documents",
+        xscale="log",
+        yscale="log",
+        xlabel="tokens of a document",
+        ylabel="documents",
         title="Document lengths",
-    )  # fmt: skip
+    )
     axes.legend()
     figure.savefig(picture, dpi=150)
     plt.close(figure)

@@ -45,8 +45,24 @@ _FORBIDDEN = {
     "a name from training": re.compile(r"exp_avg|param_mask|ticket_id|theta0|master_weights"),
 }
 # Too common as words to tell anything.
-_NOBODY = {"root", "user", "admin", "ubuntu", "debian", "runner", "nobody", "localhost", "docker",
-           "model", "data", "train", "test", "node", "host", "main"}  # fmt: skip
+_NOBODY = {
+    "root",
+    "user",
+    "admin",
+    "ubuntu",
+    "debian",
+    "runner",
+    "nobody",
+    "localhost",
+    "docker",
+    "model",
+    "data",
+    "train",
+    "test",
+    "node",
+    "host",
+    "main",
+}
 
 
 def require_clean(folder: Path) -> None:

@@ -55,9 +55,10 @@ def compute(folder: str, input_ids: Any) -> tuple[Any, dict[str, list[str]], str
     with torch.inference_mode():
         logits = model.eval()(input_ids=input_ids, use_cache=False).logits
     wide = [
-        name for name, param in model.named_parameters()
+        name
+        for name, param in model.named_parameters()
         if param.dtype == torch.float32 != model.dtype
-    ]  # fmt: skip
+    ]
     return logits.float().contiguous(), problems, str(model.dtype), wide
 
 

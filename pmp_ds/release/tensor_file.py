@@ -16,9 +16,14 @@ from safetensors import safe_open
 
 TRAINED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPES = TRAINED | {
-    "F64": torch.float64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
-    "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 METADATA = {"format": "pt"}
 _LENGTH = 8  # bytes of the header's length
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

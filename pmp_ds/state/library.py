@@ -43,9 +43,13 @@ def save(engine: Any, folder: Path | str, step: int, memory: dict[str, Any] | No
     if engine.lr_scheduler is not None:
         memory[_SCHEDULER] = engine.lr_scheduler.state_dict()
     position = Position(
-        step=step, consumed_samples=step * engine.train_batch_size(), ticket_id=None,
-        dataset_id="", val_loss=None, memory=memory,
-    )  # fmt: skip
+        step=step,
+        consumed_samples=step * engine.train_batch_size(),
+        ticket_id=None,
+        dataset_id="",
+        val_loss=None,
+        memory=memory,
+    )
     checkpoint.save(run, DenseEngine(engine), position)
 
 

@@ -72,9 +72,12 @@ def listed(folder: Path) -> tuple[Position, dict[str, str]]:
     try:
         manifest = read_object(folder / MANIFEST_FILE)
         formats.require(
-            "checkpoint", folder, manifest["format_version"], writer=manifest.get("code"),
+            "checkpoint",
+            folder,
+            manifest["format_version"],
+            writer=manifest.get("code"),
             way_out="continue with that version, or put the folder elsewhere",
-        )  # fmt: skip
+        )
         if manifest.pop("sha256") != _digest(manifest):
             raise DamagedError(folder, MANIFEST_FILE)
         files = dict(manifest["files"].items())

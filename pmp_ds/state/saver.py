@@ -77,9 +77,11 @@ class Saver:
             position, stall = done
             self._log.sync()
             self._log.write(
-                position.phase, position.step, save_stall_seconds=stall,
+                position.phase,
+                position.step,
+                save_stall_seconds=stall,
                 save_seconds=self._write_seconds,
-            )  # fmt: skip
+            )
         if isinstance(error, NotWrittenError) and not must and self._config.guard.disk == "warn":
             if dist.rank() == 0:
                 print(f"warning: {error}. Training goes on", file=sys.stderr, flush=True)

@@ -192,9 +192,7 @@ def _remembered(run: RunDir) -> dict[str, Any]:
         return {}
     values = read_json(path)
     try:
-        formats.require(
-            "theta0", path, values.get("format_version", 1), way_out="use that version"
-        )  # fmt: skip
+        formats.require("theta0", path, values.get("format_version", 1), way_out="use that version")
     except TypeError as error:
         raise UserError(f"{path} is damaged ({error}): bring it back from a backup") from None
     return values

@@ -59,9 +59,12 @@ def error(estimate: Estimate, factor: float) -> tuple[float, float, float]:
 
 
 def dots(
-    axes: Axes, series: Mapping[str, Mapping[str, Estimate]], columns: Sequence[str],
-    *, factor: float = 100.0,
-) -> None:  # fmt: skip
+    axes: Axes,
+    series: Mapping[str, Mapping[str, Estimate]],
+    columns: Sequence[str],
+    *,
+    factor: float = 100.0,
+) -> None:
     """One group of points per column, one colour per series, intervals as bars."""
     width = 0.7 / max(1, len(series))
     for i, (name, found) in enumerate(series.items()):
@@ -71,15 +74,25 @@ def dots(
         places = [columns.index(c) + (i - (len(series) - 1) / 2) * width for c in own]
         values = [error(found[c], factor) for c in own]
         axes.errorbar(
-            places, [v[0] for v in values], yerr=list(zip(*(v[1:] for v in values), strict=True)),
-            fmt=MARKERS[i % len(MARKERS)], color=COLOURS[i % len(COLOURS)], markersize=4.5,
-            capsize=2, elinewidth=1.2, label=name,
-        )  # fmt: skip
+            places,
+            [v[0] for v in values],
+            yerr=list(zip(*(v[1:] for v in values), strict=True)),
+            fmt=MARKERS[i % len(MARKERS)],
+            color=COLOURS[i % len(COLOURS)],
+            markersize=4.5,
+            capsize=2,
+            elinewidth=1.2,
+            label=name,
+        )
     many = len(columns) > 4
     axes.set_xticks(
-        range(len(columns)), [LABELS.get(c, short(c)) for c in columns], rotation=40 if many else 0,
-        ha="right" if many else "center", rotation_mode="anchor", fontsize=9,
-    )  # fmt: skip
+        range(len(columns)),
+        [LABELS.get(c, short(c)) for c in columns],
+        rotation=40 if many else 0,
+        ha="right" if many else "center",
+        rotation_mode="anchor",
+        fontsize=9,
+    )
     axes.set_xlim(-0.6, len(columns) - 0.4)
     for i in range(1, len(columns)):
         axes.axvline(i - 0.5, color=GREY, linewidth=0.3)
@@ -99,9 +112,13 @@ def by_column(
         return None
     widths = [max(2.6, 0.95 * len(part)) for part in panels]
     figure, grid = plt.subplots(
-        1, len(panels), figsize=(max(6.4, sum(widths) + 1), 4.6), layout="constrained",
-        gridspec_kw={"width_ratios": widths}, squeeze=False,
-    )  # fmt: skip
+        1,
+        len(panels),
+        figsize=(max(6.4, sum(widths) + 1), 4.6),
+        layout="constrained",
+        gridspec_kw={"width_ratios": widths},
+        squeeze=False,
+    )
     for axes, part in zip(grid[0], panels, strict=True):
         dots(axes, series, part, factor=100.0 if part is glue else 1.0)
         axes.set_ylabel(
@@ -126,9 +143,13 @@ def one_legend(figure: Figure, panels: Iterable[Axes], columns: int = 3) -> None
     names = [short(name, 60 // columns + 24) for name in known]
     for ncols in range(min(columns, len(known)), 0, -1):
         legend = figure.legend(
-            known.values(), names, loc="outside lower center", ncols=ncols, frameon=False,
+            known.values(),
+            names,
+            loc="outside lower center",
+            ncols=ncols,
+            frameon=False,
             fontsize=9,
-        )  # fmt: skip
+        )
         if ncols == 1 or legend.get_window_extent().width <= figure.bbox.width:
             break
         legend.remove()
@@ -138,6 +159,11 @@ def _majority(axes: Axes, majority: Mapping[str, float], columns: Sequence[str])
     for i, column in enumerate(columns):
         if column in majority:
             axes.hlines(
-                100 * majority[column], i - 0.42, i + 0.42, color="black", linestyle=":",
-                linewidth=1.2, label="majority class",
-            )  # fmt: skip
+                100 * majority[column],
+                i - 0.42,
+                i + 0.42,
+                color="black",
+                linestyle=":",
+                linewidth=1.2,
+                label="majority class",
+            )

@@ -32,9 +32,12 @@ def draw(
 ) -> dict[str, Picture]:
     """Every picture that the results allow, by name."""
     made = (
-        _gaps(folder, six), _authorized(folder, results, runs), _before(folder, results),
-        _after(folder, results, runs), sweep_figures.draw(folder, results, runs),
-    )  # fmt: skip
+        _gaps(folder, six),
+        _authorized(folder, results, runs),
+        _before(folder, results),
+        _after(folder, results, runs),
+        sweep_figures.draw(folder, results, runs),
+    )
     return {picture.name: picture for picture in made if picture is not None}
 
 
@@ -52,9 +55,13 @@ def _gaps(folder: Path, six: Headline) -> Picture | None:
         return None
     heights = [0.5 + 0.42 * len(part) for part in panels]
     figure, grid = plt.subplots(
-        len(panels), 1, figsize=(7.6, sum(heights) + 1.6), layout="constrained",
-        gridspec_kw={"height_ratios": heights}, squeeze=False,
-    )  # fmt: skip
+        len(panels),
+        1,
+        figsize=(7.6, sum(heights) + 1.6),
+        layout="constrained",
+        gridspec_kw={"height_ratios": heights},
+        squeeze=False,
+    )
     for axes, part in zip(grid[:, 0], panels, strict=True):
         _forest(axes, contrasts, part)
         axes.set_xlabel(
@@ -64,10 +71,15 @@ def _gaps(folder: Path, six: Headline) -> Picture | None:
         )
     one_legend(figure, grid[:, 0], columns=1)
     figure.suptitle("What the mask changes: right of 0 is what its owner wants", fontsize=11)
-    return save(figure, folder, Picture(
-        "gaps", "Differences (i) to (iii) with intervals for each column, beside a line at 0.",
-        f"The gaps by column. {INTERVALS}",
-    ))  # fmt: skip
+    return save(
+        figure,
+        folder,
+        Picture(
+            "gaps",
+            "Differences (i) to (iii) with intervals for each column, beside a line at 0.",
+            f"The gaps by column. {INTERVALS}",
+        ),
+    )
 
 
 def _forest(
@@ -77,10 +89,16 @@ def _forest(
         shown = [c for c in columns if c in found]
         values = [error(found[c], 1.0) for c in shown]
         axes.errorbar(
-            [v[0] for v in values], [columns.index(c) + (i - 1) * 0.22 for c in shown],
+            [v[0] for v in values],
+            [columns.index(c) + (i - 1) * 0.22 for c in shown],
             xerr=list(zip(*(v[1:] for v in values), strict=True)) or None,
-            fmt=MARKERS[i], color=COLOURS[i], markersize=4.5, capsize=2, elinewidth=1.2, label=name,
-        )  # fmt: skip
+            fmt=MARKERS[i],
+            color=COLOURS[i],
+            markersize=4.5,
+            capsize=2,
+            elinewidth=1.2,
+            label=name,
+        )
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(columns)), [LABELS.get(c, c) for c in columns])
     axes.set_ylim(len(columns) - 0.5, -0.5)
@@ -98,10 +116,15 @@ def _authorized(
     figure = by_column(series, "Figure 3. Fine-tuning the PMP model", majority(results))
     if figure is None:
         return None
-    return save(figure, folder, Picture(
-        "figure3", "Scores of the PMP model by fine-tuning method and column.",
-        f"Figure 3. Authorized against unauthorized fine-tuning of the PMP model. {INTERVALS}",
-    ))  # fmt: skip
+    return save(
+        figure,
+        folder,
+        Picture(
+            "figure3",
+            "Scores of the PMP model by fine-tuning method and column.",
+            f"Figure 3. Authorized against unauthorized fine-tuning of the PMP model. {INTERVALS}",
+        ),
+    )
 
 
 EARLY_BIRD = {BASE: "no mask", PMP: "early-bird ticket", RANDOM: "random mask"}
@@ -136,6 +159,8 @@ def _earlybird(
     figure = by_column(series, title, majority(results))
     if figure is None:
         return None
-    return save(figure, folder, Picture(
-        name, f"{title}: scores of the three models by column.", f"{title}. {INTERVALS}"
-    ))  # fmt: skip
+    return save(
+        figure,
+        folder,
+        Picture(name, f"{title}: scores of the three models by column.", f"{title}. {INTERVALS}"),
+    )

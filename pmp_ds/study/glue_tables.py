@@ -132,9 +132,11 @@ def table_one(results: Sequence[Result], runs: Sequence[FineTune]) -> Table:
         exact = (f"{100 * classes[c].mean:.2f}" if c in classes else "-" for c in columns)
         text.insert(0, ("Majority class", "-", *exact))
     return Table(
-        "table1", f"Table 1. GLUE validation, accuracy-style scores. {CELLS}",
-        ("Stage", "Arm", *map(head, columns)), text,
-    )  # fmt: skip
+        "table1",
+        f"Table 1. GLUE validation, accuracy-style scores. {CELLS}",
+        ("Stage", "Arm", *map(head, columns)),
+        text,
+    )
 
 
 def table_methods(runs: Sequence[FineTune]) -> Table:
@@ -146,9 +148,11 @@ def table_methods(runs: Sequence[FineTune]) -> Table:
                 rows.append((arm, words, found))
     columns = ordered({c for *_, found in rows for c in found})
     return Table(
-        "methods", f"Fine-tuning methods. {CELLS}", ("Arm", "Method", *map(head, columns)),
+        "methods",
+        f"Fine-tuning methods. {CELLS}",
+        ("Arm", "Method", *map(head, columns)),
         [(arm, words, *(cell(found.get(c), c) for c in columns)) for arm, words, found in rows],
-    )  # fmt: skip
+    )
 
 
 def table_canonical(runs: Sequence[FineTune]) -> Table:

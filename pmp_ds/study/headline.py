@@ -58,9 +58,12 @@ class Contrast:
 
 
 def contrast(
-    a: Sequence[FineTune], b: Sequence[FineTune], key: Callable[[FineTune], Cell] = by_method,
-    *, primary: bool = False,
-) -> Contrast:  # fmt: skip
+    a: Sequence[FineTune],
+    b: Sequence[FineTune],
+    key: Callable[[FineTune], Cell] = by_method,
+    *,
+    primary: bool = False,
+) -> Contrast:
     """The best of ``a`` minus the best of ``b`` over the cells that both have; ``key`` says what
     makes two cells the same."""
     sides: list[dict[str, Mapping[Unit, float]]] = [{}, {}]

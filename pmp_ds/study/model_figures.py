@@ -43,9 +43,13 @@ def _landscape(folder: Path, found: Sequence[Result]) -> Picture:
     modes = [mode for mode in NORMS if any(d.get(mode) for d in directions)]
     modes += [TUNED] if any("tuned" in result.values for result in found) else []
     figure, grid = plt.subplots(
-        len(found), len(modes), figsize=(max(7.0, 4.2 * len(modes)), 3.7 * len(found) + 0.5),
-        layout="constrained", squeeze=False, sharey="row",
-    )  # fmt: skip
+        len(found),
+        len(modes),
+        figsize=(max(7.0, 4.2 * len(modes)), 3.7 * len(found) + 0.5),
+        layout="constrained",
+        squeeze=False,
+        sharey="row",
+    )
     for row, result in zip(grid, found, strict=True):
         for axes, mode in zip(row, modes, strict=True):
             _landscape_panel(axes, *_lines(result.values, mode))
@@ -53,11 +57,16 @@ def _landscape(folder: Path, found: Sequence[Result]) -> Picture:
         row[0].set_ylabel("loss (nats per token)")
     one_legend(figure, grid.flat)
     figure.suptitle("Figure 5. Loss along random directions", fontsize=11)
-    return save(figure, folder, Picture(
-        "figure5", "Loss against the step along directions in the ticket and in all parameters.",
-        "Figure 5. Loss at theta + alpha * direction: mean of the seeds, the band is their range. "
-        "A difference that is only in the first panel is one of scale between tensors.",
-    ))  # fmt: skip
+    return save(
+        figure,
+        folder,
+        Picture(
+            "figure5",
+            "Loss against the step along directions in the ticket and in all parameters.",
+            "Figure 5. Loss at theta + alpha * direction: mean of the seeds, the band is their "
+            "range. A difference that is only in the first panel is one of scale between tensors.",
+        ),
+    )
 
 
 Lines = dict[str, Sequence[Sequence[float]]]
@@ -78,9 +87,13 @@ def _landscape_panel(axes: Axes, alphas: Sequence[float], lines: Lines) -> None:
         losses = np.array(by_seed, dtype=float)  # (seeds, alphas)
         colour = COLOURS[i % len(COLOURS)]
         axes.plot(
-            alphas, losses.mean(axis=0), color=colour, marker=MARKERS[i % len(MARKERS)],
-            markersize=3.5, label=DIRECTIONS.get(name, name),
-        )  # fmt: skip
+            alphas,
+            losses.mean(axis=0),
+            color=colour,
+            marker=MARKERS[i % len(MARKERS)],
+            markersize=3.5,
+            label=DIRECTIONS.get(name, name),
+        )
         axes.fill_between(
             alphas, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.2, linewidth=0
         )
@@ -116,10 +129,16 @@ def _gradients(folder: Path, found: Sequence[Result]) -> Picture:
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False, fontsize=9, loc="upper left")
     figure.suptitle("Figure 6. Gradients inside and outside the ticket", fontsize=11)
-    return save(figure, folder, Picture(
-        "figure6", "Histograms of gradient magnitudes in the ticket and in the complement.",
-        "Figure 6. Gradient magnitudes on held-out text. AUC 0.5 would tell an attacker nothing.",
-    ))  # fmt: skip
+    return save(
+        figure,
+        folder,
+        Picture(
+            "figure6",
+            "Histograms of gradient magnitudes in the ticket and in the complement.",
+            "Figure 6. Gradient magnitudes on held-out text. AUC 0.5 would tell an "
+            "attacker nothing.",
+        ),
+    )
 
 
 def _pretrained(results: Sequence[Result], name: str) -> list[Result]:
@@ -142,24 +161,37 @@ def _iou(folder: Path, results: Sequence[Result]) -> Picture | None:
         ious = result.values["iou"]
         label = f"{_label(result, found)} (score {result.settings['score']})"
         axes.plot(
-            range(2, len(ious) + 2), ious, color=COLOURS[i % len(COLOURS)], linewidth=1.2,
-            marker=MARKERS[i % len(MARKERS)], markersize=3, markevery=max(1, len(ious) // 15),
-            label=label, linestyle="-" if i < len(COLOURS) else "--",
-        )  # fmt: skip
+            range(2, len(ious) + 2),
+            ious,
+            color=COLOURS[i % len(COLOURS)],
+            linewidth=1.2,
+            marker=MARKERS[i % len(MARKERS)],
+            markersize=3,
+            markevery=max(1, len(ious) // 15),
+            label=label,
+            linestyle="-" if i < len(COLOURS) else "--",
+        )
     density = found[0].settings["density"]
     axes.axhline(
-        density / (2 - density), color=GREY, linestyle=":",
+        density / (2 - density),
+        color=GREY,
+        linestyle=":",
         label=f"two random masks of density {density:g}",
-    )  # fmt: skip
+    )
     axes.axhline(0.99, color="black", linestyle="--", linewidth=0.8, label="0.99")
     axes.set(xlabel="discovery update", ylabel="IoU with the previous mask", ylim=(None, 1.01))
     axes.set_title("Is the ticket stable?", fontsize=11)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     one_legend(figure, [axes], columns=2)
-    return save(figure, folder, Picture(
-        "iou", "IoU of consecutive candidate masks during discovery.",
-        "Stability of the ticket during discovery.",
-    ))  # fmt: skip
+    return save(
+        figure,
+        folder,
+        Picture(
+            "iou",
+            "IoU of consecutive candidate masks during discovery.",
+            "Stability of the ticket during discovery.",
+        ),
+    )
 
 
 def _pretraining(folder: Path, results: Sequence[Result]) -> Picture | None:
@@ -173,11 +205,14 @@ def _pretraining(folder: Path, results: Sequence[Result]) -> Picture | None:
     for i, result in enumerate(found):
         curve = np.array(result.values["curve"], dtype=float)  # (points, 2): tokens, loss
         style: dict[str, Any] = {
-            "color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)],
-            "markersize": 3, "markevery": max(1, len(curve) // 12), "linewidth": 1.2,
+            "color": COLOURS[i % len(COLOURS)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "markersize": 3,
+            "markevery": max(1, len(curve) // 12),
+            "linewidth": 1.2,
             "linestyle": "-" if i < len(COLOURS) else "--",
             "label": f"{_label(result, found)}: {result.values['val_loss']:.4f} at the end",
-        }  # fmt: skip
+        }
         left.plot(curve[:, 0] / scale, curve[:, 1], **style)
         if base is not None:
             beyond = curve[:, 1] - np.interp(curve[:, 0], base[:, 0], base[:, 1])
@@ -190,7 +225,12 @@ def _pretraining(folder: Path, results: Sequence[Result]) -> Picture | None:
         right.remove()
     figure.suptitle("Pretraining", fontsize=11)
     one_legend(figure, [left])
-    return save(figure, folder, Picture(
-        "pretraining", "Validation loss against tokens for each arm, and its distance to BASE's.",
-        "Pretraining of every arm: the loss, and what it is above BASE's at the same tokens.",
-    ))  # fmt: skip
+    return save(
+        figure,
+        folder,
+        Picture(
+            "pretraining",
+            "Validation loss against tokens for each arm, and its distance to BASE's.",
+            "Pretraining of every arm: the loss, and what it is above BASE's at the same tokens.",
+        ),
+    )

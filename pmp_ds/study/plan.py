@@ -55,8 +55,12 @@ class Step:
 def steps(study: Study) -> list[Step]:
     """Every command but the report. Raises UserError for an arm that cannot be configured."""
     planned = (
-        *_prepare(study), *_pretrain(study), *_tune(study), *_evaluate(study), *_audit(study),
-    )  # fmt: skip
+        *_prepare(study),
+        *_pretrain(study),
+        *_tune(study),
+        *_evaluate(study),
+        *_audit(study),
+    )
     return [
         replace(step, argv=tuple(word.replace(ROOT, study.root) for word in step.argv))
         for step in planned
@@ -179,18 +183,29 @@ def _evaluate(study: Study) -> Iterator[Step]:
                 argv += ["--ticket", str(run.ticket)]
             argv += _flags(evaluation.settings)
             yield Step(
-                f"evaluate-{number}-{arm}", tuple(argv), root / "results.jsonl",
-                cells=len(evaluation.measures), independent=True,
-            )  # fmt: skip
+                f"evaluate-{number}-{arm}",
+                tuple(argv),
+                root / "results.jsonl",
+                cells=len(evaluation.measures),
+                independent=True,
+            )
 
 
 def _audit(study: Study) -> Iterator[Step]:
     for arm in study.audit.arms:
         run, out = run_of(study, arm), Path(study.root) / "audit" / arm
         argv = (
-            *_verb("audit"), "--release", str(run.release), "--ticket", str(run.ticket),
-            "--config", str(run.config), "--out", str(out), *_flags(study.audit.settings),
-        )  # fmt: skip
+            *_verb("audit"),
+            "--release",
+            str(run.release),
+            "--ticket",
+            str(run.ticket),
+            "--config",
+            str(run.config),
+            "--out",
+            str(out),
+            *_flags(study.audit.settings),
+        )
         yield Step(f"audit-{arm}", argv, out / "audit.json", may_leak=True, independent=True)
 
 

@@ -78,24 +78,38 @@ def read_audit(path: Path) -> dict[str, Any]:
 
 
 def sections(
-    results: Sequence[Result], runs: Sequence[FineTune], six: Headline,
+    results: Sequence[Result],
+    runs: Sequence[FineTune],
+    six: Headline,
     pictures: Mapping[str, Picture],
-) -> list[Section]:  # fmt: skip
+) -> list[Section]:
     """The report in order; a part that was not measured says so."""
     checks = controls(results, runs)
     return [
         Section("Verdict", [*verdict(six), *_reservations(runs, checks)]),
-        Section("The six numbers", [
-            table_six(six), table_columns(six), pictures.get("gaps", NOT_RUN),
-        ]),
+        Section(
+            "The six numbers",
+            [
+                table_six(six),
+                table_columns(six),
+                pictures.get("gaps", NOT_RUN),
+            ],
+        ),
         Section("Table 1: base, LoRA and full fine-tuning", _or_not_run(table_one(results, runs))),
-        Section("Figure 3: authorized against unauthorized", [
-            pictures.get("figure3", NOT_RUN), *_tables(table_methods(runs)),
-        ]),
-        Section("Figure 2: early-bird ticket against random mask", [
-            pictures.get("figure2a", f"Before fine-tuning: {NOT_RUN.lower()}"),
-            pictures.get("figure2b", f"After fine-tuning: {NOT_RUN.lower()}"),
-        ]),
+        Section(
+            "Figure 3: authorized against unauthorized",
+            [
+                pictures.get("figure3", NOT_RUN),
+                *_tables(table_methods(runs)),
+            ],
+        ),
+        Section(
+            "Figure 2: early-bird ticket against random mask",
+            [
+                pictures.get("figure2a", f"Before fine-tuning: {NOT_RUN.lower()}"),
+                pictures.get("figure2b", f"After fine-tuning: {NOT_RUN.lower()}"),
+            ],
+        ),
         Section("Figure 4: density, learning rate, epochs", [pictures.get("figure4", NOT_RUN)]),
         Section("Figure 5: loss landscape", [pictures.get("figure5", NOT_RUN)]),
         Section("Figure 6: gradients", [pictures.get("figure6", NOT_RUN)]),
@@ -107,7 +121,7 @@ def sections(
         Section("Controls", [table_controls(checks), *_edges(runs)]),
         Section("How the numbers were made", [*METHOD, *_tables(table_chosen(six, runs))]),
         Section("Measurements", [_provenance(results)]),
-    ]  # fmt: skip
+    ]
 
 
 def _tables(table: Table) -> list[Part]:

@@ -114,9 +114,12 @@ def _choices(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
 
 
 def pick(
-    runs: Iterable[FineTune], *, arm: str | None = None, methods: Sequence[str] = UNAUTHORIZED,
+    runs: Iterable[FineTune],
+    *,
+    arm: str | None = None,
+    methods: Sequence[str] = UNAUTHORIZED,
     scratch: bool = False,
-) -> list[FineTune]:  # fmt: skip
+) -> list[FineTune]:
     """Runs of an arm (of any without one) with one of ``methods``."""
     return [
         run
@@ -152,9 +155,12 @@ def cells(runs: Iterable[FineTune], key: Callable[[FineTune], Cell]) -> dict[Cel
 
 
 def best(
-    runs: Iterable[FineTune], grid: Iterable[Cell] | None = None,
-    key: Callable[[FineTune], Cell] = by_method, *, primary: bool = False,
-) -> list[FineTune]:  # fmt: skip
+    runs: Iterable[FineTune],
+    grid: Iterable[Cell] | None = None,
+    key: Callable[[FineTune], Cell] = by_method,
+    *,
+    primary: bool = False,
+) -> list[FineTune]:
     """All seeds of the cell (and method) of one task with the best mean score, among ``grid``."""
     allowed = None if grid is None else set(grid)
     kept = [run for run in runs if allowed is None or key(run) in allowed]

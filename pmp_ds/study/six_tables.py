@@ -31,9 +31,13 @@ def table_six(six: Headline) -> Table:
             same = f"The same at matched base loss: best {arm} - best PMP"
             rows += [(roman, same, *line) for line in _contrast(found)]
     rows.append(
-        ("(iv)", "Capability: BASE - PMP pretraining loss (the tax with its sign turned)", "-",
-         *_numbers(six.capability, "nats per token"))
-    )  # fmt: skip
+        (
+            "(iv)",
+            "Capability: BASE - PMP pretraining loss (the tax with its sign turned)",
+            "-",
+            *_numbers(six.capability, "nats per token"),
+        )
+    )
     words = "Attacker's tokens to BASE's fine-tuned quality: PMP beyond BASE"
     rows += [("(v)", words, task, *_tokens(tokens)) for task, tokens in six.tokens.items()]
     if not six.tokens:
@@ -69,9 +73,11 @@ def _numbers(estimate: Estimate | None, unit: str) -> tuple[str, str, str, str]:
         if estimate.g_low is not None and estimate.g_high is not None:
             g += f" [{estimate.g_low:+.2f}, {estimate.g_high:+.2f}]"
     return (
-        f"{estimate.mean:+,.{digits}f} {unit}", interval(estimate, digits), g,
+        f"{estimate.mean:+,.{digits}f} {unit}",
+        interval(estimate, digits),
+        g,
         f"{estimate.n} {'paired' if estimate.paired else 'each'}" if estimate.n > 1 else "1",
-    )  # fmt: skip
+    )
 
 
 def interval(estimate: Estimate, digits: int) -> str:
@@ -148,9 +154,11 @@ def table_chosen(six: Headline, runs: Sequence[FineTune]) -> Table:
         for task, sides in getattr(six, name).chosen.items():
             rows.append((roman, task, *(_choice(run, varied) for run in sides)))
     return Table(
-        "chosen", "The settings that won, first and second side of each number.",
-        ("Number", "Task", "First side", "Second side"), rows,
-    )  # fmt: skip
+        "chosen",
+        "The settings that won, first and second side of each number.",
+        ("Number", "Task", "First side", "Second side"),
+        rows,
+    )
 
 
 def _choice(run: FineTune, varied: set[str]) -> str:
@@ -164,19 +172,28 @@ def _short(value: object) -> str:
 
 def table_controls(found: Sequence[Control]) -> Table:
     return Table(
-        "controls", "Controls that a reviewer asks for.", ("Control", "In these results"),
+        "controls",
+        "Controls that a reviewer asks for.",
+        ("Control", "In these results"),
         [(control.name, control.found) for control in found],
-    )  # fmt: skip
+    )
 
 
 def table_audits(six: Headline) -> Table:
     """Every attack of every audit."""
     rows = [
-        (path, row["attack"], _rate(row["auc"]), _rate(row["auc_outside_embeddings"]),
-         _rate(row["iou"]), _rate(row["chance_iou"]), row["verdict"])
+        (
+            path,
+            row["attack"],
+            _rate(row["auc"]),
+            _rate(row["auc_outside_embeddings"]),
+            _rate(row["iou"]),
+            _rate(row["chance_iou"]),
+            row["verdict"],
+        )
         for path, audit in six.audits.items()
         for row in audit["attacks"]
-    ]  # fmt: skip
+    ]
     return Table(
         "audit",
         "What each attack recovers of the mask; AUC 0.5 is chance.",

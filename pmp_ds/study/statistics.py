@@ -36,9 +36,15 @@ class Estimate:
         """In another unit; ``factor`` > 0. The effect size has none."""
         low, high = (None if end is None else end * factor for end in (self.low, self.high))
         return Estimate(
-            mean=self.mean * factor, n=self.n, low=low, high=high, g=self.g, g_low=self.g_low,
-            g_high=self.g_high, paired=self.paired,
-        )  # fmt: skip
+            mean=self.mean * factor,
+            n=self.n,
+            low=low,
+            high=high,
+            g=self.g,
+            g_low=self.g_low,
+            g_high=self.g_high,
+            paired=self.paired,
+        )
 
 
 def level(values: Sequence[float]) -> Estimate:

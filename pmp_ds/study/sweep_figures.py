@@ -58,11 +58,16 @@ def draw(folder: Path, results: Sequence[Result], runs: Sequence[FineTune]) -> P
         _sweep_row(axes_row, group, row)
     one_legend(figure, grid.flat, columns=4)
     figure.suptitle("Figure 4. Density, learning rate and epochs", fontsize=11)
-    return save(figure, folder, Picture(
-        "figure4", "Score against mask density, learning rate and epochs of full fine-tuning.",
-        "Figure 4. Full fine-tuning against density, learning rate and epochs; at each place the "
-        f"best of the other settings. Density 1 is BASE. {INTERVALS}",
-    ))  # fmt: skip
+    return save(
+        figure,
+        folder,
+        Picture(
+            "figure4",
+            "Score against mask density, learning rate and epochs of full fine-tuning.",
+            "Figure 4. Full fine-tuning against density, learning rate and epochs; at each place "
+            f"the best of the other settings. Density 1 is BASE. {INTERVALS}",
+        ),
+    )
 
 
 def _sweep_row(panels: Sequence[Axes], group: Sequence[FineTune], row: Sequence[Sweep]) -> None:
@@ -88,10 +93,16 @@ def _line(axes: Axes, label: str, curve: Mapping[float, Estimate], factor: float
     i = LINES.index(label)
     points = [(x, *error(curve[x], factor)) for x in sorted(curve)]
     axes.errorbar(
-        [p[0] for p in points], [p[1] for p in points],
-        yerr=[[p[2] for p in points], [p[3] for p in points]], marker=MARKERS[i],
-        color=COLOURS[i], markersize=4.5, capsize=2, linewidth=1.2, label=label,
-    )  # fmt: skip
+        [p[0] for p in points],
+        [p[1] for p in points],
+        yerr=[[p[2] for p in points], [p[3] for p in points]],
+        marker=MARKERS[i],
+        color=COLOURS[i],
+        markersize=4.5,
+        capsize=2,
+        linewidth=1.2,
+        label=label,
+    )
 
 
 def _main_column(found: Mapping[str, Estimate]) -> Estimate | None:

@@ -8,10 +8,18 @@ from pmp_ds.errors import shown
 
 _MARKDOWN = "\\`|<"
 _LATEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
-    "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
     "±": r"$\pm$",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -34,12 +42,22 @@ class Table:
         lines = [" & ".join(map(_latex, line)) + r" \\" for line in (self.head, *self.rows)]
         return "\n".join(
             [
-                r"\begin{table}", r"\centering", r"\small",
-                rf"\begin{{tabular}}{{{'l' * len(self.head)}}}", r"\hline", lines[0], r"\hline",
-                *lines[1:], r"\hline", r"\end{tabular}", rf"\caption{{{_latex(self.caption)}}}",
-                rf"\label{{tab:{self.name}}}", r"\end{table}", "",
+                r"\begin{table}",
+                r"\centering",
+                r"\small",
+                rf"\begin{{tabular}}{{{'l' * len(self.head)}}}",
+                r"\hline",
+                lines[0],
+                r"\hline",
+                *lines[1:],
+                r"\hline",
+                r"\end{tabular}",
+                rf"\caption{{{_latex(self.caption)}}}",
+                rf"\label{{tab:{self.name}}}",
+                r"\end{table}",
+                "",
             ]
-        )  # fmt: skip
+        )
 
     def html(self) -> str:
         def line(cells: Sequence[str], tag: str) -> str:

@@ -21,9 +21,10 @@ def by_kind(mask: ParamMask) -> dict[str, list[tuple[int, int]]]:
 def frozen(mask: ParamMask) -> list[str]:
     """`KIND (in 3 of 12)` for parameters of which nothing is kept: they stay theta(0) whole."""
     return [
-        f"{kind} (in {empty} of {len(layers)})" for kind, layers in by_kind(mask).items()
+        f"{kind} (in {empty} of {len(layers)})"
+        for kind, layers in by_kind(mask).items()
         if (empty := sum(not kept for kept, _ in layers))
-    ]  # fmt: skip
+    ]
 
 
 def describe(mask: ParamMask) -> str:

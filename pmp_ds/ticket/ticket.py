@@ -32,8 +32,14 @@ _MOST_MANIFEST = 1 << 28
 _ORIGIN = ("density", "source", "score", "step", "stable", "model_digest")
 # What reading a damaged ticket raises.
 _DAMAGE = (
-    SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError
-)  # fmt: skip
+    SafetensorError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RuntimeError,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,8 +56,9 @@ def weigh(
     telling = torch.zeros(len(code), dtype=torch.bool)
     lacking = torch.zeros(len(code), dtype=torch.bool)
     sizes = [len(places) for places in code.places.values()]
-    parts = dict(zip(code.places, zip(telling.split(sizes), lacking.split(sizes), strict=True),
-                     strict=True))  # fmt: skip
+    parts = dict(
+        zip(code.places, zip(telling.split(sizes), lacking.split(sizes), strict=True), strict=True)
+    )
     elsewhere = elsewhere_lacking = 0
     for name, *flags in observed:
         if name not in parts:

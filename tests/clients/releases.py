@@ -52,13 +52,21 @@ class Kind:
 
 
 _LLAMA = ModelConfig(
-    hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, intermediate_size=128,
+    hidden_size=64,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    intermediate_size=128,
     max_positions=128,
-)  # fmt: skip
+)
 _GPT2 = ModelConfig(
-    family="gpt2", hidden_size=64, num_layers=2, num_heads=2, max_positions=128,
+    family="gpt2",
+    hidden_size=64,
+    num_layers=2,
+    num_heads=2,
+    max_positions=128,
     tie_embeddings=True,
-)  # fmt: skip
+)
 KINDS = {
     "llama": Kind(_LLAMA, "trained", "none"),
     "gpt2": Kind(_GPT2, "gpt2", "none"),
@@ -80,15 +88,23 @@ def make(folder: Path, name: str) -> Path:
     corpus.write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
     prepare(
         PrepareConfig(
-            input=(str(corpus),), out=str(place / "store"), block_size=BLOCK, bos=kind.bos,
-            tokenizer=_tokenizer(place, kind.tokenizer, texts), train_vocab_size=1000, workers=1,
+            input=(str(corpus),),
+            out=str(place / "store"),
+            block_size=BLOCK,
+            bos=kind.bos,
+            tokenizer=_tokenizer(place, kind.tokenizer, texts),
+            train_vocab_size=1000,
+            workers=1,
         )
-    )  # fmt: skip
+    )
     store = Store.open(place / "store")
     config = model_config(
-        kind.model, vocab_size=store.vocab_size, eos_id=store.eos_id, bos_id=store.bos_id,
+        kind.model,
+        vocab_size=store.vocab_size,
+        eos_id=store.eos_id,
+        bos_id=store.bos_id,
         block_size=BLOCK,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     model = build_model(config)
     loss = _train(model, store)
@@ -96,15 +112,26 @@ def make(folder: Path, name: str) -> Path:
     parameters = ((name, param.detach()) for name, param in model.named_parameters())
     save_weights(parameters, model.config, place / "weights")
     card = CardFacts(
-        name=name, secrecy="none", tokens=UPDATES * 16 * BLOCK, updates=UPDATES,
-        global_batch_size=16, block_size=BLOCK, schedule="AdamW", val_loss=loss,
-        dataset_sources=("pmp-ds",), data_description="The project's own files.",
+        name=name,
+        secrecy="none",
+        tokens=UPDATES * 16 * BLOCK,
+        updates=UPDATES,
+        global_batch_size=16,
+        block_size=BLOCK,
+        schedule="AdamW",
+        val_loss=loss,
+        dataset_sources=("pmp-ds",),
+        data_description="The project's own files.",
         date="2026-01-31",
-    )  # fmt: skip
+    )
     export(
-        place / "weights", release, tokenizer_dir=store.tokenizer_dir, card=card,
-        vocab_size=store.vocab_size, leading_bos=store.bos_id is not None,
-    )  # fmt: skip
+        place / "weights",
+        release,
+        tokenizer_dir=store.tokenizer_dir,
+        card=card,
+        vocab_size=store.vocab_size,
+        leading_bos=store.bos_id is not None,
+    )
     whole = json.dumps(_expected(release) | {"made_of": made_of})
     expected.write_text(whole, encoding="utf-8")
     return release
@@ -113,9 +140,10 @@ def make(folder: Path, name: str) -> Path:
 def _texts() -> list[str]:
     """The corpus: what makes the releases, and what documents it but for the table of clients."""
     files = [
-        Path(__file__), *sorted((REPO / "pmp_ds").rglob("*.py")),
+        Path(__file__),
+        *sorted((REPO / "pmp_ds").rglob("*.py")),
         *(file for file in sorted((REPO / "docs").glob("*.md")) if file.name != "RELEASE.md"),
-    ]  # fmt: skip
+    ]
     return [text for file in files if (text := file.read_text(encoding="utf-8"))]
 
 
@@ -147,10 +175,17 @@ def _tokenizer(place: Path, kind: str, texts: list[str]) -> str | None:
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(line for text in texts for line in text.splitlines()),
-            model_writer=model, model_type="bpe", vocab_size=1000, byte_fallback=True,
-            normalization_rule_name="identity", remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True, split_digits=True, num_threads=1, minloglevel=2,
-        )  # fmt: skip
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=1000,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            num_threads=1,
+            minloglevel=2,
+        )
         (place / "llama.model").write_bytes(model.getvalue())
         return str(place / "llama.model")
     return None
@@ -179,9 +214,11 @@ def _expected(release: Path) -> dict[str, object]:
     for each in ids:
         given = torch.tensor([each])
         output = model.generate(
-            given, attention_mask=torch.ones_like(given), max_new_tokens=NEW_TOKENS,
+            given,
+            attention_mask=torch.ones_like(given),
+            max_new_tokens=NEW_TOKENS,
             do_sample=False,
-        )  # fmt: skip
+        )
         greedy.append(output[0, len(each) :].tolist())
     with torch.inference_mode():
         logits = model(torch.tensor([ids[0]])).logits[0]  # (T, V)

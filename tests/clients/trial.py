@@ -137,10 +137,15 @@ def lm_eval(trial: Trial) -> None:
     rows = [{"text": text, "ends": [" one", " two"], "gold": 0} for text in trial.texts]
     data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     task = {
-        "task": "items", "dataset_path": "json", "output_type": "multiple_choice",
-        "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test",
-        "doc_to_text": "{{text}}", "doc_to_choice": "{{ends}}", "doc_to_target": "{{gold}}",
-    }  # fmt: skip
+        "task": "items",
+        "dataset_path": "json",
+        "output_type": "multiple_choice",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "doc_to_text": "{{text}}",
+        "doc_to_choice": "{{ends}}",
+        "doc_to_target": "{{gold}}",
+    }
     found = harness.simple_evaluate(model=model, tasks=[task], task_manager=TaskManager())
     assert math.isfinite(found["results"]["items"]["acc,none"])
     trial.also("multiple choice")
@@ -155,9 +160,15 @@ def trl(trial: Trial) -> None:
 
     transformers(trial)
     settings = SFTConfig(
-        output_dir=str(trial.folder / "sft"), max_steps=2, per_device_train_batch_size=2,
-        report_to=[], use_cpu=True, bf16=False, save_strategy="no", max_length=32,
-    )  # fmt: skip
+        output_dir=str(trial.folder / "sft"),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+        max_length=32,
+    )
     rows = Dataset.from_list([{"text": text} for text in trial.texts])
     trainer = SFTTrainer(model=trial.release, args=settings, train_dataset=rows)
     assert math.isfinite(trainer.train().training_loss)
@@ -245,9 +256,13 @@ def vllm(trial: Trial) -> None:
     from vllm import LLM, SamplingParams
 
     model = LLM(
-        model=trial.release, dtype="float32", max_model_len=trial.context, enforce_eager=True,
-        max_logprobs=-1, gpu_memory_utilization=0.1,  # of the memory: it is a CPU
-    )  # fmt: skip
+        model=trial.release,
+        dtype="float32",
+        max_model_len=trial.context,
+        enforce_eager=True,
+        max_logprobs=-1,
+        gpu_memory_utilization=0.1,  # of the memory: it is a CPU
+    )
     settings = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, prompt_logprobs=-1)
     outputs = model.generate(trial.texts, settings)
     prompt = outputs[0].prompt_logprobs
@@ -261,9 +276,14 @@ def vllm(trial: Trial) -> None:
 
 
 CLIENTS: dict[str, Callable[[Trial], None]] = {
-    "transformers": transformers, "lm-eval": lm_eval, "TRL": trl, "CTranslate2": ctranslate2,
-    "llama.cpp": llama_cpp, "mlx-lm": mlx_lm, "vLLM": vllm,
-}  # fmt: skip
+    "transformers": transformers,
+    "lm-eval": lm_eval,
+    "TRL": trl,
+    "CTranslate2": ctranslate2,
+    "llama.cpp": llama_cpp,
+    "mlx-lm": mlx_lm,
+    "vLLM": vllm,
+}
 
 
 def main() -> None:

@@ -39,10 +39,15 @@ NORMS = Method(
     name="norms", title="Norms alone", kept=only_norms, facts=lambda c: {"norms": c.density}
 )
 PARITY = Task(
-    name="parity", folder="Parity", fields=("digits",), labels=("even", "odd"),
-    metrics=("accuracy",), splits={"validation": "Parity"},
-    prompt="{digits} is even or odd:", answers=("even", "odd"),
-)  # fmt: skip
+    name="parity",
+    folder="Parity",
+    fields=("digits",),
+    labels=("even", "odd"),
+    metrics=("accuracy",),
+    splits={"validation": "Parity"},
+    prompt="{digits} is even or odd:",
+    answers=("even", "odd"),
+)
 
 
 def added() -> ExitStack:
@@ -62,11 +67,27 @@ def tuned(folder: str) -> tuple[results.Result, tuple[int, ...]]:
         text = "\n".join(map(json.dumps, rows))
         (home / "glue" / "Parity" / f"{split}.jsonl").write_text(text)
     with added():
-        (found,) = tune(folder, [
-            "--task", "parity", "--method", "norms", "--data.glue_dir", f"{home}/glue",
-            "--train.steps", "2", "--train.global_batch_size", "4", "--run.checkpoint_every", "9",
-            "--train.optimizer", "lion", "--train.schedule", "linear",
-        ])  # fmt: skip
+        (found,) = tune(
+            folder,
+            [
+                "--task",
+                "parity",
+                "--method",
+                "norms",
+                "--data.glue_dir",
+                f"{home}/glue",
+                "--train.steps",
+                "2",
+                "--train.global_batch_size",
+                "4",
+                "--run.checkpoint_every",
+                "9",
+                "--train.optimizer",
+                "lion",
+                "--train.schedule",
+                "linear",
+            ],
+        )
         data = load(PARITY, home / "glue")
         release = home / "release"
         model = open_folder(release).load()

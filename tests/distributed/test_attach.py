@@ -108,9 +108,14 @@ def readme(code: str, folder: str) -> dict[str, torch.Tensor]:
         "zero_allow_untested_optimizer": True,
     }
     names: dict[str, Any] = {
-        "Path": Path, "load_ticket": load_ticket, "MaskedAdamW": MaskedAdamW, "attach": attach,
-        "deepspeed": deepspeed, "model": tiny.model(), "ds_config": config,
-    }  # fmt: skip
+        "Path": Path,
+        "load_ticket": load_ticket,
+        "MaskedAdamW": MaskedAdamW,
+        "attach": attach,
+        "deepspeed": deepspeed,
+        "model": tiny.model(),
+        "ds_config": config,
+    }
     exec(code, names)  # noqa: S102 - our own README
     users = names["engine"]
     for step in range(1, STEPS + 1):
@@ -156,11 +161,17 @@ def test_an_engine_with_the_ticket_of_another_model(ranks2, stage):
 @pytest.mark.parametrize(
     ("kind", "stage", "accumulation"),
     daily(
-        [("adamw", 0, 1), ("adamw", 1, 2), ("adamw", 2, 1), ("adamw", 3, 2), ("lion", 2, 1),
-         ("sgd", 3, 1)],
+        [
+            ("adamw", 0, 1),
+            ("adamw", 1, 2),
+            ("adamw", 2, 1),
+            ("adamw", 3, 2),
+            ("lion", 2, 1),
+            ("sgd", 3, 1),
+        ],
         [("adamw", 1, 2), ("adamw", 3, 2), ("lion", 2, 1)],
     ),
-)  # fmt: skip
+)
 def test_users_engine_follows_the_plain_module(ranks2, kind, stage, accumulation):
     weights = ranks2.run(engine, kind, stage, accumulation)[0]
     check(weights)

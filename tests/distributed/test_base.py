@@ -25,9 +25,15 @@ MICRO, ACCUMULATION, WORLD_SIZE, STEPS = 2, 2, 2, 12
 
 def train_config(precision: Precision) -> TrainConfig:
     return TrainConfig(
-        steps=STEPS, warmup_steps=3, lr=3e-3, weight_decay=0.1, clip_norm=0.5, precision=precision,
-        global_batch_size=MICRO * ACCUMULATION * WORLD_SIZE, micro_batch_size=MICRO,
-    )  # fmt: skip
+        steps=STEPS,
+        warmup_steps=3,
+        lr=3e-3,
+        weight_decay=0.1,
+        clip_norm=0.5,
+        precision=precision,
+        global_batch_size=MICRO * ACCUMULATION * WORLD_SIZE,
+        micro_batch_size=MICRO,
+    )
 
 
 def share(step: int) -> torch.Tensor:
@@ -96,12 +102,23 @@ def plain(stage: int, precision: Precision) -> dict[str, Any]:
 def compare(stage: int, precision: Precision) -> dict[str, Any]:
     """Losses of this rank, norms, and the largest distance of a weight."""
     a, b = ours(stage, precision), plain(stage, precision)
-    distance = max(
-        (float((a["weights"][n].float() - w.float()).abs().max()) for n, w in b["weights"].items()),
-        default=0.0,
-    ) if dist.rank() == 0 else 0.0  # fmt: skip
-    return {"ours": a["losses"], "plain": b["losses"], "distance": distance,
-            "norms": (a["norms"], b["norms"])}  # fmt: skip
+    distance = (
+        max(
+            (
+                float((a["weights"][n].float() - w.float()).abs().max())
+                for n, w in b["weights"].items()
+            ),
+            default=0.0,
+        )
+        if dist.rank() == 0
+        else 0.0
+    )
+    return {
+        "ours": a["losses"],
+        "plain": b["losses"],
+        "distance": distance,
+        "norms": (a["norms"], b["norms"]),
+    }
 
 
 def density_one(stage: int, precision: Precision) -> bool:

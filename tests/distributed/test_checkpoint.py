@@ -32,9 +32,15 @@ pytestmark = pytest.mark.distributed
 
 BATCH, MICRO, STEPS = 8, 2, 9
 TRAIN = TrainConfig(
-    steps=STEPS, warmup_steps=2, lr=1e-3, weight_decay=0.1, clip_norm=0.5, precision="fp32",
-    global_batch_size=BATCH, micro_batch_size=MICRO,
-)  # fmt: skip
+    steps=STEPS,
+    warmup_steps=2,
+    lr=1e-3,
+    weight_decay=0.1,
+    clip_norm=0.5,
+    precision="fp32",
+    global_batch_size=BATCH,
+    micro_batch_size=MICRO,
+)
 POSITION = Position(
     step=0, consumed_samples=0, ticket_id="t" * 64, dataset_id="d" * 64, val_loss=None
 )
@@ -47,9 +53,15 @@ def share(step: int) -> torch.Tensor:
 
 
 def segment(
-    root: str, stage: int, precision: Precision, masked: bool | str, resume: bool, last: int,
-    save: list[int], optimizer: Optimizer = "adamw",
-) -> dict[str, Any]:  # fmt: skip
+    root: str,
+    stage: int,
+    precision: Precision,
+    masked: bool | str,
+    resume: bool,
+    last: int,
+    save: list[int],
+    optimizer: Optimizer = "adamw",
+) -> dict[str, Any]:
     """Updates up to ``last``: from theta(0), or from the newest checkpoint below ``root``.
     ``masked`` may be "compact": with a compact fp32 master."""
     get_accelerator().is_fp16_supported = lambda: True  # CPU computes it, DeepSpeed denies it
@@ -112,17 +124,24 @@ def assert_complement_untouched(found: dict[str, Any]) -> None:
 
 SAME_SHAPE = [
     *((2, stage, precision, True) for stage in range(4) for precision in ("fp32", "bf16")),
-    (2, 1, "bf16", False), (2, 3, "fp32", False), (1, 2, "bf16", True), (4, 3, "bf16", True),
+    (2, 1, "bf16", False),
+    (2, 3, "fp32", False),
+    (1, 2, "bf16", True),
+    (4, 3, "bf16", True),
     # The first loss scale overflows: skipped updates and the lowered scale are part of the state.
     *((2, stage, "fp16", True) for stage in (1, 2, 3)),
-    *((2, stage, "bf16", "compact") for stage in (1, 2, 3)), (2, 2, "fp16", "compact"),
-]  # fmt: skip
+    *((2, stage, "bf16", "compact") for stage in (1, 2, 3)),
+    (2, 2, "fp16", "compact"),
+]
 
 
 DAILY = {
-    (2, 0, "bf16", True), (2, 1, "fp32", True), (2, 3, "bf16", True), (2, 2, "fp16", True),
+    (2, 0, "bf16", True),
+    (2, 1, "fp32", True),
+    (2, 3, "bf16", True),
+    (2, 2, "fp16", True),
     (2, 2, "bf16", "compact"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("world_size", "stage", "precision", "masked"), daily(SAME_SHAPE, DAILY))
@@ -142,9 +161,7 @@ def test_same_shape_to_the_bit(part, world_size, stage, precision, masked):
     ("optimizer", "stage", "precision", "masked", "moment"),
     [("lion", 2, "bf16", "compact", "exp_avg"), ("sgd", 3, "fp32", True, "momentum_buffer")],
 )
-def test_other_optimizers_to_the_bit(
-    part, tmp_path, optimizer, stage, precision, masked, moment
-):  # fmt: skip
+def test_other_optimizers_to_the_bit(part, tmp_path, optimizer, stage, precision, masked, moment):
     """``train.optimizer``: its own moment is in the checkpoint, and no other."""
     straight = part(2, stage, precision, masked, save=[4], optimizer=optimizer)
     files = (tmp_path / "run/private/checkpoints/update-00000004/state").glob("*.safetensors")

@@ -42,8 +42,13 @@ def halfway(ended: RunDir) -> RunDir:
     return ended
 
 
-FILES = ("manifest.json", "state/rank-00000.safetensors", "state/rank-00001.safetensors",
-         "weights/config.json", "weights/model.safetensors")  # fmt: skip
+FILES = (
+    "manifest.json",
+    "state/rank-00000.safetensors",
+    "state/rank-00001.safetensors",
+    "weights/config.json",
+    "weights/model.safetensors",
+)
 
 
 @pytest.mark.parametrize(
@@ -80,10 +85,16 @@ class _Program:
 
 @pytest.mark.parametrize(
     "name",
-    daily(["weights/pytorch_model.bin", "weights/model-2.safetensors",
-           "state/rank-00002.safetensors", "state/zero_pp_rank_0_optim_states.pt"],
-          ["weights/pytorch_model.bin", "state/rank-00002.safetensors"]),
-)  # fmt: skip
+    daily(
+        [
+            "weights/pytorch_model.bin",
+            "weights/model-2.safetensors",
+            "state/rank-00002.safetensors",
+            "state/zero_pp_rank_0_optim_states.pt",
+        ],
+        ["weights/pytorch_model.bin", "state/rank-00002.safetensors"],
+    ),
+)
 def test_program_in_a_checkpoint(lives, ended, calm, tmp_path, name):
     """A file whose hash is not in the manifest is not opened, let alone unpickled."""
     mark, newest = tmp_path / "was run", ended.checkpoints / "update-00000012"
@@ -109,9 +120,11 @@ def test_latest(lives, ended, text):
 
 @pytest.mark.parametrize(
     ("damage", "name"),
-    daily(product([tear, flip], ["ticket.json", "mask.safetensors"]),
-          [(tear, "ticket.json"), (flip, "mask.safetensors")]),
-)  # fmt: skip
+    daily(
+        product([tear, flip], ["ticket.json", "mask.safetensors"]),
+        [(tear, "ticket.json"), (flip, "mask.safetensors")],
+    ),
+)
 def test_ticket(lives, halfway, damage, name):
     damage(halfway.ticket / name)
     one, _ = lives()
@@ -138,8 +151,9 @@ def test_metrics(lives, halfway, calm):
 
 def test_what_killed_processes_left_is_swept(lives, halfway, calm):
     """Half-written files of every kind; none is taken for anything."""
-    shutil.copytree(halfway.checkpoints / "update-00000008",
-                    halfway.checkpoints / "update-00000011.incomplete")  # fmt: skip
+    shutil.copytree(
+        halfway.checkpoints / "update-00000008", halfway.checkpoints / "update-00000011.incomplete"
+    )
     for folder in (halfway.root, halfway.ticket, halfway.init, halfway.checkpoints):
         (folder / ".name.123.incomplete").write_text("half")
     assert lives()[0].code == 0
@@ -148,9 +162,11 @@ def test_what_killed_processes_left_is_swept(lives, halfway, calm):
 
 @pytest.mark.parametrize(
     ("damage", "name"),
-    daily(product([tear, flip], ["config.yaml", "data.json", "private/init/theta0.json"]),
-          [(tear, "config.yaml"), (flip, "data.json"), (tear, "private/init/theta0.json")]),
-)  # fmt: skip
+    daily(
+        product([tear, flip], ["config.yaml", "data.json", "private/init/theta0.json"]),
+        [(tear, "config.yaml"), (flip, "data.json"), (tear, "private/init/theta0.json")],
+    ),
+)
 def test_facts(lives, halfway, damage, name):
     damage(halfway.root / name)
     one, _ = lives()

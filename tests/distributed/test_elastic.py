@@ -32,9 +32,22 @@ from tests.helpers.tiers import daily
 pytestmark = pytest.mark.distributed
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
-FLAGS = ("--train.micro_batch_size", "2", "--mask.source", "earlybird", "--mask.max_steps", "6",
-         "--mask.iou_threshold", "1.0", "--mask.on_unstable", "last", "--run.val_every", "4",
-         "--train.lr", "3e-3")  # fmt: skip
+FLAGS = (
+    "--train.micro_batch_size",
+    "2",
+    "--mask.source",
+    "earlybird",
+    "--mask.max_steps",
+    "6",
+    "--mask.iou_threshold",
+    "1.0",
+    "--mask.on_unstable",
+    "last",
+    "--run.val_every",
+    "4",
+    "--train.lr",
+    "3e-3",
+)
 
 
 def samples(folder: Path) -> dict[tuple[str, int], list[str]]:
@@ -73,8 +86,9 @@ def whole_and_divided(
         record: Any = (recorded_samples, (str(folder / f"{name}-samples"),))
         for (pool, stage, flags), stop in zip(shapes, [*stopped, None], strict=True):
             given = [record, *([] if stop is None else [(stop_in_training, (stop,))])]
-            one, *_ = lives(*flags, "--run.name", name, fault=all_of, given=given, pool=pool,
-                            stage=stage)  # fmt: skip
+            one, *_ = lives(
+                *flags, "--run.name", name, fault=all_of, given=given, pool=pool, stage=stage
+            )
             assert one.code == (0 if stop is None else 75), one.err
             found.append(one)
     assert checkpoints(RunDir(folder / "divided"))[-1] == 12
@@ -134,9 +148,18 @@ def test_what_is_learned_may_not_change(lives, tmp_path):
     """Where gradients are added up in fp32, the sums are others: no way of cutting."""
     one, _ = lives(*FLAGS, "--train.steps", "2", "--train.precision", "bf16", stage=2)
     assert one.code == 0, one.err
-    one, _ = lives(*FLAGS, "--train.steps", "2", "--train.precision", "bf16",
-                   "--train.accumulate_fp32", "true", "--train.micro_batch_size", "1",
-                   stage=2)  # fmt: skip
+    one, _ = lives(
+        *FLAGS,
+        "--train.steps",
+        "2",
+        "--train.precision",
+        "bf16",
+        "--train.accumulate_fp32",
+        "true",
+        "--train.micro_batch_size",
+        "1",
+        stage=2,
+    )
     assert one.code == 1
     assert one.err.rstrip().endswith("(run's, yours):\n  train.accumulate_fp32: False, True")
 
@@ -160,8 +183,9 @@ def test_discovery_in_three_shapes(lives, shapes, tmp_path, score):
     assert one.code == 0, one.err
     for (pool, stage), stop in zip(shapes, (2, 4, None), strict=True):
         given = [same, *([] if stop is None else [(act, (stop, 0, raise_signal, signal.SIGTERM))])]
-        one, *_ = lives(*flags, "--run.name", "divided", fault=all_of, given=given, pool=pool,
-                        stage=stage)  # fmt: skip
+        one, *_ = lives(
+            *flags, "--run.name", "divided", fault=all_of, given=given, pool=pool, stage=stage
+        )
         assert one.code == (0 if stop is None else 75), one.err
     whole, divided = RunDir(tmp_path / "whole"), RunDir(tmp_path / "divided")
     assert load_ticket(divided.ticket).id == load_ticket(whole.ticket).id
@@ -171,15 +195,29 @@ def test_discovery_in_three_shapes(lives, shapes, tmp_path, score):
 def test_discovery_in_uneven_shapes(lives, request, tmp_path):
     """1, 3 and 2 ranks, 8, then 3 + 3 + 2, then 4 + 4 sequences: gradients differ in the last bits,
     so a threshold may fall on the other side of an element, no more."""
-    flags = (*FLAGS, "--train.steps", "2", "--train.warmup_steps", "1",
-             "--train.micro_batch_size", "8")  # fmt: skip
+    flags = (
+        *FLAGS,
+        "--train.steps",
+        "2",
+        "--train.warmup_steps",
+        "1",
+        "--train.micro_batch_size",
+        "8",
+    )
     pools = {n: request.getfixturevalue(f"ranks{n}") for n in (1, 2, 3)}
     one, *_ = lives(*flags, "--run.name", "whole", pool=pools[1])
     assert one.code == 0, one.err
     for ranks, stage, stop in ((1, 1, 2), (3, 3, 4), (2, 2, None)):
         given = [] if stop is None else [(act, (stop, 0, raise_signal, signal.SIGTERM))]
-        one, *_ = lives(*flags, "--run.name", "divided", fault=all_of, given=given,
-                        pool=pools[ranks], stage=stage)  # fmt: skip
+        one, *_ = lives(
+            *flags,
+            "--run.name",
+            "divided",
+            fault=all_of,
+            given=given,
+            pool=pools[ranks],
+            stage=stage,
+        )
         assert one.code == (0 if stop is None else 75), one.err
     whole, divided = RunDir(tmp_path / "whole"), RunDir(tmp_path / "divided")
     one, other = load_ticket(whole.ticket).mask, load_ticket(divided.ticket).mask
@@ -187,6 +225,7 @@ def test_discovery_in_uneven_shapes(lives, request, tmp_path):
     different = sum(int((one.full(n) != other.full(n)).sum()) for n in one.shapes)
     assert different <= 4  # two elements in each other's place, twice; measured: none
     torch.testing.assert_close(values(divided, "iou"), values(whole, "iou"), atol=1e-3, rtol=0)
-    losses = [{k: v for k, v in values(r, "loss").items() if k[0] == "discover"}
-              for r in (whole, divided)]  # fmt: skip
+    losses = [
+        {k: v for k, v in values(r, "loss").items() if k[0] == "discover"} for r in (whole, divided)
+    ]
     torch.testing.assert_close(losses[1], losses[0], atol=TOLERANCE["fp32"], rtol=0)

@@ -36,10 +36,20 @@ def home(ranks1, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def flags(home: Path, *more: str) -> list[str]:
     return [
-        "--data.glue_dir", f"{home}/glue", "--train.steps", "6", "--train.lr", "1e-2",
-        "--train.global_batch_size", "8", "--train.micro_batch_size", "4", "--run.val_every", "3",
+        "--data.glue_dir",
+        f"{home}/glue",
+        "--train.steps",
+        "6",
+        "--train.lr",
+        "1e-2",
+        "--train.global_batch_size",
+        "8",
+        "--train.micro_batch_size",
+        "4",
+        "--run.val_every",
+        "3",
         *more,
-    ]  # fmt: skip
+    ]
 
 
 def test_all_tasks(ranks2, home):
@@ -67,9 +77,20 @@ def test_all_tasks(ranks2, home):
 def test_each_method_learns(ranks1, home, method):
     """A word decides the label, so a few epochs beat the majority by far."""
     given = flags(
-        home, "--task", "sst2", "--method", method, "--run.name", f"learns-{method}",
-        "--train.steps", "120", "--run.val_every", "120", "--ticket", f"{home}/ticket",
-    )  # fmt: skip
+        home,
+        "--task",
+        "sst2",
+        "--method",
+        method,
+        "--run.name",
+        f"learns-{method}",
+        "--train.steps",
+        "120",
+        "--run.val_every",
+        "120",
+        "--ticket",
+        f"{home}/ticket",
+    )
     (found,) = ranks1.run(tune, str(home), given)[0]
     assert found.values["majority"]["SST-2"]["accuracy"] == 0.5
     assert found.values["metrics"]["SST-2"]["accuracy"] > 0.75
@@ -78,17 +99,21 @@ def test_each_method_learns(ranks1, home, method):
 @pytest.mark.parametrize(
     ("method", "ranks", "stage"),
     daily(
-        [(m, *s) for m in ("full", "lora", "ticket", "random", "complement")
-         for s in ((1, 0), (2, 1), (2, 3))],
+        [
+            (m, *s)
+            for m in ("full", "lora", "ticket", "random", "complement")
+            for s in ((1, 0), (2, 1), (2, 3))
+        ],
         [("full", 1, 0), ("lora", 2, 1), ("ticket", 2, 3), ("random", 1, 0), ("complement", 1, 0)],
     ),
-)  # fmt: skip
+)
 def test_what_may_change(request, home, method, ranks, stage):
     """Bit for bit; the head, which is new, always does."""
     pool = request.getfixturevalue(f"ranks{ranks}")
     name = f"touch-{method}-{ranks}-{stage}"
-    given = flags(home, "--task", "sst2", "--method", method, "--run.name", name,
-                  "--ticket", f"{home}/ticket")  # fmt: skip
+    given = flags(
+        home, "--task", "sst2", "--method", method, "--run.name", name, "--ticket", f"{home}/ticket"
+    )
     found = pool.run(tune, str(home), given, (), stage)[0][0]
     run = RunDir(home / "runs" / name)
     before, after = weights(home / "release"), weights(run.private / "model")
@@ -124,9 +149,25 @@ def test_new_head_trains_whole(ranks1, home):
     """Also where the ticket is, and it is the seed's."""
     heads = []
     for name, steps, seed in (("head-0", "1", "5"), ("head-1", "1", "5"), ("head-2", "1", "6")):
-        given = flags(home, "--task", "mnli", "--method", "ticket", "--run.name", name,
-                      "--ticket", f"{home}/ticket", "--train.steps", steps, "--seed", seed,
-                      "--train.warmup_ratio", "0", "--train.lr", "1e-6")  # fmt: skip
+        given = flags(
+            home,
+            "--task",
+            "mnli",
+            "--method",
+            "ticket",
+            "--run.name",
+            name,
+            "--ticket",
+            f"{home}/ticket",
+            "--train.steps",
+            steps,
+            "--seed",
+            seed,
+            "--train.warmup_ratio",
+            "0",
+            "--train.lr",
+            "1e-6",
+        )
         ranks1.run(tune, str(home), given)
         heads.append(weights(home / "runs" / name / "private" / "model")["score.weight"])
     assert heads[0].shape == (3, 32)
@@ -141,8 +182,11 @@ def test_sweep_repeats_nothing(ranks1, home, capfd):
     file = home / "runs/swept/results.jsonl"
     before = file.read_bytes()
     assert [(r.settings["lr"], r.settings["seed"]) for r in first] == [
-        (1e-3, 0), (1e-3, 1), (1e-2, 0), (1e-2, 1)
-    ]  # fmt: skip
+        (1e-3, 0),
+        (1e-3, 1),
+        (1e-2, 0),
+        (1e-2, 1),
+    ]
     again = ranks1.run(tune, str(home), given, grid, 1, False)[0]
     assert again == first
     assert file.read_bytes() == before
@@ -157,8 +201,19 @@ def test_stopped_and_resumed(ranks2, home, method):
     """SIGTERM in update 4; the same command gives the same bits as one that was left alone."""
     values, models = [], []
     for name in (f"alone-{method}", f"stopped-{method}"):
-        given = flags(home, "--task", "mrpc", "--method", method, "--run.name", name,
-                      "--ticket", f"{home}/ticket", "--train.steps", "8")  # fmt: skip
+        given = flags(
+            home,
+            "--task",
+            "mrpc",
+            "--method",
+            method,
+            "--run.name",
+            name,
+            "--ticket",
+            f"{home}/ticket",
+            "--train.steps",
+            "8",
+        )
         if name.startswith("stopped"):
             assert ranks2.run(_stopped, str(home), given)[0] == "SIGTERM"
             assert (home / "runs" / name / "private/checkpoints/update-00000005").is_dir()
@@ -175,9 +230,19 @@ def test_stopped_and_resumed_on_three_ranks(ranks1, ranks3, home, task):
     runs = [RunDir(home / "runs" / f"{task}-{name}") for name in ("one", "three")]
     for run in runs:
         given = [
-            "--data.glue_dir", f"{home}/glue", "--task", task, "--run.name", run.root.name,
-            "--train.steps", "8", "--train.lr", "1e-3", "--train.global_batch_size", "8",
-        ]  # fmt: skip
+            "--data.glue_dir",
+            f"{home}/glue",
+            "--task",
+            task,
+            "--run.name",
+            run.root.name,
+            "--train.steps",
+            "8",
+            "--train.lr",
+            "1e-3",
+            "--train.global_batch_size",
+            "8",
+        ]
         pool = ranks1
         if run is runs[1]:
             assert ranks1.run(_stopped, str(home), given, 0)[0] == "SIGTERM"
@@ -244,9 +309,24 @@ def test_text(ranks2, ranks1, home, work):
     """Next tokens on a store; a random mask starts from the same loss, and more steps help."""
     store = str(work / "store")
     ranks1.run(_release_of_store, str(work), str(home / "lm"))
-    given = ["--task", "lm", "--data.store", store, "--train.global_batch_size", "8",
-             "--train.micro_batch_size", "4", "--train.steps", "20", "--train.lr", "1e-2",
-             "--run.val_every", "10", "--run.val_blocks", "8"]  # fmt: skip
+    given = [
+        "--task",
+        "lm",
+        "--data.store",
+        store,
+        "--train.global_batch_size",
+        "8",
+        "--train.micro_batch_size",
+        "4",
+        "--train.steps",
+        "20",
+        "--train.lr",
+        "1e-2",
+        "--run.val_every",
+        "10",
+        "--run.val_blocks",
+        "8",
+    ]
     sweeps = ("method=full,random",)
     full, masked = ranks2.run(tune, str(home / "lm"), given, sweeps)[0]
     losses = [[loss for _, loss in one.values["curve"]] for one in (full, masked)]
@@ -271,9 +351,12 @@ def _release_of_store(work: str, folder: str) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(f"{work}/store/tokenizer")
     hf_config = model_config(
-        tiny.LLAMA, vocab_size=len(tokenizer), eos_id=tokenizer.eos_token_id, bos_id=None,
+        tiny.LLAMA,
+        vocab_size=len(tokenizer),
+        eos_id=tokenizer.eos_token_id,
+        bos_id=None,
         block_size=32,
-    )  # fmt: skip
+    )
     torch.manual_seed(3)
     build_model(hf_config).save_pretrained(f"{folder}/release")
     shutil.copytree(f"{work}/store/tokenizer", f"{folder}/release", dirs_exist_ok=True)
@@ -286,8 +369,19 @@ def test_sealed_ticket(ranks1, home, tmp_path):
     new_identity(tmp_path / "other.txt")
     sealed = seal(ticket, public_keys([str(tmp_path / "partner.pub")]))
     (tmp_path / "partner.age").write_bytes(sealed)
-    given = flags(home, "--task", "rte", "--method", "ticket", "--run.name", "partner",
-                  "--train.steps", "2", "--ticket", str(tmp_path / "partner.age"))  # fmt: skip
+    given = flags(
+        home,
+        "--task",
+        "rte",
+        "--method",
+        "ticket",
+        "--run.name",
+        "partner",
+        "--train.steps",
+        "2",
+        "--ticket",
+        str(tmp_path / "partner.age"),
+    )
     (found,) = ranks1.run(tune, str(home), [*given, "--identity", str(tmp_path / "key.txt")])[0]
     assert found.settings["mask"] == "own"
     other = [*given, "--identity", str(tmp_path / "other.txt"), "--seed", "1"]
@@ -311,8 +405,19 @@ def test_other_models(ranks1, tmp_path, home, family):
 
 def test_scratch_is_a_control(ranks1, home):
     """Fresh weights of the same architecture: nothing of the release is left."""
-    given = flags(home, "--task", "sst2", "--scratch", "true", "--run.name", "scratch",
-                  "--train.steps", "1", "--train.lr", "1e-8")  # fmt: skip
+    given = flags(
+        home,
+        "--task",
+        "sst2",
+        "--scratch",
+        "true",
+        "--run.name",
+        "scratch",
+        "--train.steps",
+        "1",
+        "--train.lr",
+        "1e-8",
+    )
     (found,) = ranks1.run(tune, str(home), given)[0]
     assert found.settings["scratch"] is True
     before, after = weights(home / "release"), weights(home / "runs/scratch/private/model")

@@ -123,11 +123,14 @@ def flip_mask(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("action", "fault", "every"),
     daily(
-        [(a, f, n) for a, f in ((flip_frozen, "drift"), (flip_mask, "mask drift"))
-         for n in ("1", "100")],
+        [
+            (a, f, n)
+            for a, f in ((flip_frozen, "drift"), (flip_mask, "mask drift"))
+            for n in ("1", "100")
+        ],
         [(flip_frozen, "drift", "1"), (flip_mask, "mask drift", "100")],
     ),
-)  # fmt: skip
+)
 def test_drift(lives, run, calm, action, fault, every):
     """Found at the next look; when there is none before the save, then."""
     one, other = lives("--guard.drift_every", every, fault=act, given=(6, 1, action))
@@ -218,9 +221,14 @@ def test_clock_jump(lives, run, calm):
 
 
 TRAIN = TrainConfig(
-    steps=6, warmup_steps=1, lr=1e-3, weight_decay=0.1, clip_norm=0.5, global_batch_size=8,
+    steps=6,
+    warmup_steps=1,
+    lr=1e-3,
+    weight_decay=0.1,
+    clip_norm=0.5,
+    global_batch_size=8,
     micro_batch_size=2,
-)  # fmt: skip
+)
 
 
 def skipping(stage: int, precision: Precision, with_backward: bool) -> dict[str, torch.Tensor]:

@@ -88,9 +88,12 @@ def test_killed_while_it_trains_and_saves(tmp_path):
         command = ["-m", "pmp_ds.launch", "--ranks", "2", "tests/helpers/plain_loop.py"]
         return subprocess.Popen(
             [sys.executable, *command, str(tmp_path / name), "1", "30"],
-            cwd=REPO, stdout=subprocess.PIPE, text=True, start_new_session=True,
+            cwd=REPO,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
             env=os.environ | {"PYTHONPATH": str(REPO), "DS_ACCELERATOR": "cpu"},
-        )  # fmt: skip
+        )
 
     def result(process: subprocess.Popen[str]) -> tuple[int, list[float]]:
         out, _ = process.communicate(timeout=300)

@@ -69,14 +69,25 @@ def pair() -> Iterator[Callable[[str], list[Process]]]:
     def start(what: str) -> list[Process]:
         port = free_port()
         for rank in ("0", "1"):
-            where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu",
-                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                     "OMP_NUM_THREADS": "1"}  # fmt: skip
+            where = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": "2",
+                "DS_ACCELERATOR": "cpu",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
+            }
             started.append(
-                subprocess.Popen([sys.executable, "-c", PROGRAM, what], cwd=REPO, text=True,
-                                 env=os.environ | where, stdout=subprocess.PIPE,
-                                 stderr=subprocess.PIPE)
-            )  # fmt: skip
+                subprocess.Popen(
+                    [sys.executable, "-c", PROGRAM, what],
+                    cwd=REPO,
+                    text=True,
+                    env=os.environ | where,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                )
+            )
         for process in started:
             assert process.stdout is not None
             assert process.stdout.readline() == "runs\n", process.communicate()

@@ -26,11 +26,16 @@ MODELS = {"llama": tiny.LLAMA, "gpt2 tied": tiny.GPT2, "frozen parameters": tiny
 
 def config(case: Case) -> TrainConfig:
     return TrainConfig(
-        steps=STEPS, warmup_steps=2, lr=3e-3, weight_decay=0.1, clip_norm=0.3,
-        precision=case.precision, global_batch_size=GLOBAL,
+        steps=STEPS,
+        warmup_steps=2,
+        lr=3e-3,
+        weight_decay=0.1,
+        clip_norm=0.3,
+        precision=case.precision,
+        global_batch_size=GLOBAL,
         micro_batch_size=GLOBAL // case.accumulation // case.world_size,
         accumulate_fp32=case.accumulate_fp32,
-    )  # fmt: skip
+    )
 
 
 def build(case: Case) -> Any:
@@ -74,10 +79,14 @@ def run_case(case: Case) -> dict[str, Any] | None:
         expected_norms.append(masked_norm(engine, ticket.mask))
         norms.append(float(engine.step(learning_rate(train, step))))
     found = {
-        "losses": losses, "norms": norms, "expected_norms": expected_norms,
-        "weights": dict(engine.parameters()), "mask": ticket.mask,
-        "master": gather_master(engine), "bytes": state_bytes(engine),
-    }  # fmt: skip
+        "losses": losses,
+        "norms": norms,
+        "expected_norms": expected_norms,
+        "weights": dict(engine.parameters()),
+        "mask": ticket.mask,
+        "master": gather_master(engine),
+        "bytes": state_bytes(engine),
+    }
     engine.close()
     return found if dist.rank() == 0 else None
 

@@ -24,10 +24,16 @@ MICRO, REPEATS = 4, 4  # a global batch is MICRO blocks, REPEATS times: any of 1
 CONFIG = Config(
     mask=MaskConfig(iou_threshold=0.95, patience=3, max_steps=40),
     train=TrainConfig(
-        steps=20, warmup_steps=4, lr=3e-3, weight_decay=0.1, clip_norm=0.5, precision="fp32",
-        global_batch_size=MICRO * REPEATS, micro_batch_size=MICRO,
+        steps=20,
+        warmup_steps=4,
+        lr=3e-3,
+        weight_decay=0.1,
+        clip_norm=0.5,
+        precision="fp32",
+        global_batch_size=MICRO * REPEATS,
+        micro_batch_size=MICRO,
     ),
-)  # fmt: skip
+)
 
 
 def run_method(stage: int, precision: Precision) -> dict[str, Any] | None:
@@ -58,10 +64,15 @@ def run_method(stage: int, precision: Precision) -> dict[str, Any] | None:
     if dist.rank() != 0:
         return None
     return {
-        "id": ticket.id, "step": ticket.step, "trace": trace[1:], "losses": losses,
-        "norms": norms, "weights": weights, "k": ticket.mask.num_kept,
+        "id": ticket.id,
+        "step": ticket.step,
+        "trace": trace[1:],
+        "losses": losses,
+        "norms": norms,
+        "weights": weights,
+        "k": ticket.mask.num_kept,
         "masks": {name: ticket.mask.full(name) for name in ticket.mask.shapes},
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +86,14 @@ def expected() -> dict[str, Any]:
     losses, norms = reference.pretrain(model, CONFIG.train, masks, batch)
     weights = {name: param.detach() for name, param in model.named_parameters()}
     return {
-        "k": k, "masks": masks, "step": step, "trace": trace, "losses": losses, "norms": norms,
+        "k": k,
+        "masks": masks,
+        "step": step,
+        "trace": trace,
+        "losses": losses,
+        "norms": norms,
         "weights": weights,
-    }  # fmt: skip
+    }
 
 
 _tickets: dict[tuple[int, int], str] = {}

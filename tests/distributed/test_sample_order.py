@@ -19,9 +19,15 @@ LEGS = (("ranks1", 37), ("ranks4", 11), ("ranks2", 12))
 def read(setting: Any, consumed: int, steps: int) -> tuple[list[list[int]], int]:
     """Block numbers of this rank in each update, and the state at the end."""
     work = Work(
-        name="train", model=None, objective=NextToken(), samples=open_data(setting).split("train"),
-        order=order_key("train", 0), dataset_id="", tokens_per_sample=8, steps=STEPS,
-    )  # fmt: skip
+        name="train",
+        model=None,
+        objective=NextToken(),
+        samples=open_data(setting).split("train"),
+        order=order_key("train", 0),
+        dataset_id="",
+        tokens_per_sample=8,
+        steps=STEPS,
+    )
     with work.loader(BATCH, consumed) as loader:
         found = [loader.next()[:, 0].tolist() for _ in range(steps)]
         return found, loader.consumed_samples

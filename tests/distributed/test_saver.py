@@ -27,8 +27,18 @@ from tests.helpers.tiers import daily
 
 pytestmark = pytest.mark.distributed
 
-KEEP = ("--run.keep_last", "9", "--mask.source", "earlybird", "--mask.max_steps", "6",
-        "--mask.on_unstable", "last", "--run.checkpoint_every", "3")  # fmt: skip
+KEEP = (
+    "--run.keep_last",
+    "9",
+    "--mask.source",
+    "earlybird",
+    "--mask.max_steps",
+    "6",
+    "--mask.on_unstable",
+    "last",
+    "--run.checkpoint_every",
+    "3",
+)
 
 
 def files(run: RunDir) -> dict[str, bytes]:

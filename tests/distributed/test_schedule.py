@@ -12,9 +12,16 @@ from tests.helpers.lives import checkpoints
 pytestmark = pytest.mark.distributed
 
 STABLE = (
-    "--train.schedule", "wsd", "--train.optimizer", "lion", "--train.lr", "1e-3",
-    "--run.checkpoint_every", "6", "--train.decay_steps",
-)  # fmt: skip
+    "--train.schedule",
+    "wsd",
+    "--train.optimizer",
+    "lion",
+    "--train.lr",
+    "1e-3",
+    "--run.checkpoint_every",
+    "6",
+    "--train.decay_steps",
+)
 
 
 def losses(run: RunDir) -> list[tuple[float, float]]:

@@ -153,8 +153,10 @@ def test_all_damaged(run, capsys):
     head, *lines, way_out = str(caught.value).splitlines()
     assert head.startswith(f"{run.checkpoints} has 3 checkpoints, and none can be read;")
     names = (
-        "weights/model.safetensors", "state/rank-00001.safetensors", "manifest.json is missing"
-    )  # fmt: skip
+        "weights/model.safetensors",
+        "state/rank-00001.safetensors",
+        "manifest.json is missing",
+    )
     assert lines == [
         f"  checkpoint {folder} is damaged: {name}"
         for folder, name in zip(folders, names, strict=True)

@@ -77,8 +77,11 @@ def test_none_can_be_read(refused, lives, ended, calm):
     aside = ended.private / "checkpoints.unreadable-1"
     assert (one.code, f"{AFRESH}: set aside as {aside}\n" in one.out) == (0, True)
     assert {path.name for path in aside.iterdir()} == {
-        "update-00000008", "update-00000012", "latest", "metrics.jsonl"
-    }  # fmt: skip
+        "update-00000008",
+        "update-00000012",
+        "latest",
+        "metrics.jsonl",
+    }
     assert (aside / "metrics.jsonl").read_bytes() == metrics
     same_end(calm, ended)
     assert checkpoints(ended) == [8, 12]

@@ -11,8 +11,18 @@ from tests.helpers.tiers import daily
 
 pytestmark = pytest.mark.distributed
 
-DISCOVER = ("--mask.source", "earlybird", "--mask.iou_threshold", "1.0", "--mask.on_unstable",
-            "last", "--mask.max_steps", "7", "--run.checkpoint_every", "4")  # fmt: skip
+DISCOVER = (
+    "--mask.source",
+    "earlybird",
+    "--mask.iou_threshold",
+    "1.0",
+    "--mask.on_unstable",
+    "last",
+    "--mask.max_steps",
+    "7",
+    "--run.checkpoint_every",
+    "4",
+)
 
 
 @pytest.mark.parametrize(
@@ -65,8 +75,16 @@ def test_signal_in_discovery(lives, run, tmp_path, background, score):
     same_end(type(run)(tmp_path / "whole"), run)
 
 
-STABLE = ("--mask.source", "earlybird", "--mask.iou_threshold", "0.01", "--mask.patience", "3",
-          "--mask.max_steps", "9")  # fmt: skip
+STABLE = (
+    "--mask.source",
+    "earlybird",
+    "--mask.iou_threshold",
+    "0.01",
+    "--mask.patience",
+    "3",
+    "--mask.max_steps",
+    "9",
+)
 
 
 @pytest.mark.parametrize("last", daily([(STABLE,), (DISCOVER,)], [(STABLE,)]))

@@ -24,10 +24,15 @@ SHARES = {1: [8], 2: [4, 4], 3: [3, 3, 2]}
 CONFIG = Config(
     mask=MaskConfig(iou_threshold=0.95, patience=3, max_steps=40),
     train=TrainConfig(
-        steps=20, warmup_steps=4, lr=3e-3, weight_decay=0.1, clip_norm=0.5, precision="fp32",
+        steps=20,
+        warmup_steps=4,
+        lr=3e-3,
+        weight_decay=0.1,
+        clip_norm=0.5,
+        precision="fp32",
         global_batch_size=BATCH,
     ),
-)  # fmt: skip
+)
 
 
 def share(step: int) -> torch.Tensor:
@@ -60,9 +65,13 @@ def run_method(stage: int, precision: Precision, micro_batch_size: int) -> dict[
     if dist.rank() != 0:
         return None
     return {
-        "step": ticket.step, "warm_up": warm_up, "losses": losses, "norms": norms,
-        "weights": weights, "masks": {n: ticket.mask.full(n) for n in ticket.mask.shapes},
-    }  # fmt: skip
+        "step": ticket.step,
+        "warm_up": warm_up,
+        "losses": losses,
+        "norms": norms,
+        "weights": weights,
+        "masks": {n: ticket.mask.full(n) for n in ticket.mask.shapes},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +86,13 @@ def expected() -> dict[str, Any]:
     losses, norms = reference.pretrain(model, CONFIG.train, masks, batch)
     weights = {name: param.detach() for name, param in model.named_parameters()}
     return {
-        "masks": masks, "step": step, "warm_up": dense[:step], "losses": losses, "norms": norms,
+        "masks": masks,
+        "step": step,
+        "warm_up": dense[:step],
+        "losses": losses,
+        "norms": norms,
         "weights": weights,
-    }  # fmt: skip
+    }
 
 
 # (ranks, largest micro-batch, ZeRO stage). Shares of 3, 3 and 2 sequences in two micro-batches of 2

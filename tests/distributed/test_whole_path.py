@@ -69,15 +69,38 @@ def test_every_command_takes_the_ticket(
 
     vault.main(["verify", ticket, "--model", release, "--run", str(main.root)])
     assert f"fits {release}" in capsys.readouterr().out
-    evaluate.main([
-        "gradients", "--model", release, "--ticket", ticket, "--store", text, "--blocks", "2",
-        "--results", str(tmp_path / "results.jsonl"),
-    ])  # fmt: skip
+    evaluate.main(
+        [
+            "gradients",
+            "--model",
+            release,
+            "--ticket",
+            ticket,
+            "--store",
+            text,
+            "--blocks",
+            "2",
+            "--results",
+            str(tmp_path / "results.jsonl"),
+        ]
+    )
 
     flags = [
-        "--task", "lm", "--data.store", text, "--method", "ticket", "--ticket", ticket,
-        "--train.steps", "4", "--train.global_batch_size", "4", "--run.val_blocks", "2",
-    ]  # fmt: skip
+        "--task",
+        "lm",
+        "--data.store",
+        text,
+        "--method",
+        "ticket",
+        "--ticket",
+        ticket,
+        "--train.steps",
+        "4",
+        "--train.global_batch_size",
+        "4",
+        "--run.val_blocks",
+        "2",
+    ]
     (tmp_path / "release").symlink_to(main.release)
     ranks1.run(finetune.tune, str(tmp_path), flags)
     tuned = tmp_path / "runs/finetune/private/model"
@@ -90,21 +113,44 @@ def test_every_command_takes_the_ticket(
 
     derived = tmp_path / "derived"
     with families.in_this_process():
-        export.main([
-            "--derivative", str(tuned), "--base", release, "--ticket", ticket,
-            "--out", str(derived),
-        ])  # fmt: skip
+        export.main(
+            [
+                "--derivative",
+                str(tuned),
+                "--base",
+                release,
+                "--ticket",
+                ticket,
+                "--out",
+                str(derived),
+            ]
+        )
     for name in fixed(main):
         assert weights(derived)[name].equal(before[name])
 
     with contextlib.suppress(SystemExit):  # after so few updates most changes are lost in bf16
-        audit.main([
-            "--release", release, "--ticket", ticket, "--config", str(main.config), "--derivative",
-            str(derived), "--text", text, "--seconds", "0.5", "--seeds", "0:2",
-        ])  # fmt: skip
+        audit.main(
+            [
+                "--release",
+                release,
+                "--ticket",
+                ticket,
+                "--config",
+                str(main.config),
+                "--derivative",
+                str(derived),
+                "--text",
+                text,
+                "--seconds",
+                "0.5",
+                "--seeds",
+                "0:2",
+            ]
+        )
     found = json.loads((main.private / "audit/audit.json").read_text())
     assert {leak.partition(":")[0] for leak in found["leaks"]} <= {"derivative"}
     verdicts = {row["attack"]: row["verdict"] for row in found["attacks"]}
     assert {name for name, verdict in verdicts.items() if verdict == "not run"} == {
-        "two revisions", "shadow model"
-    }  # fmt: skip
+        "two revisions",
+        "shadow model",
+    }

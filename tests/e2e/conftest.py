@@ -40,9 +40,14 @@ def main_run(_furnished: tuple[Path, Done]) -> MainRun:
     """Two ranks, ZeRO 1, early-bird ticket; exported and reported."""
     work, prepare = _furnished
     train = run(
-        "pretrain.py", "--config", "tiny.yaml", "--deepspeed-config", DS_CONFIGS / "zero1.json",
-        cwd=work, ranks=2,
-    )  # fmt: skip
+        "pretrain.py",
+        "--config",
+        "tiny.yaml",
+        "--deepspeed-config",
+        DS_CONFIGS / "zero1.json",
+        cwd=work,
+        ranks=2,
+    )
     ok(train)
     export = ok(run("export.py", "--run", "runs/main", "--prompt", "kana", cwd=work))
     report = ok(run("report.py", "--run", "runs/main", "--prompt", "kana", cwd=work))

@@ -14,8 +14,19 @@ from tests.helpers.workdir import PREPARE, SHORT
 
 UNSHARE = ("unshare", "-U", "--map-user=12345")
 NAMELESS = (
-    *UNSHARE, "env", "-u", "USER", "-u", "LOGNAME", "-u", "LNAME", "-u", "USERNAME", "-u", "HOME",
-)  # fmt: skip
+    *UNSHARE,
+    "env",
+    "-u",
+    "USER",
+    "-u",
+    "LOGNAME",
+    "-u",
+    "LNAME",
+    "-u",
+    "USERNAME",
+    "-u",
+    "HOME",
+)
 pytestmark = [pytest.mark.e2e, needs(*UNSHARE[1:])]
 
 
@@ -46,14 +57,17 @@ def test_a_release_is_made(folder: Path):
 
 @pytest.mark.parametrize(
     "command",
-    daily([
-        "evaluate.py perplexity --model runs/main/release --store store",
-        "finetune.py --model runs/main/release --task lm --data.store store --train.steps 2",
-        "audit.py --release runs/main/release --ticket runs/main/private/ticket",
-        "vault.py show runs/main/private/ticket",
-        "report.py --run runs/main",
-    ], ["report.py --run runs/main"]),
-)  # fmt: skip
+    daily(
+        [
+            "evaluate.py perplexity --model runs/main/release --store store",
+            "finetune.py --model runs/main/release --task lm --data.store store --train.steps 2",
+            "audit.py --release runs/main/release --ticket runs/main/private/ticket",
+            "vault.py show runs/main/private/ticket",
+            "report.py --run runs/main",
+        ],
+        ["report.py --run runs/main"],
+    ),
+)
 def test_a_release_is_used(folder: Path, command: str):
     nameless(*command.split(), cwd=folder)
 
@@ -64,7 +78,17 @@ def test_data_and_training(work: Path, tmp_path: Path):
         shutil.copy(file, tmp_path)
     nameless("prepare_data.py", *PREPARE, "--out", "store", cwd=tmp_path)
     done = nameless(
-        "pretrain.py", "--config", "tiny.yaml", *SHORT, "--mask.max_steps", "4",
-        "--mask.on_unstable", "last", "--deepspeed-config", "zero1.json", cwd=tmp_path, ranks=2,
-    )  # fmt: skip
+        "pretrain.py",
+        "--config",
+        "tiny.yaml",
+        *SHORT,
+        "--mask.max_steps",
+        "4",
+        "--mask.on_unstable",
+        "last",
+        "--deepspeed-config",
+        "zero1.json",
+        cwd=tmp_path,
+        ranks=2,
+    )
     assert "many times slower" not in done.stderr

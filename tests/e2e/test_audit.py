@@ -13,18 +13,38 @@ from tests.helpers.commands import Done, call, error_of, ok, run
 pytestmark = pytest.mark.e2e
 
 FIELDS = {
-    "attack", "needs", "verdict", "auc", "auc_outside_embeddings", "iou", "chance_iou",
-    "preventable", "countermeasure", "note", "seconds",
-}  # fmt: skip
+    "attack",
+    "needs",
+    "verdict",
+    "auc",
+    "auc_outside_embeddings",
+    "iou",
+    "chance_iou",
+    "preventable",
+    "countermeasure",
+    "note",
+    "seconds",
+}
 
 
 def audit(work: Path, name: str, *more: str | Path) -> tuple[Done, dict[str, Any]]:
     """The command's end, and the attacks of its audit.json by name."""
     folder = work / "runs" / name
     done = run(
-        "audit.py", "--release", folder / "release", "--ticket", folder / "private" / "ticket",
-        "--config", folder / "config.yaml", "--seconds", "20", "--seeds", "40:60", *more, cwd=work,
-    )  # fmt: skip
+        "audit.py",
+        "--release",
+        folder / "release",
+        "--ticket",
+        folder / "private" / "ticket",
+        "--config",
+        folder / "config.yaml",
+        "--seconds",
+        "20",
+        "--seeds",
+        "40:60",
+        *more,
+        cwd=work,
+    )
     found = json.loads((folder / "private" / "audit" / "audit.json").read_text())
     return done, {row["attack"]: row for row in found["attacks"]} | {"whole": found}
 
@@ -33,10 +53,20 @@ def audit(work: Path, name: str, *more: str | Path) -> tuple[Done, dict[str, Any
 def public(work: Path) -> Path:
     ok(
         run(
-            "pretrain.py", "--config", "tiny.yaml", "--run.name", "public", "--init.seed", "42",
-            "--train.micro_batch_size", "8", "--deepspeed-config", "zero0.json", cwd=work,
+            "pretrain.py",
+            "--config",
+            "tiny.yaml",
+            "--run.name",
+            "public",
+            "--init.seed",
+            "42",
+            "--train.micro_batch_size",
+            "8",
+            "--deepspeed-config",
+            "zero0.json",
+            cwd=work,
         )
-    )  # fmt: skip
+    )
     ok(call("export.py", "--run", "runs/public", "--allow-public-mask", cwd=work))
     return work
 
@@ -91,9 +121,15 @@ def test_second_revision_and_shadow(main_run: MainRun, public: Path):
 @pytest.mark.nightly
 def test_without_the_ticket(main_run: MainRun, public: Path):
     done = call(
-        "audit.py", "--release", "runs/public/release", "--seeds", "0:1", "--out", "seen/by/others",
+        "audit.py",
+        "--release",
+        "runs/public/release",
+        "--seeds",
+        "0:1",
+        "--out",
+        "seen/by/others",
         cwd=public,
-    )  # fmt: skip
+    )
     assert done.returncode == 1  # 42 is a usual seed
     found = json.loads((public / "seen/by/others/audit.json").read_text())
     verdicts = {row["attack"]: row["verdict"] for row in found["attacks"]}

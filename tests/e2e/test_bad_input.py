@@ -181,9 +181,15 @@ def test_folder_of_another_run(main_run: MainRun, work: Path):
 def test_ticket_of_another_model(main_run: MainRun, work: Path):
     ticket = main_run.run.ticket
     message = refused(
-        work, "--mask.source", "file", "--mask.file", ticket, "--model.intermediate_size", "64",
+        work,
+        "--mask.source",
+        "file",
+        "--mask.file",
+        ticket,
+        "--model.intermediate_size",
+        "64",
         watched=(ticket,),
-    )  # fmt: skip
+    )
     assert f"the ticket at {ticket} belongs to a model with other parameters" in message
 
 
@@ -205,8 +211,18 @@ def test_export_and_report_of_no_run(main_run: MainRun, work: Path, tmp_path: Pa
     assert "--checkpoint x is neither" in message
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "data.json", "private"]
     assert before == files_of(tmp_path / "private" / "init")
-    message = error_of(call("export.py", "--run", "runs/main", "--checkpoint", "7",
-                           "--out", tmp_path / "out", cwd=work))  # fmt: skip
+    message = error_of(
+        call(
+            "export.py",
+            "--run",
+            "runs/main",
+            "--checkpoint",
+            "7",
+            "--out",
+            tmp_path / "out",
+            cwd=work,
+        )
+    )
     assert "has no checkpoint of update 7; it has: 40, 30" in message
 
 

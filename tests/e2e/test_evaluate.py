@@ -39,21 +39,51 @@ def test_all_measures(main_run: MainRun, work: Path, texts: Path, tmp_path: Path
     tuned = tmp_path / "tuned"
     tuned.mkdir()
     weights = load_file(main_run.run.release / "model.safetensors")
-    half = {name: value * (1 + 0.5 * (torch.arange(value.numel()) % 2).view(value.shape))
-            for name, value in weights.items()}  # fmt: skip
+    half = {
+        name: value * (1 + 0.5 * (torch.arange(value.numel()) % 2).view(value.shape))
+        for name, value in weights.items()
+    }
     save_file(half, tuned / "model.safetensors")
     glue = write_glue(tmp_path / "glue", num_train=6, num_validation=6)
     command = (
-        "evaluate.py", "perplexity", "last_word", "glue", "landscape", "gradients", *MODEL,
-        *TICKET, "--text", texts, "--glue_dir", glue, "--glue_tasks", "sst2", "stsb", "--alphas",
-        "0", "0.3", "--seeds", "4", "--blocks", "16", "--finetuned", tuned, "--results", file,
-    )  # fmt: skip
+        "evaluate.py",
+        "perplexity",
+        "last_word",
+        "glue",
+        "landscape",
+        "gradients",
+        *MODEL,
+        *TICKET,
+        "--text",
+        texts,
+        "--glue_dir",
+        glue,
+        "--glue_tasks",
+        "sst2",
+        "stsb",
+        "--alphas",
+        "0",
+        "0.3",
+        "--seeds",
+        "4",
+        "--blocks",
+        "16",
+        "--finetuned",
+        tuned,
+        "--results",
+        file,
+    )
     done = ok(call(*command, cwd=work))
     assert "they are for its owner's study" in done.stdout
     found = by_kind(file)
     assert list(found) == [
-        "perplexity", "last_word", "zero-shot", "untrained-head", "landscape", "gradients",
-    ]  # fmt: skip
+        "perplexity",
+        "last_word",
+        "zero-shot",
+        "untrained-head",
+        "landscape",
+        "gradients",
+    ]
     assert {(r.arm, r.model) for r in found.values()} == {("main", "runs/main/release")}
 
     loss = found["perplexity"].values["loss"]

@@ -29,10 +29,23 @@ def ranks(place: Place) -> Iterator[Callable[..., list[Process]]]:
     def begin(*flags: str) -> list[Process]:
         port = str(free_port())
         for rank in ("0", "1"):
-            where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_SIZE": "2",
-                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
-            started.append(start("pretrain.py", *place.arguments, *flags, cwd=place.work,
-                                 env=place.environment() | where))  # fmt: skip
+            where = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": "2",
+                "LOCAL_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            started.append(
+                start(
+                    "pretrain.py",
+                    *place.arguments,
+                    *flags,
+                    cwd=place.work,
+                    env=place.environment() | where,
+                )
+            )
         return started
 
     yield begin
@@ -97,8 +110,11 @@ def test_second_signal_ends_a_rank_that_waits(place, ranks):
     assert one.poll() is None
     one.send_signal(signal.SIGTERM)
     done = finish(one)
-    seen("second signal", 128 - done.returncode if done.returncode < 0 else done.returncode,
-         done.stderr)  # fmt: skip
+    seen(
+        "second signal",
+        128 - done.returncode if done.returncode < 0 else done.returncode,
+        done.stderr,
+    )
     assert "SIGTERM: saving after the next update; signal again to end at once" in done.stderr
     assert checkpoints(place.run)
 

@@ -34,9 +34,15 @@ def begin(place: Place) -> Iterator[Begin]:
     def call(*flags: str, env=None, before=()) -> Process:
         environment = place.environment() | (env or {})
         started.append(
-            start("pretrain.py", *place.arguments, *flags, cwd=place.work, env=environment,
-                  before=before)
-        )  # fmt: skip
+            start(
+                "pretrain.py",
+                *place.arguments,
+                *flags,
+                cwd=place.work,
+                env=environment,
+                before=before,
+            )
+        )
         return started[-1]
 
     yield call
@@ -47,8 +53,13 @@ def begin(place: Place) -> Iterator[Begin]:
 
 def where(rank: int, port: int, address: str = "127.0.0.1", world: int = 2) -> dict[str, str]:
     """The environment that a launcher gives a rank."""
-    return {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(world),
-            "MASTER_ADDR": address, "MASTER_PORT": str(port)}  # fmt: skip
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+    }
 
 
 @pytest.mark.nightly
@@ -82,10 +93,20 @@ def test_a_taken_port(place, begin):
 def test_two_jobs_with_the_launchers_default_port(place):
     """Neither was told a port, both run on one machine at a time."""
     jobs = [
-        start("pretrain.py", *place.arguments, "--run.name", name, "--train.steps", "12", ranks=2,
-              cwd=place.work, env=place.environment(), port=None)
+        start(
+            "pretrain.py",
+            *place.arguments,
+            "--run.name",
+            name,
+            "--train.steps",
+            "12",
+            ranks=2,
+            cwd=place.work,
+            env=place.environment(),
+            port=None,
+        )
         for name in ("one", "two")
-    ]  # fmt: skip
+    ]
     for process in jobs:
         ok(finish(process))
 
@@ -97,10 +118,15 @@ MPIRUN = "OMPI_COMM_WORLD_"
 def test_ranks_of_mpirun_and_srun_find_each_other(place, begin, main_run):
     """Nobody gave an address: they used to train, each by itself, in one folder."""
     environments = [
-        {f"{MPIRUN}SIZE": "2", f"{MPIRUN}RANK": str(r), f"{MPIRUN}LOCAL_RANK": str(r),
-         f"{MPIRUN}LOCAL_SIZE": "2", "PMIX_NAMESPACE": place.run.root.parent.name}
+        {
+            f"{MPIRUN}SIZE": "2",
+            f"{MPIRUN}RANK": str(r),
+            f"{MPIRUN}LOCAL_RANK": str(r),
+            f"{MPIRUN}LOCAL_SIZE": "2",
+            "PMIX_NAMESPACE": place.run.root.parent.name,
+        }
         for r in (0, 1)
-    ]  # fmt: skip
+    ]
     one, other = [finish(p) for p in [begin(env=e) for e in environments]]
     ok(one)
     ok(other)
@@ -137,10 +163,14 @@ def test_a_host_without_network(place, begin, main_run):
     def job() -> list[Process]:
         port = free_port()
         return [
-            begin("--guard.lost_seconds", "6", before=pair.on(host),
-                  env=where(rank, port, hosts.HOSTS["h1"]) | {"GLOO_SOCKET_IFNAME": "eth0"})
+            begin(
+                "--guard.lost_seconds",
+                "6",
+                before=pair.on(host),
+                env=where(rank, port, hosts.HOSTS["h1"]) | {"GLOO_SOCKET_IFNAME": "eth0"},
+            )
             for rank, host in enumerate(hosts.HOSTS)
-        ]  # fmt: skip
+        ]
 
     with hosts.two() as pair:
         processes = job()

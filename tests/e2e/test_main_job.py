@@ -129,11 +129,16 @@ def test_private_files_are_private(main_run: MainRun):
     for path in (private, *private.rglob("*")):
         assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
     assert sorted(p.name for p in private.iterdir()) == [
-        "checkpoints", "init", "ledger.jsonl", "ticket",
-    ]  # fmt: skip
+        "checkpoints",
+        "init",
+        "ledger.jsonl",
+        "ticket",
+    ]
     assert sorted(p.name for p in main_run.run.checkpoints.iterdir()) == [
-        "latest", "update-00000030", "update-00000040",
-    ]  # fmt: skip
+        "latest",
+        "update-00000030",
+        "update-00000040",
+    ]
 
 
 def test_only_the_ticket_was_trained(main_run: MainRun, ticket: Ticket):

@@ -15,9 +15,17 @@ from tests.helpers.workdir import BLOCK, SHORT, write_corpus
 pytestmark = pytest.mark.e2e
 
 COMMAND = (
-    "pretrain.py", "--config", "tiny.yaml", "--deepspeed-config", DS_CONFIGS / "zero1.json",
-    "--run.name", "mixed", "--data.separate_documents", "true", *SHORT,
-)  # fmt: skip
+    "pretrain.py",
+    "--config",
+    "tiny.yaml",
+    "--deepspeed-config",
+    DS_CONFIGS / "zero1.json",
+    "--run.name",
+    "mixed",
+    "--data.separate_documents",
+    "true",
+    *SHORT,
+)
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +33,22 @@ def others(work: Path) -> tuple[str, str]:
     """Two more stores with the first one's tokenizer."""
     for name, documents in (("other_store", 60), ("third_store", 50)):
         write_corpus(work / f"{name}.jsonl", documents, words=30)
-        ok(call("prepare_data.py", "--input", f"{name}.jsonl", "--tokenizer", "store/tokenizer",
-               "--block_size", str(BLOCK), "--val_fraction", "0.2", "--out", name,
-               cwd=work))  # fmt: skip
+        ok(
+            call(
+                "prepare_data.py",
+                "--input",
+                f"{name}.jsonl",
+                "--tokenizer",
+                "store/tokenizer",
+                "--block_size",
+                str(BLOCK),
+                "--val_fraction",
+                "0.2",
+                "--out",
+                name,
+                cwd=work,
+            )
+        )
     return "other_store", "third_store"
 
 

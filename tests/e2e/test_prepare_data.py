@@ -39,8 +39,17 @@ SMALL = ("--train_vocab_size", "400", "--block_size", "32", "--val_fraction", "0
 
 
 def test_files_to_a_store_and_again_and_verify(corpus: Path):
-    arguments = ("--input", "books", "a.jsonl", "b.jsonl.gz", "--text_field", "body", "--out",
-                 "packed/x", *SMALL)  # fmt: skip
+    arguments = (
+        "--input",
+        "books",
+        "a.jsonl",
+        "b.jsonl.gz",
+        "--text_field",
+        "body",
+        "--out",
+        "packed/x",
+        *SMALL,
+    )
     output = prepare_ok(corpus, *arguments)
     assert "prepared: packed/x" in output
     assert "documents      300 (0 malformed" in output
@@ -79,13 +88,38 @@ def test_settings_from_a_file(corpus: Path):
 
 def test_saved_tokenizer_serves_the_next_corpus(corpus: Path):
     prepare_ok(corpus, "--input", "books", "--out", "one", *SMALL)
-    prepare_ok(corpus, "--input", "a.jsonl", "--text_field", "body", "--out", "two", "--tokenizer",
-           "one/tokenizer", "--block_size", "32", "--val_fraction", "0.1")  # fmt: skip
+    prepare_ok(
+        corpus,
+        "--input",
+        "a.jsonl",
+        "--text_field",
+        "body",
+        "--out",
+        "two",
+        "--tokenizer",
+        "one/tokenizer",
+        "--block_size",
+        "32",
+        "--val_fraction",
+        "0.1",
+    )
     one, two = Store.open(corpus / "one"), Store.open(corpus / "two")
     assert one.tokenizer_fingerprint == two.tokenizer_fingerprint
-    model = prepare_ok(corpus, "--input", "a.jsonl", "--text_field", "body", "--out", "three",
-                   "--tokenizer", "one/tokenizer/tokenizer.model", "--block_size", "32",
-                   "--val_fraction", "0.1")  # fmt: skip
+    model = prepare_ok(
+        corpus,
+        "--input",
+        "a.jsonl",
+        "--text_field",
+        "body",
+        "--out",
+        "three",
+        "--tokenizer",
+        "one/tokenizer/tokenizer.model",
+        "--block_size",
+        "32",
+        "--val_fraction",
+        "0.1",
+    )
     assert "sentencepiece, 400 ids" in model
     assert "warning" not in model
     shards = [Store.open(corpus / name).manifest["splits"] for name in ("two", "three")]

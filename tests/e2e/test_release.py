@@ -46,8 +46,12 @@ def load_as_stranger(folder: Path, text: str) -> dict[str, Any]:
     """What a fresh interpreter without pmp_ds sees of a release."""
     done = subprocess.run(
         [sys.executable, "-I", "-c", STRANGER, str(folder), text],
-        check=False, capture_output=True, text=True, timeout=120, cwd=folder.parent,
-    )  # fmt: skip
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=folder.parent,
+    )
     assert done.returncode == 0, done.stderr
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answer
@@ -113,11 +117,23 @@ def test_a_release_is_never_overwritten(main_run: MainRun, work: Path):
 
 def test_a_public_seed_is_refused(work: Path):
     """Paper mode, through the random-mask overlay for speed."""
-    done = ok(run(
-        "pretrain.py", "--config", "tiny.yaml", "--config", RECIPES / "random-mask.yaml",
-        "--run.name", "public-random", "--init.seed", "42", *SHORT,
-        "--deepspeed-config", "zero1.json", cwd=work,
-    ))  # fmt: skip
+    done = ok(
+        run(
+            "pretrain.py",
+            "--config",
+            "tiny.yaml",
+            "--config",
+            RECIPES / "random-mask.yaml",
+            "--run.name",
+            "public-random",
+            "--init.seed",
+            "42",
+            *SHORT,
+            "--deepspeed-config",
+            "zero1.json",
+            cwd=work,
+        )
+    )
     assert "secrecy    NONE: theta(0) from the public seed" in done.stdout
     refused = error_of(call("export.py", "--run", "runs/public-random", cwd=work))
     assert "--allow-public-mask" in refused
@@ -149,9 +165,9 @@ def test_a_second_revision_is_refused(main_run: MainRun, work: Path):
     assert ledger_of(main_run) == before
     shutil.rmtree(work / "second")
     ok(call(*export, "--another-revision", "a study of training", cwd=work))
-    assert [entry["reason"] for entry in ledger_of(main_run)[len(before):]] == [
+    assert [entry["reason"] for entry in ledger_of(main_run)[len(before) :]] == [
         "a study of training"
-    ]  # fmt: skip
+    ]
 
 
 def test_check_of_a_finished_folder(main_run: MainRun, work: Path):
@@ -182,9 +198,14 @@ def fine_tuned(main_run: MainRun, folder: Path) -> Path:
 def test_a_derivative_is_dithered(main_run: MainRun, work: Path):
     fine_tuned(main_run, work / "tuned")
     arguments = (
-        "export.py", "--derivative", "tuned", "--base", "runs/main/release", "--ticket",
+        "export.py",
+        "--derivative",
+        "tuned",
+        "--base",
+        "runs/main/release",
+        "--ticket",
         "runs/main/private/ticket",
-    )  # fmt: skip
+    )
     done = ok(call(*arguments, "--store", "store", "--out", "tuned-release", cwd=work))
     cost = re.search(r"dither: (\d\.\d+) -> (\d\.\d+) nats per token", done.stdout)
     assert cost is not None

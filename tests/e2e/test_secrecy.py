@@ -13,11 +13,26 @@ from tests.e2e.conftest import MainRun
 pytestmark = pytest.mark.e2e
 
 RELEASE = {
-    "README.md", "SHA256SUMS", "config.json", "generation_config.json", "model.safetensors",
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-}  # fmt: skip
-RUN = {"config.yaml", "data.json", "metrics.jsonl", "plots", "private", "release", "tensorboard",
-       "tokenizer", "verified.json"}  # fmt: skip
+    "README.md",
+    "SHA256SUMS",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+}
+RUN = {
+    "config.yaml",
+    "data.json",
+    "metrics.jsonl",
+    "plots",
+    "private",
+    "release",
+    "tensorboard",
+    "tokenizer",
+    "verified.json",
+}
 
 
 def spellings(secret: bytes) -> set[bytes]:

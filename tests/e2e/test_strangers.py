@@ -31,9 +31,18 @@ def tune(place: Path, model: str, *arguments: str) -> tuple[int, str]:
     """What launcher/finetune.py refuses ``model`` with."""
     before = files_of(place)
     done = run(
-        "finetune.py", "--model", model, "--task", "sst2", "--data.glue_dir", "glue",
-        "--train.steps", "1", *arguments, cwd=place,
-    )  # fmt: skip
+        "finetune.py",
+        "--model",
+        model,
+        "--task",
+        "sst2",
+        "--data.glue_dir",
+        "glue",
+        "--train.steps",
+        "1",
+        *arguments,
+        cwd=place,
+    )
     message = error_of(done)
     assert files_of(place / "release", place / model).items() <= before.items()
     assert not list(place.rglob("results.jsonl")), "a result was written"

@@ -14,8 +14,12 @@ from tests.helpers.torture import Phase, Place, comparable, plan, torture
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
 KILLS: dict[Phase, int] = {
-    "discovery": 1, "saving in discovery": 1, "training": 1, "saving in training": 1, "export": 1,
-}  # fmt: skip
+    "discovery": 1,
+    "saving in discovery": 1,
+    "training": 1,
+    "saving in training": 1,
+    "export": 1,
+}
 
 
 @pytest.mark.nightly

@@ -18,11 +18,22 @@ pytestmark = pytest.mark.e2e
 
 
 def test_random_mask_at_stage_2(work: Path):
-    done = ok(run(
-        "pretrain.py", "--config", "tiny.yaml", "--config", RECIPES / "random-mask.yaml",
-        "--run.name", "random", *SHORT, "--deepspeed-config", DS_CONFIGS / "zero2.json",
-        cwd=work, ranks=2,
-    ))  # fmt: skip
+    done = ok(
+        run(
+            "pretrain.py",
+            "--config",
+            "tiny.yaml",
+            "--config",
+            RECIPES / "random-mask.yaml",
+            "--run.name",
+            "random",
+            *SHORT,
+            "--deepspeed-config",
+            DS_CONFIGS / "zero2.json",
+            cwd=work,
+            ranks=2,
+        )
+    )
     assert "ZeRO 2" in done.stdout
     assert "mask       random mask from a secret key" in done.stdout
     folder = RunDir(work / "runs" / "random")
@@ -36,10 +47,22 @@ def test_random_mask_at_stage_2(work: Path):
 
 @pytest.mark.nightly
 def test_base_at_stage_0(work: Path):
-    done = ok(run(
-        "pretrain.py", "--config", "tiny.yaml", "--config", RECIPES / "base.yaml", "--run.name",
-        "base", *SHORT, "--deepspeed-config", DS_CONFIGS / "zero0.json", cwd=work, ranks=2,
-    ))  # fmt: skip
+    done = ok(
+        run(
+            "pretrain.py",
+            "--config",
+            "tiny.yaml",
+            "--config",
+            RECIPES / "base.yaml",
+            "--run.name",
+            "base",
+            *SHORT,
+            "--deepspeed-config",
+            DS_CONFIGS / "zero0.json",
+            cwd=work,
+            ranks=2,
+        )
+    )
     assert "ZeRO 0" in done.stdout
     folder = RunDir(work / "runs" / "base")
     assert not has_ticket(folder.ticket)
@@ -54,11 +77,25 @@ def test_base_at_stage_0(work: Path):
 @pytest.mark.nightly
 def test_given_ticket_on_one_rank(main_run: MainRun, work: Path):
     """Another run's ticket; ``mask.density`` does not matter then."""
-    done = ok(run(
-        "pretrain.py", "--config", "tiny.yaml", "--run.name", "given", "--mask.source", "file",
-        "--mask.file", "runs/main/private/ticket", "--mask.density", "0.5", *SHORT,
-        "--deepspeed-config", "zero1.json", cwd=work,
-    ))  # fmt: skip
+    done = ok(
+        run(
+            "pretrain.py",
+            "--config",
+            "tiny.yaml",
+            "--run.name",
+            "given",
+            "--mask.source",
+            "file",
+            "--mask.file",
+            "runs/main/private/ticket",
+            "--mask.density",
+            "0.5",
+            *SHORT,
+            "--deepspeed-config",
+            "zero1.json",
+            cwd=work,
+        )
+    )
     given = load_ticket(main_run.run.ticket)
     used = load_ticket(RunDir(work / "runs" / "given").ticket)
     assert used.id == given.id
@@ -72,10 +109,22 @@ def test_tied_gpt2_at_stage_3_in_bf16(work: Path):
         "model: {family: gpt2, num_kv_heads: null, intermediate_size: null, tie_embeddings: true}\n"
         "train: {precision: bf16}\n"
     )
-    done = ok(run(
-        "pretrain.py", "--config", "tiny.yaml", "--config", "gpt2.yaml", "--run.name", "gpt2",
-        *SHORT, "--deepspeed-config", "zero3.json", cwd=work, ranks=2,
-    ))  # fmt: skip
+    done = ok(
+        run(
+            "pretrain.py",
+            "--config",
+            "tiny.yaml",
+            "--config",
+            "gpt2.yaml",
+            "--run.name",
+            "gpt2",
+            *SHORT,
+            "--deepspeed-config",
+            "zero3.json",
+            cwd=work,
+            ranks=2,
+        )
+    )
     assert "ZeRO 3, 2 ranks, bf16" in done.stdout
     assert "0 elements of the complement changed" in done.stdout
     folder = RunDir(work / "runs" / "gpt2")
@@ -98,11 +147,23 @@ def test_tied_gpt2_at_stage_3_in_bf16(work: Path):
 
 @pytest.mark.nightly
 def test_unstable_ticket_is_reported(work: Path):
-    ok(run(
-        "pretrain.py", "--config", "tiny.yaml", "--run.name", "unstable", *SHORT,
-        "--mask.iou_threshold", "1.0", "--mask.on_unstable", "last", "--deepspeed-config",
-        "zero1.json", cwd=work,
-    ))  # fmt: skip
+    ok(
+        run(
+            "pretrain.py",
+            "--config",
+            "tiny.yaml",
+            "--run.name",
+            "unstable",
+            *SHORT,
+            "--mask.iou_threshold",
+            "1.0",
+            "--mask.on_unstable",
+            "last",
+            "--deepspeed-config",
+            "zero1.json",
+            cwd=work,
+        )
+    )
     report = ok(call("report.py", "--run", "runs/unstable", cwd=work)).stdout
     assert "after update 30 of discovery, NOT STABLE" in report
     assert "none yet: pmp-ds export --run runs/unstable" in report

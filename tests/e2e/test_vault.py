@@ -30,10 +30,34 @@ def partner(main_run: MainRun, work: Path, tmp_path_factory: pytest.TempPathFact
     home = tmp_path_factory.mktemp("partner")
     public = ok(run("vault.py", "keygen", "--out", "key.txt", cwd=home)).stdout
     (work / "a.pub").write_text(public)
-    ok(call("vault.py", "seal", "--run", "runs/main", "--name", "Partner A", "--to", "a.pub",
-           "--out", "a.age", cwd=work))  # fmt: skip
-    vault.main(["seal", "--run", str(main_run.run.root), "--name", "Partner B", "--to",
-                new_identity(work / "b.key"), "--out", str(work / "b.age")])  # fmt: skip
+    ok(
+        call(
+            "vault.py",
+            "seal",
+            "--run",
+            "runs/main",
+            "--name",
+            "Partner A",
+            "--to",
+            "a.pub",
+            "--out",
+            "a.age",
+            cwd=work,
+        )
+    )
+    vault.main(
+        [
+            "seal",
+            "--run",
+            str(main_run.run.root),
+            "--name",
+            "Partner B",
+            "--to",
+            new_identity(work / "b.key"),
+            "--out",
+            str(work / "b.age"),
+        ]
+    )
     (work / "a.age").rename(home / "partner-a.age")
     shutil.copytree(main_run.run.release, home / "release")
     return home
@@ -46,9 +70,13 @@ def tuned(partner: Path) -> Path:
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     batches = "batches = torch.arange(8 * 4 * 32).mul(7919).remainder(300).view(8, 4, 32)\n"
     done = subprocess.run(
-        [sys.executable, "-c", f"import torch\n{batches}{code}"], cwd=partner, timeout=200,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", f"import torch\n{batches}{code}"],
+        cwd=partner,
+        timeout=200,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return partner / "tuned"
 
@@ -67,11 +95,27 @@ def test_a_partner_trains_the_ticket_alone(partner: Path, tuned: Path):
 def test_one_command_of_the_partner(partner: Path):
     """As docs/VAULT.md has it, on two ranks: nothing but ticket and head changed."""
     write_glue(partner / "glue")
-    done = ok(run(
-        "finetune.py", "--model", "release", "--task", "sst2", "--method", "ticket",
-        "--ticket", "partner-a.age", "--identity", "key.txt", "--data.glue_dir", "glue",
-        "--train.lr", "1e-3", cwd=partner, ranks=2,
-    ))  # fmt: skip
+    done = ok(
+        run(
+            "finetune.py",
+            "--model",
+            "release",
+            "--task",
+            "sst2",
+            "--method",
+            "ticket",
+            "--ticket",
+            "partner-a.age",
+            "--identity",
+            "key.txt",
+            "--data.glue_dir",
+            "glue",
+            "--train.lr",
+            "1e-3",
+            cwd=partner,
+            ranks=2,
+        )
+    )
     assert "SST-2 accuracy" in done.stdout
     assert "majority 0.500" in done.stdout
     mask = open_sealed(partner / "partner-a.age", identities(partner / "key.txt")).mask
@@ -82,15 +126,30 @@ def test_one_command_of_the_partner(partner: Path):
         kept, old = mask.full(name), before[name].float()
         assert torch.equal(after[name][~kept], old[~kept]), "the complement changed"
         assert not torch.equal(after[name][kept], old[kept])
-    again = ok(run(
-        "finetune.py", "--config", "runs/finetune/config.yaml", cwd=partner,
-    ))  # fmt: skip
+    again = ok(
+        run(
+            "finetune.py",
+            "--config",
+            "runs/finetune/config.yaml",
+            cwd=partner,
+        )
+    )
     assert "cells     1, of which 1 are finished" in again.stdout
 
 
 def test_a_leak_names_its_recipient(main_run: MainRun, work: Path, partner: Path, tuned: Path):
-    ok(call("vault.py", "open", "partner-a.age", "--identity", "key.txt", "--out", "ticket",
-           cwd=partner))  # fmt: skip
+    ok(
+        call(
+            "vault.py",
+            "open",
+            "partner-a.age",
+            "--identity",
+            "key.txt",
+            "--out",
+            "ticket",
+            cwd=partner,
+        )
+    )
     fits = ok(call("vault.py", "verify", "ticket", "--model", "release", cwd=partner))
     assert "same names and shapes" in fits.stdout
     shown = [

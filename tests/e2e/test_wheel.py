@@ -57,9 +57,15 @@ def call(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> 
     hidden = {"PYTHONPATH", COMMIT_VARIABLE}
     inherited = {name: value for name, value in os.environ.items() if name not in hidden}
     return subprocess.run(
-        list(map(str, command)), cwd=cwd, env=inherited | (env or {}), text=True,
-        stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=240,
-    )  # fmt: skip
+        list(map(str, command)),
+        cwd=cwd,
+        env=inherited | (env or {}),
+        text=True,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+        timeout=240,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -159,12 +165,24 @@ def test_without_the_kernels_source(python: Path, work: Path, tmp_path: Path):
 def train(python: Path, cwd: Path, *flags: str) -> Done:
     tiny = ("--config", "tiny.yaml", "--mask.max_steps", "4", "--mask.on_unstable", "last")
     environment = {
-        "XDG_CACHE_HOME": str(cwd / "cache"), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    return ok(call(
-        python, "-c", COUNTED, LAUNCHER / "pretrain.py", *tiny, *flags, "--deepspeed-config",
-        "zero1.json", cwd=cwd, env=environment,
-    ))  # fmt: skip
+        "XDG_CACHE_HOME": str(cwd / "cache"),
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
+    return ok(
+        call(
+            python,
+            "-c",
+            COUNTED,
+            LAUNCHER / "pretrain.py",
+            *tiny,
+            *flags,
+            "--deepspeed-config",
+            "zero1.json",
+            cwd=cwd,
+            env=environment,
+        )
+    )
 
 
 def pmp_ds(python: Path, cwd: Path, line: str, ranks: bool = False) -> str:

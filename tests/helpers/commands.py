@@ -59,10 +59,12 @@ def call(launcher: str, *arguments: str | Path, cwd: Path) -> Done:
     main = module.main if hasattr(module, "main") else lambda: module.prepare().run()
     out, err = io.StringIO(), io.StringIO()
     with (
-        contextlib.chdir(cwd), mock.patch.object(sys, "argv", argv),
+        contextlib.chdir(cwd),
+        mock.patch.object(sys, "argv", argv),
         mock.patch.dict(os.environ, {"DS_ACCELERATOR": "cpu"}),
-        contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
-    ):  # fmt: skip
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
         try:
             code = exit_code(main)
         except SystemExit as end:  # of --help

@@ -109,9 +109,11 @@ def trial(kind: str, folder: Path) -> Row:
     byte_tokenizer().save_pretrained(folder / "tokenizer")
     with in_this_process():
         summary = export(
-            folder / "weights", folder / "release", tokenizer_dir=folder / "tokenizer",
+            folder / "weights",
+            folder / "release",
+            tokenizer_dir=folder / "tokenizer",
             card=DerivativeFacts(name="tiny", base="tiny", date="2026-01-31", license=None),
-        )  # fmt: skip
+        )
     row.released = "same logits" if summary.logits_difference == 0 else "logits within rounding"
     try:
         tune(settings(folder))
@@ -139,8 +141,11 @@ def _architecture(kind: str, folder: Path) -> PreTrainedConfig:
     (folder / "config.json").write_text(json.dumps(values))
     return model_config(
         ModelConfig(family="auto", path=str(folder)),
-        vocab_size=len(byte_tokenizer()), eos_id=0, bos_id=None, block_size=BLOCK,
-    )  # fmt: skip
+        vocab_size=len(byte_tokenizer()),
+        eos_id=0,
+        bos_id=None,
+        block_size=BLOCK,
+    )
 
 
 def _for_bytes(values: dict[str, Any]) -> dict[str, Any]:
@@ -176,18 +181,25 @@ def _pretrain(config: PreTrainedConfig, folder: Path, init: Secret | int) -> Non
 
 def _train_config(steps: int) -> TrainConfig:
     return TrainConfig(
-        steps=steps, global_batch_size=4, micro_batch_size=4, precision="fp32", lr=1e-2,
+        steps=steps,
+        global_batch_size=4,
+        micro_batch_size=4,
+        precision="fp32",
+        lr=1e-2,
         warmup_steps=0,
-    )  # fmt: skip
+    )
 
 
 def settings(folder: Path) -> FinetuneConfig:
     """Of a fine-tuning of ``folder``/release with ``folder``/ticket on a small GLUE task."""
     write_glue(folder / "glue", 8, 4)
     return FinetuneConfig(
-        model=str(folder / "release"), task="sst2", method="ticket", ticket=str(folder / "ticket"),
+        model=str(folder / "release"),
+        task="sst2",
+        method="ticket",
+        ticket=str(folder / "ticket"),
         data=TuneDataConfig(glue_dir=str(folder / "glue")),
-    )  # fmt: skip
+    )
 
 
 def tune(config: FinetuneConfig) -> torch.Tensor:
@@ -237,8 +249,11 @@ def apart(kind: str) -> Row:
             row = trial(kind, folder)
             answer.write_text(json.dumps(asdict(row)))
         except Exception as error:  # noqa: BLE001 - it is the row
-            answer.write_text(json.dumps(asdict(Row(kind, f"FAILED: {type(error).__name__}: "
-                                                          f"{first_line(error)}"))))  # fmt: skip
+            answer.write_text(
+                json.dumps(
+                    asdict(Row(kind, f"FAILED: {type(error).__name__}: {first_line(error)}"))
+                )
+            )
         finally:
             os._exit(0)
     _, status = os.waitpid(pid, 0)
@@ -254,7 +269,7 @@ def section(rows: Sequence[Row]) -> str:
     """The part of docs/SUPPORT.md about architectures."""
     whole = sum(row.tuned == "yes" for row in rows)
     released = sum(bool(row.released) for row in rows)
-    return ARCHITECTURES + "\n".join([
+    lines = [
         "",
         f"All {len(rows)} causal families of transformers {transformers.__version__} at tiny",
         "width, tried by `make families`: pretrained from `model.family: auto` with a random",
@@ -266,7 +281,8 @@ def section(rows: Sequence[Row]) -> str:
         "| family | pretrained | released | classifier |",
         "|---|---|---|---|",
         *map(str, rows),
-    ]) + "\n"  # fmt: skip
+    ]
+    return ARCHITECTURES + "\n".join(lines) + "\n"
 
 
 def main(kinds: Sequence[str]) -> None:

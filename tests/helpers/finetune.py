@@ -63,9 +63,14 @@ def tune(
     first = next(iter(cells.values()))
     run = RunDir(home / "runs" / first.run.name)
     return sweep.run_all(
-        cells, tiny.ds_json(stage), run, run.root / "results.jsonl", time.monotonic(),
-        keep_models=keep, start_afresh=afresh,
-    )  # fmt: skip
+        cells,
+        tiny.ds_json(stage),
+        run,
+        run.root / "results.jsonl",
+        time.monotonic(),
+        keep_models=keep,
+        start_afresh=afresh,
+    )
 
 
 def problem(folder: str, flags: list[str], sweeps: tuple[str, ...] = ()) -> str:

@@ -25,8 +25,10 @@ def write_glue(folder: Path, num_train: int = 48, num_validation: int = 24, seed
     rng = random.Random(seed)
     for name, make in ROWS.items():
         home, validation, suffix = LAYOUT[name]
-        for split, count in ((TRAIN.get(name, "train"), num_train),
-                             *((split, num_validation) for split in validation)):  # fmt: skip
+        for split, count in (
+            (TRAIN.get(name, "train"), num_train),
+            *((split, num_validation) for split in validation),
+        ):
             rows = [make(rng, i) for i in range(count)]
             rng.shuffle(rows)
             write_rows(folder / home / f"{split}{suffix}", rows)

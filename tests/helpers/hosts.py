@@ -42,9 +42,15 @@ class Pair:
     def on(self, host: str) -> list[str]:
         """What runs a command on a host, under its name; the process is the command's own."""
         return [
-            "nsenter", f"--net=/run/netns/{self.prefix}-{host}", "unshare", "--uts", "sh", "-c",
-            'hostname "$0"; exec "$@"', host,
-        ]  # fmt: skip
+            "nsenter",
+            f"--net=/run/netns/{self.prefix}-{host}",
+            "unshare",
+            "--uts",
+            "sh",
+            "-c",
+            'hostname "$0"; exec "$@"',
+            host,
+        ]
 
     def cut(self, host: str) -> None:
         """Packets are lost from now on; the host's own interface notices nothing."""
@@ -67,8 +73,20 @@ def two() -> Iterator[Pair]:
         _ip("-n", switch, "link", "set", "bridge", "up")
         for host, address in HOSTS.items():
             own = f"{prefix}-{host}"
-            _ip("-n", switch, "link", "add", host, "type", "veth",
-                "peer", "name", "eth0", "netns", own)  # fmt: skip
+            _ip(
+                "-n",
+                switch,
+                "link",
+                "add",
+                host,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "eth0",
+                "netns",
+                own,
+            )
             _ip("-n", switch, "link", "set", host, "master", "bridge", "up")
             _ip("-n", own, "link", "set", "eth0", "up")
             _ip("-n", own, "addr", "add", f"{address}/24", "dev", "eth0")

@@ -41,10 +41,21 @@ from tests.helpers import capabilities, tiny
 from tests.helpers.waits import counted
 
 SETTINGS = (
-    "--mask.source", "random", "--train.steps", "12", "--train.warmup_steps", "2",
-    "--train.micro_batch_size", "4", "--run.val_every", "12", "--run.checkpoint_every", "4",
-    "--run.val_blocks", "8",
-)  # fmt: skip
+    "--mask.source",
+    "random",
+    "--train.steps",
+    "12",
+    "--train.warmup_steps",
+    "2",
+    "--train.micro_batch_size",
+    "4",
+    "--run.val_every",
+    "12",
+    "--run.checkpoint_every",
+    "4",
+    "--run.val_blocks",
+    "8",
+)
 """Short lives: checkpoints after updates 4, 8 and 12."""
 
 
@@ -83,9 +94,10 @@ def live(
     out, err = io.StringIO(), io.StringIO()
     dump = signal.getsignal(signal.SIGUSR1)
     with (
-        contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
         fault(*given) if fault else contextlib.nullcontext(),
-    ):  # fmt: skip
+    ):
         code = exit_code(main)
     assert signal.getsignal(signal.SIGUSR1) == dump
     return Life(code, out.getvalue(), err.getvalue())

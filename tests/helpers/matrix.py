@@ -47,9 +47,12 @@ class Case:
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
 DAILY = {
-    (1, "fp32", "none"), (2, "fp16", "none"), (2, "bf16", "optimizer"), (3, "fp32", "none"),
+    (1, "fp32", "none"),
+    (2, "fp16", "none"),
+    (2, "bf16", "optimizer"),
+    (3, "fp32", "none"),
     (3, "bf16", "optimizer + parameters"),
-}  # fmt: skip
+}
 OPTIONS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "no reduce_scatter": ((1, 2, 3), {"reduce_scatter": False}),
     "bucket reduce to each rank": ((1, 2), {"use_multi_rank_bucket_allreduce": False}),
@@ -80,23 +83,32 @@ def _cases() -> Iterator[Case]:
             for offload in offloads:
                 quick = (stage, precision, offload) == (2, "bf16", "none")
                 yield Case(
-                    stage=stage, precision=precision, offload=offload, compact_master=True,
+                    stage=stage,
+                    precision=precision,
+                    offload=offload,
+                    compact_master=True,
                     quick=quick,
-                )  # fmt: skip
+                )
             yield Case(stage=stage, precision=precision, accumulation=2, compact_master=True)
         for precision in PRECISIONS[1:]:
             if (stage, precision) != (1, "bf16"):
                 yield Case(
-                    stage=stage, precision=precision, accumulation=2, accumulate_fp32=True,
+                    stage=stage,
+                    precision=precision,
+                    accumulation=2,
+                    accumulate_fp32=True,
                     quick=(stage, precision) == (2, "bf16"),
-                )  # fmt: skip
+                )
         for option, (stages, zero) in OPTIONS.items():
             if stage in stages:
                 for precision in PRECISIONS[:2]:
                     yield Case(
-                        stage=stage, precision=precision, option=option, zero=zero,
+                        stage=stage,
+                        precision=precision,
+                        option=option,
+                        zero=zero,
                         quick=precision == "fp32" and "sub-groups" in option,
-                    )  # fmt: skip
+                    )
         for model in ("gpt2 tied", "frozen parameters"):
             for precision in PRECISIONS[:2]:
                 yield Case(

@@ -15,9 +15,25 @@ from pmp_ds.engine.deepspeed_refused import REFUSED
 
 CONFIG = TrainConfig(global_batch_size=4, micro_batch_size=4, precision="bf16")
 VALUES = (
-    "null", '"text"', '""', "-1", "-0.5", "NaN", "Infinity", "1e400", f"{10**30}", "true", "false",
-    "[]", '["a"]', "{}", '{"a": {"b": 1}}', '"auto"', "0", "1",
-)  # fmt: skip
+    "null",
+    '"text"',
+    '""',
+    "-1",
+    "-0.5",
+    "NaN",
+    "Infinity",
+    "1e400",
+    f"{10**30}",
+    "true",
+    "false",
+    "[]",
+    '["a"]',
+    "{}",
+    '{"a": {"b": 1}}',
+    '"auto"',
+    "0",
+    "1",
+)
 
 
 class Asked(dict[str, Any]):
@@ -85,8 +101,19 @@ def odd() -> Iterator[Odd]:
         twice = f'1, "{last}": 1'
         yield Odd("duplicate", _nested(".".join([*above, last]), twice), f"{key} twice")
     large = '{"a": "' + "x" * 300_000 + '"}'
-    for text in ("", "[" * 100_000, '{"a": ' * 40_000, large, "x", "nan", "[]", "{}x", '"a"',
-                 "{'a': 1}", '{"a": 1,}'):  # fmt: skip
+    for text in (
+        "",
+        "[" * 100_000,
+        '{"a": ' * 40_000,
+        large,
+        "x",
+        "nan",
+        "[]",
+        "{}x",
+        '"a"',
+        "{'a': 1}",
+        '{"a": 1,}',
+    ):
         yield Odd("not an object", text, f"{text[:9]!r}, {len(text)} characters")
     yield Odd("value", "\ufeff{}", "a byte order mark")
 

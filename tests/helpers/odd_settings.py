@@ -31,9 +31,17 @@ COMMANDS: dict[str, tuple[type, dict[str, Any]]] = {
     "study": (Study, STUDY),
 }
 VALUES = {
-    "null": None, "text": "abc", "list": [["a"]], "mapping": {"a": {"b": 1}}, "bool": True,
-    "NaN": math.nan, "negative": -1, "fraction": -0.5, "huge": 10**30, "infinite": math.inf,
-}  # fmt: skip
+    "null": None,
+    "text": "abc",
+    "list": [["a"]],
+    "mapping": {"a": {"b": 1}},
+    "bool": True,
+    "NaN": math.nan,
+    "negative": -1,
+    "fraction": -0.5,
+    "huge": 10**30,
+    "infinite": math.inf,
+}
 
 Place = tuple[str | int, ...]
 

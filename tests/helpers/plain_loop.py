@@ -59,9 +59,12 @@ def train(
         "bf16": {"enabled": precision == "bf16"},
     }
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=config, dist_init_required=False,
+        model=model,
+        optimizer=optimizer,
+        config=config,
+        dist_init_required=False,
         lr_scheduler=torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=20),
-    )  # fmt: skip
+    )
     done = library.resume(engine, found) if found else 0
     losses = []
     for step in range(done + 1, steps + 1):

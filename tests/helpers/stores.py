@@ -30,9 +30,15 @@ def write_store(
     write_manifest(
         folder,
         {
-            "block_size": T, "dtype": "uint32", "vocab_size": 100_000, "eos_id": 2,
-            "tokenizer": {"fingerprint": "f" * 64}, "unigram_cross_entropy": 6.0,
-            "splits": splits, "settings": settings,
-        } | manifest,
-    )  # fmt: skip
+            "block_size": T,
+            "dtype": "uint32",
+            "vocab_size": 100_000,
+            "eos_id": 2,
+            "tokenizer": {"fingerprint": "f" * 64},
+            "unigram_cross_entropy": 6.0,
+            "splits": splits,
+            "settings": settings,
+        }
+        | manifest,
+    )
     return str(folder)

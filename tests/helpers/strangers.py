@@ -37,11 +37,18 @@ def ticket_files(bits: Bits, shapes: Shapes, **changes: Any) -> dict[str, bytes]
         if b.dtype == torch.uint8
     )
     manifest = {
-        "density": 0.5, "source": "random", "score": None, "step": None, "stable": True,
-        "model_digest": "d" * 64, "format_version": 1, "id": digest.hexdigest(), "num_kept": ones,
+        "density": 0.5,
+        "source": "random",
+        "score": None,
+        "step": None,
+        "stable": True,
+        "model_digest": "d" * 64,
+        "format_version": 1,
+        "id": digest.hexdigest(),
+        "num_kept": ones,
         "num_params": sum(torch.Size(s).numel() for s in shapes.values() if _plain(s)),
         "parameters": {name: list(shape) for name, shape in shapes.items()},
-    }  # fmt: skip
+    }
     return {MASK_FILE: save(bits), MANIFEST_FILE: json.dumps(manifest | changes).encode()}
 
 

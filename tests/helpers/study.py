@@ -11,34 +11,69 @@ from typing import Any
 from pmp_ds.results import Result
 
 COLUMNS = {
-    "cola": ("CoLA",), "sst2": ("SST-2",), "mrpc": ("MRPC",), "qqp": ("QQP",), "stsb": ("STS-B",),
-    "mnli": ("MNLI-m", "MNLI-mm"), "qnli": ("QNLI",), "rte": ("RTE",),
-}  # fmt: skip
+    "cola": ("CoLA",),
+    "sst2": ("SST-2",),
+    "mrpc": ("MRPC",),
+    "qqp": ("QQP",),
+    "stsb": ("STS-B",),
+    "mnli": ("MNLI-m", "MNLI-mm"),
+    "qnli": ("QNLI",),
+    "rte": ("RTE",),
+}
 PRIMARY = {"CoLA": "mcc", "STS-B": "pearson"}
 LRS = (1e-5, 1e-4, 1e-3, 3e-3)
 LEVEL = {
-    "CoLA": 0.69, "SST-2": 0.82, "MRPC": 0.71, "QQP": 0.84, "STS-B": 0.3, "MNLI-m": 0.7,
-    "MNLI-mm": 0.71, "QNLI": 0.79, "RTE": 0.56,
-}  # fmt: skip
+    "CoLA": 0.69,
+    "SST-2": 0.82,
+    "MRPC": 0.71,
+    "QQP": 0.84,
+    "STS-B": 0.3,
+    "MNLI-m": 0.7,
+    "MNLI-mm": 0.71,
+    "QNLI": 0.79,
+    "RTE": 0.56,
+}
 MAJORITY = {
-    "CoLA": 0.691, "SST-2": 0.509, "MRPC": 0.684, "QQP": 0.632, "STS-B": 0.2, "MNLI-m": 0.354,
-    "MNLI-mm": 0.352, "QNLI": 0.505, "RTE": 0.527,
-}  # fmt: skip
+    "CoLA": 0.691,
+    "SST-2": 0.509,
+    "MRPC": 0.684,
+    "QQP": 0.632,
+    "STS-B": 0.2,
+    "MNLI-m": 0.354,
+    "MNLI-mm": 0.352,
+    "QNLI": 0.505,
+    "RTE": 0.527,
+}
 BEST_LR = 1e-4
 
 
 def result(kind: str, arm: str, settings: dict[str, Any], values: dict[str, Any]) -> Result:
     return Result(
-        kind=kind, arm=arm, model=f"runs/{arm}/release", model_digest=f"digest of {arm}",
-        settings=settings, values=values, seconds=1.0, hardware="none", date="2026-01-02",
+        kind=kind,
+        arm=arm,
+        model=f"runs/{arm}/release",
+        model_digest=f"digest of {arm}",
+        settings=settings,
+        values=values,
+        seconds=1.0,
+        hardware="none",
+        date="2026-01-02",
         version="0.1.0",
-    )  # fmt: skip
+    )
 
 
 def fine_tune(
-    arm: str, task: str, method: str, *, score: float, lr: float = BEST_LR, epochs: int = 3,
-    seed: int = 0, scratch: bool = False, **settings: Any,
-) -> Result:  # fmt: skip
+    arm: str,
+    task: str,
+    method: str,
+    *,
+    score: float,
+    lr: float = BEST_LR,
+    epochs: int = 3,
+    seed: int = 0,
+    scratch: bool = False,
+    **settings: Any,
+) -> Result:
     """A run whose columns all come to ``score``: an accuracy, or nats per token for ``lm``."""
     columns = COLUMNS.get(task, ("LM",))
     if task == "lm":
@@ -48,41 +83,76 @@ def fine_tune(
         metrics = {c: {"accuracy": score, PRIMARY.get(c, "accuracy"): score} for c in columns}
         curve = [[t, score * (1 - 0.4 * math.exp(-t / 200))] for t in range(0, 1001, 100)]
     return result(
-        "finetune", arm,
-        {"task": task, "method": method, "lr": lr, "epochs": epochs, "seed": seed,
-         "scratch": scratch, "global_batch_size": 32, "data": f"data of {task}", **settings},
+        "finetune",
+        arm,
         {
-            "metrics": metrics, "curve": curve, "tokens": 100_000, "trainable": 1_000,
+            "task": task,
+            "method": method,
+            "lr": lr,
+            "epochs": epochs,
+            "seed": seed,
+            "scratch": scratch,
+            "global_batch_size": 32,
+            "data": f"data of {task}",
+            **settings,
+        },
+        {
+            "metrics": metrics,
+            "curve": curve,
+            "tokens": 100_000,
+            "trainable": 1_000,
             "majority": {c: {"accuracy": MAJORITY[c]} for c in columns if c in MAJORITY},
             "primary": {c: PRIMARY.get(c, "loss" if c == "LM" else "accuracy") for c in columns},
         },
-    )  # fmt: skip
+    )
 
 
 def pretrain(
-    arm: str, *, loss: float, density: float = 0.7, source: str = "earlybird",
-    score: str = "mean", seed: int = 0, tokens: int = 20_000_000,
-) -> Result:  # fmt: skip
+    arm: str,
+    *,
+    loss: float,
+    density: float = 0.7,
+    source: str = "earlybird",
+    score: str = "mean",
+    seed: int = 0,
+    tokens: int = 20_000_000,
+) -> Result:
     found = source == "earlybird"
     return result(
-        "pretrain", arm,
-        {"density": 1.0 if source == "none" else density, "source": source,
-         "score": score if found else None, "steps": 2000, "tokens": tokens, "seed": seed,
-         "data": "data of pretraining"},
+        "pretrain",
+        arm,
+        {
+            "density": 1.0 if source == "none" else density,
+            "source": source,
+            "score": score if found else None,
+            "steps": 2000,
+            "tokens": tokens,
+            "seed": seed,
+            "data": "data of pretraining",
+        },
         {
             "val_loss": loss,
             "curve": [[t, loss + 5 * math.exp(-t / 3e6)] for t in range(0, tokens + 1, 1_000_000)],
             "iou": [1 - 0.4 * math.exp(-i / (4 if score == "mean" else 40)) for i in range(20)]
-            if found else [],
+            if found
+            else [],
         },
-    )  # fmt: skip
+    )
 
 
 def study(
-    *, gap: float, secret: float, tax: float, authorized: float = 1.0, seeds: int = 5,
-    spread: float = 0.4, tasks: Sequence[str] = (*COLUMNS, "lm"), lrs: Sequence[float] = LRS,
-    extra_arms: Sequence[str] = (), luck: int = 0,
-) -> list[Result]:  # fmt: skip
+    *,
+    gap: float,
+    secret: float,
+    tax: float,
+    authorized: float = 1.0,
+    seeds: int = 5,
+    spread: float = 0.4,
+    tasks: Sequence[str] = (*COLUMNS, "lm"),
+    lrs: Sequence[float] = LRS,
+    extra_arms: Sequence[str] = (),
+    luck: int = 0,
+) -> list[Result]:
     """Arms base, pmp and random. Percentage points for GLUE; a hundredth of it in nats for LM;
     ``spread`` over seeds is half the seed's own, the same for all arms, and half the run's."""
     draw = random.Random(luck)
@@ -122,8 +192,9 @@ def sweeps() -> list[Result]:
         found.append(pretrain(arm, loss=3.0 + (1 - density) / 10, density=density))
         found += [
             fine_tune(arm, task, "full", score=LEVEL[COLUMNS[task][0]] - 0.02, seed=seed)
-            for task in COLUMNS for seed in range(3)
-        ]  # fmt: skip
+            for task in COLUMNS
+            for seed in range(3)
+        ]
     for score in ("ema", "gradient"):
         found.append(pretrain(f"pmp-{score}", loss=3.01, score=score))
     for epochs in (1, 6, 12):
@@ -133,7 +204,7 @@ def sweeps() -> list[Result]:
                     arm, "qnli", "full", score=0.7 + 0.01 * min(epochs, 4), epochs=epochs, seed=s
                 )
                 for s in range(5)
-            ]  # fmt: skip
+            ]
     return found
 
 
@@ -156,11 +227,18 @@ def instruments(arm: str = "pmp") -> list[Result]:
     return [
         result("landscape", arm, {"seed": 0}, {"alphas": alphas, "directions": directions}),
         result(
-            "gradients", arm, {"seed": 0},
-            {"edges_log10": edges, "ticket": counts(-5, 7e4), "complement": counts(-5.6, 3e4),
-             "zeros": {"ticket": 10, "complement": 900}, "auc": 0.68},
+            "gradients",
+            arm,
+            {"seed": 0},
+            {
+                "edges_log10": edges,
+                "ticket": counts(-5, 7e4),
+                "complement": counts(-5.6, 3e4),
+                "zeros": {"ticket": 10, "complement": 900},
+                "auc": 0.68,
+            },
         ),
-    ]  # fmt: skip
+    ]
 
 
 def audit() -> dict[str, Any]:
@@ -168,12 +246,22 @@ def audit() -> dict[str, Any]:
 
     def row(attack: str, verdict: str, iou: float | None) -> dict[str, Any]:
         return {
-            "attack": attack, "needs": "", "verdict": verdict, "auc": iou,
-            "auc_outside_embeddings": None, "iou": iou,
-            "chance_iou": None if iou is None else 0.538, "preventable": verdict == "leak",
-            "countermeasure": "", "note": "", "seconds": 1.0,
-        }  # fmt: skip
+            "attack": attack,
+            "needs": "",
+            "verdict": verdict,
+            "auc": iou,
+            "auc_outside_embeddings": None,
+            "iou": iou,
+            "chance_iou": None if iou is None else 0.538,
+            "preventable": verdict == "leak",
+            "countermeasure": "",
+            "note": "",
+            "seconds": 1.0,
+        }
 
-    rows = [row("seed replay", "chance", 0.54), row("shadow model", "open", 0.876),
-            row("two revisions", "not run", None)]  # fmt: skip
+    rows = [
+        row("seed replay", "chance", 0.54),
+        row("shadow model", "open", 0.876),
+        row("two revisions", "not run", None),
+    ]
     return {"format_version": 1, "release": "runs/pmp/release", "leaks": [], "attacks": rows}

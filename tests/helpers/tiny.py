@@ -12,17 +12,29 @@ from pmp_ds.model.secret_init import Secret, initialize
 VOCAB, BLOCK = 300, 32
 
 LLAMA = ModelConfig(
-    hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=48,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    intermediate_size=48,
     max_positions=64,
-)  # fmt: skip
+)
 LLAMA_TIED = ModelConfig(
-    hidden_size=32, num_layers=1, num_heads=2, intermediate_size=48, max_positions=64,
+    hidden_size=32,
+    num_layers=1,
+    num_heads=2,
+    intermediate_size=48,
+    max_positions=64,
     tie_embeddings=True,
-)  # fmt: skip
+)
 GPT2 = ModelConfig(
-    family="gpt2", hidden_size=32, num_layers=2, num_heads=4, max_positions=64,
+    family="gpt2",
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    max_positions=64,
     tie_embeddings=True,
-)  # fmt: skip
+)
 
 
 def model(config: ModelConfig = LLAMA, key: bytes = b"k" * 32) -> PreTrainedModel:

@@ -39,9 +39,13 @@ Victim = Literal["all", "rank 0", "rank 1", "launcher"]
 VICTIMS: tuple[Victim, ...] = ("all", "rank 0", "rank 1", "launcher")
 MARK = "PMP_TORTURE"  # in the environment of every process of a life
 ROUND: dict[Phase, int] = {
-    "start": 3, "discovery": 5, "saving in discovery": 5, "training": 6, "saving in training": 6,
+    "start": 3,
+    "discovery": 5,
+    "saving in discovery": 5,
+    "training": 6,
+    "saving in training": 6,
     "export": 3,
-}  # fmt: skip
+}
 """Kills of one run. The order is that of PHASES, saving mixed with what is saved."""
 
 
@@ -75,12 +79,20 @@ class Place:
 
     @property
     def arguments(self) -> tuple[str | Path, ...]:
-        return ("--config", "tiny.yaml", "--run.root", self.run.root.parent, *self.settings,
-                "--deepspeed-config", DS_CONFIGS / "zero1.json")  # fmt: skip
+        return (
+            "--config",
+            "tiny.yaml",
+            "--run.root",
+            self.run.root.parent,
+            *self.settings,
+            "--deepspeed-config",
+            DS_CONFIGS / "zero1.json",
+        )
 
     def pretrain(self, *more: str) -> "subprocess.Popen[str]":
-        return start("pretrain.py", *self.arguments, *more, cwd=self.work, ranks=2,
-                     env=self.environment())  # fmt: skip
+        return start(
+            "pretrain.py", *self.arguments, *more, cwd=self.work, ranks=2, env=self.environment()
+        )
 
     def export(self) -> "subprocess.Popen[str]":
         return start("export.py", "--run", self.run.root, cwd=self.work, env=self.environment())
@@ -121,8 +133,9 @@ def plan(counts: dict[Phase, int], discovery: int, chance: random.Random) -> lis
     startup = [Blow("start", "all", 0, chance.random()) for _ in range(counts.get("start", 0))]
     blows = []
     phases: tuple[tuple[Phase, Phase, int], ...] = (
-        ("discovery", "saving in discovery", discovery), ("training", "saving in training", STEPS),
-    )  # fmt: skip
+        ("discovery", "saving in discovery", discovery),
+        ("training", "saving in training", STEPS),
+    )
     for plain, saving, steps in phases:
         kinds = [plain] * counts.get(plain, 0) + [saving] * counts.get(saving, 0)
         chance.shuffle(kinds)
@@ -305,16 +318,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
         work = Path(folder)
         furnish(work)
-        settings = ("--run.checkpoint_every", "2", "--mask.iou_threshold", "1.0",
-                    "--mask.on_unstable", "last")  # fmt: skip
+        settings = (
+            "--run.checkpoint_every",
+            "2",
+            "--mask.iou_threshold",
+            "1.0",
+            "--mask.on_unstable",
+            "last",
+        )
         calm = Place(work, RunDir(work / "calm" / "main"), settings)
         durations = undisturbed(calm)
         for number in itertools.count(1):
             place = Place(work, RunDir(work / f"killed{number}" / "main"), settings)
             for blow, phase in torture(calm.run, place, plan(ROUND, 30, chance), durations):
                 killed[phase or "missed", blow.victim] += phase is not None
-                print(f"{killed.total():4} {time.monotonic() - began:5.0f} s  {phase}: {blow}",
-                      flush=True)  # fmt: skip
+                print(
+                    f"{killed.total():4} {time.monotonic() - began:5.0f} s  {phase}: {blow}",
+                    flush=True,
+                )
             print(f"run {number}: the same bits after {killed.total()} kills", flush=True)
             if killed.total() >= args.kills:
                 break

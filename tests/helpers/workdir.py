@@ -9,9 +9,15 @@ from tests.helpers.commands import Done, ok, run
 
 BLOCK, STEPS = 32, 40
 PREPARE = (
-    "--input", "corpus.jsonl", "--train_vocab_size", "400", "--block_size", str(BLOCK),
-    "--val_fraction", "0.05",
-)  # fmt: skip
+    "--input",
+    "corpus.jsonl",
+    "--train_vocab_size",
+    "400",
+    "--block_size",
+    str(BLOCK),
+    "--val_fraction",
+    "0.05",
+)
 RECIPE = f"""\
 run: {{name: main, val_every: 10, val_blocks: 32, checkpoint_every: 10}}
 model: {{hidden_size: 32, num_layers: 2, num_heads: 4, num_kv_heads: 2, intermediate_size: 48,

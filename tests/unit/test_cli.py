@@ -100,19 +100,27 @@ def test_lists_of_text(argv: list[str], inputs: tuple[str, ...]):
         (["--train.lr", "abc"], "train.lr: expected float, got abc"),
         (["--train.steps", "1.5"], "train.steps: expected int, got 1.5"),
         (["--init.seed", "abc"], "init.seed: expected int or null, got abc"),
-        (["--mask.source", "foo"],
-         "mask.source: expected one of 'earlybird', 'random', 'none', 'file', got foo"),
+        (
+            ["--mask.source", "foo"],
+            "mask.source: expected one of 'earlybird', 'random', 'none', 'file', got foo",
+        ),
         (["--train.lr"], "argument --train.lr: expected one argument"),
-        (["--train.stepz", "1"],
-         "unknown flag --train.stepz (did you mean --train.steps?); see --help for all of them"),
-        (["--train.step", "5"],  # no guessing from beginnings
-         "unknown flag --train.step (did you mean --train.steps?); see --help for all of them"),
+        (
+            ["--train.stepz", "1"],
+            "unknown flag --train.stepz (did you mean --train.steps?); see --help for all of them",
+        ),
+        (
+            ["--train.step", "5"],  # no guessing from beginnings
+            "unknown flag --train.step (did you mean --train.steps?); see --help for all of them",
+        ),
         (["foo"], "unexpected argument 'foo'; every setting is a flag, see --help"),
-        (["--config", "none.yaml"],
-         "--config none.yaml cannot be read: none.yaml is missing; recipes by name: "
-         + ", ".join(shipped.recipes())),
+        (
+            ["--config", "none.yaml"],
+            "--config none.yaml cannot be read: none.yaml is missing; recipes by name: "
+            + ", ".join(shipped.recipes()),
+        ),
     ],
-)  # fmt: skip
+)
 def test_mistakes_in_flags(argv: list[str], message: str):
     with pytest.raises(UserError) as caught:
         parse(Config, argv)
@@ -122,17 +130,21 @@ def test_mistakes_in_flags(argv: list[str], message: str):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("train: {stepz: 3}",
-         "unknown setting train.stepz (did you mean train.steps?); see --help for all of them"),
-        ("trian: {lr: 3}",
-         "unknown setting trian.lr (did you mean train.lr?); see --help for all of them"),
+        (
+            "train: {stepz: 3}",
+            "unknown setting train.stepz (did you mean train.steps?); see --help for all of them",
+        ),
+        (
+            "trian: {lr: 3}",
+            "unknown setting trian.lr (did you mean train.lr?); see --help for all of them",
+        ),
         ("train: {lr: abc}", "train.lr: expected float, got abc"),
         ("train: 3", "train is a section of settings, not a value: 3"),
         ("- 1", "--config FILE holds no settings: write `name: value` lines"),
         ("", "--config FILE holds no settings: write `name: value` lines"),
         ("train: {steps: 10}", "train.warmup_steps=2000 must be between 0 and train.steps=10"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_in_files(write, text: str, message: str):
     path = write("x.yaml", text)
     with pytest.raises(UserError) as caught:
@@ -158,8 +170,14 @@ def test_error_of_a_value_that_only_the_sum_of_files_has(write):
 def test_help_teaches(capsys: pytest.CaptureFixture[str]):
     hidden: dict[str, dict[str, Any]] = {"--local_rank": {"type": int, "help": HIDDEN}}
     with pytest.raises(SystemExit) as stop:
-        parse(Config, ["--help"], prog="x.py", description="What.\n  indented", epilog="examples:",
-              options=hidden)  # fmt: skip
+        parse(
+            Config,
+            ["--help"],
+            prog="x.py",
+            description="What.\n  indented",
+            epilog="examples:",
+            options=hidden,
+        )
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert text.startswith("usage: x.py [options]\n\nWhat.\n  indented\n")

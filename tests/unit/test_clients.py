@@ -58,9 +58,11 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("nothing", "unfit"):
         _wheel(folder, name)
     for name, value in {
-        "PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": "file:///no/such/index",
-        "PIP_FIND_LINKS": str(folder), "PYTHONPATH": "/not/the/client's",
-    }.items():  # fmt: skip
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_INDEX_URL": "file:///no/such/index",
+        "PIP_FIND_LINKS": str(folder),
+        "PYTHONPATH": "/not/the/client's",
+    }.items():
         monkeypatch.setenv(name, value)
 
 
@@ -128,15 +130,18 @@ def test_no_process_of_a_client_is_left(tmp_path: Path) -> None:
         ("Traceback\nKeyError: '/root/x/y.py'\n", "KeyError: 'y.py'"),
         ("", "it said nothing"),
     ],
-)  # fmt: skip
+)
 def test_the_line_that_tells_why(said: str, line: str) -> None:
     assert complaint(said) == line
 
 
 def _main(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clients: tuple[Client, ...], *arguments: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    clients: tuple[Client, ...],
+    *arguments: str,
     kinds: tuple[str, ...] = ("plain",),
-) -> tuple[str, str]:  # fmt: skip
+) -> tuple[str, str]:
     """The document after `python -m tests.clients`, and how it ended."""
     home, document, trial = tmp_path / "home", tmp_path / "RELEASE.md", tmp_path / "trial.py"
     document.write_text(f"before\n{command.BEGIN}\nold\n{command.END}\nafter\n", encoding="utf-8")
@@ -148,9 +153,12 @@ def _main(
         return folder / name / "release"
 
     for name, value in {
-        "HOME": home, "DOCUMENT": document, "CLIENTS": clients, "make": make,
+        "HOME": home,
+        "DOCUMENT": document,
+        "CLIENTS": clients,
+        "make": make,
         "KINDS": dict.fromkeys(kinds),
-    }.items():  # fmt: skip
+    }.items():
         monkeypatch.setattr(command, name, value)
     monkeypatch.setattr(tries, "TRIAL", trial)
     monkeypatch.setattr(sys, "argv", ["clients", *arguments])

@@ -8,8 +8,14 @@ from pmp_ds.cli import dump, parse
 from pmp_ds.config import Config, RunConfig
 from pmp_ds.errors import UserError
 
-TIMES = {"90": 90.0, "0.5": 0.5, "01:30": 90.0, "01:30:00": 5400.0, "23:59:59": 86399.0,
-         "100:00:00": 360000.0}  # fmt: skip
+TIMES = {
+    "90": 90.0,
+    "0.5": 0.5,
+    "01:30": 90.0,
+    "01:30:00": 5400.0,
+    "23:59:59": 86399.0,
+    "100:00:00": 360000.0,
+}
 
 
 @pytest.mark.parametrize(("text", "seconds"), TIMES.items())

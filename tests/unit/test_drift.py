@@ -19,12 +19,21 @@ from tests.unit.test_docs import REPO, code, documents
 from tests.unit.test_layers import ROWS
 
 OTHERS = {
-    "--gpus-per-node", "--ntasks-per-node", "--open-mode", "--requeue", "--signal",
+    "--gpus-per-node",
+    "--ntasks-per-node",
+    "--open-mode",
+    "--requeue",
+    "--signal",
     "--wait",  # SLURM
-    "--read-only", "--tmpfs", "--user",  # containers
-    "--hostfile", "--logdir", "--max-restarts",  # deepspeed, tensorboard, torchrun
-    "--public_key", "--signature",  # model_signing
-}  # fmt: skip
+    "--read-only",
+    "--tmpfs",
+    "--user",  # containers
+    "--hostfile",
+    "--logdir",
+    "--max-restarts",  # deepspeed, tensorboard, torchrun
+    "--public_key",
+    "--signature",  # model_signing
+}
 """Flags of other programs that documents name."""
 
 

@@ -82,10 +82,14 @@ def special(path: Path, kind: str) -> Path:
 @pytest.mark.timeout(10)
 @pytest.mark.parametrize(
     ("kind", "message"),
-    [("fifo", "is not a regular file"), ("folder", "is not a regular file"),
-     ("device", "is not a regular file"), ("loop", "cannot be read: Too many levels"),
-     ("holes", "is longer than 67,108,864 bytes")],
-)  # fmt: skip
+    [
+        ("fifo", "is not a regular file"),
+        ("folder", "is not a regular file"),
+        ("device", "is not a regular file"),
+        ("loop", "cannot be read: Too many levels"),
+        ("holes", "is longer than 67,108,864 bytes"),
+    ],
+)
 def test_what_is_no_file(tmp_path: Path, kind: str, message: str) -> None:
     path = special(tmp_path / "x.json", kind)
     with pytest.raises(ForeignError, match=f"x.json {message}"):
@@ -125,8 +129,11 @@ class Outer(TypedDict):
 
 
 GOOD: dict[str, Any] = {
-    "inner": [{"name": "x", "shape": [1, 2]}], "kind": "a", "rate": 1, "more": [[]]
-}  # fmt: skip
+    "inner": [{"name": "x", "shape": [1, 2]}],
+    "kind": "a",
+    "rate": 1,
+    "more": [[]],
+}
 
 MISFITS: dict[str, tuple[dict[str, Any], str]] = {
     "missing": ({"kind": "a", "rate": None}, "it lacks inner"),

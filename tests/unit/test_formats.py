@@ -73,9 +73,15 @@ def test_results_of_an_older_version(tmp_path: Path):
     path = tmp_path / "results.jsonl"
     path.write_bytes(study.read_bytes())
     new = results.Result(
-        kind="new", arm="a", model="m", model_digest="d", settings={}, values={}, seconds=1.0,
+        kind="new",
+        arm="a",
+        model="m",
+        model_digest="d",
+        settings={},
+        values={},
+        seconds=1.0,
         hardware="h",
-    )  # fmt: skip
+    )
     results.append(path, new)
     assert results.read(path) == [*found, new]
     line = json.loads(path.read_text().splitlines()[-1])

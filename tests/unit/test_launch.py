@@ -54,13 +54,29 @@ def launch(tmp_path: Path) -> Iterator[object]:
     started: list[subprocess.Popen[str]] = []
 
     def start(*ends: str, options=(), prefix=(), env=None) -> subprocess.Popen[str]:
-        command = [*prefix, sys.executable, "-c", QUICK, "--ranks", str(len(ends)), *options,
-                   str(script), str(tmp_path), *ends]  # fmt: skip
+        command = [
+            *prefix,
+            sys.executable,
+            "-c",
+            QUICK,
+            "--ranks",
+            str(len(ends)),
+            *options,
+            str(script),
+            str(tmp_path),
+            *ends,
+        ]
         base = {k: v for k, v in os.environ.items() if not k.startswith("MASTER_")}
         started.append(
-            subprocess.Popen(command, cwd=REPO, env=base | (env or {}), text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        )  # fmt: skip
+            subprocess.Popen(
+                command,
+                cwd=REPO,
+                env=base | (env or {}),
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+        )
         return started[-1]
 
     yield start
@@ -117,8 +133,9 @@ def test_the_second_of_three_machines(launch, tmp_path):
     process = launch("0", "0", options=options, env={"JOB_COMPLETION_INDEX": "1"})
     assert process.wait(60) == 0
     assert notes(tmp_path, 2, 3) == [
-        ["2", "0", "6", "2", "h0", "4000"], ["3", "1", "6", "2", "h0", "4000"],
-    ]  # fmt: skip
+        ["2", "0", "6", "2", "h0", "4000"],
+        ["3", "1", "6", "2", "h0", "4000"],
+    ]
 
 
 @needs(*CONTAINER[1:])
@@ -153,8 +170,13 @@ def test_mistakes(launch, options, says):
 
 
 def test_a_script_that_is_not_there(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "pmp_ds.launch", "--ranks", "1", tmp_path / "no"],
-                          capture_output=True, text=True, cwd=REPO, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "pmp_ds.launch", "--ranks", "1", tmp_path / "no"],
+        capture_output=True,
+        text=True,
+        cwd=REPO,
+        check=False,
+    )
     assert (done.returncode, done.stderr) == (
         1,
         f"error: {tmp_path / 'no'}: no such file, nor one of pretrain, finetune\n",

@@ -14,11 +14,21 @@ from tests.helpers.distributed import REPO
 pytestmark = pytest.mark.processes
 
 OURS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-SRUN = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "17",
-        "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "gpu-[003-004]"}  # fmt: skip
-MPIRUN = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1",
-          "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
-          "PMIX_NAMESPACE": "prterun-h-1@1"}  # fmt: skip
+SRUN = {
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "17",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "gpu-[003-004]",
+}
+MPIRUN = {
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "PMIX_NAMESPACE": "prterun-h-1@1",
+}
 HYDRA = {"PMI_SIZE": "2", "PMI_RANK": "1", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
 
 
@@ -86,10 +96,14 @@ def test_what_cannot_be_told_is_refused(adopt, given, says):
 @pytest.mark.parametrize(
     ("nodes", "first"),
     [
-        ("h1", "h1"), ("h[1-2]", "h1"), ("gpu-[003-004,7],big1", "gpu-003"), ("a,b", "a"),
-        ("r[1,3]n[07-09]-x", "r1n07-x"), ("node-a.b.c,node-d", "node-a.b.c"),
+        ("h1", "h1"),
+        ("h[1-2]", "h1"),
+        ("gpu-[003-004,7],big1", "gpu-003"),
+        ("a,b", "a"),
+        ("r[1,3]n[07-09]-x", "r1n07-x"),
+        ("node-a.b.c,node-d", "node-a.b.c"),
     ],
-)  # fmt: skip
+)
 def test_first_host(nodes, first):
     assert launchers.first_host(nodes) == first
 
@@ -108,13 +122,19 @@ def test_deepspeed_with_its_default_port(tmp_path):
         "subprocess.run(command, check=True)\n"
         "subprocess.run(['sh', '-c', '\"$0\" \"$@\"; true', *command], check=True)\n"
     )
-    environment = os.environ | {"RANK": "0", "LOCAL_SIZE": "2", "WORLD_SIZE": "2",
-                                "CROSS_SIZE": "1", "MASTER_PORT": "29500",
-                                "PYTHONPATH": str(REPO)}  # fmt: skip
+    environment = os.environ | {
+        "RANK": "0",
+        "LOCAL_SIZE": "2",
+        "WORLD_SIZE": "2",
+        "CROSS_SIZE": "1",
+        "MASTER_PORT": "29500",
+        "PYTHONPATH": str(REPO),
+    }
     ports = []
     for _ in range(2):
-        out = subprocess.run([sys.executable, starter], capture_output=True, text=True, check=True,
-                             env=environment).stdout.split()  # fmt: skip
+        out = subprocess.run(
+            [sys.executable, starter], capture_output=True, text=True, check=True, env=environment
+        ).stdout.split()
         assert len(out) == 2
         assert out[0] == out[1] != "29500"
         ports.append(out[0])

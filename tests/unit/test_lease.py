@@ -41,8 +41,12 @@ needs_namespaces = needs(*ELSEWHERE[1:])
 def start(folder: Path, *prefix: str, stale: float = 2.0) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [*prefix, sys.executable, "-c", PROGRAM, str(folder), str(stale)],
-        cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=REPO,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def holds(process: subprocess.Popen[str]) -> str:
@@ -180,15 +184,17 @@ def test_names_with_glob_characters(tmp_path, monkeypatch):
     (tmp_path / ".[ab]x.lease-000001").write_text("{")
     with hold(tmp_path, "it", prefix="[ab]x."):
         assert sorted(p.name for p in tmp_path.iterdir()) == [
-            ".[ab]x.lease-000002", ".ax.lease-000001",
-        ]  # fmt: skip
+            ".[ab]x.lease-000002",
+            ".ax.lease-000001",
+        ]
 
 
 def test_two_names_in_one_folder(tmp_path):
     with hold(tmp_path, "a", prefix="a."), hold(tmp_path, "b", prefix="b."):
         assert sorted(p.name for p in tmp_path.iterdir()) == [
-            ".a.lease-000001", ".b.lease-000001",
-        ]  # fmt: skip
+            ".a.lease-000001",
+            ".b.lease-000001",
+        ]
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

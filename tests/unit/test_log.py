@@ -55,8 +55,10 @@ def test_non_finite_values_are_still_json(run, value):
     log = MetricsLog(run, enabled=True)
     log.write("train", 1, loss=value)
     log.close()
-    (record,) = [json.loads(line, parse_constant=pytest.fail)
-                 for line in run.metrics.read_text().splitlines()]  # fmt: skip
+    (record,) = [
+        json.loads(line, parse_constant=pytest.fail)
+        for line in run.metrics.read_text().splitlines()
+    ]
     assert record["loss"] == str(value)
 
 

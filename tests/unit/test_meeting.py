@@ -41,15 +41,24 @@ def rank() -> Iterator[Callable[..., Process]]:
     started: list[Process] = []
 
     def start(number, port, run="runs/a", mistake=None, seconds=60.0, world=2) -> Process:
-        where = {"RANK": str(number), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": str(port), "TORCH_CPP_LOG_LEVEL": "ERROR"}  # fmt: skip
+        where = {
+            "RANK": str(number),
+            "WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+        }
         started.append(
             subprocess.Popen(
                 [sys.executable, "-c", PROGRAM, json.dumps([run, mistake, seconds])],
-                cwd=REPO, env=os.environ | where, text=True, stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                cwd=REPO,
+                env=os.environ | where,
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
             )
-        )  # fmt: skip
+        )
         return started[-1]
 
     yield start

@@ -11,9 +11,15 @@ from pmp_ds.errors import UserError
 from pmp_ds.results import Result
 
 RESULT = Result(
-    kind="finetune", arm="base", model="m", model_digest="ab", settings={"lr": 1e-4, "seed": 0},
-    values={"score": 0.5}, seconds=1.0, hardware="none",
-)  # fmt: skip
+    kind="finetune",
+    arm="base",
+    model="m",
+    model_digest="ab",
+    settings={"lr": 1e-4, "seed": 0},
+    values={"score": 0.5},
+    seconds=1.0,
+    hardware="none",
+)
 
 
 def test_round_trip_keeps_the_last_of_a_key(tmp_path: Path):

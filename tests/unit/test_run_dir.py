@@ -23,8 +23,15 @@ def mode(path: Path) -> int:
 
 def test_names():
     run = RunDir(Path("runs/x"))
-    outside = [run.config, run.data, run.tokenizer, run.metrics, run.tensorboard, run.plots,
-               run.release]  # fmt: skip
+    outside = [
+        run.config,
+        run.data,
+        run.tokenizer,
+        run.metrics,
+        run.tensorboard,
+        run.plots,
+        run.release,
+    ]
     secret = [run.ticket, run.init, run.checkpoints]
     assert all(run.private not in (path, *path.parents) for path in outside)
     assert all(run.private in path.parents for path in secret)

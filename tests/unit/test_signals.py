@@ -55,9 +55,13 @@ sys.exit(code)
 
 def start(what: str, rank: str = "0") -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, what], cwd=REPO, env=os.environ | {"RANK": rank}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, "-c", PROGRAM, what],
+        cwd=REPO,
+        env=os.environ | {"RANK": rank},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "begun\n"
     return process

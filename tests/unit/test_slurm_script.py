@@ -26,13 +26,21 @@ def script(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("code", "restarts", "requeued"),
     [
-        (0, None, False), (1, None, False), (2, None, False), (75, None, True), (70, "3", True),
-        (137, "19", True), (75, "20", False),
+        (0, None, False),
+        (1, None, False),
+        (2, None, False),
+        (75, None, True),
+        (70, "3", True),
+        (137, "19", True),
+        (75, "20", False),
     ],
-)  # fmt: skip
+)
 def test_it_ends_with_the_runs_code(script, code, restarts, requeued):
-    environment = os.environ | {"PATH": f"{script.parent}:{os.environ['PATH']}",
-                                "SLURM_JOB_ID": "17", "SRUN_CODE": str(code)}  # fmt: skip
+    environment = os.environ | {
+        "PATH": f"{script.parent}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "17",
+        "SRUN_CODE": str(code),
+    }
     environment.pop("SLURM_RESTART_COUNT", None)
     if restarts is not None:
         environment["SLURM_RESTART_COUNT"] = restarts

@@ -34,9 +34,11 @@ def said(capsys: Capture, main: Main, *argv: str | Path) -> tuple[int, str]:
 
 
 NOT_FILES: dict[str, Callable[[Path], object]] = {
-    "fifo": os.mkfifo, "folder": Path.mkdir, "device": lambda path: path.symlink_to("/dev/zero"),
+    "fifo": os.mkfifo,
+    "folder": Path.mkdir,
+    "device": lambda path: path.symlink_to("/dev/zero"),
     "holes": lambda path: os.truncate(os.open(path, os.O_CREAT | os.O_WRONLY), 8 << 30),
-}  # fmt: skip
+}
 
 
 @pytest.mark.timeout(30)
@@ -60,10 +62,16 @@ def test_no_file(
 
 @pytest.mark.parametrize(
     "line",
-    ['{"kind": []}', "[" * 10**5, "[]", '{"kind": "a", "kind": "b"}', '{"format_version": "2"}',
-     '{"format_version": 1' + "0" * 5000 + "}"],
+    [
+        '{"kind": []}',
+        "[" * 10**5,
+        "[]",
+        '{"kind": "a", "kind": "b"}',
+        '{"format_version": "2"}',
+        '{"format_version": 1' + "0" * 5000 + "}",
+    ],
     ids=range(6),
-)  # fmt: skip
+)
 def test_odd_fields(tmp_path: Path, capsys: Capture, line: str) -> None:
     (tmp_path / "results.jsonl").write_text(line + "\n")
     seen("odd fields", *said(capsys, report.main, "--study", tmp_path))
@@ -86,9 +94,15 @@ def test_sparse_archives(tmp_path: Path, capsys: Capture) -> None:
     for archive in sparse.values():
         (tmp_path / "copy.age").write_bytes(kinds.sealed(archive))
         done = said(
-            capsys, vault.main, "open", tmp_path / "copy.age", "--identity", tmp_path / "key.txt",
-            "--out", tmp_path / "out",
-        )  # fmt: skip
+            capsys,
+            vault.main,
+            "open",
+            tmp_path / "copy.age",
+            "--identity",
+            tmp_path / "key.txt",
+            "--out",
+            tmp_path / "out",
+        )
         assert not (tmp_path / "out").exists()
         if MASK_FILE in done[1] or "no ticket" in done[1]:
             seen("sparse archive", *done)
@@ -135,8 +149,10 @@ def test_names_in_a_report() -> None:
 
 def test_a_trace_says_what_it_does_not_see(tmp_path: Path, capsys: Capture) -> None:
     shapes = {"a": (4, 4), "b": (16,), "c": (2, 4)}
-    save_file({n: torch.zeros(s) for n, s in shapes.items() if n != "b"} | {"c": torch.zeros(8)},
-              tmp_path / "model.safetensors")  # fmt: skip
+    save_file(
+        {n: torch.zeros(s) for n, s in shapes.items() if n != "b"} | {"c": torch.zeros(8)},
+        tmp_path / "model.safetensors",
+    )
     bits = {n: pack(torch.ones(torch.Size(s), dtype=torch.bool)) for n, s in shapes.items()}
     mask = ParamMask(bits=bits, shapes=shapes)
     assert trace.not_in(tmp_path, mask) == ["b", "c"]

@@ -27,9 +27,12 @@ raise SystemExit(exit_code(main))
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_any_terminal(encoding: str):
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, check=False, cwd=REPO,
+        [sys.executable, "-c", SCRIPT],
+        capture_output=True,
+        check=False,
+        cwd=REPO,
         env=os.environ | {"PYTHONIOENCODING": encoding},
-    )  # fmt: skip
+    )
     assert done.returncode == 1
     chinese = "\u4e2d".encode(encoding, "backslashreplace")
     assert chinese in done.stdout

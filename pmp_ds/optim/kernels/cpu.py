@@ -28,10 +28,14 @@ from pmp_ds.run_dir import atomic_path
 
 SOURCE = Path(__file__).with_name("masked_adamw.cpp")
 FLAGS = (
-    "-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp",
+    "-O3",
+    "-std=c++17",
+    "-shared",
+    "-fPIC",
+    "-fopenmp",
     "-ffp-contract=off",  # every operation is rounded on its own, as in the reference
     "-fno-math-errno",  # lets sqrt be a vector instruction; it is correctly rounded all the same
-)  # fmt: skip
+)
 
 
 class Coefficients(ctypes.Structure):
@@ -40,10 +44,16 @@ class Coefficients(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_float)
         for name in (
-            "decay", "beta1", "grad_weight", "beta2", "grad_sq_weight", "minus_step_size",
-            "sqrt_correction2", "eps",
+            "decay",
+            "beta1",
+            "grad_weight",
+            "beta2",
+            "grad_sq_weight",
+            "minus_step_size",
+            "sqrt_correction2",
+            "eps",
         )
-    ]  # fmt: skip
+    ]
 
 
 @functools.cache
@@ -152,8 +162,10 @@ def _compile(compiler: str, path: Path) -> None:
     with atomic_path(path) as temporary:
         subprocess.run(
             [compiler, *FLAGS, str(SOURCE), "-o", str(temporary)],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         temporary.chmod(0o755)  # whatever the umask and the linker
 
 
@@ -186,14 +198,26 @@ def masked_adamw(
     """One AdamW step on the kept elements, in place."""
     _check_on_cpu(weights)
     checks.step(
-        weights, gradient, bits, prefix, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq},
-        weight_dtypes=(torch.float32,), gradient_dtypes=(torch.float32,), block=_block(),
-    )  # fmt: skip
+        weights,
+        gradient,
+        bits,
+        prefix,
+        {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq},
+        weight_dtypes=(torch.float32,),
+        gradient_dtypes=(torch.float32,),
+        block=_block(),
+    )
     _loaded().pmp_masked_adamw(
-        _pointer(weights), _pointer(gradient), _pointer(bits), _pointer(prefix),
-        ctypes.c_int64(weights.numel()), _pointer(exp_avg), _pointer(exp_avg_sq),
-        ctypes.byref(coefficients), ctypes.c_int(torch.get_num_threads()),
-    )  # fmt: skip
+        _pointer(weights),
+        _pointer(gradient),
+        _pointer(bits),
+        _pointer(prefix),
+        ctypes.c_int64(weights.numel()),
+        _pointer(exp_avg),
+        _pointer(exp_avg_sq),
+        ctypes.byref(coefficients),
+        ctypes.c_int(torch.get_num_threads()),
+    )
 
 
 def has_compact_master(dtype: torch.dtype) -> bool:
@@ -216,17 +240,30 @@ def masked_adamw_master(
     weights receive it rounded. In place."""
     _check_on_cpu(weights)
     checks.step(
-        weights, gradient, bits, prefix,
+        weights,
+        gradient,
+        bits,
+        prefix,
         {"master": master, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq},
-        weight_dtypes=checks.SIXTEEN_BIT, gradient_dtypes=(torch.float32, weights.dtype),
+        weight_dtypes=checks.SIXTEEN_BIT,
+        gradient_dtypes=(torch.float32, weights.dtype),
         block=_block(),
-    )  # fmt: skip
+    )
     _loaded().pmp_masked_adamw_master(
-        _pointer(weights), ctypes.c_int(weights.dtype == torch.float16), _pointer(gradient),
-        ctypes.c_int(gradient.dtype == torch.float32), _pointer(bits), _pointer(prefix),
-        ctypes.c_int64(weights.numel()), _pointer(master), _pointer(exp_avg), _pointer(exp_avg_sq),
-        ctypes.c_float(factor), ctypes.byref(coefficients), ctypes.c_int(torch.get_num_threads()),
-    )  # fmt: skip
+        _pointer(weights),
+        ctypes.c_int(weights.dtype == torch.float16),
+        _pointer(gradient),
+        ctypes.c_int(gradient.dtype == torch.float32),
+        _pointer(bits),
+        _pointer(prefix),
+        ctypes.c_int64(weights.numel()),
+        _pointer(master),
+        _pointer(exp_avg),
+        _pointer(exp_avg_sq),
+        ctypes.c_float(factor),
+        ctypes.byref(coefficients),
+        ctypes.c_int(torch.get_num_threads()),
+    )
 
 
 def zero_complement(values: torch.Tensor, bits: torch.Tensor, start: int) -> None:
@@ -236,10 +273,13 @@ def zero_complement(values: torch.Tensor, bits: torch.Tensor, start: int) -> Non
     checks.require("the gradient", values, allowed, None, values.device)
     checks.packed(bits, values.numel(), values.device, start)
     _loaded().pmp_zero_complement(
-        _pointer(values), ctypes.c_int64(values.element_size()), _pointer(bits),
-        ctypes.c_int64(start), ctypes.c_int64(values.numel()),
+        _pointer(values),
+        ctypes.c_int64(values.element_size()),
+        _pointer(bits),
+        ctypes.c_int64(start),
+        ctypes.c_int64(values.numel()),
         ctypes.c_int(torch.get_num_threads()),
-    )  # fmt: skip
+    )
 
 
 def _block() -> int:

@@ -37,19 +37,28 @@ def masked_adamw(
 ) -> None:
     """One AdamW step on the kept elements, in place."""
     checks.step(
-        weights, gradient, bits, prefix, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq},
-        weight_dtypes=(torch.float32,), gradient_dtypes=(torch.float32,), block=BLOCK,
-    )  # fmt: skip
+        weights,
+        gradient,
+        bits,
+        prefix,
+        {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq},
+        weight_dtypes=(torch.float32,),
+        gradient_dtypes=(torch.float32,),
+        block=BLOCK,
+    )
     tensors = weights, gradient, bits, prefix, exp_avg, exp_avg_sq
     numel = weights.numel()
     if numel == 0:
         return
     with torch.cuda.device_of(weights):
         _masked_adamw[(triton.cdiv(numel, BLOCK),)](
-            *tensors, numel,
+            *tensors,
+            numel,
             **{name: getattr(coefficients, name) for name, *_ in coefficients._fields_},
-            BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
-        )  # fmt: skip
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+            enable_fp_fusion=False,
+        )
 
 
 def has_compact_master(dtype: torch.dtype) -> bool:
@@ -94,10 +103,23 @@ def _is_kept(bits, index, inside):
 # for neither (floats never are constants to Triton).
 @triton.jit(do_not_specialize=["numel"])
 def _masked_adamw(
-    weights, gradient, bits, prefix, exp_avg, exp_avg_sq, numel,
-    decay, beta1, grad_weight, beta2, grad_sq_weight, minus_step_size, sqrt_correction2, eps,
+    weights,
+    gradient,
+    bits,
+    prefix,
+    exp_avg,
+    exp_avg_sq,
+    numel,
+    decay,
+    beta1,
+    grad_weight,
+    beta2,
+    grad_sq_weight,
+    minus_step_size,
+    sqrt_correction2,
+    eps,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     index = _index(BLOCK)
     inside = index < numel
     p = tl.load(weights + index, mask=inside)

@@ -12,8 +12,18 @@ from tests.helpers.crafted.corpus import inputs
 from tests.helpers.crafted.kinds import KINDS
 from tests.helpers.crafted.runner import Outcome, outcomes
 
-HEAD = ("kind", "inputs", "work", "refused", "tracebacks", "hangs", "not printable", "ran code",
-        "peak MB", "longest CPU s")  # fmt: skip
+HEAD = (
+    "kind",
+    "inputs",
+    "work",
+    "refused",
+    "tracebacks",
+    "hangs",
+    "not printable",
+    "ran code",
+    "peak MB",
+    "longest CPU s",
+)
 
 
 def main(kinds: list[str], text: str, verbose: bool) -> int:
@@ -41,12 +51,17 @@ def _told(one: Outcome) -> str:
 def _row(name: str, found: list[Outcome]) -> tuple[str, ...]:
     counts = Counter(one.what for one in found)
     return (
-        name, str(len(found)), str(counts["works"]), str(counts["refused"]),
-        str(counts["traceback"] + counts["crash"]), str(counts["hang"]),
-        str(counts["unprintable"]), str(sum(one.ran for one in found)),
+        name,
+        str(len(found)),
+        str(counts["works"]),
+        str(counts["refused"]),
+        str(counts["traceback"] + counts["crash"]),
+        str(counts["hang"]),
+        str(counts["unprintable"]),
+        str(sum(one.ran for one in found)),
         f"{max((one.megabytes for one in found), default=0):.0f}",
         f"{max((one.seconds for one in found), default=0):.1f}",
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

@@ -23,14 +23,14 @@ def named() -> Iterator[tuple[str, Change]]:
     for start in range(0, 240, 4):
         yield f"age: bytes {start} to {start + 3} zero", _zero(start)
     for name, text in {
-        "only a header": b"age-encryption.org/v1\n", "no recipients":
-        b"age-encryption.org/v1\n--- AAAA\n", "many recipients":
-        b"age-encryption.org/v1\n" + b"-> X25519 AAAA\nAAAA\n" * DEEP, "long line":
-        b"age-encryption.org/v1\n-> X25519 " + b"A" * 10**7, "armor":
-        b"-----BEGIN AGE ENCRYPTED FILE-----\n" + b"A" * 10**6, "other version":
-        b"age-encryption.org/v9\n-> X25519 AAAA\nAAAA\n--- AAAA\n", "scrypt":
-        b"age-encryption.org/v1\n-> scrypt AAAAAAAAAAAAAAAAAAAAAA 63\nAAAA\n--- AAAA\n",
-    }.items():  # fmt: skip
+        "only a header": b"age-encryption.org/v1\n",
+        "no recipients": b"age-encryption.org/v1\n--- AAAA\n",
+        "many recipients": b"age-encryption.org/v1\n" + b"-> X25519 AAAA\nAAAA\n" * DEEP,
+        "long line": b"age-encryption.org/v1\n-> X25519 " + b"A" * 10**7,
+        "armor": b"-----BEGIN AGE ENCRYPTED FILE-----\n" + b"A" * 10**6,
+        "other version": b"age-encryption.org/v9\n-> X25519 AAAA\nAAAA\n--- AAAA\n",
+        "scrypt": b"age-encryption.org/v1\n-> scrypt AAAAAAAAAAAAAAAAAAAAAA 63\nAAAA\n--- AAAA\n",
+    }.items():
         yield f"age: {name}", partial(_written, text)
 
 
@@ -80,14 +80,22 @@ def _archives() -> Iterator[tuple[str, bytes]]:
     yield "good", _tar(good, other)
     map_ = b"1\n0\n1\n"
     for version, pax in {
-        "1.0": {"GNU_sparse_major": "1", "GNU_sparse_minor": "0",
-                "GNU_sparse_name": f"ticket/{MASK_FILE}", "GNU_sparse_realsize": str(_GIANT)},
+        "1.0": {
+            "GNU_sparse_major": "1",
+            "GNU_sparse_minor": "0",
+            "GNU_sparse_name": f"ticket/{MASK_FILE}",
+            "GNU_sparse_realsize": str(_GIANT),
+        },
         "0.1": {"GNU_sparse_map": f"0,1,{_GIANT},0", "GNU_sparse_size": str(_GIANT)},
-        "0.0": {"GNU_sparse_size": str(_GIANT), "GNU_sparse_numblocks": "1",
-                "GNU_sparse_offset": "0", "GNU_sparse_numbytes": "1"},
+        "0.0": {
+            "GNU_sparse_size": str(_GIANT),
+            "GNU_sparse_numblocks": "1",
+            "GNU_sparse_offset": "0",
+            "GNU_sparse_numbytes": "1",
+        },
         "wrong": {"GNU_sparse_major": "x", "GNU_sparse_minor": "y"},
         "no map": {"GNU_sparse_map": "", "GNU_sparse_size": "-1"},
-    }.items():  # fmt: skip
+    }.items():
         yield f"sparse {version}", _tar((_info(f"ticket/{MASK_FILE}", 512, pax=pax), map_), good)
     for size in (_GIANT, 1 << 60, len(manifest) + 10**4):
         yield f"size {size}", _tar((_info(f"ticket/{MANIFEST_FILE}", size), manifest), other)
@@ -100,10 +108,15 @@ def _archives() -> Iterator[tuple[str, bytes]]:
             ),
         )
     for name, kind in {
-        "link": tarfile.SYMTYPE, "hard link": tarfile.LNKTYPE, "device": tarfile.CHRTYPE,
-        "fifo": tarfile.FIFOTYPE, "folder": tarfile.DIRTYPE, "GNU sparse": tarfile.GNUTYPE_SPARSE,
-        "contiguous": tarfile.CONTTYPE, "unknown": b"Z",
-    }.items():  # fmt: skip
+        "link": tarfile.SYMTYPE,
+        "hard link": tarfile.LNKTYPE,
+        "device": tarfile.CHRTYPE,
+        "fifo": tarfile.FIFOTYPE,
+        "folder": tarfile.DIRTYPE,
+        "GNU sparse": tarfile.GNUTYPE_SPARSE,
+        "contiguous": tarfile.CONTTYPE,
+        "unknown": b"Z",
+    }.items():
         yield f"mask is a {name}", _tar((_info(f"ticket/{MASK_FILE}", 0, kind), b""), good)
     for name in ("../../ticket.json", "/ticket.json", "a/b/c/ticket.json", "ticket.json/", NASTY):
         yield f"name {name[:20]!r}", _tar((_info(name, len(manifest)), manifest), other)

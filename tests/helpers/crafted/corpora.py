@@ -79,22 +79,30 @@ def _rows() -> dict[str, bytes]:
     """Lines, none of which is an ordinary document."""
     deep = b'{"text": "a", "x": ' + b"[" * DEEP
     return {
-        "nested lists": deep + b"\n", "closed nested lists": deep + b"]" * DEEP + b"}\n",
+        "nested lists": deep + b"\n",
+        "closed nested lists": deep + b"]" * DEEP + b"}\n",
         "nested objects": b'{"text":' * DEEP + b"\n",
         "closed nested objects": b'{"text":' * DEEP + b"1" + b"}" * DEEP + b"\n",
-        "zero bytes": b"\0" * 1000 + b"\n", "a zero byte in the text": b'{"text": "a\0b"}\n',
+        "zero bytes": b"\0" * 1000 + b"\n",
+        "a zero byte in the text": b'{"text": "a\0b"}\n',
         "a spelled zero byte": b'{"text": "a\\u0000b"}\n' * 30,
         "a mark of order": b'\xef\xbb\xbf{"text": "a"}\n',
         "a mark of order, UTF-16": '{"text": "a"}\n'.encode("utf-16"),
-        "not UTF-8": b'{"text": "\xff\xfe"}\n', "overlong": b'{"text": "\xc0\x80"}\n',
-        "half a character": b'{"text": "\\ud800"}\n', "text null": b'{"text": null}\n',
-        "text twice": b'{"text": "a", "text": "b"}\n', "text a number": b'{"text": 5}\n',
-        "text a list": b'{"text": ["a"]}\n', "no text": b'{"tex": "a"}\n',
+        "not UTF-8": b'{"text": "\xff\xfe"}\n',
+        "overlong": b'{"text": "\xc0\x80"}\n',
+        "half a character": b'{"text": "\\ud800"}\n',
+        "text null": b'{"text": null}\n',
+        "text twice": b'{"text": "a", "text": "b"}\n',
+        "text a number": b'{"text": 5}\n',
+        "text a list": b'{"text": ["a"]}\n',
+        "no text": b'{"tex": "a"}\n',
         "5000 digits": b'{"text": "a", "x": 1' + b"0" * 5000 + b"}\n",
-        "a long number": b"1" + b"0" * 5000 + b"\n", "1e999": b'{"text": "a", "x": 1e999}\n',
+        "a long number": b"1" + b"0" * 5000 + b"\n",
+        "1e999": b'{"text": "a", "x": 1e999}\n',
         "terminal": json.dumps({"text": NASTY}).encode() + b"\n",
         "names for a terminal": json.dumps({NASTY: NASTY}).encode() + b"\n",
-        "no line end": b'{"text": "a"}', "carriage returns": b'{"text": "a"}\r' * 20,
+        "no line end": b'{"text": "a"}',
+        "carriage returns": b'{"text": "a"}\r' * 20,
         "other line ends": '{"text": "a"}\u2028{"text": "b"}\n'.encode(),
         "100,000 keys": json.dumps({f"k{i}": i for i in range(DEEP)}).encode() + b"\n",
         "100,000 of one key": b"{" + b'"a": 1, ' * DEEP + b'"text": "a"}\n',
@@ -102,7 +110,7 @@ def _rows() -> dict[str, bytes]:
         "blanks": b'{"text": "' + b" " * 100_000 + b'"}\n',
         "letters that join": '{"text": "{}"}\n'.replace("{}", "e" + "\u0301" * 10_000).encode(),
         "special tokens": b'{"text": "</s><s><unk><|endoftext|>\\u2581"}\n' * 10,
-    }  # fmt: skip
+    }
 
 
 def _bomb(name: str, part: bytes, start: bytes = b"") -> bytes:
@@ -171,19 +179,26 @@ _PACKED: dict[str, Change] = {
 def _columns() -> Iterator[tuple[str, Callable[[], bytes]]]:
     texts = pa.array(TEXTS)
     columns: dict[str, Any] = {
-        "binary": texts.cast(pa.binary()), "large": texts.cast(pa.large_string()),
-        "view": texts.cast(pa.string_view()), "dictionary": texts.dictionary_encode(),
-        "numbers": pa.array(range(12)), "nulls": pa.nulls(12), "texts and nulls":
-        pa.array([None, *TEXTS]), "only null texts": pa.nulls(12, pa.string()),
-        "lists": pa.array([[text] for text in TEXTS]), "objects":
-        pa.array([{"text": text} for text in TEXTS]), "maps":
-        pa.array([[("a", text)] for text in TEXTS], pa.map_(pa.string(), pa.string())),
-        "fixed": pa.array([b"abcd"] * 12, pa.binary(4)), "dates": pa.array(range(12), pa.date32()),
-        "not UTF-8": pa.array([b"\xff\xfe"] * 12), "text that is not UTF-8":
-        pa.array([b"\xff\xfe"] * 12).view(pa.string()), "zero bytes": pa.array(["\0" * 10] * 12),
-        "empty": pa.array([""] * 12), "no rows": pa.array([], pa.string()),
+        "binary": texts.cast(pa.binary()),
+        "large": texts.cast(pa.large_string()),
+        "view": texts.cast(pa.string_view()),
+        "dictionary": texts.dictionary_encode(),
+        "numbers": pa.array(range(12)),
+        "nulls": pa.nulls(12),
+        "texts and nulls": pa.array([None, *TEXTS]),
+        "only null texts": pa.nulls(12, pa.string()),
+        "lists": pa.array([[text] for text in TEXTS]),
+        "objects": pa.array([{"text": text} for text in TEXTS]),
+        "maps": pa.array([[("a", text)] for text in TEXTS], pa.map_(pa.string(), pa.string())),
+        "fixed": pa.array([b"abcd"] * 12, pa.binary(4)),
+        "dates": pa.array(range(12), pa.date32()),
+        "not UTF-8": pa.array([b"\xff\xfe"] * 12),
+        "text that is not UTF-8": pa.array([b"\xff\xfe"] * 12).view(pa.string()),
+        "zero bytes": pa.array(["\0" * 10] * 12),
+        "empty": pa.array([""] * 12),
+        "no rows": pa.array([], pa.string()),
         "terminal": pa.array([NASTY] * 12),
-    }  # fmt: skip
+    }
     for name, column in columns.items():
         yield name, partial(parquet, column)
     for deep in (50, 500, 5000):
@@ -195,9 +210,11 @@ def _columns() -> Iterator[tuple[str, Callable[[], bytes]]]:
         yield f"of {codec}", partial(parquet, compression=codec)
     for codec in ("snappy", "zstd"):
         for name, size, rows, groups in (
-            ("one text", 144 << 20, 1, 1), ("two texts", 144 << 20, 2, 1),
-            ("texts", 1 << 16, 1 << 10, 1), ("row groups", 1 << 21, 1, 16),
-        ):  # fmt: skip
+            ("one text", 144 << 20, 1, 1),
+            ("two texts", 144 << 20, 2, 1),
+            ("texts", 1 << 16, 1 << 10, 1),
+            ("row groups", 1 << 21, 1, 16),
+        ):
             yield (
                 f"{size * rows * groups >> 20} MiB in {name}, {codec}",
                 partial(_large, codec, size, rows, groups),
@@ -231,9 +248,13 @@ def _large(codec: str, size: int, rows: int, groups: int, dictionary: bool = Fal
     table = pa.table({"text": column})
     sink = io.BytesIO()
     with pq.ParquetWriter(
-        sink, table.schema, compression=codec, use_dictionary=dictionary,
-        dictionary_pagesize_limit=2 * size + 100, write_statistics=False,
-    ) as writer:  # fmt: skip
+        sink,
+        table.schema,
+        compression=codec,
+        use_dictionary=dictionary,
+        dictionary_pagesize_limit=2 * size + 100,
+        write_statistics=False,
+    ) as writer:
         for _ in range(groups):
             writer.write_table(table)
     return sink.getvalue()

@@ -147,7 +147,7 @@ def measured() -> list[dict[str, Any]]:
         study.result("last_word", "pmp", {"text": "d" * 64}, {"accuracy": 0.5}),
         study.result("lm_eval", "pmp", {"task": "x"}, {"metrics": {"x": {"acc,none": 0.5}}}),
         study.result("untrained-head", "pmp", {"seed": 0}, {"metrics": {"RTE": {"accuracy": 0.5}}}),
-    ]  # fmt: skip
+    ]
     return [asdict(result) | {"format_version": 2} for result in found]
 
 
@@ -181,25 +181,43 @@ def _run(folder: Path) -> None:
     run = RunDir(folder)
     run.create()
     part = asdict(Part(folder="a", dataset_id="d" * 64, slots=65536))
-    write_json(run.data, {
-        "format_version": 2, "dataset_id": "d" * 64, "vocab_size": 300, "eos_id": 2, "bos_id": None,
-        "block_size": 32, "unigram_cross_entropy": 5.0, "documents": 3, "tokens": 640,
-        "sources": ["corpus"], "parts": [part],
-    })  # fmt: skip
+    write_json(
+        run.data,
+        {
+            "format_version": 2,
+            "dataset_id": "d" * 64,
+            "vocab_size": 300,
+            "eos_id": 2,
+            "bos_id": None,
+            "block_size": 32,
+            "unigram_cross_entropy": 5.0,
+            "documents": 3,
+            "tokens": 640,
+            "sources": ["corpus"],
+            "parts": [part],
+        },
+    )
     run.config.write_text("run:\n  name: x\n  root: .\n")
     records = [
-        {"phase": "discover", "step": 2, "iou": 0.9}, {"phase": "train", "step": 1, "loss": 5.0},
+        {"phase": "discover", "step": 2, "iou": 0.9},
+        {"phase": "train", "step": 1, "loss": 5.0},
         {"phase": "train", "step": 2, "val_loss": 5.0},
-    ]  # fmt: skip
+    ]
     run.metrics.write_bytes(_lines(records))
-    write_json(run.init / "theta0.json", {
-        "format_version": 2, "sha256": "d" * 64, "key_check": "c" * 64
-    })  # fmt: skip
+    write_json(
+        run.init / "theta0.json", {"format_version": 2, "sha256": "d" * 64, "key_check": "c" * 64}
+    )
     vault.begin(run.vault)
-    vault.remember(run.vault, vault.Record(
-        name="Partner A", keys=("age1x",), date="2026-01-02T00:00:00Z", watermark="0" * 16,
-        file="a.age",
-    ))  # fmt: skip
+    vault.remember(
+        run.vault,
+        vault.Record(
+            name="Partner A",
+            keys=("age1x",),
+            date="2026-01-02T00:00:00Z",
+            watermark="0" * 16,
+            file="a.age",
+        ),
+    )
 
 
 def _use_run(folder: Path) -> None:
@@ -223,9 +241,15 @@ def _ledger(folder: Path) -> None:
     from pmp_ds.release.ledger import Entry
 
     entry = Entry(
-        date="2026-01-02", lineage="d" * 64, kind="final", updates=4, weights="e" * 64,
-        released="f" * 64, dtype="bf16", reason=None,
-    )  # fmt: skip
+        date="2026-01-02",
+        lineage="d" * 64,
+        kind="final",
+        updates=4,
+        weights="e" * 64,
+        released="f" * 64,
+        dtype="bf16",
+        reason=None,
+    )
     (folder / LEDGER).write_bytes(_lines([asdict(entry) | {"format_version": 1}]))
 
 
@@ -324,66 +348,93 @@ def _corpus(folder: Path) -> None:
 def _use_corpus(folder: Path) -> None:
     """As `prepare_data`, with a tokenizer, and with one that is trained."""
     for tokenizer in (str(folder / "tokenizer"), None):
-        prepare(PrepareConfig(
-            input=(str(folder / "corpus"),), tokenizer=tokenizer, train_vocab_size=300,
-            out=str(folder / f"store-{tokenizer is None}"), block_size=8, val_fraction=0.5,
-            workers=1,
-        ))  # fmt: skip
+        prepare(
+            PrepareConfig(
+                input=(str(folder / "corpus"),),
+                tokenizer=tokenizer,
+                train_vocab_size=300,
+                out=str(folder / f"store-{tokenizer is None}"),
+                block_size=8,
+                val_fraction=0.5,
+                workers=1,
+            )
+        )
 
 
 KINDS: dict[str, Kind] = {
-    "ticket": Kind(
-        _ticket, load_ticket, (MASK_FILE, MANIFEST_FILE), (MANIFEST_FILE,), depth=2
-    ),
+    "ticket": Kind(_ticket, load_ticket, (MASK_FILE, MANIFEST_FILE), (MANIFEST_FILE,), depth=2),
     "sealed ticket": Kind(_sealed, _use_sealed, (SEALED,)),
     "release": Kind(
-        _release, _use_release,
+        _release,
+        _use_release,
         ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"),
         ("config.json", "generation_config.json"),
     ),
     "sharded release": Kind(
-        _sharded, _use_sharded, ("model.safetensors.index.json",),
-        ("model.safetensors.index.json",), depth=2,
+        _sharded,
+        _use_sharded,
+        ("model.safetensors.index.json",),
+        ("model.safetensors.index.json",),
+        depth=2,
     ),
     "tokenizer": Kind(
-        _tokenizer, _use_tokenizer, ("tokenizer.json", "tokenizer_config.json"),
+        _tokenizer,
+        _use_tokenizer,
+        ("tokenizer.json", "tokenizer_config.json"),
         ("tokenizer.json", "tokenizer_config.json"),
     ),
     "sentencepiece": Kind(_sentencepiece, _use_sentencepiece, ("tokenizer.model",)),
     "results": Kind(
-        _results, _use_results, ("results.jsonl", "audit.json"), ("results.jsonl", "audit.json"),
+        _results,
+        _use_results,
+        ("results.jsonl", "audit.json"),
+        ("results.jsonl", "audit.json"),
         depth=3,
     ),
     "pictures": Kind(_results, _use_pictures, ()),
     "run": Kind(
-        _run, _use_run,
+        _run,
+        _use_run,
         ("data.json", "metrics.jsonl", "private/init/theta0.json", "private/vault/sealed.jsonl"),
         ("data.json", "metrics.jsonl", "private/init/theta0.json", "private/vault/sealed.jsonl"),
         depth=3,
     ),
     "ledger": Kind(_ledger, _use_ledger, (LEDGER,), (LEDGER,)),
     "checkpoint": Kind(
-        _checkpoint, _use_checkpoint,
-        tuple(f"update-00000004/{name}" for name in (
-            "manifest.json", "state/masks.safetensors", "state/rank-00000.safetensors",
-        )),
+        _checkpoint,
+        _use_checkpoint,
+        tuple(
+            f"update-00000004/{name}"
+            for name in (
+                "manifest.json",
+                "state/masks.safetensors",
+                "state/rank-00000.safetensors",
+            )
+        ),
         ("update-00000004/manifest.json",),
     ),
     "store": Kind(
-        _store, _use_store, ("store/manifest.json", "store/train/00000-000.arrow"),
-        ("store/manifest.json",), depth=5,
+        _store,
+        _use_store,
+        ("store/manifest.json", "store/train/00000-000.arrow"),
+        ("store/manifest.json",),
+        depth=5,
     ),
     "corpus": Kind(
-        _corpus, _use_corpus, tuple(f"corpus/{name}" for name in corpora.FILES),
+        _corpus,
+        _use_corpus,
+        tuple(f"corpus/{name}" for name in corpora.FILES),
         ("corpus/a.jsonl",),
     ),
     "GLUE": Kind(
-        _glue, _use_glue, ("SST-2/train.jsonl", "SST-2/validation.jsonl.gz"),
+        _glue,
+        _use_glue,
+        ("SST-2/train.jsonl", "SST-2/validation.jsonl.gz"),
         ("SST-2/train.jsonl",),
     ),
     "texts": Kind(_texts, _use_texts, ("texts.jsonl",), ("texts.jsonl",)),
     "keys": Kind(_keys, _use_keys, ("partner.pub", "key.txt", "passphrase")),
-}  # fmt: skip
+}
 FOLDERS = tuple(KINDS)
 """The kinds of files and folders; the others are texts of settings, with tests of their own."""
 

@@ -126,17 +126,33 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "pruned heads": {"pruned_heads": {"0": [5]}},
 }
 _TOKENIZERS: dict[str, Any] = {
-    "of code": {"AutoTokenizer": ["own.T", None]}, "own": "OwnTokenizer", "list": ["x"],
-    "number": 5, "template": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "loop": "{% for i in range(10**12) %}x{% endfor %}", "terminal": NASTY,
-}  # fmt: skip
+    "of code": {"AutoTokenizer": ["own.T", None]},
+    "own": "OwnTokenizer",
+    "list": ["x"],
+    "number": 5,
+    "template": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "loop": "{% for i in range(10**12) %}x{% endfor %}",
+    "terminal": NASTY,
+}
 
 
 def _index() -> Named:
     file = "model.safetensors.index.json"
-    for target in ("../x.safetensors", "/etc/passwd", "a/b.safetensors", "..\\x.safetensors", "",
-                   ".", "x\0.safetensors", NASTY, f"{NASTY}.safetensors", "x.bin", "x" * 5000,
-                   "/dev/zero", "config.json"):  # fmt: skip
+    for target in (
+        "../x.safetensors",
+        "/etc/passwd",
+        "a/b.safetensors",
+        "..\\x.safetensors",
+        "",
+        ".",
+        "x\0.safetensors",
+        NASTY,
+        f"{NASTY}.safetensors",
+        "x.bin",
+        "x" * 5000,
+        "/dev/zero",
+        "config.json",
+    ):
         yield (
             f"index leads to {target[-20:]!r}",
             _json(file, weight_map={"model.embed_tokens.weight": target}),
@@ -149,8 +165,15 @@ def _tokenizer() -> Named:
     for key, values in _TOKENIZER_JSONS.items():
         for number, value in enumerate(values):
             yield f"{file}: {key} {number}", _json(file, **{key: value})
-    for key in ("auto_map", "tokenizer_class", "eos_token", "added_tokens_decoder",
-                "extra_special_tokens", "model_max_length", "chat_template"):  # fmt: skip
+    for key in (
+        "auto_map",
+        "tokenizer_class",
+        "eos_token",
+        "added_tokens_decoder",
+        "extra_special_tokens",
+        "model_max_length",
+        "chat_template",
+    ):
         for name, value in _TOKENIZERS.items():
             yield (
                 f"tokenizer_config.json: {key} {name}",
@@ -159,9 +182,7 @@ def _tokenizer() -> Named:
 
 
 def _split(pattern: str) -> dict[str, Any]:
-    return {
-        "type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False
-    }  # fmt: skip
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
 _REGEXES = (
@@ -190,8 +211,13 @@ _TOKENIZER_JSONS: dict[str, list[Any]] = {
         {"type": "Unigram", "vocab": [], "unk_id": 5},
         {"type": "Unigram", "vocab": [["a", float("nan")]], "unk_id": 0},
         {"type": "Unigram", "vocab": [["", 0.0]], "unk_id": 0},
-        {"type": "WordPiece", "vocab": {"a": 0}, "unk_token": "gone",
-         "continuing_subword_prefix": "##", "max_input_chars_per_word": 0},
+        {
+            "type": "WordPiece",
+            "vocab": {"a": 0},
+            "unk_token": "gone",
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 0,
+        },
         {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "gone"},
         {"type": "Own"},
     ],
@@ -203,25 +229,57 @@ _TOKENIZER_JSONS: dict[str, list[Any]] = {
         {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "x" * 10**6}] * 50},
     ],
     "pre_tokenizer": [
-        *map(_split, _REGEXES), {"type": "Metaspace", "replacement": "", "prepend_scheme": "x"},
+        *map(_split, _REGEXES),
+        {"type": "Metaspace", "replacement": "", "prepend_scheme": "x"},
     ],
     "post_processor": [
-        {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "x", "type_id": 0}}],
-         "pair": [], "special_tokens": {}},
+        {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "x", "type_id": 0}}],
+            "pair": [],
+            "special_tokens": {},
+        },
     ],
     "decoder": [{"type": "CTC", "pad_token": 5}],
-    "truncation": [{"direction": "Right", "max_length": 0, "strategy": "LongestFirst",
-                    "stride": 1 << 40}],
-    "padding": [{"strategy": {"Fixed": 1 << 34}, "direction": "Right", "pad_to_multiple_of": None,
-                 "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}],
+    "truncation": [
+        {"direction": "Right", "max_length": 0, "strategy": "LongestFirst", "stride": 1 << 40}
+    ],
+    "padding": [
+        {
+            "strategy": {"Fixed": 1 << 34},
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "pad_token": "x",
+        }
+    ],
     "added_tokens": [
         [{"id": 1 << 40, "content": "x", "special": True}],
-        [{"id": 0, "content": "", "special": True, "single_word": False, "lstrip": False,
-          "rstrip": False, "normalized": False}],
-        [{"id": 5000, "content": NASTY, "special": True, "single_word": False, "lstrip": False,
-          "rstrip": False, "normalized": False}],
+        [
+            {
+                "id": 0,
+                "content": "",
+                "special": True,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+            }
+        ],
+        [
+            {
+                "id": 5000,
+                "content": NASTY,
+                "special": True,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+            }
+        ],
     ],
-}  # fmt: skip
+}
 
 
 def _store() -> Named:
@@ -233,8 +291,15 @@ def _store() -> Named:
     for start in range(0, 400, 4):
         yield f"{shard}: bytes {start} to {start + 3} set", _at(shard, _set(start, b"\xff" * 4))
         yield f"{shard}: byte {start} halved", _at(shard, _set(start, b"\x7f"))
-    for target in ("../store/train/00000-000.arrow", "/dev/zero", "/etc/passwd", "train", "", NASTY,
-                   "x\0y"):  # fmt: skip
+    for target in (
+        "../store/train/00000-000.arrow",
+        "/dev/zero",
+        "/etc/passwd",
+        "train",
+        "",
+        NASTY,
+        "x\0y",
+    ):
         yield f"manifest leads to {target[:20]!r}", _at(manifest, _first_shard(file=target))
     for key in ("bytes", "rows"):
         for value in (0, -1, 1 << 62):
@@ -282,9 +347,13 @@ def _glue() -> Named:
     for name, text in (("zeros", b"\0"), ("rows", row)):
         yield f"1 GiB of {name}", _at(file, _bomb(text))
     packed = gzip.compress(row)
-    for name, content in (("cut", packed[:-5]), ("junk behind", packed + b"junk"),
-                          ("twice", packed * 2), ("CRC", packed[:-8] + bytes(8)),
-                          ("nested", gzip.compress(packed))):  # fmt: skip
+    for name, content in (
+        ("cut", packed[:-5]),
+        ("junk behind", packed + b"junk"),
+        ("twice", packed * 2),
+        ("CRC", packed[:-8] + bytes(8)),
+        ("nested", gzip.compress(packed)),
+    ):
         yield f"gzip: {name}", _at(file, bytes_(content))
     for name in (NASTY.replace("/", ""), "train_x.jsonl", "validation.jsonl"):
         yield f"beside it {name[:12]!r}", _beside(name)
@@ -319,8 +388,11 @@ def _results() -> Named:
     yield from _pictures()
     audit = study.audit()
     attack = audit["attacks"][0]
-    for name, changes in (("leaks", {"leaks": [NASTY]}), ("attacks", {"attacks": []}),
-                          ("no chance", {"attacks": [attack | {"chance_iou": None}]})):  # fmt: skip
+    for name, changes in (
+        ("leaks", {"leaks": [NASTY]}),
+        ("attacks", {"attacks": []}),
+        ("no chance", {"attacks": [attack | {"chance_iou": None}]}),
+    ):
         yield f"audit: {name}", _json("audit.json", **changes)
 
 
@@ -339,43 +411,65 @@ def _pictures() -> Named:
 
 _NAN = float("nan")
 _VALUES: dict[str, dict[str, Any]] = {
-    "pretrain, no points": {"curve": []}, "pretrain, one point": {"curve": [[0, 1.0]]},
+    "pretrain, no points": {"curve": []},
+    "pretrain, one point": {"curve": [[0, 1.0]]},
     "pretrain, NaN": {"curve": [[_NAN, _NAN]] * 3, "val_loss": _NAN},
     "pretrain, infinite": {"curve": [[1, float("inf")]] * 3, "val_loss": float("inf")},
     "pretrain, IoU": {"iou": [_NAN, 2.0, -1e308, 1e308]},
     "pretrain, large": {"curve": [[1e308, 1e308], [-1e308, -1e308]]},
-    "finetune, no metrics": {"metrics": {}}, "finetune, no accuracy": {"metrics": {"SST-2": {}}},
+    "finetune, no metrics": {"metrics": {}},
+    "finetune, no accuracy": {"metrics": {"SST-2": {}}},
     "finetune, no primary": {"primary": {}},
     "finetune, another primary": {"primary": {"SST-2": "x"}},
-    "finetune, two columns": {"metrics": {"SST-2": {"accuracy": 0.5}, NASTY: {"accuracy": 0.5}},
-                              "primary": {"SST-2": "accuracy", NASTY: "accuracy"}},
+    "finetune, two columns": {
+        "metrics": {"SST-2": {"accuracy": 0.5}, NASTY: {"accuracy": 0.5}},
+        "primary": {"SST-2": "accuracy", NASTY: "accuracy"},
+    },
     "finetune, NaN": {"metrics": {"SST-2": {"accuracy": _NAN}}},
-    "finetune, no points": {"curve": []}, "finetune, majority": {"majority": {NASTY: {}}},
+    "finetune, no points": {"curve": []},
+    "finetune, majority": {"majority": {NASTY: {}}},
     "landscape, ragged": {"directions": {"full": {"global": [[1.0], [1.0, 2.0]]}}},
-    "landscape, short": {"alphas": [0.0]}, "landscape, none": {"directions": {}},
+    "landscape, short": {"alphas": [0.0]},
+    "landscape, none": {"directions": {}},
     "landscape, no seeds": {"directions": {"full": {"global": [[]]}}},
     "landscape, terminal": {"directions": {NASTY: {"global": [[1.0] * 21]}}},
     "landscape, tuned": {"tuned": {"alphas": [0.0, 1.0], "losses": {"full": [1.0]}}},
-    "gradients, short": {"edges_log10": [0.0]}, "gradients, none": {"ticket": []},
-    "gradients, NaN": {"edges_log10": [_NAN] * 45}, "gradients, down": {"edges_log10": [0.0] * 45},
-    "gradients, large": {"ticket": [1 << 62] * 44}, "gradients, zeros": {"zeros": {}},
-    "perplexity, NaN": {"loss": _NAN}, "last_word, large": {"accuracy": 1e308},
+    "gradients, short": {"edges_log10": [0.0]},
+    "gradients, none": {"ticket": []},
+    "gradients, NaN": {"edges_log10": [_NAN] * 45},
+    "gradients, down": {"edges_log10": [0.0] * 45},
+    "gradients, large": {"ticket": [1 << 62] * 44},
+    "gradients, zeros": {"zeros": {}},
+    "perplexity, NaN": {"loss": _NAN},
+    "last_word, large": {"accuracy": 1e308},
     "lm_eval, terminal": {"metrics": {NASTY: {NASTY: 1.0}}},
     "lm_eval, infinite": {"metrics": {"x": {"acc,none": float("inf")}}},
     "untrained-head, no accuracy": {"metrics": {"RTE": {}}},
     "untrained-head, terminal": {"metrics": {NASTY: {"accuracy": 0.5}}},
-}  # fmt: skip
+}
 
 
 def _keys() -> Named:
     for file in ("partner.pub", "key.txt"):
-        for number, line in enumerate((
-            b"age1" + b"x" * 10**6, b"ssh-rsa", b"ssh-rsa AAAA", b"ssh-ed25519 ????", b"ssh-rsa x",
-            b"AGE-SECRET-KEY-1", b"AGE-SECRET-KEY-1" + b"Q" * 58, b"AGE-PLUGIN-X-1QQ",
-            b"-----BEGIN OPENSSH PRIVATE KEY-----\nAAAA\n-----END OPENSSH PRIVATE KEY-----",
-            b"-----BEGIN RSA PRIVATE KEY-----\n", b"age-encryption.org/v1\n", b"# only a comment",
-            NASTY.encode(), b"age1pq1" + b"q" * 2000, b"ssh-rsa " + b"A" * 10**5,
-        )):  # fmt: skip
+        for number, line in enumerate(
+            (
+                b"age1" + b"x" * 10**6,
+                b"ssh-rsa",
+                b"ssh-rsa AAAA",
+                b"ssh-ed25519 ????",
+                b"ssh-rsa x",
+                b"AGE-SECRET-KEY-1",
+                b"AGE-SECRET-KEY-1" + b"Q" * 58,
+                b"AGE-PLUGIN-X-1QQ",
+                b"-----BEGIN OPENSSH PRIVATE KEY-----\nAAAA\n-----END OPENSSH PRIVATE KEY-----",
+                b"-----BEGIN RSA PRIVATE KEY-----\n",
+                b"age-encryption.org/v1\n",
+                b"# only a comment",
+                NASTY.encode(),
+                b"age1pq1" + b"q" * 2000,
+                b"ssh-rsa " + b"A" * 10**5,
+            )
+        ):
             yield f"{file}: line {number}", _at(file, bytes_(line + b"\n"))
 
 
@@ -390,9 +484,23 @@ def _ticket() -> Named:
         yield f"mask, {name}", _at("mask.safetensors", bytes_(content))
     for name in (NASTY, "", "x" * 10**5, "\u202e", "a\0b", "../x", "\ud800"):
         yield f"parameter {name[:8]!r}", _json("ticket.json", parameters={name: [8], "w": [3, 5]})
-    shapes: list[Any] = [[-3, -5], [True, 15], ["15"], [15.0], [[15]], [None], [1 << 72],
-                         [0, 1 << 72], [1 << 40, 1 << 40], [1] * 100, [1 << 47], [0] * DEEP, "15",
-                         {"0": 15}, 15]  # fmt: skip
+    shapes: list[Any] = [
+        [-3, -5],
+        [True, 15],
+        ["15"],
+        [15.0],
+        [[15]],
+        [None],
+        [1 << 72],
+        [0, 1 << 72],
+        [1 << 40, 1 << 40],
+        [1] * 100,
+        [1 << 47],
+        [0] * DEEP,
+        "15",
+        {"0": 15},
+        15,
+    ]
     for shape in shapes:
         yield f"shape {shape!r:.20}", _json("ticket.json", parameters={"w": shape, "b": [8]})
 
@@ -405,8 +513,17 @@ def _checkpoint() -> Named:
 
 
 _SPECIAL: dict[str, Callable[[], Named]] = {
-    "ticket": _ticket, "sealed ticket": archives.named, "release": _release,
-    "sharded release": _index, "tokenizer": _tokenizer, "store": _store, "GLUE": _glue,
-    "results": _results, "pictures": _pictures, "keys": _keys, "sentencepiece": _sentencepiece,
-    "checkpoint": _checkpoint, "corpus": corpora.named,
-}  # fmt: skip
+    "ticket": _ticket,
+    "sealed ticket": archives.named,
+    "release": _release,
+    "sharded release": _index,
+    "tokenizer": _tokenizer,
+    "store": _store,
+    "GLUE": _glue,
+    "results": _results,
+    "pictures": _pictures,
+    "keys": _keys,
+    "sentencepiece": _sentencepiece,
+    "checkpoint": _checkpoint,
+    "corpus": corpora.named,
+}

@@ -27,17 +27,28 @@ def files(name: str, shape: list[int]) -> Iterator[tuple[str, bytes]]:
     for length in (0, 1, 1 << 20, 1 << 40, (1 << 63) - 1, (1 << 64) - 1):
         yield f"header of {length} bytes", file({name: good}, data, length)
     wrong: dict[str, dict[str, Any]] = {
-        "dtype": {"dtype": "F999"}, "dtype null": {"dtype": None}, "dtype bits": {"dtype": "F4"},
-        "dtype I64": {"dtype": "I64"}, "dtype BOOL": {"dtype": "BOOL"}, "dtype C64":
-        {"dtype": "C64"}, "negative": {"shape": [-1, *shape[1:]]}, "huge": {"shape": [1 << 72]},
-        "overflow": {"shape": [1 << 33, 1 << 33]}, "wraps to right": {"shape": [1 << 62, 4, size]},
-        "zero and huge": {"shape": [0, 1 << 62], "data_offsets": [0, 0]}, "text": {"shape": "x"},
-        "fraction": {"shape": [0.5]}, "many dimensions": {"shape": [1] * 1000},
-        "empty shape": {"shape": []}, "beyond": {"data_offsets": [0, 1 << 40]},
-        "backwards": {"data_offsets": [size, 0]}, "negative offset": {"data_offsets": [-4, size]},
-        "hole": {"data_offsets": [4, size]}, "one offset": {"data_offsets": [0]},
+        "dtype": {"dtype": "F999"},
+        "dtype null": {"dtype": None},
+        "dtype bits": {"dtype": "F4"},
+        "dtype I64": {"dtype": "I64"},
+        "dtype BOOL": {"dtype": "BOOL"},
+        "dtype C64": {"dtype": "C64"},
+        "negative": {"shape": [-1, *shape[1:]]},
+        "huge": {"shape": [1 << 72]},
+        "overflow": {"shape": [1 << 33, 1 << 33]},
+        "wraps to right": {"shape": [1 << 62, 4, size]},
+        "zero and huge": {"shape": [0, 1 << 62], "data_offsets": [0, 0]},
+        "text": {"shape": "x"},
+        "fraction": {"shape": [0.5]},
+        "many dimensions": {"shape": [1] * 1000},
+        "empty shape": {"shape": []},
+        "beyond": {"data_offsets": [0, 1 << 40]},
+        "backwards": {"data_offsets": [size, 0]},
+        "negative offset": {"data_offsets": [-4, size]},
+        "hole": {"data_offsets": [4, size]},
+        "one offset": {"data_offsets": [0]},
         "more": {"extra": NASTY},
-    }  # fmt: skip
+    }
     for what, change in wrong.items():
         yield what, file({name: good | change}, data)
     yield "no offsets", file({name: {"dtype": "F32", "shape": shape}}, data)
@@ -64,8 +75,12 @@ def files(name: str, shape: list[int]) -> Iterator[tuple[str, bytes]]:
     yield "header nested", file(b"[" * DEEP)
     yield "header objects", file(b'{"a":' * DEEP)
     yield "header not UTF-8", file(b'{"\xff": 1}')
-    yield "many tensors", file({f"x{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-                                for i in range(50_000)})  # fmt: skip
+    yield (
+        "many tensors",
+        file(
+            {f"x{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(50_000)}
+        ),
+    )
 
 
 def arrows() -> Iterator[tuple[str, Callable[[], bytes]]]:
@@ -77,15 +92,18 @@ def arrows() -> Iterator[tuple[str, Callable[[], bytes]]]:
         "int64": pa.FixedSizeListArray.from_arrays(pa.array(values.astype(np.int64)), 4),
         "float": pa.FixedSizeListArray.from_arrays(pa.array(values.astype(np.float32)), 4),
         "text": pa.FixedSizeListArray.from_arrays(pa.array([str(v) for v in values]), 4),
-        "plain": pa.array(values), "list": pa.array([[1, 2, 3, 4]] * 20), "null": pa.nulls(20),
+        "plain": pa.array(values),
+        "list": pa.array([[1, 2, 3, 4]] * 20),
+        "null": pa.nulls(20),
         "blocks of 1": pa.FixedSizeListArray.from_arrays(pa.array(values), 1),
         "blocks of 80": pa.FixedSizeListArray.from_arrays(pa.array(values), 80),
         "nulls": pa.array([None, *[[1, 2, 3, 4]] * 19], pa.list_(pa.uint32(), 4)),
         "nulls inside": pa.array([[None, 2, 3, 4]] * 20, pa.list_(pa.uint32(), 4)),
-        "empty": good[:0], "a part": good[3:],
+        "empty": good[:0],
+        "a part": good[3:],
         "dictionary": pa.array(["a"] * 20).dictionary_encode(),
         "nested": pa.array([[[1]] * 4] * 20, pa.list_(pa.list_(pa.uint32()), 4)),
-    }  # fmt: skip
+    }
     for name, column in columns.items():
         yield name, partial(_stream, {"input_ids": column})
     yield "another name", partial(_stream, {NASTY: good})
@@ -104,9 +122,11 @@ def _zeros(packing: str) -> bytes:
 
 
 def _stream(
-    columns: dict[str, Any], batches: int = 1, packing: str | None = None,
+    columns: dict[str, Any],
+    batches: int = 1,
+    packing: str | None = None,
     new: Any = pa.ipc.new_stream,
-) -> bytes:  # fmt: skip
+) -> bytes:
     sink = io.BytesIO()
     batch = pa.record_batch(list(columns.values()), names=list(columns))
     options = pa.ipc.IpcWriteOptions(compression=packing)

@@ -102,22 +102,45 @@ FILES: dict[str, Change] = {
 DOCUMENTS: dict[str, Change] = {
     name: bytes_(text.encode("utf-8", "surrogatepass") + b"\n")
     for name, text in {
-        "null": "null", "true": "true", "number": "5", "text": '"text"', "list": "[]",
-        "object": "{}", "list of lists": "[[[]]]", "NaN": "NaN", "minus infinity": "-Infinity",
-        "1e999": "1e999", "400 digits": "1" + "0" * 400, "5000 digits": "1" + "0" * 5000,
-        "nested lists": "[" * DEEP, "closed nested lists": "[" * DEEP + "]" * DEEP,
-        "nested objects": '{"a":' * DEEP, "half a character": '{"a": "\\ud800"}',
-        "raw surrogate": '{"a": "\ud800"}', "two documents": "{} {}",
+        "null": "null",
+        "true": "true",
+        "number": "5",
+        "text": '"text"',
+        "list": "[]",
+        "object": "{}",
+        "list of lists": "[[[]]]",
+        "NaN": "NaN",
+        "minus infinity": "-Infinity",
+        "1e999": "1e999",
+        "400 digits": "1" + "0" * 400,
+        "5000 digits": "1" + "0" * 5000,
+        "nested lists": "[" * DEEP,
+        "closed nested lists": "[" * DEEP + "]" * DEEP,
+        "nested objects": '{"a":' * DEEP,
+        "half a character": '{"a": "\\ud800"}',
+        "raw surrogate": '{"a": "\ud800"}',
+        "two documents": "{} {}",
         "YAML tag": '!!python/object/apply:os.system ["touch ran"]',
     }.items()
-}  # fmt: skip
+}
 
 VALUES: dict[str, Any] = {
-    "null": None, "true": True, "minus one": -1, "2^72": 1 << 72, "10^400": 10**400,
-    "fraction": 0.5, "NaN": float("nan"), "infinity": float("inf"), "text": "text",
-    "terminal": NASTY, "list": [], "list of null": [None], "object": {}, "object of null":
-    {"a": None}, "long text": "x" * 100_000,
-}  # fmt: skip
+    "null": None,
+    "true": True,
+    "minus one": -1,
+    "2^72": 1 << 72,
+    "10^400": 10**400,
+    "fraction": 0.5,
+    "NaN": float("nan"),
+    "infinity": float("inf"),
+    "text": "text",
+    "terminal": NASTY,
+    "list": [],
+    "list of null": [None],
+    "object": {},
+    "object of null": {"a": None},
+    "long text": "x" * 100_000,
+}
 FEW = ("null", "2^72", "NaN", "terminal", "list", "object")
 """Values for fields below the top."""
 

@@ -43,8 +43,11 @@ def save(folder: Path, tensors: Tensors) -> Weights:
         tiny.LLAMA, vocab_size=tiny.VOCAB, eos_id=2, bos_id=None, block_size=tiny.BLOCK
     )
     config.save_pretrained(folder)
-    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors",
-              metadata={"format": "pt"})  # fmt: skip
+    save_file(
+        {n: t.contiguous() for n, t in tensors.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     return Weights.open(folder)
 
 

@@ -43,11 +43,15 @@ def make_store(folder: Path, dtype: str = "uint16", vocab_size: int = 1000) -> d
     write_manifest(
         folder,
         {
-            "block_size": T, "dtype": dtype, "vocab_size": vocab_size, "eos_id": 2,
+            "block_size": T,
+            "dtype": dtype,
+            "vocab_size": vocab_size,
+            "eos_id": 2,
             "tokenizer": {"fingerprint": "f" * 64, "kind": "trained"},
-            "unigram_cross_entropy": 6.5, "splits": splits,
+            "unigram_cross_entropy": 6.5,
+            "splits": splits,
         },
-    )  # fmt: skip
+    )
     return blocks
 
 

@@ -87,10 +87,13 @@ def test_keys_and_epochs_give_unrelated_orders():
     orders = [
         permute(np.arange(1000), 1000, key, epoch)
         for key, epoch in [
-            (KEY, 0), (KEY, 1), (order_key("test", 1), 0), (order_key("other", 0), 0),
+            (KEY, 0),
+            (KEY, 1),
+            (order_key("test", 1), 0),
+            (order_key("other", 0), 0),
             (order_key("test", b"0"), 0),
         ]
-    ]  # fmt: skip
+    ]
     orders.append(np.arange(1000))
     for i, a in enumerate(orders):
         for b in orders[:i]:

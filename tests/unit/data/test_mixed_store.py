@@ -45,8 +45,9 @@ def test_shares_and_facts(root):
     found = ids(store, 4000)
     assert np.mean(np.array(found) < 300) == pytest.approx(0.75, abs=0.03)
     assert {Path(part.folder).name: part.share for part in store.parts} == {
-        "web": 0.75, "code": 0.25,
-    }  # fmt: skip
+        "web": 0.75,
+        "code": 0.25,
+    }
     assert store.unigram_cross_entropy == pytest.approx(0.75 * 6 + 0.25 * 2)
     facts = DataFacts.of(store)
     assert facts.tokens == (300 + 50 + 20 + 20) * 4

@@ -81,10 +81,15 @@ def test_loader_resumes_at_another_world_size():
     assert np.array_equal(np.concatenate(found), expected)
 
 
-@pytest.mark.parametrize(("weights", "message"), [
-    ((1.0, 0.0), "weight of s1 is 0.0"), ((1.0, -2.0), "must be positive"),
-    ((1.0, float("nan")), "must be positive"), ((1.0, 1e-9), "below 1/65536"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ((1.0, 0.0), "weight of s1 is 0.0"),
+        ((1.0, -2.0), "must be positive"),
+        ((1.0, float("nan")), "must be positive"),
+        ((1.0, 1e-9), "below 1/65536"),
+    ],
+)
 def test_unusable_weights(weights, message: str):
     with pytest.raises(UserError, match=message):
         mixture(*weights)

@@ -21,9 +21,13 @@ from tests.helpers import tiny
 
 # Large enough for rates within 0.01, small enough for seconds.
 MODEL = ModelConfig(
-    hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=192,
+    hidden_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    intermediate_size=192,
     max_positions=64,
-)  # fmt: skip
+)
 STEPS = 12
 
 
@@ -112,10 +116,17 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ParamMask]:
     model = tiny.model(MODEL)
     mask = random_ticket(b"m" * 32, MaskConfig(), parameter_table(model)).mask
     save_ticket(
-        Ticket(mask=mask, density=0.7, source="random", score=None, step=None, stable=True,
-               model_digest="d"),
+        Ticket(
+            mask=mask,
+            density=0.7,
+            source="random",
+            score=None,
+            step=None,
+            stable=True,
+            model_digest="d",
+        ),
         root / "ticket",
-    )  # fmt: skip
+    )
     with torch.no_grad():
         for param in model.parameters():
             param.copy_(param.bfloat16())

@@ -144,8 +144,15 @@ def test_fp32_leaves_both_sections_out():
         merged = merge(given, config, 1)
         assert "bf16" not in merged
         assert "fp16" not in merged
-    assert len(problems({"bf16": {"enabled": True}}, TrainConfig(precision="fp32",
-                        global_batch_size=64, micro_batch_size=32))) == 1  # fmt: skip
+    assert (
+        len(
+            problems(
+                {"bf16": {"enabled": True}},
+                TrainConfig(precision="fp32", global_batch_size=64, micro_batch_size=32),
+            )
+        )
+        == 1
+    )
 
 
 def stage(number: int, **options: object) -> dict:
@@ -213,8 +220,10 @@ def test_refused_offload(name, section, named):
 
 # 32 sequences over 3 ranks are 11, 11 and 10: 3 micro-batches of 4 rows, 12 rows on each rank.
 UNEVEN = {
-    "train_batch_size": 36, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 3,
-}  # fmt: skip
+    "train_batch_size": 36,
+    "train_micro_batch_size_per_gpu": 4,
+    "gradient_accumulation_steps": 3,
+}
 
 
 def test_batch_that_does_not_divide():

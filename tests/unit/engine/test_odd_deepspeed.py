@@ -32,9 +32,13 @@ def test_odd_values_of_every_key(tmp_path: Path):
             bad.append(f"{one.name}: {error!r}")
             continue
         if one.kind == "misspelt":
-            assert "does not know this key" in words or "compact_master alone" in words or (
-                "remove it" in words  # the section above is refused already
-            ), (one.text, words)  # fmt: skip
+            assert (
+                "does not know this key" in words
+                or "compact_master alone" in words
+                or (
+                    "remove it" in words  # the section above is refused already
+                )
+            ), (one.text, words)
         if one.kind == "duplicate":
             assert "stands twice" in words, (one.text, words)
     assert bad == []
@@ -67,17 +71,27 @@ def test_all_mistakes_in_one_list():
         {
             "zero_optimisation": {"stage": 2},
             "elasticity": {"enabled": True},
-            "zero_optimization": {"stage": 2, "reduce_buket_size": 1, "reduce_bucket_size": -1,
-                                  "offload_optimizer": {"devise": "cpu"}},
+            "zero_optimization": {
+                "stage": 2,
+                "reduce_buket_size": 1,
+                "reduce_bucket_size": -1,
+                "offload_optimizer": {"devise": "cpu"},
+            },
             "fp16": {"loss_scale": 128},
             "wall_clock_breakdown": "yes",
         }
-    )  # fmt: skip
-    assert sorted(line.partition(":")[0] for line in lines) == sorted([
-        "zero_optimisation", "elasticity", "zero_optimization.reduce_buket_size",
-        "zero_optimization.reduce_bucket_size", "zero_optimization.offload_optimizer.devise",
-        "fp16.loss_scale", "wall_clock_breakdown",
-    ])  # fmt: skip
+    )
+    assert sorted(line.partition(":")[0] for line in lines) == sorted(
+        [
+            "zero_optimisation",
+            "elasticity",
+            "zero_optimization.reduce_buket_size",
+            "zero_optimization.reduce_bucket_size",
+            "zero_optimization.offload_optimizer.devise",
+            "fp16.loss_scale",
+            "wall_clock_breakdown",
+        ]
+    )
     seen("misspelt key", 1, "\n".join(lines))
     seen("unsupported section", 1, "\n".join(lines))
     seen("static loss scale", 1, "\n".join(lines))
@@ -93,9 +107,15 @@ def test_switched_off_is_left_out(name: str):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("initial_scale_power", 1000), ("hysteresis", 0), ("loss_scale_window", 0),
-     ("min_loss_scale", -1), ("loss_scale", True), ("loss_scale", "auto")],
-)  # fmt: skip
+    [
+        ("initial_scale_power", 1000),
+        ("hysteresis", 0),
+        ("loss_scale_window", 0),
+        ("min_loss_scale", -1),
+        ("loss_scale", True),
+        ("loss_scale", "auto"),
+    ],
+)
 def test_fp16(name: str, value: object):
     ds_config = {"zero_optimization": {"stage": 2}, "fp16": {name: value}}
     if value == "auto":

@@ -63,11 +63,16 @@ def write_store(folder: Path, release: Path, blocks: int = 5, vocab: int = tiny.
     write_manifest(
         folder,
         {
-            "block_size": tiny.BLOCK, "dtype": "uint16", "vocab_size": vocab, "eos_id": 2,
-            "tokenizer": {"fingerprint": tokenizer.fingerprint}, "unigram_cross_entropy": 5.0,
-            "splits": splits, "settings": {},
+            "block_size": tiny.BLOCK,
+            "dtype": "uint16",
+            "vocab_size": vocab,
+            "eos_id": 2,
+            "tokenizer": {"fingerprint": tokenizer.fingerprint},
+            "unigram_cross_entropy": 5.0,
+            "splits": splits,
+            "settings": {},
         },
-    )  # fmt: skip
+    )
     return folder
 
 

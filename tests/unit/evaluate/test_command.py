@@ -26,9 +26,17 @@ def place(tmp_path_factory: pytest.TempPathFactory, release: Path, mask: ParamMa
     altered = ParamMask(bits=mask.bits, shapes=shapes)
     for name, own in (("ticket", mask), ("other", altered)):
         save_ticket(
-            Ticket(mask=own, density=0.7, source="random", score=None, step=None, stable=True,
-                   model_digest="d"), folder / name,
-        )  # fmt: skip
+            Ticket(
+                mask=own,
+                density=0.7,
+                source="random",
+                score=None,
+                step=None,
+                stable=True,
+                model_digest="d",
+            ),
+            folder / name,
+        )
     return folder
 
 
@@ -77,8 +85,17 @@ def test_nothing_is_measured_twice(
 ):
     monkeypatch.chdir(place)
     file = tmp_path / "new" / "results.jsonl"
-    command = ["perplexity", "gradients", "--model", "model", *STORE, "--ticket", "ticket",
-               "--results", str(file)]  # fmt: skip
+    command = [
+        "perplexity",
+        "gradients",
+        "--model",
+        "model",
+        *STORE,
+        "--ticket",
+        "ticket",
+        "--results",
+        str(file),
+    ]
     main(command)
     first = results.read(file)
     assert [result.kind for result in first] == ["perplexity", "gradients"]

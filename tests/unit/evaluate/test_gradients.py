@@ -57,9 +57,7 @@ def test_of_a_model(subject: Subject, mask: ParamMask):
                 kept.append(mask.full(name).view(-1))
         area = roc_auc_score(torch.cat(kept).numpy(), torch.cat(scores).numpy())
         assert found[key] == pytest.approx(area, abs=2e-4)
-    for kind, count in (
-        ("ticket", mask.num_kept), ("complement", mask.num_params - mask.num_kept)
-    ):  # fmt: skip
+    for kind, count in (("ticket", mask.num_kept), ("complement", mask.num_params - mask.num_kept)):
         assert found["elements"][kind] == count == sum(found[kind]) + found["zeros"][kind]
         assert found["zeros"][kind] > 0  # rows of tokens that do not occur
     assert len(found["ticket"]) == len(EDGES_LOG10) - 1

@@ -18,7 +18,7 @@ from pmp_ds.evaluate.landscape import (
     place,
     random_direction,
     walk,
-)  # fmt: skip
+)
 from pmp_ds.evaluate.perplexity import mean_loss
 from pmp_ds.evaluate.subject import Subject, mask_on, read_parameters
 from pmp_ds.model.parameters import weights_digest

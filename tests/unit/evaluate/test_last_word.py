@@ -39,10 +39,11 @@ def test_accuracy_by_hand(taught: Subject):
 def test_greedy_continuation_writes_the_word(taught: Subject):
     known = encode(taught.tokenizer, KNOWN, 64)
     written = taught.model.generate(
-        input_ids=torch.tensor([known.ids[: known.start]]), do_sample=False,
+        input_ids=torch.tensor([known.ids[: known.start]]),
+        do_sample=False,
         attention_mask=torch.ones(1, known.start, dtype=torch.int64),
         max_new_tokens=len(known.ids) - known.start,
-    )  # fmt: skip
+    )
     assert written[0].tolist() == known.ids
 
 

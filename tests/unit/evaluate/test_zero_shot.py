@@ -168,11 +168,12 @@ def test_untrained_head_reads_the_last_token(name: str, release: Path, data: dic
     with torch.no_grad():
         expected = [
             model.score(
-                model.model(torch.tensor([tokenizer(f"{first}\n{second}")["input_ids"]]))
-                .last_hidden_state[0, -1]
+                model.model(
+                    torch.tensor([tokenizer(f"{first}\n{second}")["input_ids"]])
+                ).last_hidden_state[0, -1]
             ).tolist()
             for first, second in rows.texts
-        ]  # fmt: skip
+        ]
     assert np.std(expected) > 0.01
     shape = (7,) if name == "stsb" else (7, 3)
     np.testing.assert_allclose(outputs, np.reshape(expected, shape), rtol=0, atol=1e-5)

@@ -9,9 +9,14 @@ from pmp_ds.finetune.config import TuneTrainConfig
 def test_results_record_what_they_recorded_before():
     """The key of a result: a finished cell of an older file is not run again."""
     assert TuneTrainConfig(micro_batch_size=4).facts() == {
-        "lr": 5e-5, "epochs": 3.0, "global_batch_size": 32, "warmup_ratio": 0.06,
-        "weight_decay": 0.01, "clip_norm": 1.0, "precision": "fp32",
-    }  # fmt: skip
+        "lr": 5e-5,
+        "epochs": 3.0,
+        "global_batch_size": 32,
+        "warmup_ratio": 0.06,
+        "weight_decay": 0.01,
+        "clip_norm": 1.0,
+        "precision": "fp32",
+    }
 
 
 def test_results_record_another_rule_and_schedule():

@@ -87,7 +87,7 @@ def test_longest_context_by_any_name() -> None:
         ("mpt", {"max_seq_len": 97}, 97),
         ("bloom", {}, UNBOUNDED),
         ("mamba", {}, UNBOUNDED),
-    ):  # fmt: skip
+    ):
         assert context_length(CONFIG_MAPPING[kind](**values)) == longest
 
 
@@ -108,8 +108,10 @@ def test_a_head_of_our_own_on_a_family_without_one(tmp_path: Path) -> None:
 
 
 def test_a_family_that_takes_no_head_is_refused_in_a_line(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("transformers.modeling_layers.GenericForSequenceClassification.forward",
-                        lambda self, **_: None)  # fmt: skip
+    monkeypatch.setattr(
+        "transformers.modeling_layers.GenericForSequenceClassification.forward",
+        lambda self, **_: None,
+    )
     write(tmp_path, "cohere")
     with pytest.raises(UserError) as caught:
         classify(tmp_path)

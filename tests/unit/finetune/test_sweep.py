@@ -13,13 +13,12 @@ LR = {"train.lr": ["1e-5", "1e-4"]}
     [
         (["train.lr=1e-5,1e-4"], LR),
         (["lr=1e-5, 1e-4"], LR),
-        (["lr=1e-5,1e-4,epochs=1,3,seed=0"],
-         LR | {"train.epochs": ["1", "3"], "seed": ["0"]}),
+        (["lr=1e-5,1e-4,epochs=1,3,seed=0"], LR | {"train.epochs": ["1", "3"], "seed": ["0"]}),
         (["lr=1e-5,1e-4; seed=0"], LR | {"seed": ["0"]}),
         (["method=full,lora", "lora.rank=4"], {"method": ["full", "lora"], "lora.rank": ["4"]}),
         (["nonsense=1"], {"nonsense": ["1"]}),
     ],
-)  # fmt: skip
+)
 def test_grid(given: list[str], expected: dict[str, list[str]]):
     assert grid(given) == expected
 

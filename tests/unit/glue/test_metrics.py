@@ -89,8 +89,10 @@ def test_majority_is_that_of_the_training_labels():
     }
     similar = np.array([1, 4, 3, 2], np.float32)
     assert majority(TASKS["stsb"], np.array([2.5, 5, 3.3], np.float32), similar) == {
-        "pearson": 0.0, "spearman": 0.0, "accuracy": 0.25  # mean 3.6, rounded 4
-    }  # fmt: skip
+        "pearson": 0.0,
+        "spearman": 0.0,
+        "accuracy": 0.25,  # mean 3.6, rounded 4
+    }
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -25,9 +25,7 @@ def read(folder: Path, name: str, max_train: int | None = None, seed: int = 0) -
 
 
 def test_columns_are_those_of_the_paper():
-    assert COLUMNS == (
-        "CoLA", "SST-2", "MRPC", "QQP", "STS-B", "MNLI-m", "MNLI-mm", "QNLI", "RTE"
-    )  # fmt: skip
+    assert COLUMNS == ("CoLA", "SST-2", "MRPC", "QQP", "STS-B", "MNLI-m", "MNLI-mm", "QNLI", "RTE")
 
 
 def test_every_task_from_files(folder: Path):
@@ -119,8 +117,11 @@ def test_without_a_folder_datasets_reads_the_same_rows(
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     hub = tmp_path / "hub"
-    splits = {"train": "train_sample", "validation_matched": "validation_matched",
-              "validation_mismatched": "validation_mismatched"}  # fmt: skip
+    splits = {
+        "train": "train_sample",
+        "validation_matched": "validation_matched",
+        "validation_mismatched": "validation_mismatched",
+    }
     files = "".join(
         f"  - split: {split}\n    path: MNLI/{stem}.jsonl.gz\n" for split, stem in splits.items()
     )
@@ -185,60 +186,75 @@ BAD = {
     "no task": ("qqp", _remove("QQP"), "glue has no folder QQP/, only CoLA, MNLI, MRPC, QNLI"),
     "task twice": ("sst2", _file("sst2/x", b""), "several of one kind: SST-2, sst2; keep one"),
     "no train": (
-        "mrpc", _file("MRPC/train.jsonl", None),
+        "mrpc",
+        _file("MRPC/train.jsonl", None),
         "MRPC has no train.jsonl or train.jsonl.gz, only validation.jsonl",
     ),
     "no validation": (
-        "mrpc", _file("MRPC/validation.jsonl", None), "MRPC has no validation.jsonl",
+        "mrpc",
+        _file("MRPC/validation.jsonl", None),
+        "MRPC has no validation.jsonl",
     ),
     "split twice": (
-        "sst2", _file("SST-2/train.jsonl.gz", b""),
+        "sst2",
+        _file("SST-2/train.jsonl.gz", b""),
         "several of one kind: train.jsonl, train.jsonl.gz; keep one",
     ),
     "empty": ("sst2", _file("SST-2/train.jsonl", b"\n\n"), "train.jsonl has no rows: sst2"),
     "not gzip": (
-        "cola", _file("CoLA/train.jsonl.gz", b"{}"), "CoLA/train.jsonl.gz cannot be read (Not a gz",
+        "cola",
+        _file("CoLA/train.jsonl.gz", b"{}"),
+        "CoLA/train.jsonl.gz cannot be read (Not a gz",
     ),
     "cut off": (
-        "cola", _file("CoLA/train.jsonl.gz", gzip.compress(b'{"sentence": "a", "label": 1}')[:-9]),
+        "cola",
+        _file("CoLA/train.jsonl.gz", gzip.compress(b'{"sentence": "a", "label": 1}')[:-9]),
         "CoLA/train.jsonl.gz cannot be read",
     ),
     "not JSON": ("sst2", _line("SST-2", b"great\t1\n"), "train.jsonl, line 2: it is not JSON"),
     "not UTF-8": ("sst2", _line("SST-2", b'"\xff"\n'), "train.jsonl, line 2: it is not UTF-8"),
     "not an object": ("sst2", _line("SST-2", ["a", 1]), "line 2: ['a', 1] is not a JSON object"),
     "no column": (
-        "sst2", _line("SST-2", {"text": "a", "label": 1}),
+        "sst2",
+        _line("SST-2", {"text": "a", "label": 1}),
         "line 2: no field 'sentence', which sst2 needs, only text, label; mend or delete it",
     ),
     "no label": ("sst2", _line("SST-2", {"sentence": "a"}), "line 2: no field 'label'"),
     "no text": (
-        "sst2", _line("SST-2", {"sentence": None, "label": 1}),
+        "sst2",
+        _line("SST-2", {"sentence": None, "label": 1}),
         "line 2: field 'sentence' is None, not a text",
     ),
     "half a character": (
-        "sst2", _line("SST-2", b'{"sentence": "\\ud800", "label": 1}\n'),
+        "sst2",
+        _line("SST-2", b'{"sentence": "\\ud800", "label": 1}\n'),
         "line 2: it is not UTF-8, or has",
     ),
     "hidden label": (
-        "sst2", _line("SST-2", {"sentence": "a", "label": -1}),
+        "sst2",
+        _line("SST-2", {"sentence": "a", "label": -1}),
         "line 2: label -1 is not a number from 0 to 1 or one of negative, positive; mend",
     ),
     "label too large": ("rte", _line("rte", {**PAIR, "label": 2}), "line 2: label 2 is not"),
     "half a class": ("rte", _line("rte", {**PAIR, "label": 0.5}), "line 2: label 0.5 is not"),
     "true": ("rte", _line("rte", {**PAIR, "label": True}), "line 2: label True is not"),
     "unknown word": (
-        "rte", _line("rte", {**PAIR, "label": "neutral"}),
+        "rte",
+        _line("rte", {**PAIR, "label": "neutral"}),
         "line 2: label 'neutral' is not a number from 0 to 1 or one of entailment, not_entailment",
     ),
     "similarity": (
-        "stsb", _line("STS-B", {**PAIR, "label": 5.1}),
+        "stsb",
+        _line("STS-B", {**PAIR, "label": 5.1}),
         "line 2: label 5.1 is not a number from 0 to 5; mend",
     ),
     "similarity in words": ("stsb", _line("STS-B", {**PAIR, "label": "5"}), "label '5' is not"),
     "not a number": (
-        "stsb", _line("STS-B", {**PAIR, "label": float("nan")}), "line 2: label nan is not",
+        "stsb",
+        _line("STS-B", {**PAIR, "label": float("nan")}),
+        "line 2: label nan is not",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -82,14 +82,14 @@ def renamed(content: dict[str, torch.Tensor]) -> None:
 FOLDERS: dict[str, tuple[Change, str]] = {
     "lacks one": (tensors(lambda t: t.pop(NORM)), f"lacks {NORM}: it is no whole causal model"),
     "lacks many": (
-        tensors(lambda t: [t.pop(n) for n in list(t) if "layers.1" in n]), " and 6 more: it is no"
+        tensors(lambda t: [t.pop(n) for n in list(t) if "layers.1" in n]),
+        " and 6 more: it is no",
     ),
     "misnamed": (tensors(renamed), f"lacks {NORM}: it is no whole"),
-    "one more": (
-        tensors(lambda t: t.update(extra=torch.ones(2))), "has unknown tensors: extra"
-    ),
+    "one more": (tensors(lambda t: t.update(extra=torch.ones(2))), "has unknown tensors: extra"),
     "a head": (
-        tensors(lambda t: t.update({"score.weight": torch.ones(2, 32)})), "tensors: score.weight"
+        tensors(lambda t: t.update({"score.weight": torch.ones(2, 32)})),
+        "tensors: score.weight",
     ),
     "code": (config(auto_map={"AutoModelForCausalLM": "m.M"}), "has auto_map: it brings code"),
     "code below": (config(text_config={"auto_map": {}}), "has auto_map: it brings code"),
@@ -97,10 +97,12 @@ FOLDERS: dict[str, tuple[Change, str]] = {
     "another file": (config(transformers_weights="../x.safetensors"), "another weight file"),
     "quantized": (config(quantization_config={"quant_method": "awq"}), "it is quantized"),
     "attention of the hub": (
-        config(_attn_implementation="who/what"), "_attn_implementation='who/what', which may be"
+        config(_attn_implementation="who/what"),
+        "_attn_implementation='who/what', which may be",
     ),
     "attention of the hub, by part": (
-        config(attn_implementation={"": "eager", "x": "who/what"}), "may be code from the hub"
+        config(attn_implementation={"": "eager", "x": "who/what"}),
+        "may be code from the hub",
     ),
     "experts of the hub": (config(experts_implementation="who/what"), "may be code from the hub"),
     "layers": (config(num_hidden_layers=10**9), "num_hidden_layers=1e+09, more than the 1,024"),
@@ -109,7 +111,8 @@ FOLDERS: dict[str, tuple[Change, str]] = {
     "width": (config(intermediate_size=1 << 72), "intermediate_size=4.72237e+21, more than"),
     "larger than the files": (config(vocab_size=1 << 23), "parameters, and the files hold"),
     "more layers than the files": (
-        config(num_hidden_layers=900), "describes 900 layers, and the files hold"
+        config(num_hidden_layers=900),
+        "describes 900 layers, and the files hold",
     ),
     "unknown": (config(model_type="unheard-of"), "transformers has no architecture 'unheard-of'"),
     "an encoder": (config(model_type="vit"), "'vit' is not a causal language model"),
@@ -120,7 +123,8 @@ FOLDERS: dict[str, tuple[Change, str]] = {
     "torn": (lambda f: (f / "config.json").write_text("{"), "config.json is damaged"),
     "fifo": (fifo, "config.json is not a regular file"),
     "device": (
-        lambda f: (f / "added.json").symlink_to("/dev/zero"), "added.json is a link that leads out"
+        lambda f: (f / "added.json").symlink_to("/dev/zero"),
+        "added.json is a link that leads out",
     ),
     "link": (moved_out, "model.safetensors is a link that leads out of the folder"),
     "weight map outside": (index("../outside.safetensors"), "leads to '../outside.safetensors'"),
@@ -128,15 +132,17 @@ FOLDERS: dict[str, tuple[Change, str]] = {
     "weight map, pickle": (index("x.bin"), "leads to 'x.bin', which is no .safetensors"),
     "weight map, missing": (index("x.safetensors"), "x.safetensors is missing"),
     "two forms": (
-        lambda f: (f / "model.safetensors.index.json").write_text("{}"), "has both model.safet"
+        lambda f: (f / "model.safetensors.index.json").write_text("{}"),
+        "has both model.safet",
     ),
     "pickle": (pickled, "pytorch_model.bin may run code when it is read"),
     "adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "is an adapter: merge it"),
     "weights torn": (
-        lambda f: (f / "model.safetensors").write_bytes(b"torn"), "model.safetensors is damaged"
+        lambda f: (f / "model.safetensors").write_bytes(b"torn"),
+        "model.safetensors is damaged",
     ),
     "nothing": (shutil.rmtree, "is not a folder"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("change", "message"), FOLDERS.values(), ids=FOLDERS)

@@ -68,9 +68,16 @@ def test_a_given_ticket_is_accepted(kind: str, model: PreTrainedModel, tmp_path:
     path.write_text(json.dumps(model.config.to_dict()))
     config = Config(model=ModelConfig(family="auto", path=str(path)))
     facts = DataFacts(
-        dataset_id="d", documents=1, tokens=1, vocab_size=model.config.vocab_size, eos_id=0,
-        bos_id=None, block_size=8, unigram_cross_entropy=1.0, sources=(),
-    )  # fmt: skip
+        dataset_id="d",
+        documents=1,
+        tokens=1,
+        vocab_size=model.config.vocab_size,
+        eos_id=0,
+        bos_id=None,
+        block_size=8,
+        unigram_cross_entropy=1.0,
+        sources=(),
+    )
     assert theta0.model_digest(config, facts) == digest(parameter_table(model))
 
 

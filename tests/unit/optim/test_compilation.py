@@ -30,9 +30,13 @@ print(loaded and loaded._name)
 def ask(*words: str | Path, **environment: str) -> tuple[str, str]:
     """The path of what a fresh process loads, or `None`, and its warnings."""
     done = subprocess.run(
-        [sys.executable, "-c", ASK, *map(str, words)], cwd=REPO, env=os.environ | environment,
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        [sys.executable, "-c", ASK, *map(str, words)],
+        cwd=REPO,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return done.stdout.splitlines()[-1], done.stderr
 
 

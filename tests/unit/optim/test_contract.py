@@ -52,15 +52,25 @@ class Setup:
 
 SETUPS = (
     *(Setup(stage, precision) for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")),
-    Setup(1, "fp16"), Setup(3, "fp16"), Setup(1, "bf16", True), Setup(2, "fp32", True),
-    Setup(2, "fp16", True), Setup(3, "bf16", True), Setup(3, "fp16", True),
-)  # fmt: skip
+    Setup(1, "fp16"),
+    Setup(3, "fp16"),
+    Setup(1, "bf16", True),
+    Setup(2, "fp32", True),
+    Setup(2, "fp16", True),
+    Setup(3, "bf16", True),
+    Setup(3, "fp16", True),
+)
 
 
 DAILY = (
-    Setup(0, "bf16"), Setup(1, "fp32"), Setup(2, "bf16"), Setup(3, "fp32"), Setup(3, "fp16"),
-    Setup(1, "bf16", True), Setup(3, "bf16", True),
-)  # fmt: skip
+    Setup(0, "bf16"),
+    Setup(1, "fp32"),
+    Setup(2, "bf16"),
+    Setup(3, "fp32"),
+    Setup(3, "fp16"),
+    Setup(1, "bf16", True),
+    Setup(3, "bf16", True),
+)
 
 
 def tier(setup: Setup) -> Any:
@@ -357,80 +367,164 @@ CONTRACT = (
     Row("engine.param_names", ALL, "maps every parameter to its name", names),
     Row("engine.optimizer", ALL, "is the wrapper that the shard map expects", wrapper),
     Row("initialize", at(0), "steps the client once in bf16, never in fp32", phantom_step),
-    Row("initialize", ALL, "leaves the weights alone while the client does nothing",
-        frozen_until_armed),
-    Row("optimizer.param_groups", at(0, precision="fp32"),
-        "holds the module's parameters; there are no fp16_groups", no_wrapper_at_fp32),
-    Row("optimizer.fp16_groups", at(0, precision="bf16"), "the module's parameters",
-        module_groups),
-    Row("optimizer.fp32_groups", at(0, precision="bf16"),
-        "fp32 clones, parallel to fp16_groups; they are stepped", clones),
+    Row(
+        "initialize",
+        ALL,
+        "leaves the weights alone while the client does nothing",
+        frozen_until_armed,
+    ),
+    Row(
+        "optimizer.param_groups",
+        at(0, precision="fp32"),
+        "holds the module's parameters; there are no fp16_groups",
+        no_wrapper_at_fp32,
+    ),
+    Row("optimizer.fp16_groups", at(0, precision="bf16"), "the module's parameters", module_groups),
+    Row(
+        "optimizer.fp32_groups",
+        at(0, precision="bf16"),
+        "fp32 clones, parallel to fp16_groups; they are stepped",
+        clones,
+    ),
     Row("Parameter.grad", at(0), "reduced and averaged after backward", reduced_gradients),
-    Row("zero.bit16_groups", at(1, 2), "the module's parameters, a list per group",
-        module_groups),
-    Row("zero.single_partition_of_fp32_groups", at(1, 2), "one flat fp32 leaf per group",
-        one_leaf_per_group),
-    Row("Parameter._hp_mapping", at(1, 2),
+    Row("zero.bit16_groups", at(1, 2), "the module's parameters, a list per group", module_groups),
+    Row(
+        "zero.single_partition_of_fp32_groups",
+        at(1, 2),
+        "one flat fp32 leaf per group",
+        one_leaf_per_group,
+    ),
+    Row(
+        "Parameter._hp_mapping",
+        at(1, 2),
         "None, or lp_fragment_address in the parameter and hp_fragment_address in the leaf",
-        hp_mapping),
-    Row("zero.fp16_groups", at(3), "the module's parameters, a list per sub-group",
-        module_groups),
-    Row("zero.fp32_partitioned_groups_flat", at(3), "one flat fp32 leaf per sub-group",
-        one_leaf_per_sub_group),
-    Row("zero.grad_position", at(3),
-        "sub-group, start in its leaf, partition size ceil(numel / world size)", grad_position),
+        hp_mapping,
+    ),
+    Row("zero.fp16_groups", at(3), "the module's parameters, a list per sub-group", module_groups),
+    Row(
+        "zero.fp32_partitioned_groups_flat",
+        at(3),
+        "one flat fp32 leaf per sub-group",
+        one_leaf_per_sub_group,
+    ),
+    Row(
+        "zero.grad_position",
+        at(3),
+        "sub-group, start in its leaf, partition size ceil(numel / world size)",
+        grad_position,
+    ),
     Row("zero.get_param_id", at(3), "is the key of grad_position", grad_position),
     Row("Parameter.ds_numel", at(3), "the whole parameter's number of elements", ds_numel),
     Row("Parameter.ds_status", at(3), "AVAILABLE inside GatheredParameters", ds_status),
-    Row("zero.averaged_gradients", at(1, 2, 3, offload=False),
+    Row(
+        "zero.averaged_gradients",
+        at(1, 2, 3, offload=False),
         "by leaf: a list in flat order, or has flat_partition; no longer than the leaf",
-        averaged_gradients_in_flat_order),
-    Row("zero.averaged_gradients", at(1, 2, 3, offload=False),
+        averaged_gradients_in_flat_order,
+    ),
+    Row(
+        "zero.averaged_gradients",
+        at(1, 2, 3, offload=False),
         "after backward, reduced and averaged over ranks and accumulation steps",
-        reduced_gradients),
+        reduced_gradients,
+    ),
     Row("zero.cpu_offload", at(1, 2), "tells whether the optimizer is offloaded", offload_flag),
-    Row("zero.offload_optimizer", at(3), "tells whether the optimizer is offloaded",
-        offload_flag),
-    Row("leaf.grad", at(1, 2, 3, offload=True),
+    Row("zero.offload_optimizer", at(3), "tells whether the optimizer is offloaded", offload_flag),
+    Row(
+        "leaf.grad",
+        at(1, 2, 3, offload=True),
         "after backward, reduced and averaged over ranks and accumulation steps",
-        gradient_on_the_leaf),
-    Row("zero.norm_for_param_grads", at(1, 2, 3, offload=True),
+        gradient_on_the_leaf,
+    ),
+    Row(
+        "zero.norm_for_param_grads",
+        at(1, 2, 3, offload=True),
         "by get_param_id: norm of the rank's share; the global norm is made of these",
-        norms_by_parameter),
-    Row("zero.get_param_id", at(1, 2, offload=True), "is the key of norm_for_param_grads",
-        norms_by_parameter),
-    Row("zero.local_overflow", at(1, 2, offload=True), "whether step skips the update",
-        overflow_flag),
-    Row("zero.inf_or_nan_tracker", at(3, offload=True), "whether step skips the update",
-        overflow_tensors),
-    Row("zero.grad_partitions_flat_buffer", at(3, offload=True),
-        "searched for NaN by step, and not used otherwise", overflow_tensors),
+        norms_by_parameter,
+    ),
+    Row(
+        "zero.get_param_id",
+        at(1, 2, offload=True),
+        "is the key of norm_for_param_grads",
+        norms_by_parameter,
+    ),
+    Row(
+        "zero.local_overflow",
+        at(1, 2, offload=True),
+        "whether step skips the update",
+        overflow_flag,
+    ),
+    Row(
+        "zero.inf_or_nan_tracker",
+        at(3, offload=True),
+        "whether step skips the update",
+        overflow_tensors,
+    ),
+    Row(
+        "zero.grad_partitions_flat_buffer",
+        at(3, offload=True),
+        "searched for NaN by step, and not used otherwise",
+        overflow_tensors,
+    ),
     Row("engine.step", ALL, "applies the update when what is kept is finite", updated),
-    Row("engine.get_global_grad_norm", ZERO,
+    Row(
+        "engine.get_global_grad_norm",
+        ZERO,
         "the norm over all ranks of the reduced gradients at step, before clipping",
-        norm_is_of_the_masked_gradient),
-    Row("optimizer.loss_scale", at(1, 2, 3, precision="fp16"),
-        "the factor of the reduced gradients", reduced_gradients),
-    Row("optimizer.loss_scaler", at(1, 2, 3, precision="fp16"), "has the counters of _SCALER",
-        scale),
+        norm_is_of_the_masked_gradient,
+    ),
+    Row(
+        "optimizer.loss_scale",
+        at(1, 2, 3, precision="fp16"),
+        "the factor of the reduced gradients",
+        reduced_gradients,
+    ),
+    Row(
+        "optimizer.loss_scaler", at(1, 2, 3, precision="fp16"), "has the counters of _SCALER", scale
+    ),
     Row("zero.clip_grad", at(1, 2, 3), "the largest norm", clip_grad),
-    Row("zero.unscale_and_clip_grads", at(1, 2, 3),
-        "called by step with the gradients or the sub-group, and the scaled norm", unscale),
-    Row("zero.parallel_partitioned_bit16_groups", at(1, 2), "[group][rank]: the leaf, rounded",
-        halves),
+    Row(
+        "zero.unscale_and_clip_grads",
+        at(1, 2, 3),
+        "called by step with the gradients or the sub-group, and the scaled norm",
+        unscale,
+    ),
+    Row(
+        "zero.parallel_partitioned_bit16_groups",
+        at(1, 2),
+        "[group][rank]: the leaf, rounded",
+        halves,
+    ),
     Row("zero.fp16_partitioned_groups_flat", at(3), "[sub-group]: the leaf, rounded", halves),
-    Row("zero.param_buffer_of_bit16_for_cpu_offload_groups", at(1, 2, offload=True),
-        "[group]: as large as the leaf, in the training dtype", offload_buffer),
+    Row(
+        "zero.param_buffer_of_bit16_for_cpu_offload_groups",
+        at(1, 2, offload=True),
+        "[group]: as large as the leaf, in the training dtype",
+        offload_buffer,
+    ),
     Row("engine.global_steps", ALL, "counts updates", counters),
     Row("engine.micro_steps", ALL, "counts micro-batches", counters),
     Row("engine.global_samples", ALL, "counts samples", counters),
-)  # fmt: skip
+)
 
 # Parts of rows above, and DeepSpeed's documented API.
 INSIDE = {"lp_fragment_address", "hp_fragment_address", "start", "numel", "flat_partition"}
-DOCUMENTED = {"module", "device", "optimizer", "train", "eval", "backward", "step", "destroy",
-              "gradient_accumulation_steps", "train_batch_size", "bfloat16_enabled", "fp16_enabled",
-              "empty_partition_cache", "config"}  # fmt: skip
+DOCUMENTED = {
+    "module",
+    "device",
+    "optimizer",
+    "train",
+    "eval",
+    "backward",
+    "step",
+    "destroy",
+    "gradient_accumulation_steps",
+    "train_batch_size",
+    "bfloat16_enabled",
+    "fp16_enabled",
+    "empty_partition_cache",
+    "config",
+}
 
 
 def batches() -> list[torch.Tensor]:
@@ -464,9 +558,14 @@ def poison(p: Probe) -> None:
 def examine(setup: Setup) -> dict[str, Any]:
     """Check every row of this setup on this rank: row number to what went wrong."""
     config = TrainConfig(
-        steps=10, warmup_steps=0, lr=1e-3, clip_norm=0.01, precision=setup.precision,
-        global_batch_size=MICRO * ACCUMULATION * WORLD_SIZE, micro_batch_size=MICRO,
-    )  # fmt: skip
+        steps=10,
+        warmup_steps=0,
+        lr=1e-3,
+        clip_norm=0.01,
+        precision=setup.precision,
+        global_batch_size=MICRO * ACCUMULATION * WORLD_SIZE,
+        micro_batch_size=MICRO,
+    )
     ds_json = tiny.ds_json(setup.stage)
     if setup.offload:
         ds_json["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}

@@ -31,19 +31,26 @@ def step(operators: Any, **changes: torch.Tensor | None) -> None:
     kept = torch.arange(N) % 3 == 0
     bits, num_kept = pack(kept), int(kept.sum())
     given: dict[str, Any] = {
-        "weights": torch.zeros(N), "gradient": torch.zeros(N), "bits": bits,
-        "prefix": operators.block_prefix(bits), "exp_avg": torch.zeros(num_kept),
+        "weights": torch.zeros(N),
+        "gradient": torch.zeros(N),
+        "bits": bits,
+        "prefix": operators.block_prefix(bits),
+        "exp_avg": torch.zeros(num_kept),
         "exp_avg_sq": torch.zeros(num_kept),
-    }  # fmt: skip
+    }
     operators.masked_adamw(**given | changes, coefficients=coefficients(GROUP, 1.0))
 
 
 def master_step(operators: Any, **changes: torch.Tensor | None) -> None:
     given: dict[str, Any] = {
-        "weights": torch.zeros(N, dtype=torch.bfloat16), "gradient": torch.zeros(N),
-        "bits": None, "prefix": None, "exp_avg": torch.zeros(N), "exp_avg_sq": torch.zeros(N),
+        "weights": torch.zeros(N, dtype=torch.bfloat16),
+        "gradient": torch.zeros(N),
+        "bits": None,
+        "prefix": None,
+        "exp_avg": torch.zeros(N),
+        "exp_avg_sq": torch.zeros(N),
         "master": torch.zeros(N),
-    }  # fmt: skip
+    }
     operators.masked_adamw_master(
         **given | changes, coefficients=coefficients(GROUP, 1.0), factor=1.0
     )
@@ -65,9 +72,10 @@ WRONG: dict[str, tuple[dict[str, torch.Tensor | None], str]] = {
     "unequal moments": ({"exp_avg_sq": torch.zeros(N)}, "exp_avg_sq: 20001 elements"),
     "moment of fp64": ({"exp_avg": torch.zeros(N // 3).double()}, "exp_avg: dtype float64"),
     "more ones than moments": (
-        {"bits": torch.full((N // 8 + 1,), 255, dtype=torch.uint8)}, "exp_avg: 6667 elements"
+        {"bits": torch.full((N // 8 + 1,), 255, dtype=torch.uint8)},
+        "exp_avg: 6667 elements",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.skipif(not _operators(), reason="no C++ compiler")
@@ -135,13 +143,14 @@ MASKS: dict[str, tuple[Callable[[], ParamMask], str]] = {
         "'bias' is of shape [3] in the model and of shape [300] in the ticket",
     ),
     "one less": (
-        lambda: _mask(weight=(3, 4)), "'bias' is of shape [3] in the model and missing in the"
+        lambda: _mask(weight=(3, 4)),
+        "'bias' is of shape [3] in the model and missing in the",
     ),
     "one more": (
         lambda: _mask(weight=(3, 4), bias=(3,), x=(1,)),
         "'x' is missing in the model and of shape [1] in the ticket",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("mask", "message"), MASKS.values(), ids=MASKS)

@@ -292,9 +292,11 @@ class FakeShards:
     )
     fragments: list[Fragment] = field(
         default_factory=lambda: [
-            Fragment("p", 0, 6, 0, 0), Fragment("q", 0, 3, 0, 8), Fragment("p", 6, 4, 1, 0)
+            Fragment("p", 0, 6, 0, 0),
+            Fragment("q", 0, 3, 0, 8),
+            Fragment("p", 6, 4, 1, 0),
         ]
-    )  # fmt: skip
+    )
     gradient: list[torch.Tensor] = field(
         default_factory=lambda: [torch.full((11,), torch.nan), torch.full((4,), 5.0)]
     )

@@ -83,10 +83,12 @@ def test_ten_updates_by_hand(settings, expected):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"schedule": "wsd"}, {"decay_steps": 3}, {"schedule": "wsd", "decay_steps": 9},
+        {"schedule": "wsd"},
+        {"decay_steps": 3},
+        {"schedule": "wsd", "decay_steps": 9},
         {"schedule": "wsd", "decay_steps": -1},
     ],
-)  # fmt: skip
+)
 def test_decay_that_does_not_fit(settings):
     with pytest.raises(UserError, match="decay_steps"):
         TrainConfig(steps=10, warmup_steps=2, **settings)

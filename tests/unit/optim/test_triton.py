@@ -121,10 +121,12 @@ def test_step_is_the_reference(triton_kernels, numel, density):
         ),
         [
             *((2500, start, torch.bfloat16) for start in (0, 1, 7, 8, 1021)),
-            (0, 1, torch.float32), (1, 7, torch.float16), (1000, 1021, torch.float32),
+            (0, 1, torch.float32),
+            (1, 7, torch.float16),
+            (1000, 1021, torch.float32),
         ],
     ),
-)  # fmt: skip
+)
 def test_zero_complement_is_the_reference(triton_kernels, numel, start, dtype):
     """A fragment begins at any bit of its flat's mask; neighbours in memory are left alone."""
     bits = pack(mask(start + numel + 5, 0.7))
@@ -232,7 +234,10 @@ def test_compiles_to_separately_rounded_operations(
     )
     arithmetic = set(re.findall(r"\b[a-z]+\.[\w.]*\bf32\b", compiled.asm["ptx"]))
     assert {op for op in arithmetic if not op.startswith(("ld", "st", "mov", "selp"))} == {
-        "add.rn.f32", "mul.rn.f32", "div.rn.f32", "sqrt.rn.f32"
-    }  # fmt: skip
+        "add.rn.f32",
+        "mul.rn.f32",
+        "div.rn.f32",
+        "sqrt.rn.f32",
+    }
     per_thread = re.findall(r"sizePerThread = \[(\d+)\]", compiled.asm["ttgir"])
     assert per_thread == ["1"]

@@ -22,9 +22,13 @@ from pmp_ds.prepare.tokenizer import TrainedTokenizer, train_tokenizer
 TEXT = "the tree of a river and stone keeps its own time while rain falls on every leaf"
 WORDS = TEXT.split()
 SPECIAL = {
-    "unk_token": "<unk>", "bos_token": "<s>", "pad_token": "<pad>", "cls_token": "[CLS]",
-    "sep_token": "[SEP]", "mask_token": "<mask>",
-}  # fmt: skip
+    "unk_token": "<unk>",
+    "bos_token": "<s>",
+    "pad_token": "<pad>",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "<mask>",
+}
 
 
 def make_texts(count: int) -> list[str]:
@@ -116,11 +120,16 @@ def _huggingface(root: Path, texts: list[str]) -> Iterator[tuple[str, Path]]:
     # Unigram and WordLevel keep `</s>` in the vocabulary that text is matched against.
     unigram = Tokenizer(
         models.Unigram(
-            [("<unk>", 0.0), ("</s>", 0.0), *((c, -5.0) for c in sorted(set("".join(texts)))),
-             *((c, -5.0) for c in "</>"), *((word, -2.0) for word in WORDS if len(word) > 1)],
+            [
+                ("<unk>", 0.0),
+                ("</s>", 0.0),
+                *((c, -5.0) for c in sorted(set("".join(texts)))),
+                *((c, -5.0) for c in "</>"),
+                *((word, -2.0) for word in WORDS if len(word) > 1),
+            ],
             unk_id=0,
         )
-    )  # fmt: skip
+    )
     yield "unigram", _save(unigram, root / "unigram", "</s>", unk_token="<unk>")
 
     words = {word: i for i, word in enumerate(["<unk>", "</s>", "\n", *dict.fromkeys(WORDS)])}

@@ -210,6 +210,10 @@ def test_units_group_consecutive_small_files():
     ]
     units = group_units(sources, unit_bytes=10)
     assert [[s.num_bytes for s in unit.sources] for unit in units] == [
-        [3, 3, 3], [5], [20], [1, 1], [9]
-    ]  # fmt: skip
+        [3, 3, 3],
+        [5],
+        [20],
+        [1, 1],
+        [9],
+    ]
     assert [unit.index for unit in units] == [0, 1, 2, 3, 4]

@@ -18,8 +18,13 @@ from tests.helpers.examples import examples
 
 pytest.importorskip("gigatoken")
 
-FAST = ("byte-bpe", "byte-bpe-bos", "unspecial-eos", "sentencepiece-bpe-add_dummy_prefix",
-        "sentencepiece-bpe-user_defined_symbols")  # fmt: skip
+FAST = (
+    "byte-bpe",
+    "byte-bpe-bos",
+    "unspecial-eos",
+    "sentencepiece-bpe-add_dummy_prefix",
+    "sentencepiece-bpe-user_defined_symbols",
+)
 
 
 def same(found, expected) -> bool:

@@ -146,9 +146,13 @@ def dataset(tmp_path: Path) -> str:
 
 def config(dataset: str, tmp_path: Path, **changes) -> PrepareConfig:
     settings: dict = {
-        "input": (dataset,), "out": str(tmp_path / "out"), "train_vocab_size": 400,
-        "block_size": 16, "val_fraction": 0.2, "workers": 1,
-    }  # fmt: skip
+        "input": (dataset,),
+        "out": str(tmp_path / "out"),
+        "train_vocab_size": 400,
+        "block_size": 16,
+        "val_fraction": 0.2,
+        "workers": 1,
+    }
     return PrepareConfig(**(settings | changes))
 
 
@@ -206,12 +210,14 @@ def test_bad_rows_of_a_stream_count_and_stop(tmp_path: Path):
         prepare(config(dataset, tmp_path, shuffle_buffer=0))
     summary = prepare(config(dataset, tmp_path, shuffle_buffer=0, max_malformed=0.04))
     assert summary.manifest["rows"] == {
-        "read": 63, "malformed": 2, "empty": 1,
+        "read": 63,
+        "malformed": 2,
+        "empty": 1,
         "rejected": [
             f"2 x field 'text' is not a string (first: {dataset}:61)",
             f"1 x empty document (first: {dataset}:62)",
         ],
-    }  # fmt: skip
+    }
 
 
 def test_unknown_dataset_is_one_line(tmp_path: Path, dataset: str):
@@ -248,17 +254,34 @@ def test_recipe_runs_on_a_dataset_laid_out_like_it(tmp_path: Path, tokenizer_pat
     folder.mkdir(parents=True)
     texts = make_texts(300)
     for number, (split, part) in enumerate(
-        [("train", texts[:100]), ("train", texts[100:280]), ("validation", texts[280:290]),
-         ("test", texts[290:])]
-    ):  # fmt: skip
-        table = pa.table({
-            "text": part, "meta": [{"redpajama_set_name": "RedPajamaC4"}] * len(part),
-            "__index_level_0__": range(len(part)),
-        })  # fmt: skip
+        [
+            ("train", texts[:100]),
+            ("train", texts[100:280]),
+            ("validation", texts[280:290]),
+            ("test", texts[290:]),
+        ]
+    ):
+        table = pa.table(
+            {
+                "text": part,
+                "meta": [{"redpajama_set_name": "RedPajamaC4"}] * len(part),
+                "__index_level_0__": range(len(part)),
+            }
+        )
         pq.write_table(table, folder / f"{split}-{number:05d}-of-00004-0123456789abcdef.parquet")
     name, tokenizer = str(folder.parent), str(tokenizer_paths["byte-bpe"])
-    arguments = ["--config", str(RECIPE), "--input", f"hf:{name}", "--tokenizer", tokenizer,
-                 "--out", str(tmp_path / "out"), "--val_fraction", "0.1"]  # fmt: skip
+    arguments = [
+        "--config",
+        str(RECIPE),
+        "--input",
+        f"hf:{name}",
+        "--tokenizer",
+        tokenizer,
+        "--out",
+        str(tmp_path / "out"),
+        "--val_fraction",
+        "0.1",
+    ]
     summary = prepare(parse(PrepareConfig, arguments)[0])
     rows = datasets.load_dataset(name, split="train", streaming=True)
     shuffled = [row["text"] for row in rows.shuffle(seed=0, buffer_size=50_000)]

@@ -26,10 +26,16 @@ def two(tmp_path_factory) -> tuple[Path, Path]:
     for name, texts in (("a", make_texts(60)), ("b", make_texts(150)[60:])):
         path = root / f"{name}.jsonl"
         path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
-        prepare(PrepareConfig(
-            input=(str(path),), out=str(root / name), train_vocab_size=400, block_size=16,
-            val_fraction=0.2, tokenizer=tokenizer,
-        ))  # fmt: skip
+        prepare(
+            PrepareConfig(
+                input=(str(path),),
+                out=str(root / name),
+                train_vocab_size=400,
+                block_size=16,
+                val_fraction=0.2,
+                tokenizer=tokenizer,
+            )
+        )
         tokenizer = str(root / "a" / "tokenizer")
     return root / "a", root / "b"
 
@@ -62,10 +68,15 @@ def test_merged_store_is_both_in_order(two, tmp_path: Path):
 def test_what_cannot_be_merged(two, tmp_path: Path, tokenizer_paths):
     source = tmp_path / "c.jsonl"
     source.write_text("\n".join(json.dumps({"text": text}) for text in make_texts(60)))
-    other = prepare(PrepareConfig(
-        input=(str(source),), out=str(tmp_path / "c"), block_size=8, val_fraction=0.2,
-        tokenizer=str(tokenizer_paths["byte-bpe"]),
-    )).folder  # fmt: skip
+    other = prepare(
+        PrepareConfig(
+            input=(str(source),),
+            out=str(tmp_path / "c"),
+            block_size=8,
+            val_fraction=0.2,
+            tokenizer=str(tokenizer_paths["byte-bpe"]),
+        )
+    ).folder
     for folders, message in (
         ([two[0], other], "block_size is 16 and 8.*the tokenizer is \\w{12} and"),
         ([two[0], two[0]], "each once"),

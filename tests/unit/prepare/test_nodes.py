@@ -104,9 +104,13 @@ def expected(made) -> dict[str, bytes]:
 
 def config(out: str, **changes) -> PrepareConfig:
     settings: dict[str, Any] = {
-        "input": ("corpus",), "out": out, "train_vocab_size": 400, "block_size": 16,
-        "val_fraction": 0.1, "workers": 1,
-    }  # fmt: skip
+        "input": ("corpus",),
+        "out": out,
+        "train_vocab_size": 400,
+        "block_size": 16,
+        "val_fraction": 0.1,
+        "workers": 1,
+    }
     return PrepareConfig(**(settings | changes))
 
 
@@ -119,8 +123,12 @@ def command(folder: Path, *arguments: str, extra: str = "") -> subprocess.Comple
     script.write_text(COMMAND.format(extra=extra))
     return subprocess.run(
         [sys.executable, str(script), *arguments],
-        capture_output=True, text=True, check=False, timeout=120, env=environment(),
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env=environment(),
+    )
 
 
 def environment() -> dict[str, str]:
@@ -149,9 +157,12 @@ def test_documented_slurm_example(folder: Path, expected):
     path = f"{folder}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-e", "-c", example],
-        capture_output=True, text=True, check=False, timeout=200,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
         env=environment() | {"PATH": path},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("packed: 3 units") == 2
     assert contents(folder / "tokenized_data" / "big") == expected
@@ -167,8 +178,12 @@ def test_documented_datatrove_example(folder: Path, expected):
     (folder / "script.py").write_text(f"{start}if __name__ == '__main__':\n    {body}\n")
     done = subprocess.run(
         [sys.executable, "script.py"],
-        capture_output=True, text=True, check=False, timeout=200, env=environment(),
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+        env=environment(),
+    )
     assert done.returncode == 0, done.stderr
     assert contents(folder / "tokenized_data" / "big") == expected
     stats = json.loads((folder / "logs/pack/stats.json").read_text())

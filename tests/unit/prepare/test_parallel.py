@@ -52,9 +52,13 @@ def corpus(tmp_path: Path) -> Path:
 
 def settings(corpus: Path, name: str, **changes) -> dict:
     return {
-        "input": [str(corpus)], "out": str(corpus.parent / name), "train_vocab_size": 400,
-        "block_size": 16, "val_fraction": 0.1, **changes,
-    }  # fmt: skip
+        "input": [str(corpus)],
+        "out": str(corpus.parent / name),
+        "train_vocab_size": 400,
+        "block_size": 16,
+        "val_fraction": 0.1,
+        **changes,
+    }
 
 
 def start(tmp_path: Path, arguments: dict) -> subprocess.Popen:

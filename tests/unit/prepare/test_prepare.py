@@ -41,9 +41,12 @@ def corpus(tmp_path: Path) -> Path:
 
 def config(corpus: Path, **changes) -> PrepareConfig:
     settings: dict[str, Any] = {
-        "input": (str(corpus),), "out": str(corpus.parent / "out"), "train_vocab_size": 400,
-        "block_size": 16, "val_fraction": 0.1,
-    }  # fmt: skip
+        "input": (str(corpus),),
+        "out": str(corpus.parent / "out"),
+        "train_vocab_size": 400,
+        "block_size": 16,
+        "val_fraction": 0.1,
+    }
     return PrepareConfig(**(settings | changes))
 
 
@@ -74,8 +77,9 @@ def test_ids_of_a_named_tokenizer_and_special_text(corpus: Path, tokenizer_paths
     (corpus / "c.txt").write_text(forged)
     summary = prepare(config(corpus, tokenizer=str(tokenizer_paths["byte-bpe"])))
     store = Store.open(summary.folder)
-    boundaries = sum(row.count(store.eos_id) for rows in read_all(summary.folder).values()
-                     for row in rows)  # fmt: skip
+    boundaries = sum(
+        row.count(store.eos_id) for rows in read_all(summary.folder).values() for row in rows
+    )
     assert boundaries <= 201
     kept = sum(len(store.split(s)) for s in SPLITS) * 16
     dropped = sum(store.manifest["splits"][s]["dropped_tokens"] for s in SPLITS)
@@ -170,13 +174,19 @@ def test_unknown_folder_is_left_alone(corpus: Path):
         ([], {}, "holds no document with text"),
         ([{"text": "  "}], {}, "holds no document with text"),
         ([{"body": "x"}], {}, r"1 of 1 rows are malformed.*no field 'text'.*text_field"),
-        ([{"text": t} for t in make_texts(40)], {"block_size": 100_000},
-         "the train split .* is empty: .*block_size=100000"),
-        ([{"text": t} for t in make_texts(40)], {"val_fraction": 1e-9},
-         "the validation split .* is empty: its 0 documents .*raise val_fraction"),
+        (
+            [{"text": t} for t in make_texts(40)],
+            {"block_size": 100_000},
+            "the train split .* is empty: .*block_size=100000",
+        ),
+        (
+            [{"text": t} for t in make_texts(40)],
+            {"val_fraction": 1e-9},
+            "the validation split .* is empty: its 0 documents .*raise val_fraction",
+        ),
         ([{"text": t} for t in make_texts(40)], {"train_vocab_size": 50_000}, "too high"),
     ],
-)  # fmt: skip
+)
 def test_unusable_corpus_leaves_nothing(tmp_path: Path, rows, changes, message: str):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))

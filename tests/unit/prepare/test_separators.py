@@ -37,8 +37,11 @@ ENGINES = {
     "tokenizer.json": FAST,
 }
 WITH_BOS = (
-    "byte-bpe-bos", "sentencepiece-bpe-add_dummy_prefix", "sentencepiece-unigram", "trained",
-)  # fmt: skip
+    "byte-bpe-bos",
+    "sentencepiece-bpe-add_dummy_prefix",
+    "sentencepiece-unigram",
+    "trained",
+)
 
 
 @pytest.fixture
@@ -54,9 +57,14 @@ def write(tmp_path: Path):
 def run(path: str, tokenizer_paths, kind: str, name: str = "out", **changes) -> PrepareSummary:
     tokenizer = None if kind == "trained" else str(tokenizer_paths[kind])
     settings: dict[str, Any] = {
-        "input": (path,), "out": str(Path(path).parent / name), "tokenizer": tokenizer,
-        "train_vocab_size": 400, "block_size": 2, "val_fraction": 0.2, "workers": 1,
-    }  # fmt: skip
+        "input": (path,),
+        "out": str(Path(path).parent / name),
+        "tokenizer": tokenizer,
+        "train_vocab_size": 400,
+        "block_size": 2,
+        "val_fraction": 0.2,
+        "workers": 1,
+    }
     return prepare(PrepareConfig(**(settings | changes)))
 
 

@@ -119,8 +119,12 @@ def test_plain_process_reads_the_trained_tokenizer(
         (saved / "config.json").write_text(json.dumps({"model_type": model_type}))
         output = subprocess.run(
             [sys.executable, "-c", script, str(saved)],
-            input=json.dumps(sample), capture_output=True, text=True, check=True, timeout=120,
-        ).stdout  # fmt: skip
+            input=json.dumps(sample),
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        ).stdout
         assert json.loads(output.splitlines()[-1]) == [expected, sample, trained.eos_id]
     (saved / "config.json").unlink()
 
@@ -217,9 +221,12 @@ def test_refuses_a_tokenizer_without_end_of_text(tmp_path: Path, texts: list[str
     with pytest.raises(UserError, match="no end-of-text token"):
         load_tokenizer(str(tmp_path / "tokenizer.json"))
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_prefix=str(tmp_path / "x"), vocab_size=60,
-        eos_id=-1, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(texts),
+        model_prefix=str(tmp_path / "x"),
+        vocab_size=60,
+        eos_id=-1,
+        minloglevel=2,
+    )
     with pytest.raises(UserError, match="no end-of-text token"):
         load_tokenizer(str(tmp_path / "x.model"))
 

@@ -105,9 +105,12 @@ def test_the_summary_says_what_was_left_out(tmp_path: Path):
     lines = "\n".join(json.dumps({"text": text}) for text in make_texts(200))
     (folder / "a.jsonl").write_text(lines)
     config = PrepareConfig(
-        input=(str(folder),), out=str(tmp_path / "a"), train_vocab_size=400, block_size=16,
+        input=(str(folder),),
+        out=str(tmp_path / "a"),
+        train_vocab_size=400,
+        block_size=16,
         val_fraction=0.1,
-    )  # fmt: skip
+    )
     plain = prepare(config)
     (folder / "._a.jsonl").write_text(lines)
     summary = prepare(PrepareConfig(**{**vars(config), "out": str(tmp_path / "b")}))
@@ -117,9 +120,14 @@ def test_the_summary_says_what_was_left_out(tmp_path: Path):
 
 
 KINDS = (
-    pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.binary_view(),
-    pa.dictionary(pa.int32(), pa.string()), pa.dictionary(pa.int8(), pa.large_string()),
-)  # fmt: skip
+    pa.string(),
+    pa.large_string(),
+    pa.string_view(),
+    pa.binary(),
+    pa.binary_view(),
+    pa.dictionary(pa.int32(), pa.string()),
+    pa.dictionary(pa.int8(), pa.large_string()),
+)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -205,10 +213,13 @@ def test_a_document_without_a_token(tokenizer_paths: dict[str, Path], tmp_path: 
     )
     summary = prepare(
         PrepareConfig(
-            input=(str(tmp_path / "a.jsonl"),), out=str(tmp_path / "out"), block_size=16,
-            tokenizer=str(tokenizer), val_fraction=0.1,
+            input=(str(tmp_path / "a.jsonl"),),
+            out=str(tmp_path / "out"),
+            block_size=16,
+            tokenizer=str(tokenizer),
+            val_fraction=0.1,
         )
-    )  # fmt: skip
+    )
     assert summary.manifest["rows"]["empty"] == 200
     assert "200 x empty document (first: no token for 'zzz')" in str(summary)
     assert sum(split["documents"] for split in summary.manifest["splits"].values()) == 200

@@ -134,12 +134,14 @@ PLANTED: dict[str, tuple[Callable[[Path], object], str]] = {
     "tokenizer key": (key("tokenizer_config.json", name_or_path="x"), "the key 'name_or_path'"),
     "tokenizer.json key": (key("tokenizer.json", made_by="x"), "the key 'made_by'"),
     "index key": (
-        key("model.safetensors.index.json", metadata={"total_size": 1, "step": 3}), "the key 'step'"
+        key("model.safetensors.index.json", metadata={"total_size": 1, "step": 3}),
+        "the key 'step'",
     ),
     "index map": (other_map, "its weight_map is not what the files hold"),
     "metadata": (tensors(lambda _: None, ticket="abc"), "its metadata are"),
     "optimizer state": (
-        tensors(lambda t: t.update(exp_avg_sq=torch.zeros(3))), "has unknown tensors: exp_avg_sq"
+        tensors(lambda t: t.update(exp_avg_sq=torch.zeros(3))),
+        "has unknown tensors: exp_avg_sq",
     ),
     "fp32 tensor": (tensors(float_tensor), "holds tensors of BF16, F32"),
     "other weights": (
@@ -156,7 +158,7 @@ PLANTED: dict[str, tuple[Callable[[Path], object], str]] = {
     "state": (say("exp_avg of layer 3"), "a name from training"),
     "user": (say("by somebody-unusual"), "the name of this user"),
     "host": (say("on box-17"), "the name of this host"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)

@@ -431,9 +431,14 @@ def test_fp16(tmp_path: Path, tokenizer_dir: Path) -> None:
 def layers(count: int) -> LlamaConfig:
     """16 MiB of fp32 weights a layer; the largest parameter has 4."""
     return LlamaConfig(
-        vocab_size=64, hidden_size=512, intermediate_size=2048, num_hidden_layers=count,
-        num_attention_heads=8, bos_token_id=None, eos_token_id=0,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=count,
+        num_attention_heads=8,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -491,8 +496,14 @@ def test_a_ledger_entry_comes_with_the_release(tmp_path: Path, tokenizer_dir: Pa
         weights = tmp_path / name
         if not weights.exists():
             write_weights(weights, gpt2() if name == "one" else llama(True), seen)
-        claim = Claim(path=tmp_path / "ledger.jsonl", lineage="l", kind="final", updates=1,
-                      date=CARD.date, reason=None)  # fmt: skip
+        claim = Claim(
+            path=tmp_path / "ledger.jsonl",
+            lineage="l",
+            kind="final",
+            updates=1,
+            date=CARD.date,
+            reason=None,
+        )
         out = tmp_path / f"{name}-{dtype}"
         return export(
             weights, out, tokenizer_dir=tokenizer_dir, card=CARD, dtype=dtype, claim=claim
@@ -514,8 +525,14 @@ def test_an_old_release_again_is_no_second_revision(
 ) -> None:
     """The ledger compares weights; config.json now says more about the same ones."""
     weights = write_weights(tmp_path / "weights", llama(True), torch.bfloat16)
-    claim = Claim(path=tmp_path / "ledger.jsonl", lineage="l", kind="final", updates=1,
-                  date=CARD.date, reason=None)  # fmt: skip
+    claim = Claim(
+        path=tmp_path / "ledger.jsonl",
+        lineage="l",
+        kind="final",
+        updates=1,
+        date=CARD.date,
+        reason=None,
+    )
 
     def config_of(name: str) -> str:
         out = tmp_path / name

@@ -11,9 +11,12 @@ from pmp_ds.release.metadata import release_config
 from pmp_ds.release.older_names import older_names
 
 LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
-}  # fmt: skip
+}
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 LONG = {"short_factor": [1.0, 1.0], "long_factor": [2.0, 2.0]}
 LOCAL = {"rope_type": "default", "rope_theta": 10.0}
@@ -22,33 +25,66 @@ LOCAL = {"rope_type": "default", "rope_theta": 10.0}
 @pytest.mark.parametrize(
     ("model_type", "values", "older"),
     [
-        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
-         {"rope_theta": 5e5}),
-        ("llama", {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}},
-         {"rope_theta": 5e5, "rope_scaling": LLAMA3}),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+            {"rope_theta": 5e5},
+        ),
+        (
+            "llama",
+            {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}},
+            {"rope_theta": 5e5, "rope_scaling": LLAMA3},
+        ),
         ("llama", {"dtype": "bfloat16"}, {"torch_dtype": "bfloat16"}),
-        ("phi", {"rope_parameters": LOCAL | {"partial_rotary_factor": 0.5}},
-         {"rope_theta": 10.0, "partial_rotary_factor": 0.5}),
-        ("gpt_neox",
-         {"rope_parameters": LINEAR | {"rope_theta": 9.0, "partial_rotary_factor": 1.0}},
-         {"rope_theta": 9.0, "rotary_emb_base": 9.0, "partial_rotary_factor": 1.0,
-          "rotary_pct": 1.0, "rope_scaling": LINEAR}),
-        ("gemma3_text",
-         {"rope_parameters": {"sliding_attention": LOCAL,
-                              "full_attention": LINEAR | {"rope_theta": 8.0}}},
-         {"rope_theta": 8.0, "rope_local_base_freq": 10.0, "rope_scaling": LINEAR}),
-        ("olmo", {"rope_parameters": LINEAR | {"rope_theta": 9.0}},
-         {"rope_theta": 9.0, "rope_scaling": {"type": "linear", "factor": 2.0}}),
-        ("phi3",
-         {"rope_parameters": LONG | {"rope_type": "longrope", "rope_theta": 9.0,
-                                     "original_max_position_embeddings": 64},
-          "original_max_position_embeddings": 64},
-         {"rope_theta": 9.0, "rope_scaling": {"type": "longrope"} | LONG}),
+        (
+            "phi",
+            {"rope_parameters": LOCAL | {"partial_rotary_factor": 0.5}},
+            {"rope_theta": 10.0, "partial_rotary_factor": 0.5},
+        ),
+        (
+            "gpt_neox",
+            {"rope_parameters": LINEAR | {"rope_theta": 9.0, "partial_rotary_factor": 1.0}},
+            {
+                "rope_theta": 9.0,
+                "rotary_emb_base": 9.0,
+                "partial_rotary_factor": 1.0,
+                "rotary_pct": 1.0,
+                "rope_scaling": LINEAR,
+            },
+        ),
+        (
+            "gemma3_text",
+            {
+                "rope_parameters": {
+                    "sliding_attention": LOCAL,
+                    "full_attention": LINEAR | {"rope_theta": 8.0},
+                }
+            },
+            {"rope_theta": 8.0, "rope_local_base_freq": 10.0, "rope_scaling": LINEAR},
+        ),
+        (
+            "olmo",
+            {"rope_parameters": LINEAR | {"rope_theta": 9.0}},
+            {"rope_theta": 9.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        ),
+        (
+            "phi3",
+            {
+                "rope_parameters": LONG
+                | {
+                    "rope_type": "longrope",
+                    "rope_theta": 9.0,
+                    "original_max_position_embeddings": 64,
+                },
+                "original_max_position_embeddings": 64,
+            },
+            {"rope_theta": 9.0, "rope_scaling": {"type": "longrope"} | LONG},
+        ),
         ("gpt2", {"n_positions": 12}, {"n_ctx": 12}),
         ("qwen3_moe", {"num_local_experts": 4}, {"num_experts": 4}),
         ("gpt2", {"rope_parameters": "nonsense"}, {}),
     ],
-)  # fmt: skip
+)
 def test_by_hand(model_type: str, values: dict[str, Any], older: dict[str, Any]) -> None:
     assert older_names(model_type, values) == older
 

@@ -39,11 +39,17 @@ def small(kind: str, **settings: Any) -> PreTrainedConfig:
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
-        ("qwen3_moe", MOE), ("deepseek_v3", {}), ("glm4_moe", {}), ("gpt_neox", {}), ("bloom", {}),
-        ("mpt", {}), ("gpt2", {}), ("llama", {"eos_token_id": [1, 2]}),
+        ("qwen3_moe", MOE),
+        ("deepseek_v3", {}),
+        ("glm4_moe", {}),
+        ("gpt_neox", {}),
+        ("bloom", {}),
+        ("mpt", {}),
+        ("gpt2", {}),
+        ("llama", {"eos_token_id": [1, 2]}),
         ("bert", {"is_decoder": True}),
     ],
-)  # fmt: skip
+)
 def test_families_that_can_be_released(kind: str, settings: dict[str, Any]) -> None:
     state = torch.get_rng_state()
     rehearse(CONFIG_MAPPING[kind](**settings))

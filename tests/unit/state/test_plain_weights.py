@@ -15,17 +15,25 @@ from pmp_ds.state import plain_weights, run_record, theta0
 from tests.helpers import tiny
 
 DATA = run_record.DataFacts(
-    dataset_id="d", vocab_size=tiny.VOCAB, eos_id=2, block_size=tiny.BLOCK,
-    unigram_cross_entropy=1.0, documents=1, tokens=1, sources=(),
-)  # fmt: skip
+    dataset_id="d",
+    vocab_size=tiny.VOCAB,
+    eos_id=2,
+    block_size=tiny.BLOCK,
+    unigram_cross_entropy=1.0,
+    documents=1,
+    tokens=1,
+    sources=(),
+)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_init_is_in_the_precision_of_the_run(tmp_path, precision):
     config = Config(
-        run=RunConfig(root=str(tmp_path), name="run"), init=InitConfig(seed=3), model=tiny.LLAMA,
+        run=RunConfig(root=str(tmp_path), name="run"),
+        init=InitConfig(seed=3),
+        model=tiny.LLAMA,
         train=TrainConfig(precision=precision),
-    )  # fmt: skip
+    )
     run = RunDir(tmp_path / "run")
     run_record.record_start(run, config)
     write_json(run.data, asdict(DATA) | {"format_version": formats.current("data")})

@@ -16,9 +16,15 @@ from pmp_ds.state.run_record import DataFacts
 from pmp_ds.study.collect import collect, pretrain_result
 
 DATA = DataFacts(
-    dataset_id="d" * 16, vocab_size=300, eos_id=2, block_size=8, unigram_cross_entropy=5.0,
-    documents=3, tokens=800, sources=("text",),
-)  # fmt: skip
+    dataset_id="d" * 16,
+    vocab_size=300,
+    eos_id=2,
+    block_size=8,
+    unigram_cross_entropy=5.0,
+    documents=3,
+    tokens=800,
+    sources=("text",),
+)
 
 
 def finished(root: Path, steps: int = 4, done: int = 4) -> RunDir:
@@ -50,11 +56,20 @@ def finished(root: Path, steps: int = 4, done: int = 4) -> RunDir:
 def test_record(tmp_path: Path):
     result = pretrain_result(finished(tmp_path / "run"), "pmp")
     assert (result.kind, result.arm) == ("pretrain", "pmp")
-    assert {"density": 0.6, "source": "earlybird", "score": "ema", "steps": 4, "tokens": 64,
-            "seed": 7, "data": "d" * 16}.items() <= result.settings.items()  # fmt: skip
+    assert {
+        "density": 0.6,
+        "source": "earlybird",
+        "score": "ema",
+        "steps": 4,
+        "tokens": 64,
+        "seed": 7,
+        "data": "d" * 16,
+    }.items() <= result.settings.items()
     assert result.values == {
-        "val_loss": 5.0, "curve": [[0, 6.0], [32, 5.5], [64, 5.0]], "iou": [0.8, 0.9]
-    }  # fmt: skip
+        "val_loss": 5.0,
+        "curve": [[0, 6.0], [32, 5.5], [64, 5.0]],
+        "iou": [0.8, 0.9],
+    }
 
 
 def test_twice_is_once(tmp_path: Path):

@@ -176,8 +176,12 @@ def test_a_failure_side_by_side(two: tuple[Study, list[Step]], tmp_path: Path):
     bad = Step(
         "bad", ("-c", "print('why'); raise SystemExit(3)"), tmp_path / "bad", independent=True
     )
-    long = Step("long", ("-c", f"import time; time.sleep(1); open({str(tmp_path / 'l')!r}, 'w')"),
-                tmp_path / "l", independent=True)  # fmt: skip
+    long = Step(
+        "long",
+        ("-c", f"import time; time.sleep(1); open({str(tmp_path / 'l')!r}, 'w')"),
+        tmp_path / "l",
+        independent=True,
+    )
     never = replace(planned[0], independent=True)
     with pytest.raises(UserError, match=r"exit code 3 of: (?s:.*)what it said: .*bad\.log"):
         run(study, [long, bad, never, replace(never, name="n2")], "", jobs=2)

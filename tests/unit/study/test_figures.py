@@ -26,10 +26,14 @@ def test_a_legend_of_long_names_stays_inside_the_figure(count: int):
 
 def test_density_is_all_that_may_differ_from_pmp():
     quota = pretrain("pmp-quota", loss=3.0)
-    arms = _density_arms([
-        pretrain("base", loss=2.9, source="none"), pretrain("pmp", loss=3.0),
-        pretrain("pmp", loss=3.0, seed=1), pretrain("pmp-0.5", loss=3.1, density=0.5),
-        pretrain("pmp-gradient", loss=3.1, score="gradient"),
-        replace(quota, settings={**quota.settings, "quota": "per_tensor"}),
-    ])  # fmt: skip
+    arms = _density_arms(
+        [
+            pretrain("base", loss=2.9, source="none"),
+            pretrain("pmp", loss=3.0),
+            pretrain("pmp", loss=3.0, seed=1),
+            pretrain("pmp-0.5", loss=3.1, density=0.5),
+            pretrain("pmp-gradient", loss=3.1, score="gradient"),
+            replace(quota, settings={**quota.settings, "quota": "per_tensor"}),
+        ]
+    )
     assert arms == {"base": 1.0, "pmp": 0.7, "pmp-0.5": 0.5}

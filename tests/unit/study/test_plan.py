@@ -43,8 +43,14 @@ def test_plan_of_the_small_study(small: tuple[Study, list[Step]]):
         "54 steps, 54 to do; 9 models, 870 fine-tunings; then the report, s/report/"
     )
     kinds = [step.name.partition("-")[0] for step in planned]
-    assert list(dict.fromkeys(kinds)) == ["prepare", "pretrain", "export", "finetune", "evaluate",
-                                          "audit"]  # fmt: skip
+    assert list(dict.fromkeys(kinds)) == [
+        "prepare",
+        "pretrain",
+        "export",
+        "finetune",
+        "evaluate",
+        "audit",
+    ]
 
 
 def test_commands(small: tuple[Study, list[Step]]):
@@ -72,10 +78,12 @@ def test_commands(small: tuple[Study, list[Step]]):
 
 def test_attackers_of_base_and_pmp_have_the_same_tries(small: tuple[Study, list[Step]]):
     grids = {
-        step.name: [word for flag, word in zip(step.argv, step.argv[1:], strict=False)
-                    if flag == "--sweep"]
-        for step in small[1] if step.name.startswith("finetune-0")
-    }  # fmt: skip
+        step.name: [
+            word for flag, word in zip(step.argv, step.argv[1:], strict=False) if flag == "--sweep"
+        ]
+        for step in small[1]
+        if step.name.startswith("finetune-0")
+    }
     assert grids["finetune-0-base-sst2"] == grids["finetune-0-pmp-sst2"]
 
 

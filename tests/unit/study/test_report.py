@@ -17,10 +17,23 @@ from tests.helpers import study
 from tests.unit.study.conftest import save
 
 ORDER = (
-    "Verdict", "The six numbers", "Table 1", "Figure 3", "Figure 2", "Figure 4", "Figure 5",
-    "Figure 6", "Stability of the ticket", "Pretraining", "The models without", "Audit",
-    "Canonical metrics", "Controls", "How the numbers were made", "Measurements",
-)  # fmt: skip
+    "Verdict",
+    "The six numbers",
+    "Table 1",
+    "Figure 3",
+    "Figure 2",
+    "Figure 4",
+    "Figure 5",
+    "Figure 6",
+    "Stability of the ticket",
+    "Pretraining",
+    "The models without",
+    "Audit",
+    "Canonical metrics",
+    "Controls",
+    "How the numbers were made",
+    "Measurements",
+)
 
 
 def test_parts_in_order(whole: Path):
@@ -55,8 +68,17 @@ def test_html_needs_nothing_beside_it(whole: Path):
 
 def test_every_table_has_both_files(whole: Path):
     names = {path.name for path in (whole / "report" / "tables").iterdir()}
-    tables = ("audit", "canonical", "chosen", "columns", "controls", "headline", "methods",
-              "models", "table1")  # fmt: skip
+    tables = (
+        "audit",
+        "canonical",
+        "chosen",
+        "columns",
+        "controls",
+        "headline",
+        "methods",
+        "models",
+        "table1",
+    )
     assert names == {f"{name}.{kind}" for name in tables for kind in ("md", "tex")}
 
 
@@ -76,8 +98,11 @@ def test_missing_parts_say_so(tmp_path: Path):
     )
     report.write(save(few, tmp_path), [], tmp_path)
     text = (tmp_path / "report.md").read_text()
-    for part in ("## Figure 5: loss landscape\n\nNot run.", "## Figure 6: gradients\n\nNot run.",
-                 "## Audit\n\nNot run."):  # fmt: skip
+    for part in (
+        "## Figure 5: loss landscape\n\nNot run.",
+        "## Figure 6: gradients\n\nNot run.",
+        "## Audit\n\nNot run.",
+    ):
         assert part in text
     assert long in text
 

@@ -19,10 +19,17 @@ def test_intervals_cover_what_was_planted():
     """Of 20 studies with 6 intervals each, about 6 of 120 miss."""
     missed = 0
     for luck in range(20):
-        found = six(study.study(
-            gap=5.0, secret=2.0, tax=0.0, seeds=4, tasks=("sst2", "rte", "lm"),
-            lrs=(1e-4, 1e-3), luck=luck,
-        ))  # fmt: skip
+        found = six(
+            study.study(
+                gap=5.0,
+                secret=2.0,
+                tax=0.0,
+                seeds=4,
+                tasks=("sst2", "rte", "lm"),
+                lrs=(1e-4, 1e-3),
+                luck=luck,
+            )
+        )
         for contrast, planted in ((found.gap, 5.0), (found.authorized, 1.0), (found.secret, 2.0)):
             for column, unit in (("average", 1.0), ("LM", 0.01)):
                 estimate = contrast.estimates[column]
@@ -59,9 +66,13 @@ def test_a_weaker_base_is_no_protection():
 
 @pytest.mark.parametrize(
     ("loss", "gap", "expected"),
-    [(3.11, 5.0, "measurable protection"), (3.11, 0.0, "no measurable protection"),
-     (3.11, -5.0, "no protection"), (3.2, 5.0, None)],
-)  # fmt: skip
+    [
+        (3.11, 5.0, "measurable protection"),
+        (3.11, 0.0, "no measurable protection"),
+        (3.11, -5.0, "no protection"),
+        (3.2, 5.0, None),
+    ],
+)
 def test_a_base_that_was_stopped_where_pmp_is(loss: float, gap: float, expected: str | None):
     whole = study.study(gap=gap, secret=2.0, tax=0.1, seeds=4, luck=2)
     early = [
@@ -125,8 +136,10 @@ def test_attackers_tokens():
     assert tokens.more.mean == pytest.approx(0.6931, abs=1e-4)
     assert "+100% tokens; reached in 3 of 3" in table_six(six(results)).markdown()
 
-    worse = [study.fine_tune("base", "lm", "full", score=2.0),
-             study.fine_tune("pmp", "lm", "full", score=2.4)]  # fmt: skip
+    worse = [
+        study.fine_tune("base", "lm", "full", score=2.0),
+        study.fine_tune("pmp", "lm", "full", score=2.4),
+    ]
     tokens = six(worse).tokens["LM"]
     assert (tokens.more, tokens.never) == (None, 1)
     assert "reached in 0 of 1" in table_six(six(worse)).markdown()
@@ -137,19 +150,26 @@ def test_controls_that_are_absent_say_so():
     found = {c.name: c for c in controls(results, fine_tunes(results))}
     absent = {name for name, control in found.items() if not control.run}
     assert absent == {
-        "Complement only, fine-tuned on PMP", "Mask recovered by an attack, fine-tuned on PMP",
-        "Learning rates from 1e-5 to 3e-3", "Longer fine-tuning",
-        "Continued full pretraining of the release", "Densities 0.5 to 1.0",
-        "Ticket from each score", "Several fine-tuning seeds", "Several pretraining seeds",
-    }  # fmt: skip
+        "Complement only, fine-tuned on PMP",
+        "Mask recovered by an attack, fine-tuned on PMP",
+        "Learning rates from 1e-5 to 3e-3",
+        "Longer fine-tuning",
+        "Continued full pretraining of the release",
+        "Densities 0.5 to 1.0",
+        "Ticket from each score",
+        "Several fine-tuning seeds",
+        "Several pretraining seeds",
+    }
     assert found["Ticket from each score"].found == "not run: ema, gradient"
     assert not any(control.run for control in controls([], []))
 
 
 def test_controls_that_are_there():
     results = study.study(gap=0.0, secret=0.0, tax=0.0, seeds=5, tasks=("qnli",)) + study.sweeps()
-    results += [study.fine_tune("pmp", "lm", "full", score=3.0, data="data of pretraining"),
-                study.fine_tune("pmp", "qnli", "complement", score=0.5)]  # fmt: skip
+    results += [
+        study.fine_tune("pmp", "lm", "full", score=3.0, data="data of pretraining"),
+        study.fine_tune("pmp", "qnli", "complement", score=0.5),
+    ]
     found = {c.name: c for c in controls(results, fine_tunes(results))}
     absent = {name for name, control in found.items() if not control.run}
     assert absent == {"Mask recovered by an attack, fine-tuned on PMP", "Several pretraining seeds"}
@@ -157,15 +177,19 @@ def test_controls_that_are_there():
 
 
 def test_unequal_budget_is_no_control():
-    results = [study.pretrain("base", loss=3.0, source="none", tokens=1000),
-               study.pretrain("pmp", loss=3.0, tokens=2000)]  # fmt: skip
+    results = [
+        study.pretrain("base", loss=3.0, source="none", tokens=1000),
+        study.pretrain("pmp", loss=3.0, tokens=2000),
+    ]
     budget = controls(results, [])[0]
     assert budget.found == "not run: BASE had 1,000 tokens, PMP 2,000"
 
 
 def test_best_learning_rate_at_the_edge_is_told():
-    runs = fine_tunes([
-        study.fine_tune("base", "sst2", "full", score=score, lr=lr)
-        for lr, score in ((1e-5, 0.6), (1e-4, 0.7), (1e-3, 0.8))
-    ])  # fmt: skip
+    runs = fine_tunes(
+        [
+            study.fine_tune("base", "sst2", "full", score=score, lr=lr)
+            for lr, score in ((1e-5, 0.6), (1e-4, 0.7), (1e-3, 0.8))
+        ]
+    )
     assert edges(runs) == ["base, sst2, full: 0.001"]

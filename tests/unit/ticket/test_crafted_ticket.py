@@ -31,11 +31,12 @@ BITS = {
     "empty": (changed(torch.ones(0, dtype=torch.uint8)), "is uint8 of shape [0]"),
     "two dimensions": (changed(torch.ones(1, 2, dtype=torch.uint8)), ONE_DIMENSION),
     "padding": (
-        changed(torch.tensor([1, 128], dtype=torch.uint8)), "has ones after the last of its 15"
+        changed(torch.tensor([1, 128], dtype=torch.uint8)),
+        "has ones after the last of its 15",
     ),
     "one more": (packed(SHAPES | {"x": (4,)}), "the mask of 'x' lacks a shape"),
     "one less": (packed({"b": (8,)}), "the mask of 'w' lacks bits"),
-}  # fmt: skip
+}
 
 DIMENSIONS: dict[str, Any] = {
     "negative": [-3, -5],
@@ -71,13 +72,24 @@ def test_shapes(tmp_path: Path, shape: list[Any]) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"density": "0.5"}, {"density": None}, {"density": 2.0}, {"density": float("nan")},
-        {"step": -1}, {"step": True}, {"stable": "yes"}, {"source": None}, {"score": 1},
-        {"model_digest": 5}, {"num_params": 24}, {"num_kept": 1}, {"parameters": []},
-        {"parameters": {"w": 5}}, {"id": None},
+        {"density": "0.5"},
+        {"density": None},
+        {"density": 2.0},
+        {"density": float("nan")},
+        {"step": -1},
+        {"step": True},
+        {"stable": "yes"},
+        {"source": None},
+        {"score": 1},
+        {"model_digest": 5},
+        {"num_params": 24},
+        {"num_kept": 1},
+        {"parameters": []},
+        {"parameters": {"w": 5}},
+        {"id": None},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_fields(tmp_path: Path, change: dict[str, Any]) -> None:
     folder = write_ticket(tmp_path / "t", packed(SHAPES), SHAPES, **change)
     with pytest.raises(UserError, match="is damaged"):

@@ -21,9 +21,11 @@ def some(rows: int, columns: int, count: int) -> torch.Tensor:
 
 
 TICKET = mask(
-    model__layers__0__q__weight=some(4, 5, 0), model__layers__0__norm=torch.ones(3).bool(),
-    model__layers__10__q__weight=some(4, 5, 10), model__head__weight=some(2, 5, 10),
-)  # fmt: skip
+    model__layers__0__q__weight=some(4, 5, 0),
+    model__layers__0__norm=torch.ones(3).bool(),
+    model__layers__10__q__weight=some(4, 5, 10),
+    model__head__weight=some(2, 5, 10),
+)
 
 
 def test_layers_of_a_kind_stand_together():
@@ -37,7 +39,14 @@ def test_layers_of_a_kind_stand_together():
 
 def test_lines():
     lines = describe(TICKET).splitlines()
-    assert lines[0].split() == ["model.layers.*.q.weight", "40", "0.250", "#####...............",
-                                "0.000", "to", "0.500"]  # fmt: skip
+    assert lines[0].split() == [
+        "model.layers.*.q.weight",
+        "40",
+        "0.250",
+        "#####...............",
+        "0.000",
+        "to",
+        "0.500",
+    ]
     assert lines[1].split() == ["model.layers.*.norm", "3", "1.000", "#" * 20]
     assert lines[-1].split() == ["all", "53", "0.434"]

@@ -31,8 +31,13 @@ def ticket(seed: int = 0) -> Ticket:
     kept = {name: torch.rand(shape, generator=generator) < 0.7 for name, shape in SHAPES.items()}
     return Ticket(
         mask=ParamMask(bits={name: pack(mask) for name, mask in kept.items()}, shapes=SHAPES),
-        density=0.7, source="earlybird", score="mean", step=17, stable=True, model_digest="d" * 64,
-    )  # fmt: skip
+        density=0.7,
+        source="earlybird",
+        score="mean",
+        step=17,
+        stable=True,
+        model_digest="d" * 64,
+    )
 
 
 @pytest.fixture

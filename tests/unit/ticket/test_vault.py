@@ -413,8 +413,9 @@ def test_trace_and_verify(run, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert re.match(
         r"Partner A: agrees in 2,048 of 2,048 places, score 1\d{3} "
-        r"\(by chance 0, give or take 45\), p <= 10\^-3\d\d", lines[0]
-    ), lines[0]  # fmt: skip
+        r"\(by chance 0, give or take 45\), p <= 10\^-3\d\d",
+        lines[0],
+    ), lines[0]
     assert lines[-1].startswith("verdict: the copy of Partner A.")
     assert not any("the copy of Partner B" in line for line in lines)
     main(["trace", "--run", root, "--ticket", str(run.ticket)])  # nobody's: the owner's own

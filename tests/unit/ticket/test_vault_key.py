@@ -75,8 +75,19 @@ def test_a_refused_seal_leaves_a_public_run_as_good_as_new(run, tmp_path):
     wrong = tmp_path / "empty"
     wrong.write_text("")
     with pytest.raises(UserError):
-        main(["seal", "--run", str(run.root), "--name", "A", "--out", str(tmp_path / "a.age"),
-              "--passphrase-file", str(wrong)])  # fmt: skip
+        main(
+            [
+                "seal",
+                "--run",
+                str(run.root),
+                "--name",
+                "A",
+                "--out",
+                str(tmp_path / "a.age"),
+                "--passphrase-file",
+                str(wrong),
+            ]
+        )
     seal_for(run, "A", tmp_path)
     assert len(records(run.vault)) == 1
 

@@ -57,9 +57,13 @@ def ticket(density: float = 0.7, shapes=SHAPES, seed: int = 0) -> Ticket:
     }
     return Ticket(
         mask=ParamMask(bits={n: pack(mask) for n, mask in kept.items()}, shapes=shapes),
-        density=density, source="earlybird", score="mean", step=1, stable=True,
+        density=density,
+        source="earlybird",
+        score="mean",
+        step=1,
+        stable=True,
         model_digest="d" * 64,
-    )  # fmt: skip
+    )
 
 
 def key(number: int) -> bytes:
@@ -134,8 +138,12 @@ def test_what_is_no_copy():
     more = ParamMask(
         bits=dict(own.mask.bits) | {"proj": pack(torch.ones(8000).bool())}, shapes=SHAPES
     )
-    for other in (ticket(seed=1), ticket(0.6), ticket(shapes={
-        "x": (3, 3)}), Ticket(**vars(own) | {"mask": more})):  # fmt: skip
+    for other in (
+        ticket(seed=1),
+        ticket(0.6),
+        ticket(shapes={"x": (3, 3)}),
+        Ticket(**vars(own) | {"mask": more}),
+    ):
         with pytest.raises(UserError, match="leak is no copy"):
             missing_from(other, own, Path("leak"))
 
