@@ -1,14 +1,14 @@
-# `make` explains itself. Everything is installed into .venv, nothing outside this folder.
+# `make` lists the targets. Everything is installed into .venv, nothing outside this folder.
 #
 #   PYTHON=python3.12    the interpreter that .venv is made from
-#   TORCH_INDEX=URL      take torch, and only torch, from this index (see `make help`)
+#   TORCH_INDEX=URL      install torch, and only torch, from this index (see `make help`)
 #   PYTEST_ARGS="-k x"   passed on to pytest
-#   WORKERS=0            tests one after the other, in pytest's own process
-#   SLICE=2/4            that part of the nightly tests alone
-#   TORTURE_ARGS="--seed 7"   the same kills again
+#   WORKERS=0            run tests one after the other, in pytest's own process
+#   SLICE=2/4            run only the second of four parts of the nightly tests
+#   TORTURE_ARGS="--seed 7"   repeat the same kills
 #   FUZZ_ARGS="-max_total_time=60"   libFuzzer's options, one minute here
-#   CRAFTED_ARGS=corpus  that kind of input alone, and what was said of each
-#   CLIENTS_ARGS="--only vLLM TRL"   those clients alone; the table is only printed
+#   CRAFTED_ARGS=corpus  only that kind of input, with the message for each
+#   CLIENTS_ARGS="--only vLLM TRL"   only those clients; the table is only printed
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -26,13 +26,13 @@ CRAFTED_ARGS ?=
 CLIENTS_ARGS ?=
 VENV := .venv
 STAMP := $(VENV)/.installed
-# The commands below find python, the deepspeed launcher and ninja there.
+# python, the deepspeed launcher and ninja are in its bin/.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 PIP := python -m pip --disable-pip-version-check --no-input
 TORCH_PIN := $(shell sed -n 's/^torch==/&/p' constraints.txt)
 
-# One rank per GPU that torch sees; without one, two CPU ranks. Asked once, when first needed.
+# One rank per GPU that torch sees; without GPUs, two CPU ranks. Counted once, when first needed.
 GPUS = $(eval GPUS := $$(shell $(VENV)/bin/python -c 'import torch; print(torch.cuda.device_count())'))$(GPUS)
 PORT = $(shell $(VENV)/bin/python -c 'import socket; print(socket.create_server(("", 0)).getsockname()[1])')
 ON_GPU = deepspeed --num_accelerators $(GPUS)
@@ -41,23 +41,23 @@ DEEPSPEED = $(if $(filter-out 0,$(GPUS)),$(ON_GPU),$(ON_CPU)) --master_port $(PO
 
 .PHONY: help
 help:
-	@echo 'make demo    tokenize a small corpus, find a ticket, pretrain, export and report (CPU or GPU)'
-	@echo 'make check   ruff, mypy and the unit tests that start no process'
-	@echo 'make test    ruff, mypy and tests of every guarantee once: what CI runs first'
-	@echo 'make test-nightly  the tests that are left out there; SLICE=2/4: a quarter, as CI runs'
-	@echo 'make families      every causal architecture of transformers at tiny width, into docs/SUPPORT.md'
-	@echo 'make crafted       open 12,000 crafted files, settings and DeepSpeed JSONs; a table with memory'
-	@echo 'make examples      the tests with hypothesis, a hundred times as many examples'
-	@echo 'make fuzz          change the bytes of what the parsers read, ten minutes long (atheris)'
-	@echo 'make nightly       test, test-nightly, crafted, examples, fuzz, torture, families, clients: hours'
-	@echo 'make torture       SIGKILL a run 50 times in all of its phases; it must come to the same bits'
-	@echo 'make study   pretrain, fine-tune, attack and report, as RECIPE=FILE says (STUDY_ARGS=--plan: only say what)'
+	@echo 'make demo         tokenize a small corpus, find a ticket, pretrain, export and report (CPU or GPU)'
+	@echo 'make check        ruff, mypy and the unit tests that start no process'
+	@echo 'make test         ruff, mypy and a test of every guarantee: what CI runs first'
+	@echo 'make test-nightly the tests that `make test` omits; SLICE=2/4: a quarter, as in CI'
+	@echo 'make families     test every causal architecture of transformers at tiny width, for docs/SUPPORT.md'
+	@echo 'make crafted      open 12,000 crafted files, settings and DeepSpeed JSONs; print a table with memory'
+	@echo 'make examples     the hypothesis tests with a hundred times as many examples'
+	@echo 'make fuzz         fuzz the parsers with altered bytes for ten minutes (atheris)'
+	@echo 'make nightly      test, test-nightly, crafted, examples, fuzz, torture, families, clients: hours'
+	@echo 'make torture      SIGKILL a run 50 times in all of its phases; it must end with the same bits'
+	@echo 'make study        pretrain, fine-tune, attack and report as in RECIPE=FILE (STUDY_ARGS=--plan: print the plan)'
 	@echo 'make clients      load tiny releases with transformers 4 and 5, llama.cpp, vLLM and others (12 GB)'
-	@echo 'make lint    ruff and mypy alone'
-	@echo 'make setup   only the installation into .venv; the others do it when it is missing or old'
-	@echo 'make clean   remove caches and build leftovers; runs/, tokenized_data/, .venv and .clients stay'
+	@echo 'make lint         only ruff and mypy'
+	@echo 'make setup        only install into .venv; the other targets do so when it is missing or out of date'
+	@echo 'make clean        remove caches and build files; keep runs/, tokenized_data/, .venv and .clients'
 	@echo
-	@echo 'The first call installs about 2 GB, several more with CUDA. Without a GPU, this spares the latter:'
+	@echo 'The first call installs about 2 GB, several more with CUDA. Without a GPU, this saves the latter:'
 	@echo '  make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu'
 
 .PHONY: setup
@@ -66,13 +66,13 @@ setup: $(STAMP)
 # The stamp carries the date of the last successful installation.
 $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { \
-	  echo 'error: no $(PYTHON) here. On Debian or Ubuntu: sudo apt install python3 python3-venv' >&2; \
-	  echo '       Or name one: make PYTHON=/path/to/python3.12' >&2; exit 1; }
+	  echo 'error: $(PYTHON) is not installed. On Debian or Ubuntu: sudo apt install python3 python3-venv' >&2; \
+	  echo '       Or choose another: make PYTHON=/path/to/python3.12' >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "error: Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1 | cut -d" " -f2)." >&2; \
-	  echo '       Name another: make PYTHON=python3.12' >&2; exit 1; }
+	  echo '       Choose another: make PYTHON=python3.12' >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
-	  echo 'error: $(PYTHON) cannot make virtual environments.' >&2; \
+	  echo 'error: $(PYTHON) cannot create virtual environments.' >&2; \
 	  echo '       On Debian or Ubuntu: sudo apt install python3-venv' >&2; exit 1; }
 	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 ifneq ($(TORCH_INDEX),)
@@ -99,8 +99,8 @@ lint: $(STAMP)
 	ruff format --check .
 	mypy
 
-# Workers of pytest-xdist share the cores with the ranks that tests start: two, however many there
-# are. Each test takes one thread. The seconds of every test go into .durations/.
+# Two workers of pytest-xdist, however many cores there are, because the ranks that tests start share
+# them. Each test uses one thread. The seconds of every test go into .durations/.
 PYTEST = OMP_NUM_THREADS=1 pytest --numprocesses $(WORKERS) --record=.durations --durations=10
 
 .PHONY: check
@@ -132,7 +132,7 @@ fuzz: $(STAMP)
 	$(PIP) install -c constraints.txt -e '.[fuzz]'
 	python -m tests.helpers.fuzz $(FUZZ_ARGS)
 
-# One after the other, the costly ones last, each whether or not the one before failed.
+# Run one after the other, the costly ones last, each even if the previous one failed.
 NIGHTLY := test test-nightly crafted examples fuzz torture families clients
 .PHONY: nightly
 nightly:

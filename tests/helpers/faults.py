@@ -1,8 +1,8 @@
-"""What can go wrong and what then happens: one list for the tests that provoke it and for the docs.
+"""Faults and their consequences: one list for the tests that provoke them and for the docs.
 
     python -m tests.helpers.faults > docs/FAULTS.md
 
-A test provokes its fault and hands what it saw to ``seen``, which holds it to the list.
+A test provokes its fault and passes what it saw to ``seen``, which compares it with the list.
 """
 
 import re
@@ -13,49 +13,49 @@ from pmp_ds.errors import EXIT_FAULT, EXIT_MISTAKE, EXIT_REQUEUE
 
 @dataclass(frozen=True)
 class Fault:
-    """One row."""
+    """Describe one fault: a row of the document."""
 
     fault: str
     injected: str
     happens: str
-    code: int | None  # exit code; None where no command ends
-    says: str  # a part of what is on screen, a regular expression; "" for nothing
+    code: int | None  # exit code; None if no command ends
+    says: str  # regular expression found in the output; "" for no message
     lost: str
 
 
 SINCE = "the updates since the last checkpoint"
-ONE_BEFORE = "the updates since the checkpoint before it"
+ONE_BEFORE = "the updates since the previous checkpoint"
 NOTHING = "nothing"
 
 CHECKPOINTS = {
     "torn write": Fault(
-        "torn write of a file of a checkpoint",
+        "a torn write of a file of a checkpoint",
         "each file in turn cut to half its length",
-        "named and passed over, the run goes on from the one before",
+        "named and skipped; the run resumes from the previous one",
         0,
         r"warning: checkpoint .* is damaged: ",
         ONE_BEFORE,
     ),
     "bit flip": Fault(
-        "bit flip in a file of a checkpoint",
+        "a bit flip in a file of a checkpoint",
         "one bit in the middle of each file in turn",
-        "named and passed over, the run goes on from the one before",
+        "named and skipped; the run resumes from the previous one",
         0,
         r"warning: checkpoint .* is damaged: ",
         ONE_BEFORE,
     ),
     "missing shard": Fault(
-        "missing shard of a checkpoint",
+        "a missing shard of a checkpoint",
         "each file in turn deleted",
-        "named and passed over, the run goes on from the one before",
+        "named and skipped; the run resumes from the previous one",
         0,
         r"warning: checkpoint .* is damaged: ",
         ONE_BEFORE,
     ),
     "foreign file": Fault(
         "a file in a checkpoint that its manifest does not list",
-        "a pickled program put beside the weights, and beside the states",
-        "not opened; the checkpoint is named and passed over",
+        "a pickled program put next to the weights, and next to the states",
+        "not opened; the checkpoint is named and skipped",
         0,
         r"warning: checkpoint .* is damaged: it has .*, which its manifest does not list",
         ONE_BEFORE,
@@ -63,57 +63,57 @@ CHECKPOINTS = {
     "unreadable": Fault(
         "no checkpoint can be read",
         "one bit in the middle of a file of each",
-        "refused, nothing is changed; `--start-afresh` sets them aside and begins again",
+        "refused, nothing is changed; `--start-afresh` sets them aside and starts over",
         EXIT_MISTAKE,
         r"error: .*checkpoints has 2 checkpoints, and none can be read; nothing was changed:\n"
         r"  checkpoint .*update-00000012 is damaged: .*\n  checkpoint .*update-00000008 is damaged",
         "nothing, with a backup of one",
     ),
     "other format": Fault(
-        "checkpoints of another format",
-        "the number in the newest manifest, and in each, made 1",
-        "refused, nothing is changed: an older one is no way out",
+        "checkpoints in another format",
+        "the number in the newest manifest, and in every manifest, set to 1",
+        "refused, nothing is changed; an older checkpoint is not used instead",
         EXIT_MISTAKE,
         r"checkpoint .*update-00000012 has format 1, which a development version of pmp-ds 0\.1\.0 "
         r"before .* reads; this is pmp-ds .*, which reads formats 2 and 3: ",
         NOTHING,
     ),
     "lost checkpoints": Fault(
-        "the folder of checkpoints lost",
+        "the folder of checkpoints is lost",
         "deleted",
-        "refused, nothing is changed: the metrics record that there were some",
+        "refused, nothing is changed: the metrics record earlier checkpoints",
         EXIT_MISTAKE,
         r"error: .*checkpoints has no checkpoint, and .*metrics\.jsonl records that one of update "
         r"12 was saved; nothing was changed: ",
         "nothing, with a backup of one",
     ),
     "not read back": Fault(
-        "a checkpoint that does not read back as it was written",
-        "a file of each rank in turn cut between the rename and the look",
-        "set aside and told; training goes on without it",
+        "a checkpoint that differs from what was written when it is read back",
+        "a file of each rank in turn cut between the rename and the check",
+        "set aside with a warning; training continues without it",
         0,
         r"warning: the checkpoint update-00000008 was not written: rank \d: checkpoint .* is "
         r"damaged: .*; the one before is intact\. It is set aside; check the disk of ",
         NOTHING,
     ),
     "latest": Fault(
-        "the name of the newest checkpoint torn",
-        "`latest` emptied, and deleted",
-        "written again; the folders themselves say which is the newest",
+        "a torn `latest`, the name of the newest checkpoint",
+        "emptied, and deleted",
+        "written again; the folders themselves show which is the newest",
         0,
         "",
         NOTHING,
     ),
     "ticket": Fault(
-        "torn write or bit flip in the ticket",
-        "half of, and one bit in, each of its two files",
+        "a torn write of or bit flip in the ticket",
+        "each of its two files cut to half its length, and one bit flipped in each",
         "refused before training",
         EXIT_MISTAKE,
         r"error: .*ticket",
         "nothing, with a backup of it",
     ),
     "key": Fault(
-        "bit flip in the initial-weight key",
+        "a bit flip in the initial-weight key",
         "one bit",
         "refused before training",
         EXIT_MISTAKE,
@@ -121,9 +121,9 @@ CHECKPOINTS = {
         "nothing, with a backup of it",
     ),
     "lost key": Fault(
-        "the initial-weight key lost",
+        "a lost initial-weight key",
         "deleted",
-        "refused before training: a new one is never put in its place",
+        "refused before training: it is never replaced by a new one",
         EXIT_MISTAKE,
         r"error: .*init/key is missing, and .*theta0\.json was made with it: put the run's own key "
         r"back",
@@ -146,7 +146,7 @@ CHECKPOINTS = {
         "nothing, with a backup of it",
     ),
     "key, seal": Fault(
-        "bit flip in the key before `vault.py seal` or `trace`",
+        "a bit flip in the key before `vault.py seal` or `trace`",
         "one bit",
         "the same",
         EXIT_MISTAKE,
@@ -154,7 +154,7 @@ CHECKPOINTS = {
         "nothing, with a backup of it",
     ),
     "facts": Fault(
-        "torn write of or bit flip in what a run remembers of itself",
+        "a torn write of or bit flip in a run's own records",
         "`config.yaml`, `data.json` and the digest of the initial weights",
         "refused before training",
         EXIT_MISTAKE,
@@ -162,7 +162,7 @@ CHECKPOINTS = {
         "nothing, with a backup of it",
     ),
     "store": Fault(
-        "bit flip in, torn or missing shard of the token store",
+        "a shard of the token store with a flipped bit, torn or missing",
         "a shard of a copy of the store",
         "refused before training",
         EXIT_MISTAKE,
@@ -170,9 +170,9 @@ CHECKPOINTS = {
         NOTHING,
     ),
     "metrics": Fault(
-        "torn last line of metrics.jsonl",
+        "a torn last line of metrics.jsonl",
         "cut in the middle of the last record",
-        "dropped with the updates that are done again",
+        "dropped with the updates that are repeated",
         0,
         "",
         NOTHING,
@@ -181,9 +181,9 @@ CHECKPOINTS = {
 
 DISK = {
     "disk full": Fault(
-        "disk full while a checkpoint is written",
-        "a limit on the size of files (RLIMIT_FSIZE) on one rank, so that its write ends half way",
-        "`guard.disk: warn`: told, training goes on without it",
+        "a full disk while a checkpoint is written",
+        "a limit on the size of files (RLIMIT_FSIZE) on one rank, so that its write stops halfway",
+        "`guard.disk: warn`: a warning; training continues without it",
         0,
         r"warning: the checkpoint update-00000008 was not written: rank 1: ",
         NOTHING,
@@ -197,23 +197,23 @@ DISK = {
         SINCE,
     ),
     "disk full at the end": Fault(
-        "disk full at the last save, or after a stop signal",
+        "a full disk at the last save, or after a stop signal",
         "the same",
-        "the run stops, whatever `guard.disk`",
+        "the run stops, whatever `guard.disk` says",
         EXIT_MISTAKE,
         r"error: the checkpoint update-00000012 was not written: rank 1: ",
         SINCE,
     ),
     "disk nearly full": Fault(
-        "disk nearly full before a save",
+        "a nearly full disk before a save",
         "`shutil.disk_usage` reports 1,000 free bytes",
-        "not begun; then as when it is full",
+        "the save is not begun; otherwise as with a full disk",
         0,
         r"warning: the checkpoint update-00000008 was not written: rank 0: it needs .* free",
         NOTHING,
     ),
     "metrics on a full disk": Fault(
-        "disk full while metrics are written",
+        "a full disk while metrics are written",
         "RLIMIT_FSIZE on rank 0",
         "the run stops",
         EXIT_MISTAKE,
@@ -221,9 +221,9 @@ DISK = {
         SINCE,
     ),
     "read-only folder": Fault(
-        "read-only checkpoint folder",
-        "mode 0500, and the capability of root to ignore it dropped",
-        "as when the disk is full",
+        "a read-only checkpoint folder",
+        "mode 0500, and root's capability to ignore it dropped",
+        "as with a full disk",
         0,
         r"warning: the checkpoint update-00000008 was not written: rank 0: .*Permission denied",
         NOTHING,
@@ -232,9 +232,9 @@ DISK = {
 
 UPDATES = {
     "nan": Fault(
-        "NaN batch: a loss that is not finite",
-        "the loss of one rank's share made NaN",
-        "stopped while the next update is computed; nothing spoilt is saved",
+        "a NaN batch: the loss is not finite",
+        "the loss of one rank's share set to NaN",
+        "the run stops while the next update is computed; nothing corrupt is saved",
         EXIT_MISTAKE,
         r"error: update 6: the loss is nan; the last checkpoint is intact",
         SINCE,
@@ -248,9 +248,9 @@ UPDATES = {
         "the batch",
     ),
     "inf": Fault(
-        "a gradient that is not finite, under a finite loss",
+        "a non-finite gradient with a finite loss",
         "on one rank's share",
-        "stopped while the next update is computed; nothing spoilt is saved",
+        "the run stops while the next update is computed; nothing corrupt is saved",
         EXIT_MISTAKE,
         r"error: update 6: the gradient norm is (inf|nan); the last checkpoint is intact",
         SINCE,
@@ -264,9 +264,9 @@ UPDATES = {
         "the batch",
     ),
     "spike": Fault(
-        "loss spike",
-        "the loss of one rank's share times 100",
-        "`guard.spike: warn`: told",
+        "a loss spike",
+        "the loss of one rank's share multiplied by 100",
+        "`guard.spike: warn`: a warning",
         0,
         r"warning: update 54: the loss .* running standard deviations above its running mean",
         NOTHING,
@@ -282,21 +282,21 @@ UPDATES = {
     "spike, stop": Fault(
         "the same under `guard.spike: stop`",
         "the same",
-        "saved as it was before that update, then stopped",
+        "the state before that update is saved, then the run stops",
         EXIT_MISTAKE,
         r"error: update 54: .*raise guard\.spike_sigmas",
         NOTHING,
     ),
     "drift": Fault(
-        "frozen weights changed in memory",
-        "a bit of 1,024 neighbours flipped on one rank",
-        "found at the next look (`guard.drift_every`) or before a save; stopped, nothing saved",
+        "frozen weights change in memory",
+        "one bit flipped in each of 1,024 neighbouring elements on one rank",
+        "found at the next check (`guard.drift_every`) or before a save; stopped, nothing saved",
         EXIT_MISTAKE,
         r"error: update \d+: frozen elements changed in the memory of rank 1",
         SINCE,
     ),
     "mask drift": Fault(
-        "the mask changed in memory",
+        "the mask changes in memory",
         "one bit of it flipped on one rank",
         "the same",
         EXIT_MISTAKE,
@@ -313,8 +313,8 @@ UPDATES = {
     ),
     "clock jump": Fault(
         "the clock jumps",
-        "`time.time` goes ahead by a year at one update, back by two at another",
-        "not noticed: limits and timings use the monotonic clock",
+        "`time.time` jumps ahead by a year at one update, back by two at another",
+        "no effect: limits and timings use the monotonic clock",
         0,
         "",
         NOTHING,
@@ -323,9 +323,9 @@ UPDATES = {
 
 RANKS = {
     "other ranks": Fault(
-        "started again with a number of ranks that the batch does not divide into",
+        "a restart with a number of ranks that does not divide the batch",
         "1, 2, 3 and 1 ranks, `train.micro_batch_size` = `train.global_batch_size` = 8",
-        "the batch is cut up anew, and the plan says how",
+        "the batch is divided anew, and the plan shows how",
         0,
         r"3 sequences x 1 accumulation step x 3 ranks - 1 repeated with weight 0 = 8 sequences .*"
         r"\(train\.micro_batch_size=8 is more than a rank's share of 3\)",
@@ -334,7 +334,7 @@ RANKS = {
     "smaller micro-batch": Fault(
         "a smaller `train.micro_batch_size` after the start",
         "halved at a restart",
-        "the run goes on with it",
+        "the run continues with it",
         0,
         r"resuming after update 7 of 12",
         NOTHING,
@@ -351,7 +351,7 @@ RANKS = {
     "straggler": Fault(
         "a slow rank",
         "it sleeps in each forward pass",
-        "`guard.straggler: warn`: named",
+        "`guard.straggler: warn`: a warning names it",
         0,
         r"warning: update 20: rank 1 takes .* times as long as the others",
         NOTHING,
@@ -359,7 +359,7 @@ RANKS = {
     "straggler, stop": Fault(
         "the same under `guard.straggler: stop`",
         "the same",
-        "named, saved and stopped",
+        "the rank is named, the state is saved and the run stops",
         EXIT_REQUEUE,
         r"stopped: rank 1 takes .* times as long as the others",
         NOTHING,
@@ -375,7 +375,7 @@ RANKS = {
     "killed rank, restarts": Fault(
         "the same with `run.restarts: 1`",
         "the same",
-        "all ranks start again by themselves and the run ends well",
+        "all ranks restart by themselves and the run completes",
         0,
         r"restart 1 of 1: rank 1 ended with SIGKILL",
         SINCE,
@@ -383,7 +383,7 @@ RANKS = {
     "hung rank": Fault(
         "a hung rank",
         "SIGSTOP for one of two ranks, `guard.hang_seconds: 5`",
-        "the others write their stacks, name who did not, and stop",
+        "the others write their stacks, name the rank that did not, and stop",
         EXIT_FAULT,
         r"fault: rank 0: no progress for 5 s in update \d+: .*; rank 1 wrote none",
         SINCE,
@@ -398,8 +398,8 @@ RANKS = {
     ),
     "kills": Fault(
         "SIGKILL at any moment",
-        "`make torture`: 50 and more, for a rank, the launcher or all",
-        "the same command goes on; in the end all bits are those of an undisturbed run",
+        "`make torture`: 50 and more, of a rank, the launcher or all",
+        "the same command resumes; in the end all bits equal those of an undisturbed run",
         0,
         "",
         SINCE,
@@ -410,14 +410,14 @@ SIGNALS = {
     "signal during start": Fault(
         "a signal before training is set up",
         "SIGTERM while modules are imported, ranks wait for each other or the store is read",
-        "ends at once; what earlier starts saved is untouched",
+        "ends at once; the state saved by earlier starts is untouched",
         EXIT_REQUEUE,
         r"stopped: SIGTERM before there was anything to save",
         NOTHING,
     ),
     "signal": Fault(
         "SIGTERM, SIGINT or SIGUSR1 to a rank",
-        "each of them within an update of one rank",
+        "each of them during an update of one rank",
         "all ranks finish the update, save and stop",
         EXIT_REQUEUE,
         r"stopped: SIG\w+: saved after update 7 of 12",
@@ -440,16 +440,16 @@ SIGNALS = {
         NOTHING,
     ),
     "second signal": Fault(
-        "a second signal, later than 1 s after the first",
+        "a second signal, more than 1 s after the first",
         "SIGTERM twice to a rank that is busy",
-        "it ends at once; the checkpoint before is intact",
+        "it ends at once; the previous checkpoint is intact",
         143,
         r"asked again: ending at once",
         SINCE,
     ),
     "max_time": Fault(
         "`run.max_time` is nearly over",
-        "a limit that has passed",
+        "a limit that has already passed",
         "saved and stopped",
         EXIT_REQUEUE,
         r"stopped: run\.max_time=.* s is nearly over: saved after update 2",
@@ -461,14 +461,14 @@ JOBS = {
     "second command": Fault(
         "a second command on one run",
         "the same command again while the first one trains",
-        "refused, with host, process and job of the first; that one is not disturbed",
+        "refused, with host, process and job of the first, which is not disturbed",
         EXIT_MISTAKE,
         r"error: the run's folder .* is in use by pretrain\.py on host .*, pid \d+",
         NOTHING,
     ),
     "taken port": Fault(
         "a taken port",
-        "another process listens at MASTER_PORT",
+        "another process listens on MASTER_PORT",
         "refused before training",
         EXIT_MISTAKE,
         r"error: port \d+ of .* is taken, so the ranks cannot meet",
@@ -492,8 +492,8 @@ JOBS = {
     ),
     "host without network": Fault(
         "a host without network",
-        "two network namespaces; packets of one are lost, `guard.lost_seconds: 6`",
-        "both hosts name the other one and stop",
+        "two network namespaces; one loses all packets, `guard.lost_seconds: 6`",
+        "each host names the other one and stops",
         EXIT_FAULT,
         r"fault: rank 0: rank 1 on host h2 gave no sign of life for 6 s",
         SINCE,
@@ -504,15 +504,15 @@ MACHINE = {
     "no passwd entry": Fault(
         "a user without a passwd entry, name or home, as under `docker run --user 12345`",
         "every command in a user namespace, without USER, LOGNAME and HOME",
-        "none notices; caches go to a private folder in /tmp",
+        "every command works; caches go to a private folder in /tmp",
         0,
         "",
         NOTHING,
     ),
     "no kernel source": Fault(
         "an installation without the source of the C++ kernel",
-        "`masked_adamw.cpp` taken from an installed wheel",
-        "told, training goes on in torch operations, to the same bits",
+        "`masked_adamw.cpp` removed from an installed wheel",
+        "a warning; training continues in torch operations, with the same bits",
         0,
         r"many times slower on CPU: .*masked_adamw\.cpp is missing, .* install it again",
         NOTHING,
@@ -521,32 +521,32 @@ MACHINE = {
 
 STRANGERS = {
     "missing tensors": Fault(
-        "a release that lacks tensors, or has them under other names",
-        "a tensor taken from a release, and one renamed, before `finetune.py`",
-        "refused, nothing is written: nothing is drawn at random in their place",
+        "a release with missing or renamed tensors",
+        "a tensor removed from a release, and one renamed, before `finetune.py`",
+        "refused, nothing is written: missing tensors are not initialised at random",
         EXIT_MISTAKE,
         r"error: .* lacks model\.norm\.weight: it is no whole causal model",
         NOTHING,
     ),
     "code in a release": Fault(
-        "a release that brings code",
-        "`auto_map` in its config.json, and a file beside it",
-        "refused, nothing is asked and nothing of it is run",
+        "a release that contains code",
+        "`auto_map` in its config.json, and a file next to it",
+        "refused; none of its code is run or offered to run",
         EXIT_MISTAKE,
         r"error: .*config\.json has auto_map: it brings code of its own",
         NOTHING,
     ),
     "two names": Fault(
-        "a release that says two things under an older and a newer name",
-        "`rope_theta` of a finished release changed, before `export.py --check`",
+        "a release with different values under an older and a newer name",
+        "`rope_theta` of a finished release changed before `export.py --check`",
         "refused: clients of transformers 4 would compute other logits than those of 5",
         EXIT_MISTAKE,
         r"config\.json: rope_theta is 7\.0, and its newer name says 10000\.0",
         NOTHING,
     ),
     "crafted ticket": Fault(
-        "a ticket whose packed bits are of another type or length",
-        "signed bytes as bits, with the id that goes with them",
+        "a ticket whose packed bits have another type or length",
+        "signed bytes as bits, with a matching id",
         "refused before anything is loaded or written; `attach` and the operators check again",
         EXIT_MISTAKE,
         r"error: the ticket at .* is damaged: the mask of '.*' is int8 of shape \[.*\], and .* "
@@ -554,23 +554,23 @@ STRANGERS = {
         NOTHING,
     ),
     "no file": Fault(
-        "a FIFO, a device, a folder or 8 GiB of holes where a file should be",
-        "each in the place of a ticket's manifest, of results.jsonl and of audit.json",
-        "refused at once: nothing is waited for, nothing is read without bounds",
+        "a FIFO, a device, a folder or 8 GiB of holes in place of a file",
+        "each in place of a ticket's manifest, of results.jsonl and of audit.json",
+        "refused at once, without waiting and without unbounded reads",
         EXIT_MISTAKE,
         r"error: .* (is not a regular file|is longer than [\d,]+ bytes)",
         NOTHING,
     ),
     "odd fields": Fault(
-        "a results.jsonl or an audit.json with fields of another type",
-        "text for a loss, a list for a name, JSON nested 100,000 deep, a key twice",
+        "a results.jsonl or audit.json with fields of the wrong type",
+        "text for a loss, a list for a name, JSON nested 100,000 deep, a duplicate key",
         "refused: the file, the line and the field are named",
         EXIT_MISTAKE,
         r"error: .*(results\.jsonl|audit\.json).* is damaged: ",
         NOTHING,
     ),
     "sparse archive": Fault(
-        "a sealed ticket that asks for more memory than it has bytes",
+        "a sealed ticket that claims more memory than it has bytes",
         "tar headers of 4 GiB, with holes and without, inside a small age file",
         "refused, nothing is unpacked",
         EXIT_MISTAKE,
@@ -579,18 +579,18 @@ STRANGERS = {
         NOTHING,
     ),
     "second spelling": Fault(
-        "a recipient under a second spelling of the name",
-        "another case, full-width letters, a soft hyphen, a change of the direction of writing",
-        "refused: two copies of one partner would bear two watermarks",
+        "a second spelling of a recipient's name",
+        "different case, full-width letters, a soft hyphen, a change of writing direction",
+        "refused: two copies of one partner would carry two watermarks",
         EXIT_MISTAKE,
         r"error: --name .* (was sealed under the name 'Partner A', which is the same in another "
         r"spelling|holds characters that cannot be printed)",
         NOTHING,
     ),
     "names on screen": Fault(
-        "names that a terminal obeys",
+        "names with terminal control codes",
         "escape codes and line ends in the name of a tensor",
-        "spelled out on screen and in report.md",
+        "escaped on screen and in report.md",
         EXIT_MISTAKE,
         r"error: .* has unknown tensors: \\x1b\[31mred\\nerror: ",
         NOTHING,
@@ -599,7 +599,7 @@ STRANGERS = {
 
 FAMILIES = {
     "not causal": Fault(
-        "a model whose tokens see those after them",
+        "a model whose tokens attend to later tokens",
         "the config.json of a BERT",
         "refused before the run's name is taken",
         EXIT_MISTAKE,
@@ -607,8 +607,8 @@ FAMILIES = {
         NOTHING,
     ),
     "not its release": Fault(
-        "a model whose release would be another model",
-        "a rule of export that forgets a key of config.json: one that gives a shape, and the rope",
+        "a model whose release would differ from it",
+        "an export rule that drops a key of config.json: one that defines a shape, and the rope",
         "found at tiny width and refused, before anything is trained",
         EXIT_MISTAKE,
         r"error: model_type='llama' is not trained: .*(would describe another architecture|its "
@@ -616,15 +616,15 @@ FAMILIES = {
         NOTHING,
     ),
     "no initial weights": Fault(
-        "a model whose initial weights no key reproduces",
-        "an architecture that leaves its parameters as torch made them",
+        "a model whose initial weights cannot be reproduced from a key",
+        "an architecture that leaves its parameters as torch created them",
         "the same",
         EXIT_MISTAKE,
         r"error: model_type='llama' is not trained: .*does not initialise all of",
         NOTHING,
     ),
     "changing buffer": Fault(
-        "a model that learns outside its parameters",
+        "a model that changes tensors other than its parameters",
         "a persistent buffer that the forward pass adds to",
         "the same",
         EXIT_MISTAKE,
@@ -632,7 +632,7 @@ FAMILIES = {
         NOTHING,
     ),
     "no classifier": Fault(
-        "GLUE on a family that has no classifier and takes no head",
+        "GLUE on a family without a classifier that takes no head",
         "a base model without the plain head of transformers",
         "refused; most families without a classifier get a head",
         EXIT_MISTAKE,
@@ -640,7 +640,7 @@ FAMILIES = {
         NOTHING,
     ),
     "other classifier": Fault(
-        "GLUE on a family whose classifier is built on another model than the causal one",
+        "GLUE on a family whose classifier is not built on the causal model",
         "a BART, whose classifier has an encoder",
         "refused: the encoder would be random",
         EXIT_MISTAKE,
@@ -649,9 +649,9 @@ FAMILIES = {
         NOTHING,
     ),
     "no end of text": Fault(
-        "GLUE on a model that names no end of text",
+        "GLUE on a model without an end-of-text token",
         "`eos_token_id: null` in config.json",
-        "refused; of several ends of text the first one pads",
+        "refused; of several end-of-text tokens the first is used for padding",
         EXIT_MISTAKE,
         r"error: --model .*: its config\.json names no eos_token",
         NOTHING,
@@ -660,25 +660,25 @@ FAMILIES = {
 
 LEAVING = {
     "altered digest": Fault(
-        "another digest of the initial weights in theta0.json before `export.py`",
-        "its `sha256` made zeros, which would let a second revision leave",
-        "refused: it was sealed with the run's key",
+        "a changed digest of the initial weights in theta0.json before `export.py`",
+        "its `sha256` set to zeros, which would allow a second revision",
+        "refused: the digest was sealed with the run's key",
         EXIT_MISTAKE,
         r"error: .*init/theta0\.json was altered: its digest is not the one that was sealed",
         "nothing, with a backup of it",
     ),
     "ledger line": Fault(
-        "the newline at the end of the ledger lost",
-        "its last byte cut",
-        "the line counts: a second revision is refused as before",
+        "a lost newline at the end of the ledger",
+        "its last byte removed",
+        "the line still counts: a second revision is refused",
         EXIT_MISTAKE,
         r"error: .*their difference is the mask",
         NOTHING,
     ),
     "derivative of a copy": Fault(
         "`export.py --derivative` by a recipient",
-        "`--ticket` names a copy instead of a run's own",
-        "refused: the model would no longer show whose copy it was tuned with",
+        "`--ticket` names a copy instead of the run's own ticket",
+        "refused: the model would no longer identify the copy used to tune it",
         EXIT_MISTAKE,
         r"error: --ticket copy is not the ticket of a run",
         NOTHING,
@@ -687,7 +687,7 @@ LEAVING = {
 
 SETTINGS = {
     "aliases": Fault(
-        "a YAML file that is small as text and huge as values",
+        "a small YAML file that expands to a huge number of values",
         "nested aliases, 9^9 values",
         "refused at once",
         EXIT_MISTAKE,
@@ -695,9 +695,9 @@ SETTINGS = {
         NOTHING,
     ),
     "section twice": Fault(
-        "a setting or section that stands twice in a YAML file",
+        "a duplicate setting or section in a YAML file",
         "`train:` at the top and the end",
-        "refused with both lines: YAML itself would forget the first",
+        "refused with both lines: YAML itself would ignore the first",
         EXIT_MISTAKE,
         r"error: --config .*, line 3: train stands twice, in line 1 too",
         NOTHING,
@@ -705,7 +705,7 @@ SETTINGS = {
     "null": Fault(
         "`null`, an empty value or `~` for a setting that needs a value",
         "every setting of every command in turn (`make crafted`)",
-        "refused with the setting's name and what it takes",
+        "refused with the setting's name and its allowed values",
         EXIT_MISTAKE,
         r"error: mask\.source: expected one of 'earlybird', .*, got null",
         NOTHING,
@@ -722,7 +722,7 @@ DEEPSPEED = {
         NOTHING,
     ),
     "unsupported section": Fault(
-        "a section of DeepSpeed that masked updates cannot use",
+        "a DeepSpeed section that masked updates cannot use",
         "`elasticity`, `sequence_parallel_size`, `compression_training` and the others",
         "refused by name with the reason",
         EXIT_MISTAKE,
@@ -732,14 +732,14 @@ DEEPSPEED = {
     "static loss scale": Fault(
         "a static loss scale",
         "`fp16.loss_scale: 128`",
-        "refused; dynamic scaling needs none",
+        "refused; the loss scale is always dynamic",
         EXIT_MISTAKE,
         r"fp16\.loss_scale: the loss scale is dynamic",
         NOTHING,
     ),
     "no fp16": Fault(
-        "a precision that the device does not have",
-        "fp16 on a CPU that reports none",
+        "a precision that the device does not support",
+        "fp16 on a CPU that reports no support",
         "refused before the run's name is taken",
         EXIT_MISTAKE,
         r"error: train\.precision=fp16 is not supported on \w+ here: use bf16 or fp32",
@@ -750,7 +750,7 @@ DEEPSPEED = {
 DATA = {
     "link back": Fault(
         "a folder that an input reaches twice",
-        "a link in the folder to the folder above it",
+        "a link in the folder to its parent",
         "refused by name; links to other folders are entered",
         EXIT_MISTAKE,
         r"error: input .* reaches .*/loop twice, as .* too: its documents would count double",
@@ -781,7 +781,7 @@ DATA = {
         NOTHING,
     ),
     "packed to nothing": Fault(
-        "an input that unpacks to far more than text does",
+        "an input that unpacks to far more than text would",
         "1 GiB of one line, of rows or of line ends as .gz, .zst and Parquet",
         "refused",
         EXIT_MISTAKE,
@@ -797,7 +797,7 @@ DATA = {
         NOTHING,
     ),
     "growing file": Fault(
-        "an input that is written to while it is read",
+        "an input that changes while it is read",
         "a line added between two reads",
         "refused",
         EXIT_MISTAKE,
@@ -814,9 +814,9 @@ SECTIONS = {
     "Jobs and hosts": JOBS,
     "Signals": SIGNALS,
     "Machine": MACHINE,
-    "Files of strangers": STRANGERS,
+    "Untrusted files": STRANGERS,
     "Architectures": FAMILIES,
-    "What leaves": LEAVING,
+    "Releases": LEAVING,
     "Settings": SETTINGS,
     "DeepSpeed JSON": DEEPSPEED,
     "Input of prepare_data": DATA,
@@ -825,23 +825,24 @@ FAULTS = {name: fault for section in SECTIONS.values() for name, fault in sectio
 
 
 def seen(name: str, code: int | None, screen: str) -> None:
-    """A test provoked fault ``name`` and this was the exit code and what was on screen."""
+    """Check the exit code and the screen of a test that provoked fault ``name``."""
     fault = FAULTS[name]
     assert code == fault.code, f"{name}: exit code {code}\n{screen}"
     assert re.search(fault.says, screen), f"{name}: {fault.says!r} is not on screen:\n{screen}"
 
 
 def document() -> str:
+    """Return docs/FAULTS.md."""
     lines = [
         "# Faults",
         "",
-        "Generated by `python -m tests.helpers.faults > docs/FAULTS.md`. Each row is provoked by",
-        "a test in real runs, nearly all of two ranks, and held to the exit code that stands here",
-        "and to the words that appear on screen. Where a run can go on, tests show that it comes",
-        "to the bits of a run that nobody disturbed.",
+        "Generated by `python -m tests.helpers.faults > docs/FAULTS.md`. A test provokes each row",
+        "in real runs, nearly all of two ranks, and checks the exit code given here and the",
+        "message on screen. Where a run can continue, tests show that it reaches the same bits as",
+        "an undisturbed run.",
         "",
         "Exit codes: 0 done; 1 something has to be changed first; 70 a fault, the same command",
-        "goes on; 75 asked to stop, all is saved, the same command goes on; 128 + n: signal n.",
+        "resumes; 75 stopped on request, all is saved, the same command resumes; 128 + n signal n.",
     ]
     for title, faults in SECTIONS.items():
         lines += ["", f"## {title}", ""]
@@ -855,14 +856,15 @@ def document() -> str:
 
 
 _ELASTIC = """
-## Another shape
+## Changing ranks and ZeRO stage
 
-A run goes on at any number of ranks and ZeRO stage. From 2 ranks and ZeRO 1 to 4 ranks and ZeRO 3
-to 1 rank and ZeRO 2, against a run of one shape (`tests/distributed/test_elastic.py`): the same
-samples in the same updates, the same ticket where discovery was not divided, the complement to the
-bit, and training and validation losses within 1e-5 in fp32 (measured: 1e-6 in 12 updates) and 2e-2
-in bf16: a sum over more ranks is rounded in another order. Where the gradients are the same to the
-bit, a discovery divided over these shapes gives the same ticket.
+A run resumes with any number of ranks and any ZeRO stage. A run that moves from 2 ranks and ZeRO 1
+to 4 ranks and ZeRO 3 to 1 rank and ZeRO 2 is compared with an unchanged run
+(`tests/distributed/test_elastic.py`). It has the same samples in the same updates, the same ticket
+unless discovery itself was divided, and a complement equal to the bit. Training and validation
+losses agree within 1e-5 in fp32 (measured: 1e-6 in 12 updates) and 2e-2 in bf16, because a sum
+over more ranks is rounded in another order. If the gradients are the same to the bit, a discovery that
+is divided in this way gives the same ticket.
 
 The batch need not divide into ranks and micro-batches. The same holds from 1 rank to 2, 3 and 1
 again, with the whole batch of 8 sequences as the largest micro-batch (measured: 7e-7 in fp32 and
