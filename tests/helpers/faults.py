@@ -863,8 +863,8 @@ to 4 ranks and ZeRO 3 to 1 rank and ZeRO 2 is compared with an unchanged run
 (`tests/distributed/test_elastic.py`). It has the same samples in the same updates, the same ticket
 unless discovery itself was divided, and a complement equal to the bit. Training and validation
 losses agree within 1e-5 in fp32 (measured: 1e-6 in 12 updates) and 2e-2 in bf16, because a sum
-over more ranks is rounded in another order. If the gradients are the same to the bit, a discovery that
-is divided in this way gives the same ticket.
+over more ranks is rounded in another order. If the gradients are the same to the bit, a discovery
+that is divided in this way gives the same ticket.
 
 The batch need not divide into ranks and micro-batches. The same holds from 1 rank to 2, 3 and 1
 again, with the whole batch of 8 sequences as the largest micro-batch (measured: 7e-7 in fp32 and
