@@ -95,7 +95,7 @@ _ZERO1 = {"zero_optimization": {"stage": 1}}
 
 
 class _Run:
-    """An engine with a folder to save to."""
+    """Hold an engine with a folder to save to."""
 
     def __init__(self, root: Path, engine: Engine, mask: ParamMask | None) -> None:
         self._run, self._engine = RunDir(root), engine
@@ -112,7 +112,7 @@ class _Run:
         self._batch = torch.randint(8192, (8, BLOCK))
 
     def save(self, *, background: bool) -> float:
-        """Seconds that training waits; returns when all is written."""
+        """Save, and return the seconds that training waits; returns when everything is written."""
         self._step += 1
         saver = self._savers[background]
         seconds = saver.save(self._engine, replace(POSITION, step=self._step))
@@ -139,7 +139,7 @@ class _Run:
         return _size(self._run.root / "deepspeed")
 
     def update_seconds(self, repeats: int) -> tuple[float, float]:
-        """Median seconds of an update alone, and of the first one after a save was begun."""
+        """Return the median seconds of an update alone, and of the first one after a save began."""
         times: tuple[list[float], list[float]] = ([], [])
         for number in range(2 * (repeats + 1)):
             saver = self._savers[True]

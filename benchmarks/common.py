@@ -1,4 +1,4 @@
-"""What the benchmarks share: the hardware they ran on, times taken side by side, figure lines."""
+"""Shared parts of the benchmarks: hardware, interleaved timings, figure lines."""
 
 import argparse
 import ctypes
@@ -22,7 +22,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 
 def hardware(device: torch.device) -> str:
-    """One line: what a figure was measured on."""
+    """Return one line that describes the hardware."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     facts: dict[str, str] = {}
@@ -38,9 +38,9 @@ def hardware(device: torch.device) -> str:
 def interleaved_ms(
     runs: Mapping[str, Callable[[], object]], device: torch.device, repeats: int
 ) -> dict[str, float]:
-    """Median milliseconds of each run. All take turns, so a slow moment of the machine hits all;
-    one unmeasured round comes first. On CUDA ten calls share a measurement, which hides launches.
-    """
+    """Return the median milliseconds of each run. All take turns, so a slow moment of the machine
+    affects all; one unmeasured round comes first. On CUDA ten calls share a measurement, which
+    hides launches."""
     calls = 10 if device.type == "cuda" else 1
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for round_number in range(repeats + 1):
@@ -56,16 +56,16 @@ def interleaved_ms(
 
 
 def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int | None:
-    """The most memory that ``run`` held at once beyond what was there, its result included; None
-    where the system does not say."""
+    """Return the peak memory of ``run`` beyond what was in use, its result included; None if the
+    system does not report it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed counts as free
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory counts as free
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     except (AttributeError, OSError):
         return None
     before = _status_bytes("VmRSS")

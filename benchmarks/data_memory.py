@@ -56,7 +56,8 @@ def main(options: argparse.Namespace) -> None:
 
 
 def tree_bytes(pid: int) -> int:
-    """Proportional set size of a process and all below it; what has just ended counts nothing."""
+    """Return the proportional set size of a process and its descendants; one that just ended counts
+    0."""
     total = 0
     try:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():

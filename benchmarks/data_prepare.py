@@ -27,7 +27,7 @@ BLOCK = 256
 
 
 def main(options: argparse.Namespace) -> None:
-    import torch  # here: the workers of ours import this file too
+    import torch  # imported here, because our workers import this file too
 
     from benchmarks.common import hardware, print_figure
 
@@ -64,7 +64,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 def _run(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any] | None:
-    """One contender in a fresh process; None when it cannot run here."""
+    """Run one contender in a fresh process; return None if it cannot run here."""
     command = [
         sys.executable,
         "-m",
@@ -107,7 +107,8 @@ def _child(options: argparse.Namespace) -> None:
 
 
 def _clock() -> Callable[[int], dict[str, Any]]:
-    """Starts now; the result of a contender that is done and gave so many tokens."""
+    """Start the clock; the returned function makes the result of a contender from its token
+    count."""
     start, cpu = time.perf_counter(), _cpu_seconds()
     return lambda tokens: {
         "seconds": time.perf_counter() - start,
@@ -117,7 +118,7 @@ def _clock() -> Callable[[int], dict[str, Any]]:
 
 
 def _cpu_seconds() -> float:
-    """Of this process and of those that it has waited for."""
+    """Return the CPU seconds of this process and of the children that it has waited for."""
     used = os.times()
     return used.user + used.system + used.children_user + used.children_system
 
@@ -129,7 +130,7 @@ def _ours(options: argparse.Namespace) -> dict[str, Any]:
     from pmp_ds.prepare.config import PrepareConfig
     from pmp_ds.prepare.prepare import prepare
 
-    shutil.rmtree(f"{options.folder}/{options.child}", ignore_errors=True)  # of an earlier turn
+    shutil.rmtree(f"{options.folder}/{options.child}", ignore_errors=True)  # of the last turn
     config = PrepareConfig(
         input=tuple(options.input),
         out=f"{options.folder}/{options.child}",
@@ -160,7 +161,7 @@ def _lines(options: argparse.Namespace) -> list[bytes]:
 
 
 def _engine(options: argparse.Namespace) -> dict[str, Any]:
-    """The fast engine alone, on all cores, over text that is in memory."""
+    """Run the fast engine alone, on all cores, over text that is in memory."""
     import awkward  # noqa: F401 - imported late by gigatoken
     import gigatoken
 
@@ -178,8 +179,8 @@ def _engine(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _engine_on_files(options: argparse.Namespace) -> dict[str, Any]:
-    """The fast engine with its own reader, from the tokenizer's description and the files to ids in
-    memory: what it does for a user who wants nothing else."""
+    """Run the fast engine with its own reader, from the tokenizer's description and the files to
+    ids in memory, as a user would who needs nothing else."""
     import awkward  # noqa: F401 - imported late by gigatoken
     import gigatoken
 
@@ -194,12 +195,12 @@ def _engine_on_files(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _saved(options: argparse.Namespace) -> str:
-    """The tokenizer as a folder that `transformers` reads."""
+    """Save the tokenizer as a folder that `transformers` reads."""
     return f"{options.folder}/ours/tokenizer"
 
 
 def _datasets(options: argparse.Namespace) -> dict[str, Any]:
-    """As run_clm.py of `transformers`: map the tokenizer, then map group_texts."""
+    """Follow run_clm.py of `transformers`: map the tokenizer, then map group_texts."""
     import datasets
     from transformers import AutoTokenizer
 
@@ -226,7 +227,7 @@ def _datasets(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _datatrove(options: argparse.Namespace) -> dict[str, Any]:
-    """Its own tokenizer step under its local executor."""
+    """Run datatrove's own tokenizer step under its local executor."""
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.tokens import DocumentTokenizer
@@ -234,7 +235,7 @@ def _datatrove(options: argparse.Namespace) -> dict[str, Any]:
     corpus, out = Path(options.folder, "datatrove_in"), Path(options.folder, "datatrove")
     corpus.mkdir()
     lines = _lines(options)
-    for part in range(options.workers):  # one file per task: it does not divide files
+    for part in range(options.workers):  # one file per task, because it does not divide files
         (corpus / f"{part}.jsonl").write_bytes(b"".join(lines[part :: options.workers]))
     del lines
     eos = json.loads(Path(_saved(options), "tokenizer_config.json").read_text())["eos_token"]
@@ -263,9 +264,8 @@ def _datatrove(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _megatron(options: argparse.Namespace) -> dict[str, Any]:
-    """As tools/preprocess_data.py of Megatron-LM, with its builder and a Hugging Face tokenizer:
-    a pool tokenizes line by line, this process writes one indexed data set.
-    """
+    """Follow tools/preprocess_data.py of Megatron-LM, with its builder and a Hugging Face
+    tokenizer: a pool tokenizes line by line, this process writes one indexed data set."""
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     prefix = f"{options.folder}/megatron"

@@ -57,7 +57,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 def _warm(folder: Path, flat: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Median blocks per CPU second of every contender, after a first round."""
+    """Return the median blocks per CPU second of every contender, after a first round."""
     steps, fewer = options.steps, max(1, options.steps // 10)
     blocks = Store.open(folder).split("train")
     runs: dict[str, Callable[[], float]] = {
@@ -73,7 +73,8 @@ def _warm(folder: Path, flat: Path, options: argparse.Namespace) -> dict[str, fl
 
 
 def _cold(folder: Path, flat: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Median blocks per second of wall time, opened anew each time; nothing may be mapped."""
+    """Return the median blocks per second of wall time, with files opened anew and nothing
+    mapped."""
     steps = max(1, options.steps // 20)
     runs: dict[str, Callable[[], None]] = {
         "memmap": lambda: _memmap(_map(flat), steps),
@@ -90,7 +91,7 @@ def _cold(folder: Path, flat: Path, options: argparse.Namespace) -> dict[str, fl
 
 
 def _make(folder: Path, num_blocks: int) -> Path:
-    """A store at ``folder``, and its train blocks as one flat file, whose path is returned."""
+    """Make a store at ``folder`` and its train blocks as one flat file; return the file's path."""
     random = np.random.default_rng(0)
     shards = {"train": num_blocks, "validation": 1}
     entries = {}
@@ -125,7 +126,7 @@ def _make(folder: Path, num_blocks: int) -> Path:
 
 
 def _rate(run: Callable[[int], None], steps: int) -> float:
-    """Blocks per second of CPU time of this process, all threads."""
+    """Return blocks per second of CPU time of this process, all threads."""
     start = time.process_time()
     run(steps)
     return steps * BATCH / max(1e-9, time.process_time() - start)
@@ -169,7 +170,8 @@ def _has_megatron(python: str) -> bool:
 def _megatron(
     options: argparse.Namespace, flat: Path, folder: Path, steps: int
 ) -> Iterator[Callable[[], float]]:
-    """The other environment's process: a call has it read one round, for its blocks per second."""
+    """Start the other environment's process; each call reads one round and returns its block
+    rate."""
     (folder / "megatron").mkdir()
     arguments = [str(flat), str(folder / "megatron"), str(steps)]
     with subprocess.Popen(
@@ -190,7 +192,7 @@ def _megatron(
 
 
 def _drop(paths: list[Path]) -> None:
-    """Forget the files' pages; they must not be mapped."""
+    """Drop the files' pages from the page cache; they must not be mapped."""
     for path in paths:
         with open(path, "rb") as file:
             os.fsync(file.fileno())

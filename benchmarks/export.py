@@ -59,7 +59,7 @@ def main(options: argparse.Namespace, settings: list[str]) -> None:
 
 
 def _make_run(folder: Path, settings: list[str]) -> RunDir:
-    """A run that looks finished: settings, tokenizer, and one checkpoint of random weights."""
+    """Make a run that looks finished: settings, tokenizer, and one checkpoint of random weights."""
     config, _ = parse(Config, ["--config", str(RECIPE), "--data.store", "none", *settings])
     config = replace(config, run=replace(config.run, root=str(folder / "runs")))
     run = RunDir(folder / "runs" / config.run.name)
@@ -102,7 +102,7 @@ def _make_run(folder: Path, settings: list[str]) -> RunDir:
 
 
 def _export(run: RunDir) -> tuple[float, int, list[int]]:
-    """Seconds, the most bytes of all processes at once, and each process' highest mark."""
+    """Return seconds, the peak bytes of all processes together, and the peak of each process."""
     start = time.perf_counter()
     command = [sys.executable, str(REPO / "launcher/export.py"), "--run", str(run.root)]
     process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(REPO)})
@@ -115,7 +115,7 @@ def _export(run: RunDir) -> tuple[float, int, list[int]]:
                 now += each.memory_info().rss
                 marks[each.pid] = max(marks.get(each.pid, 0), _high_mark(each.pid))
         except (psutil.Error, OSError, LookupError):
-            continue  # it ended in between
+            continue  # it ended meanwhile
         peak = max(peak, now)
         time.sleep(0.02)
     if process.returncode:

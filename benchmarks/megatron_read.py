@@ -24,7 +24,7 @@ BATCH, BLOCK, VOCAB = 32, 256, 32_000
 
 
 class Tokenizer:
-    """What GPTDataset asks of a tokenizer."""
+    """Provide the tokenizer interface that GPTDataset requires."""
 
     vocab_size, eod, pad, bos, eos = VOCAB, VOCAB, VOCAB + 1, VOCAB + 2, VOCAB + 3
     unique_identifiers: dict[str, Any] = {"class": "benchmark"}  # noqa: RUF012

@@ -14,7 +14,7 @@ from benchmarks.common import arguments, hardware, interleaved_ms, peak_extra_by
 from pmp_ds.ticket.mask import unpack
 from pmp_ds.ticket.topk import select_top_k
 
-# Name, and passes over the scores: finite?, two histograms or one, the count of ties, the mask.
+# Name, and passes over the scores: finite check, one or two histograms, count of ties, mask.
 DTYPES = {torch.float32: ("fp32", 5), torch.bfloat16: ("bf16", 4)}
 
 

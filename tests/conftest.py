@@ -1,4 +1,4 @@
-"""Ranks that the whole session shares; each pool starts when a test first runs something on it."""
+"""Ranks shared by the whole session; each pool starts when a test first uses it."""
 
 from collections.abc import Iterator
 

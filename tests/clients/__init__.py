@@ -1,1 +1,1 @@
-"""Releases tried with the programs that people load them with: `make clients`."""
+"""Releases loaded with common client programs: `make clients`."""

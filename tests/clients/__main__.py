@@ -32,7 +32,7 @@ from tests.helpers.distributed import REPO
 HOME, DOCUMENT = REPO / ".clients", REPO / "docs/RELEASE.md"
 BEGIN, END = "<!-- clients: written by `make clients` -->", "<!-- /clients -->"
 _LLAMA_CPP = "llama-cpp-python==0.3.36"
-# Seen, and no fault of a release: (client, release).
+# Observed problems that are no fault of a release: (client, release).
 KNOWN = {
     ("mlx-lm", "gpt2"): "knows the tensors of the hub's first GPT-2 alone, which have no "
     "`transformer.` before their names",
@@ -70,7 +70,7 @@ CLIENTS = (
 
 @dataclass
 class Row:
-    """What became of a client; each of ``cells`` has one value for each release."""
+    """Describe the outcome of a client; each of ``cells`` has one value for each release."""
 
     client: str
     version: str = "-"
@@ -79,10 +79,10 @@ class Row:
     )
     also: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
-    """What was not as expected."""
+    """Unexpected results."""
 
     days: set[str] = field(default_factory=set)
-    """When it was tried."""
+    """Date of the test."""
 
     def __str__(self) -> str:
         cells = " | ".join(" / ".join(values) or "-" for values in self.cells.values())
@@ -121,7 +121,7 @@ def main() -> None:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Return the table and a line that says when and on what it was taken."""
+    """Return the table and a line with its date and hardware."""
     head = "| client | version | token ids | logits | greedy | also |\n|---|---|---|---|---|---|"
     days = " and ".join(sorted(set().union(*(row.days for row in rows))))
     taken = (
@@ -172,7 +172,7 @@ def try_client(
 
 @contextmanager
 def _timed(what: str, end: str) -> Iterator[None]:
-    """Print how long it took; others may print meanwhile."""
+    """Print the duration; others may print meanwhile."""
     start = time.monotonic()
     try:
         yield

@@ -31,7 +31,7 @@ _CONVERTER = re.compile(
 
 
 def _pinned(package: str) -> str:
-    """``package==version`` of constraints.txt."""
+    """Return ``package==version`` of constraints.txt."""
     text = (REPO / "constraints.txt").read_text(encoding="utf-8")
     return next(line for line in text.splitlines() if line.startswith(f"{package}=="))
 
@@ -42,22 +42,22 @@ COMMON = (TORCH, "numpy", "sentencepiece", "protobuf")
 
 @dataclass(frozen=True)
 class Client:
-    """One row of the table."""
+    """Describe one row of the table."""
 
     name: str
     trial: str
-    """In trial.py."""
+    """Name of the test in trial.py."""
 
     packages: tuple[str, ...]
     shown: str
-    """The package whose version is."""
+    """The package whose version is shown."""
 
     remove: tuple[str, ...] = ()
     """Packages that its installation brings and that do not fit torch for CPUs."""
 
     environment: Mapping[str, str] = field(default_factory=dict)
     converter: str = ""
-    """The package whose sources have llama.cpp's converter, which no wheel has."""
+    """The package whose sources contain llama.cpp's converter, which is in no wheel."""
 
     common: tuple[str, ...] = COMMON
 
@@ -73,7 +73,7 @@ class Client:
 
 
 def ready(client: Client, home: Path) -> bool:
-    """True if the environment holds what is wanted."""
+    """Return whether the environment matches the specification."""
     stamp, python = client.place(home) / "installed", client.place(home) / "bin/python"
     return (
         python.exists() and stamp.exists() and stamp.read_text(encoding="utf-8") == _wanted(client)
@@ -115,7 +115,7 @@ def install(client: Client, home: Path, *, torch_index: str = "") -> Path:
         if client.remove:
             pip("uninstall", "--yes", *client.remove)
         if client.converter:
-            # Of this package alone: the tools that build it would be compiled as well otherwise.
+            # Restricted to this package: otherwise its build tools would be compiled as well.
             source = ("--no-binary", re.split("[=<>]", client.converter)[0])
             pip("download", "--no-deps", *source, client.converter, "-d", str(place))
             _unpack_converter(place)
@@ -165,19 +165,20 @@ def call(
 
 
 def complaint(text: str) -> str:
-    """The line of what a program said that tells why it failed, without this machine's paths."""
+    """Return the line of a program's output that explains its failure, without local paths."""
     lines = text.strip().splitlines() or ["it said nothing"]
     errors = [line for line in lines if line.startswith("ERROR: ")]
     return shown([*lines[-1:], *errors][-1].removeprefix("ERROR: "))
 
 
 def shown(line: str) -> str:
-    """A line for the table: without folders, and in one cell."""
+    """Return a line for one cell of the table, without folders."""
     return re.sub(r"/[\w./-]*/", "", line).replace("|", "/")[:160]
 
 
 def _wanted(client: Client) -> str:
-    """What the environment was made from: other packages or another Python make another."""
+    """Return the specification of the environment: other packages or another Python make a new
+    one."""
     packages = " ".join((*client.common, *client.packages))
     return f"Python {platform.python_version()}: {packages}"
 

@@ -42,11 +42,11 @@ TEXTS = (
 
 @dataclass(frozen=True)
 class Kind:
-    """How one release is made."""
+    """Describe how one release is made."""
 
     model: ModelConfig
     tokenizer: Literal["trained", "gpt2", "llama"]
-    """`trained` by prepare_data, or brought along: byte-level BPE, or a sentencepiece model."""
+    """`trained` by prepare_data, or supplied: byte-level BPE, or a sentencepiece model."""
 
     bos: Literal["none", "document"]
 
@@ -75,7 +75,7 @@ KINDS = {
 
 
 def make(folder: Path, name: str) -> Path:
-    """Make the release ``name`` of KINDS in ``folder``/NAME, unless it is there; return it."""
+    """Make the release ``name`` of KINDS in ``folder``/NAME, unless it exists; return it."""
     kind, place = KINDS[name], folder / name
     release, expected = place / "release", place / "expected.json"
     texts = _texts()
@@ -138,7 +138,8 @@ def make(folder: Path, name: str) -> Path:
 
 
 def _texts() -> list[str]:
-    """The corpus: what makes the releases, and what documents it but for the table of clients."""
+    """Return the corpus: the sources and documents that make the releases, without the table of
+    clients."""
     files = [
         Path(__file__),
         *sorted((REPO / "pmp_ds").rglob("*.py")),
@@ -148,7 +149,7 @@ def _texts() -> list[str]:
 
 
 def _made_of(expected: Path) -> str | None:
-    """What a finished release was made of; None for one that is not finished."""
+    """Return the sources of a finished release; None for an unfinished one."""
     try:
         return str(json.loads(expected.read_text(encoding="utf-8"))["made_of"])
     except (OSError, ValueError, KeyError):
@@ -156,7 +157,8 @@ def _made_of(expected: Path) -> str | None:
 
 
 def _tokenizer(place: Path, kind: str, texts: list[str]) -> str | None:
-    """A tokenizer as others make them, in ``place``; None for one that prepare_data trains."""
+    """Write a tokenizer as others make them into ``place``; None for one that prepare_data
+    trains."""
     if kind == "gpt2":
         from tokenizers import ByteLevelBPETokenizer
         from transformers import GPT2Tokenizer
@@ -192,7 +194,7 @@ def _tokenizer(place: Path, kind: str, texts: list[str]) -> str | None:
 
 
 def _train(model: PreTrainedModel, store: Store) -> float:
-    """Every parameter, in plain torch: enough for greedy continuations without ties."""
+    """Train every parameter, in plain torch: enough for greedy continuations without ties."""
     blocks = store.split("train")
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     chance = np.random.default_rng(0)

@@ -20,7 +20,7 @@ NEW_TOKENS = 12
 
 
 class Trial:
-    """What was expected, and what the client did."""
+    """Hold the expected results and those of the client."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.release = folder, str(folder / "release")
@@ -205,7 +205,7 @@ def llama_cpp(trial: Trial) -> None:
 
     file = trial.folder / "model.gguf"
     convert = next(Path(sys.prefix).glob("llama.cpp/convert_hf_to_gguf.py"))
-    # The converter knows a byte-level tokenizer by what it does to one text, and only famous ones.
+    # The converter recognises only well-known byte-level tokenizers, by their output for one text.
     named = f"""
 import runpy, sys
 sys.path.insert(0, {str(convert.parent)!r})
@@ -261,7 +261,7 @@ def vllm(trial: Trial) -> None:
         max_model_len=trial.context,
         enforce_eager=True,
         max_logprobs=-1,
-        gpu_memory_utilization=0.1,  # of the memory: it is a CPU
+        gpu_memory_utilization=0.1,  # of the memory; it runs on CPU
     )
     settings = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, prompt_logprobs=-1)
     outputs = model.generate(trial.texts, settings)

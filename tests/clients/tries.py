@@ -20,14 +20,14 @@ _QUIET = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLE
 
 
 def as_expected(found: dict[str, Any]) -> bool:
-    """Return True if every text had the expected tokens and the logits are near."""
+    """Return whether every text had the expected tokens and the logits are close."""
     equal = found.get("ids") == found.get("greedy") == len(TEXTS)
     return equal and found["logits"] <= 1e-2 and "error" not in found
 
 
 def try_release(client: Client, folder: Path, home: Path) -> tuple[dict[str, Any], str]:
-    """Return what the client did with ``folder``/release, and the day when it did."""
-    result = folder / f"{client.slug}.json"  # goes with the release when another one is made
+    """Return the client's result for ``folder``/release, and its date."""
+    result = folder / f"{client.slug}.json"  # replaced together with the release
     inputs = (client.place(home) / "installed", TRIAL)
     newest = result.exists() and all(_time(result) > _time(each) for each in inputs)
     if not newest or not as_expected(_read(result)):
@@ -54,7 +54,7 @@ def _try(client: Client, result: Path, home: Path) -> None:
 def _read(result: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # it was killed before, or while it wrote
+    except (OSError, ValueError):  # it was killed before or during the write
         found = {"also": []}
     return found
 

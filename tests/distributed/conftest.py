@@ -1,4 +1,4 @@
-"""What the tests of whole lives share: a place to work in and a run that nobody disturbed."""
+"""Fixtures for tests of whole runs: a place to work in and an undisturbed run."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ Living = Callable[..., list[Life]]
 
 @pytest.fixture(scope="session")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a store, a recipe and DeepSpeed JSONs (helpers/workdir.py)."""
+    """Return a folder with a store, a recipe and DeepSpeed JSONs (helpers/workdir.py)."""
     folder = tmp_path_factory.mktemp("place")
     furnish(folder)
     return folder
@@ -23,7 +23,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def calm(work: Path, ranks2: RankPool) -> RunDir:
-    """An undisturbed run with the settings of helpers/lives.py."""
+    """Return an undisturbed run with the settings of helpers/lives.py."""
     lives = ranks2.run(live, str(work), ["--run.root", str(work / "calm"), "--init.seed", "1"])
     assert [one.code for one in lives] == [0, 0], lives[0]
     assert "warning" not in lives[0].err
@@ -32,13 +32,14 @@ def calm(work: Path, ranks2: RankPool) -> RunDir:
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    """The run that ``lives`` lead."""
+    """Return the run used by ``lives``."""
     return RunDir(tmp_path / "main")
 
 
 @pytest.fixture
 def lives(work: Path, ranks2: RankPool, tmp_path: Path) -> Living:
-    """One life of ``run`` on two ranks: ``lives(*flags, fault=..., given=(...), stage=1)``."""
+    """Return a function that does ``run`` on two ranks: ``lives(*flags, fault=..., given=(...),
+    stage=1)``."""
 
     def lead(*flags: str, fault=None, given=(), stage=1, pool: RankPool = ranks2) -> list[Life]:
         settings = ["--run.root", str(tmp_path), "--init.seed", "1", *flags]
@@ -49,7 +50,7 @@ def lives(work: Path, ranks2: RankPool, tmp_path: Path) -> Living:
 
 @pytest.fixture(scope="session")
 def written(ranks2: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of three updates with a checkpoint of each."""
+    """Return a run of three updates with a checkpoint of each."""
     from tests.distributed.test_checkpoint import segment
 
     root = tmp_path_factory.mktemp("written") / "run"

@@ -1,4 +1,4 @@
-"""What the end-to-end tests share: one prepared store and one finished run."""
+"""Fixtures for the end-to-end tests: one prepared store and one finished run."""
 
 import shutil
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from tests.helpers.workdir import furnish
 
 @dataclass(frozen=True)
 class MainRun:
-    """The main job, done once: what each command printed, and the run's folder."""
+    """Hold the main job, done once: the output of each command, and the run's folder."""
 
     run: RunDir
     prepare: Done
@@ -31,13 +31,14 @@ def _furnished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
 
 @pytest.fixture(scope="session")
 def work(_furnished: tuple[Path, Done]) -> Path:
-    """A folder with a corpus, its store, a recipe and DeepSpeed JSONs (helpers/workdir.py)."""
+    """Return a folder with a corpus, its store, a recipe and DeepSpeed JSONs
+    (helpers/workdir.py)."""
     return _furnished[0]
 
 
 @pytest.fixture(scope="session")
 def main_run(_furnished: tuple[Path, Done]) -> MainRun:
-    """Two ranks, ZeRO 1, early-bird ticket; exported and reported."""
+    """Return the main run: two ranks, ZeRO 1, early-bird ticket; exported and reported."""
     work, prepare = _furnished
     train = run(
         "pretrain.py",
@@ -56,7 +57,7 @@ def main_run(_furnished: tuple[Path, Done]) -> MainRun:
 
 @pytest.fixture
 def place(main_run: MainRun, work: Path, tmp_path: Path) -> Place:
-    """A run that will come to what ``main_run`` is: with its key, and further apart checkpoints."""
+    """Prepare a run that will equal ``main_run``: same key, less frequent checkpoints."""
     run = RunDir(tmp_path / "main")
     run.create()
     shutil.copy(main_run.run.init / "key", run.init / "key")

@@ -16,7 +16,7 @@ _STANZA = re.compile(rb"^-> X25519 (\S+)\n(\S+)\n", re.MULTILINE)
 
 
 def decrypt(sealed: bytes, secret_key: str) -> bytes:
-    """``secret_key`` is AGE-SECRET-KEY-1...; a wrong key or a changed byte raises."""
+    """Decrypt with ``secret_key`` (AGE-SECRET-KEY-1...); a wrong key or a changed byte raises."""
     private = X25519PrivateKey.from_private_bytes(_bech32(secret_key))
     header, mac, body = _split(sealed)
     share, wrapped = (_unbase64(part) for part in _STANZA.findall(header)[0])
@@ -41,14 +41,14 @@ def encrypt(data: bytes, public_key: str) -> bytes:
 
 
 def _split(sealed: bytes) -> tuple[bytes, bytes, bytes]:
-    """Header up to its ---, its authentication code, and what follows."""
+    """Split into the header up to its ---, its authentication code, and the rest."""
     end = sealed.index(b"\n---") + 4
     newline = sealed.index(b"\n", end)
     return sealed[:end], _unbase64(sealed[end + 1 : newline]), sealed[newline + 1 :]
 
 
 def _chunks(data: bytes, key: bytes, size: int, seal: bool) -> list[bytes]:
-    """Each piece of ``size`` bytes under its own nonce, which says which is the last."""
+    """Decrypt pieces of ``size`` bytes, each under its own nonce, which marks the last one."""
     cipher = ChaCha20Poly1305(key)
     work = cipher.encrypt if seal else cipher.decrypt
     starts = range(0, max(1, len(data)), size)
@@ -63,7 +63,7 @@ def _hkdf(secret: bytes, salt: bytes, info: bytes) -> bytes:
 
 
 def _bech32(text: str) -> bytes:
-    """The 32 bytes of a key; its checksum is not looked at."""
+    """Decode the 32 bytes of a key; its checksum is not checked."""
     digits = text.lower().rpartition("1")[2][:-6]
     number = 0
     for digit in digits:

@@ -1,4 +1,4 @@
-"""Root may write anywhere; a test of read-only folders gives that up for a while."""
+"""Drop root's right to write anywhere, for tests of read-only folders."""
 
 import contextlib
 import ctypes
@@ -17,8 +17,8 @@ class _Data(ctypes.Structure):
 
 @contextlib.contextmanager
 def without_dac_override() -> Iterator[None]:
-    """In this thread and those that it starts, the modes of files count. Nothing changes for users
-    that they count for anyway."""
+    """Make file modes apply in this thread and the threads it starts. Nothing changes for users to
+    whom they apply anyway."""
     libc = ctypes.CDLL(None, use_errno=True)
     header, data = _Header(_VERSION_3, 0), (_Data * 2)()
 

@@ -39,7 +39,7 @@ def run(
     env: Mapping[str, str] | None = None,
     before: Sequence[str] = (),
 ) -> Done:
-    """``launcher`` with ``arguments`` to its end: plain python, or ``ranks`` CPU ranks."""
+    """Run ``launcher`` with ``arguments`` to its end: plain python, or ``ranks`` CPU ranks."""
     process = start(launcher, *arguments, cwd=cwd, ranks=ranks, env=env, before=before)
     try:
         out, err = process.communicate(timeout=timeout)
@@ -52,8 +52,8 @@ def run(
 
 
 def call(launcher: str, *arguments: str | Path, cwd: Path) -> Done:
-    """``launcher`` with ``arguments`` to its end in this process, as one rank: for what is
-    refused or quick. Real processes are ``run``."""
+    """Run ``launcher`` in this process, as one rank: for refused or quick commands. ``run`` starts
+    real processes."""
     module = importlib.import_module(f"pmp_ds.commands.{launcher.removesuffix('.py')}")
     argv = [str(LAUNCHER / launcher), *map(str, arguments)]
     main = module.main if hasattr(module, "main") else lambda: module.prepare().run()
@@ -67,7 +67,7 @@ def call(launcher: str, *arguments: str | Path, cwd: Path) -> Done:
     ):
         try:
             code = exit_code(main)
-        except SystemExit as end:  # of --help
+        except SystemExit as end:  # raised by --help
             code = int(end.code or 0)
     return Done(argv, code, out.getvalue(), err.getvalue())
 
@@ -81,9 +81,9 @@ def start(
     before: Sequence[str] = (),
     port: int | None = 0,
 ) -> subprocess.Popen[str]:
-    """``run`` without waiting for the end. ``env`` is added to the environment; the words of
-    ``before`` lead the command. ``port`` of the ranks: 0 takes a free one, None tells the launcher
-    nothing of ports."""
+    """Start a command as ``run`` does, without waiting for its end. ``env`` is added to the
+    environment; ``before`` is put in front of the command. ``port`` of the ranks: 0 takes a free
+    one, None passes no port to the launcher."""
     command = [sys.executable]
     if ranks is not None:
         deepspeed = Path(sys.executable).with_name("deepspeed")
@@ -103,7 +103,7 @@ def start(
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """SIGKILL for the command and its children."""
+    """Send SIGKILL to the command and its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -111,7 +111,7 @@ def kill(process: subprocess.Popen[str]) -> None:
 def kill_when(
     process: subprocess.Popen[str], condition: Callable[[], bool], timeout: float = 120
 ) -> None:
-    """Wait for ``condition``, then SIGKILL; fails when the command ends before."""
+    """Wait for ``condition``, then send SIGKILL; fail if the command ends earlier."""
     deadline = time.monotonic() + timeout
     try:
         while not condition():
@@ -130,8 +130,8 @@ def ok(done: Done) -> Done:
 
 
 def error_of(done: Done) -> str:
-    """The message of a refused command: exit code 1, said once, without a traceback. Lines that
-    belong to it are indented."""
+    """Return the message of a refused command: exit code 1, printed once, without a traceback. Its
+    continuation lines are indented."""
     both = done.stdout + done.stderr
     assert done.returncode == 1, f"exit code {done.returncode}:\n{both}"
     assert "Traceback" not in both, both
@@ -141,7 +141,7 @@ def error_of(done: Done) -> str:
 
 
 def files_of(*folders: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of every file below, and every folder: did anything appear or change?"""
+    """Return size and time of every file below, and every folder, to detect any change."""
     return {
         str(path): (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else (0, 0)
         for folder in folders
@@ -156,5 +156,5 @@ def _environment() -> dict[str, str]:
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "PYTHONPATH": str(REPO),  # the launchers work where the package is not installed too
+        "PYTHONPATH": str(REPO),  # the launchers must work where the package is not installed
     }

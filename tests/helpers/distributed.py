@@ -35,7 +35,7 @@ Target = str | Callable[..., Any]
 
 
 class RankError(AssertionError):
-    """Some rank failed; ``tracebacks`` has those of the ranks that reported one."""
+    """Report that some rank failed; ``tracebacks`` has those of the ranks that reported one."""
 
     def __init__(self, message: str, tracebacks: dict[int, str]) -> None:
         super().__init__(message)
@@ -56,7 +56,7 @@ class _Rank:
 
 
 class RankPool:
-    """``world_size`` ranks that stay alive between calls; started by the first ``run``.
+    """Keep ``world_size`` ranks alive between calls; the first ``run`` starts them.
 
     ``init`` is called once in each rank before the first function: by default
     ``pmp_ds.dist.init()``, ``None`` for no process group. ``env`` is added to the ranks'
@@ -86,11 +86,12 @@ class RankPool:
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the live ranks; empty before the first run and after a failure."""
+        """Return the process ids of the live ranks; empty before the first run and after a
+        failure."""
         return [rank.process.pid for rank in self._ranks]
 
     def run(self, target: Target, *args: Any, timeout: float = 120.0) -> list[Any]:
-        """``target(*args)`` on every rank; the results in rank order."""
+        """Call ``target(*args)`` on every rank and return the results in rank order."""
         request = pickle.dumps((_name(target), args))
         if not self._ranks:
             self._start()
@@ -105,7 +106,7 @@ class RankPool:
                 os.killpg(rank.process.pid, number)
 
     def close(self) -> None:
-        """Kill the ranks and whatever they started."""
+        """Kill the ranks and everything they started."""
         self._signal(signal.SIGKILL)
         for rank in self._ranks:
             rank.process.wait()
@@ -198,7 +199,7 @@ class RankPool:
         raise RankError("\n".join(parts), tracebacks)
 
     def _dump_stacks(self, indices: Collection[int]) -> None:
-        """Have ranks that hang write where they are into their output (see rank_worker)."""
+        """Make hanging ranks write their stacks into their output (see rank_worker)."""
         for index in indices:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._ranks[index].process.pid, signal.SIGUSR1)
@@ -214,7 +215,7 @@ def run_ranks(
     env: Mapping[str, str | None] | None = None,
     init: Target | None = INIT,
 ) -> list[Any]:
-    """``target(*args)`` on ``world_size`` fresh ranks; the results in rank order."""
+    """Call ``target(*args)`` on ``world_size`` fresh ranks and return the results in rank order."""
     with RankPool(world_size, init=init, env=env) as pool:
         return pool.run(target, *args, timeout=timeout)
 

@@ -1,4 +1,4 @@
-"""How many examples hypothesis tries: few in `make test`, more in `make nightly`, by EXAMPLES."""
+"""Number of hypothesis examples: few in `make test`, more in `make nightly`, set by EXAMPLES."""
 
 import os
 from typing import Any
@@ -9,6 +9,6 @@ TIMES = int(os.environ.get("EXAMPLES", "1"))
 
 
 def examples(count: int = 100, **more: Any) -> settings:
-    """``count`` examples of a test in an ordinary run. None is a matter of time: a busy machine may
-    take a second for what usually takes 1 ms."""
+    """Run ``count`` examples of a test in an ordinary run, without time limits: a busy machine may
+    take a second for something that usually takes 1 ms."""
     return settings(max_examples=count * TIMES, deadline=None, **more)

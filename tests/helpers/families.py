@@ -21,7 +21,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import deepspeed.ops  # once, before the forks; its muon brings torch's compiler: seconds
+import deepspeed.ops  # once, before the forks: its muon imports torch's compiler, slowly
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import numpy as np
 import torch
@@ -53,10 +53,10 @@ from tests.helpers.glue import byte_tokenizer, write_glue
 from tests.helpers.matrix import ARCHITECTURES, write
 
 BLOCK, UPDATES = 16, 2
-SECONDS, BYTES = 60, 12 << 30  # limits of one family
+SECONDS, BYTES = 60, 12 << 30  # limits for one family
 QUICK = ("bloom", "deepseek_v3", "gpt2", "gpt_neox", "llama", "mpt", "qwen3_moe")
 
-# What the default config of a class lacks for a model to be built, and the cases of real models.
+# Values that the default config of a class lacks, and those that real models use.
 NEEDS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
@@ -74,7 +74,7 @@ NEEDS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Row:
-    """What became of a family; an empty column was not reached."""
+    """Describe the outcome of a family; an empty column was not reached."""
 
     kind: str
     pretrained: str = ""
@@ -86,7 +86,7 @@ class Row:
 
 
 def tiny_config(kind: str) -> PreTrainedConfig:
-    """The default architecture of a family at tiny width, for a vocabulary of bytes."""
+    """Return the default architecture of a family at tiny width, for a vocabulary of bytes."""
     config = CONFIG_MAPPING[kind](**NEEDS.get(kind, {}))
     if getattr(config, "is_decoder", True) is False and kind != "gpt_neox":
         config.is_decoder = True
@@ -124,7 +124,7 @@ def trial(kind: str, folder: Path) -> Row:
 
 
 def _init(config: PreTrainedConfig) -> tuple[Secret | int, str]:
-    """What initial weights are drawn from, and how the table says it. Raises UserError where
+    """Return the source of the initial weights and its words for the table. Raises UserError where
     pretrain.py would refuse the architecture."""
     try:
         rehearse(config)
@@ -149,7 +149,7 @@ def _architecture(kind: str, folder: Path) -> PreTrainedConfig:
 
 
 def _for_bytes(values: dict[str, Any]) -> dict[str, Any]:
-    """Every table of tokens, at any depth, as large as the vocabulary."""
+    """Resize every table of tokens, at any depth, to the vocabulary."""
     size = len(byte_tokenizer())
     return {
         key: _for_bytes(value)
@@ -191,7 +191,8 @@ def _train_config(steps: int) -> TrainConfig:
 
 
 def settings(folder: Path) -> FinetuneConfig:
-    """Of a fine-tuning of ``folder``/release with ``folder``/ticket on a small GLUE task."""
+    """Return the settings to fine-tune ``folder``/release with ``folder``/ticket on a small GLUE
+    task."""
     write_glue(folder / "glue", 8, 4)
     return FinetuneConfig(
         model=str(folder / "release"),
@@ -203,7 +204,7 @@ def settings(folder: Path) -> FinetuneConfig:
 
 
 def tune(config: FinetuneConfig) -> torch.Tensor:
-    """One update of a classifier; its logits on held-out rows."""
+    """Do one update of a classifier and return its logits on held-out rows."""
     task = Glue(config)
     ticket = open_ticket(config)
     model = load_model(config, task.num_labels)
@@ -220,7 +221,7 @@ def tune(config: FinetuneConfig) -> torch.Tensor:
 
 @contextmanager
 def in_this_process() -> Iterator[None]:
-    """Reload releases here: a fresh interpreter would take most of the time."""
+    """Reload releases in this process: a fresh interpreter would take most of the time."""
     original = verify.run_alone
     verify.run_alone = lambda **request: reload._check(request)
     try:
@@ -236,7 +237,7 @@ def _reason(error: Exception) -> str:
 
 
 def apart(kind: str) -> Row:
-    """``trial`` in a process of its own."""
+    """Run ``trial`` in a process of its own."""
     folder = Path(tempfile.mkdtemp(prefix="family-"))
     answer = folder / "answer.json"
     pid = os.fork()
@@ -266,7 +267,7 @@ def apart(kind: str) -> Row:
 
 
 def section(rows: Sequence[Row]) -> str:
-    """The part of docs/SUPPORT.md about architectures."""
+    """Return the part of docs/SUPPORT.md about architectures."""
     whole = sum(row.tuned == "yes" for row in rows)
     released = sum(bool(row.released) for row in rows)
     lines = [

@@ -1,4 +1,4 @@
-"""Fine-tuning on kept ranks: a small released model, its ticket, and what came out."""
+"""Fine-tuning on kept ranks: a small released model, its ticket, and the result."""
 
 import time
 from pathlib import Path
@@ -27,8 +27,8 @@ GPT2 = tiny.GPT2
 
 
 def write_model(folder: Path, config: ModelConfig = LLAMA, padding: int = 0) -> None:
-    """``folder``/release, a model of bytes, and ``folder``/ticket of 70% of it; with ``padding``
-    the ticket has so many more rows of embeddings than the release."""
+    """Write ``folder``/release, a model of bytes, and ``folder``/ticket of 70% of it. With
+    ``padding`` the ticket has that many more rows of embeddings than the release."""
     tokenizer = byte_tokenizer()
     hf_config = model_config(
         config, vocab_size=len(tokenizer) + padding, eos_id=0, bos_id=None, block_size=32
@@ -52,7 +52,8 @@ def tune(
     keep: bool = True,
     afresh: bool = False,
 ) -> list[Result]:
-    """launcher/finetune.py from its process group on, on the model of ``write_model``."""
+    """Run launcher/finetune.py, after its process group is made, on the model of
+    ``write_model``."""
     torch.manual_seed(0)
     home = Path(folder)
     common = ["--model", f"{home}/release", "--run.root", f"{home}/runs", *flags]
@@ -74,7 +75,7 @@ def tune(
 
 
 def problem(folder: str, flags: list[str], sweeps: tuple[str, ...] = ()) -> str:
-    """What ``tune`` refuses them with."""
+    """Return the error with which ``tune`` refuses these arguments."""
     from pmp_ds.errors import UserError
 
     try:
@@ -85,7 +86,7 @@ def problem(folder: str, flags: list[str], sweeps: tuple[str, ...] = ()) -> str:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Of a Hugging Face folder, fp32."""
+    """Return the weights of a Hugging Face folder in fp32."""
     found: dict[str, Any] = {}
     for path in folder.glob("*.safetensors"):
         found |= load_file(path)

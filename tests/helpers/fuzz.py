@@ -46,11 +46,11 @@ PARSERS: dict[str, tuple[Callable[[bytes], object], tuple[type[Exception], ...]]
     "archive": (lambda data: vault._members(data, NOWHERE), (UserError,)),
     "tensors": (load, (SafetensorError,)),
 }
-"""What reads the bytes, and what it may raise."""
+"""The reader of the bytes, and the exceptions it may raise."""
 
 
 def one(data: bytes) -> None:
-    """Give ``data`` to the parser that its first byte chooses."""
+    """Pass ``data`` to the parser selected by its first byte."""
     parse, promised = list(PARSERS.values())[data[0] % len(PARSERS) if data else 0]
     with contextlib.suppress(*promised):
         parse(data[1:])

@@ -18,9 +18,9 @@ ANIMALS = ("cat", "dog", "horse", "bird", "fish")
 
 
 def write_glue(folder: Path, num_train: int = 48, num_validation: int = 24, seed: int = 0) -> Path:
-    """All eight tasks in GLUE's layout, nine validation columns; returns ``folder``.
+    """Write all eight tasks in GLUE's layout, nine validation columns; return ``folder``.
 
-    Integers and words as labels, plain and .gz, with and without columns that nobody reads.
+    Labels are integers and words; files are plain and .gz, with and without unused columns.
     """
     rng = random.Random(seed)
     for name, make in ROWS.items():
@@ -36,7 +36,7 @@ def write_glue(folder: Path, num_train: int = 48, num_validation: int = 24, seed
 
 
 def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
-    """JSON lines, compressed when the name ends in .gz."""
+    """Write JSON lines, compressed if the name ends in .gz."""
     file.parent.mkdir(parents=True, exist_ok=True)
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
     file.write_bytes(gzip.compress(data, mtime=0) if file.suffix == ".gz" else data)
@@ -65,7 +65,7 @@ def _pairs(first: str, second: str, extra: dict[str, Any]) -> Any:
 
 
 def _stsb(rng: random.Random, i: int) -> dict[str, Any]:
-    """One point for every word that the sentences share."""
+    """Give one point for every word that the sentences share."""
     kept = i % 6
     other = [*COLOURS[:kept], *rng.choices(ANIMALS, k=5 - kept)]
     return {"sentence1": " ".join(COLOURS), "sentence2": " ".join(other), "label": float(kept)}
@@ -126,12 +126,13 @@ LAYOUT: dict[str, tuple[str, tuple[str, ...], str]] = {
 
 
 def byte_tokenizer(eos: str = "</s>") -> PreTrainedTokenizerFast:
-    """One token per byte; end of text, and no padding token."""
+    """Return a tokenizer with one token per byte and an end of text, without a padding token."""
     return _tokenizer([], eos)
 
 
 def merging_tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes, and `: n` as one token: it does not split text at blanks before it merges."""
+    """Return a byte tokenizer with `: n` as one token: it does not split text at blanks before
+    merging."""
     return _tokenizer([("Ġ", "n"), (":", "Ġn")], "</s>")
 
 

@@ -20,7 +20,7 @@ TOOLS = ("ip", "nsenter", "unshare", "hostname")
 
 
 def missing() -> str | None:
-    """Why there can be no hosts here."""
+    """Return the reason why hosts cannot be made here, or None."""
     if os.geteuid() != 0:
         return "needs root, for network namespaces"
     absent = [tool for tool in TOOLS if shutil.which(tool) is None]
@@ -35,12 +35,13 @@ def missing() -> str | None:
 
 @dataclass(frozen=True)
 class Pair:
-    """Hosts h1 and h2."""
+    """Hold hosts h1 and h2."""
 
     prefix: str
 
     def on(self, host: str) -> list[str]:
-        """What runs a command on a host, under its name; the process is the command's own."""
+        """Return the command prefix that runs a command on a host, under its name, without a new
+        process."""
         return [
             "nsenter",
             f"--net=/run/netns/{self.prefix}-{host}",
@@ -53,7 +54,7 @@ class Pair:
         ]
 
     def cut(self, host: str) -> None:
-        """Packets are lost from now on; the host's own interface notices nothing."""
+        """Drop all packets of a host; its own interface notices nothing."""
         _ip("-n", f"{self.prefix}-sw", "link", "set", host, "down")
 
     def join(self, host: str) -> None:

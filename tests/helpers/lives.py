@@ -56,12 +56,12 @@ SETTINGS = (
     "--run.val_blocks",
     "8",
 )
-"""Short lives: checkpoints after updates 4, 8 and 12."""
+"""Settings of a short run: checkpoints after updates 4, 8 and 12."""
 
 
 @dataclass(frozen=True)
 class Life:
-    """How it ended on one rank."""
+    """Describe how a run ended on one rank."""
 
     code: int
     out: str
@@ -75,8 +75,8 @@ def live(
     given: Sequence[Any] = (),
     stage: int = 1,
 ) -> Life:
-    """launcher/pretrain.py from its process group on, in ``work`` (helpers/workdir.py), under
-    ``fault(*given)``."""
+    """Run launcher/pretrain.py, after its process group is made, in ``work`` (helpers/workdir.py),
+    with the context ``fault(*given)`` around it."""
     folder = Path(work)
     recipe = ("--config", str(folder / "tiny.yaml"), "--data.store", str(folder / "store"))
 
@@ -103,14 +103,14 @@ def live(
     return Life(code, out.getvalue(), err.getvalue())
 
 
-# Faults. Each is a context; `update` counts from 1, `rank` is the one that is hit.
+# Faults. Each is a context; `update` counts from 1, `rank` is the affected rank.
 
 
 @contextlib.contextmanager
 def _around_losses(
     change: Callable[[Engine, int, torch.Tensor], torch.Tensor],
 ) -> Iterator[None]:
-    """``change(engine, update, losses)`` instead of the losses of every training micro-batch."""
+    """Apply ``change(engine, update, losses)`` to the losses of every training micro-batch."""
     original = Engine.losses
 
     def changed(self: Engine, input_ids: torch.Tensor) -> torch.Tensor:
@@ -124,7 +124,7 @@ def _around_losses(
 
 
 def scaled_loss(update: int, factor: float, rank: int = 1) -> AbstractContextManager[None]:
-    """The loss of a rank's share times ``factor``, which may be NaN or infinite."""
+    """Multiply the loss of a rank's share by ``factor``, which may be NaN or infinite."""
 
     def change(engine: Engine, now: int, losses: torch.Tensor) -> torch.Tensor:
         return losses * factor if (now, dist.rank()) == (update, rank) else losses
@@ -143,7 +143,7 @@ class _InfiniteGradient(torch.autograd.Function):
 
 
 def infinite_gradient(update: int, rank: int = 1) -> AbstractContextManager[None]:
-    """A finite loss with a gradient that is not."""
+    """Give a finite loss with a gradient that is not finite."""
 
     def change(engine: Engine, now: int, losses: torch.Tensor) -> torch.Tensor:
         if (now, dist.rank()) != (update, rank):
@@ -156,7 +156,7 @@ def infinite_gradient(update: int, rank: int = 1) -> AbstractContextManager[None
 def act(
     update: int, rank: int, action: Callable[..., None], *given: Any
 ) -> AbstractContextManager[None]:
-    """``action(engine, *given)`` within an update of one rank."""
+    """Call ``action(engine, *given)`` within an update of one rank."""
 
     def change(engine: Engine, now: int, losses: torch.Tensor) -> torch.Tensor:
         if (now, dist.rank()) == (update, rank):
@@ -167,7 +167,7 @@ def act(
 
 
 def slow(seconds: float, rank: int) -> AbstractContextManager[None]:
-    """A rank that takes ``seconds`` longer in every forward pass."""
+    """Slow one rank down by ``seconds`` in every forward pass."""
 
     def change(engine: Engine, now: int, losses: torch.Tensor) -> torch.Tensor:
         if dist.rank() == rank:
@@ -179,8 +179,8 @@ def slow(seconds: float, rank: int) -> AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def little_room(rank: int, updates: range, num_bytes: int = 4096) -> Iterator[None]:
-    """During these updates no file of a rank can grow beyond ``num_bytes``: writes end half way, as
-    on a full disk."""
+    """Limit the files of a rank to ``num_bytes`` during these updates: writes stop halfway, as on a
+    full disk."""
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(engine: Engine, now: int, losses: torch.Tensor) -> torch.Tensor:
@@ -198,7 +198,7 @@ def little_room(rank: int, updates: range, num_bytes: int = 4096) -> Iterator[No
 
 
 def _let_save_end(when: bool) -> None:
-    """A fault is not to meet a checkpoint that began before it, however slow the machine."""
+    """Wait for a save in progress, so that the fault does not hit an earlier checkpoint."""
     for thread in threading.enumerate() if when else ():
         if thread.name == "saver":
             thread.join()
@@ -206,7 +206,7 @@ def _let_save_end(when: bool) -> None:
 
 @contextlib.contextmanager
 def slow_disk(seconds: float) -> Iterator[None]:
-    """Every checkpoint takes so much longer to write; what trains meanwhile goes far."""
+    """Slow down the writing of every checkpoint, so that training gets far meanwhile."""
     original = checkpoint._create
 
     def create(folder: Path, num_bytes: int) -> None:
@@ -219,7 +219,8 @@ def slow_disk(seconds: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def read_only(folder: str, updates: range) -> Iterator[None]:
-    """During these updates, mode 0500; root, who may write there nevertheless, gives that up."""
+    """Make a folder read-only (mode 0500) during these updates; root gives up its right to write
+    there."""
 
     def close(engine: Engine, now: int, losses: torch.Tensor) -> torch.Tensor:
         if dist.rank() == 0 and now in (updates.start, updates.stop):
@@ -233,7 +234,7 @@ def read_only(folder: str, updates: range) -> Iterator[None]:
 
 @contextlib.contextmanager
 def recorded_samples(folder: str) -> Iterator[None]:
-    """Every batch that training gets, as JSON lines of (stream, samples before, digests)."""
+    """Record every training batch as JSON lines of (stream, samples before, digests)."""
     original = BlockLoader.next
     path = Path(folder) / f"{uuid.uuid4()}.jsonl"
 
@@ -251,7 +252,7 @@ def recorded_samples(folder: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def repeated_batches(micro_batch_size: int) -> Iterator[None]:
-    """Every micro-batch of an update is the same one: gradients are then the same to the bit for 1,
+    """Use the same micro-batch throughout an update, which makes gradients equal to the bit for 1,
     2 or 4 ranks."""
 
     class Loader(tiny.RepeatedLoader):
@@ -274,7 +275,7 @@ def repeated_batches(micro_batch_size: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def all_of(*faults: tuple[Callable[..., AbstractContextManager[None]], Sequence[Any]]) -> Any:
-    """Several at once."""
+    """Combine several faults."""
     with contextlib.ExitStack() as stack:
         for fault, given in faults:
             stack.enter_context(fault(*given))
@@ -285,18 +286,18 @@ def raise_signal(engine: Engine, number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-# What is on disk after a life.
+# Files on disk after a run.
 
 
 def checkpoints(run: RunDir, kind: str = "update") -> list[int]:
-    """Updates whose checkpoints are there."""
-    found = run.checkpoints.glob(f"{kind}-????????")  # not those that are being written
+    """Return the updates that have a checkpoint."""
+    found = run.checkpoints.glob(f"{kind}-????????")  # without those being written
     return sorted(int(path.name.split("-")[1]) for path in found)
 
 
 def same_end(calm: RunDir, other: RunDir) -> None:
-    """Ticket and last checkpoint byte for byte, the metrics but for timings, and nothing left of
-    half-written files."""
+    """Check that ticket and last checkpoint are equal byte for byte, metrics equal except for
+    timings, and no temporary files left."""
     last = f"private/checkpoints/update-{checkpoints(calm)[-1]:08d}"
     for folder in ("private/ticket", last):
         names = sorted(p.relative_to(calm.root) for p in (calm.root / folder).rglob("*.*"))
@@ -308,21 +309,21 @@ def same_end(calm: RunDir, other: RunDir) -> None:
 
 
 def _content(path: Path) -> Any:
-    """The bytes of a file, or a manifest without the state of the code that wrote it."""
+    """Return the bytes of a file, or a manifest without the state of the code that wrote it."""
     if path.name != "manifest.json":
         return path.read_bytes()
     return {k: v for k, v in json.loads(path.read_bytes()).items() if k not in ("code", "sha256")}
 
 
 def comparable(path: Path) -> list[dict[str, Any]]:
-    """The records of a run without what differs between two runs of the same command."""
+    """Return the records of a run without fields that differ between runs of the same command."""
     records = [{k: v for k, v in r.items() if k not in TIMINGS} for r in read_metrics(path)]
     return [record for record in records if set(record) > {"phase", "step"}]
 
 
 @contextlib.contextmanager
 def waits_written(path: str) -> Iterator[None]:
-    """What waits in each update of masked pretraining (helpers/waits.py), as JSON by rank."""
+    """Write the waits of each update of masked pretraining (helpers/waits.py), as JSON by rank."""
     found: dict[str, Any] = {}
     with counted(found):
         yield

@@ -12,13 +12,13 @@ from pmp_ds.config import Precision
 
 SUPPORT = Path(__file__).resolve().parents[2] / "docs" / "SUPPORT.md"
 ARCHITECTURES = "\n## Architectures\n"
-"""Heads the part that tests/helpers/families.py writes."""
+"""Heading of the part that tests/helpers/families.py writes."""
 Model = str  # a name in test_matrix.MODELS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One engine: 2 ranks unless ``world_size`` says otherwise."""
+    """Describe one engine: 2 ranks unless ``world_size`` says otherwise."""
 
     stage: int
     precision: Precision
@@ -63,7 +63,7 @@ OPTIONS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 
 
 def cases() -> list[Case]:
-    """All of them, without repetition."""
+    """Yield all cases, without repetition."""
     return list(_cases())
 
 
@@ -124,7 +124,7 @@ def _cases() -> Iterator[Case]:
 
 
 def table() -> str:
-    """The supported combinations in Markdown: one row per kind, worked out from the cases."""
+    """Return the supported combinations in Markdown: one row per kind, derived from the cases."""
     lines = [
         "# What is supported",
         "",
@@ -169,7 +169,7 @@ def _kind(case: Case) -> str:
 
 
 def write(rest: str | None = None) -> None:
-    """Write docs/SUPPORT.md: the table, and ``rest`` (None: what follows the table there)."""
+    """Write docs/SUPPORT.md: the table, and ``rest`` (None: the existing text after the table)."""
     if rest is None:
         rest = ARCHITECTURES + SUPPORT.read_text().partition(ARCHITECTURES)[2]
     SUPPORT.write_text(table() + rest)

@@ -1,4 +1,5 @@
-"""Tests in namespaces run wherever `unshare` may make them: root in a container often may not."""
+"""Tests in namespaces run only where `unshare` may create them; root in a container often may
+not."""
 
 import shutil
 import subprocess

@@ -37,7 +37,7 @@ VALUES = (
 
 
 class Asked(dict[str, Any]):
-    """A JSON object that notes which keys DeepSpeed asks it for."""
+    """Record which keys DeepSpeed reads from a JSON object."""
 
     def __init__(self, content: dict[str, Any]) -> None:
         super().__init__(content)
@@ -64,14 +64,14 @@ class Asked(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Odd:
-    """One JSON file."""
+    """Describe one JSON file."""
 
     kind: str
     text: str
     name: str
 
     def open(self, folder: Path) -> None:
-        """Read and merge it. Raises UserError where it is refused."""
+        """Read and merge the file. Raises UserError if it is refused."""
         from deepspeed.runtime.config import DeepSpeedConfig
 
         path = folder / "odd.json"
@@ -81,7 +81,7 @@ class Odd:
 
 
 def every_key(model: Any = None, above: str = "") -> Iterator[str]:
-    """Every key of every section, dotted."""
+    """Return every key of every section, dotted."""
     model = model or deepspeed_keys._top()
     for name, field in model.model_fields.items():
         where = f"{above}{field.alias or name}"

@@ -48,7 +48,7 @@ Place = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Odd:
-    """One file of settings."""
+    """Describe one file of settings."""
 
     command: str
     place: Place
@@ -58,11 +58,11 @@ class Odd:
 
     @property
     def name(self) -> str:
-        """Different for each file of a command."""
+        """Return a name that is unique among the files of a command."""
         return f"{'.'.join(map(str, self.place))}, {self.kind}"
 
     def open(self, folder: Path) -> None:
-        """Load it. Raises UserError where it is refused; a value of another type is a bug."""
+        """Load the file. Raises UserError if it is refused; a value of another type is a bug."""
         cls: type[Any] = COMMANDS[self.command][0]
         path = folder / "odd.yaml"
         path.write_text(self.text, encoding="utf-8")
@@ -73,13 +73,13 @@ class Odd:
 
 
 def settings(command: str) -> Iterator[tuple[Place, Any]]:
-    """Where every setting stands in the command's file, and its type."""
+    """Return the place of every setting in the command's file, and its type."""
     cls, given = COMMANDS[command]
     yield from _settings(cls, given, ())
 
 
 def odd(command: str) -> Iterator[Odd]:
-    """Every setting with every odd value, misspelt, and twice."""
+    """Yield every setting with every odd value, misspelt, and duplicated."""
     _, given = COMMANDS[command]
     for place, hint in settings(command):
         for kind, value in VALUES.items():
@@ -96,7 +96,7 @@ def odd(command: str) -> Iterator[Odd]:
 
 
 def written(given: Any, place: Place, value: Any) -> str:
-    """The settings ``given`` as YAML, with ``value`` at ``place``."""
+    """Return the settings ``given`` as YAML, with ``value`` at ``place``."""
     return yaml.safe_dump(_with(given, place, value))
 
 
@@ -112,7 +112,7 @@ def _settings(cls: Any, given: Any, place: Place) -> Iterator[tuple[Place, Any]]
 
 
 def _with(given: Any, place: Place, value: Any) -> Any:
-    """A copy of ``given`` with ``value`` at ``place``."""
+    """Return a copy of ``given`` with ``value`` at ``place``."""
     if not place:
         return value
     first, *rest = place
@@ -125,7 +125,7 @@ def _with(given: Any, place: Place, value: Any) -> Any:
 
 
 def at(config: Any, place: Place) -> Any:
-    """What stands at ``place`` of a loaded config."""
+    """Return the value at ``place`` of a loaded config."""
     part: Any
     for part in place:
         config = config[part] if isinstance(config, dict | list) else getattr(config, part)
@@ -133,7 +133,7 @@ def at(config: Any, place: Place) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a loaded value is what its type says, to the letter."""
+    """Return whether a loaded value matches its type exactly."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return any(_fits(value, one) for one in inner)

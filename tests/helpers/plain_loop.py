@@ -19,7 +19,7 @@ BATCH = 12  # divides by 1, 2 and 3 ranks
 
 
 class Net(torch.nn.Module):
-    """No Hugging Face model; one buffer, one parameter of an odd size."""
+    """A model that is not from Hugging Face, with one buffer and one parameter of an odd size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,8 @@ def train(
     precision: str = "fp32",
     pause: float = 0,
 ) -> tuple[int, list[float], dict[str, torch.Tensor]]:
-    """Updates done at the start, the losses since, and the weights of rank 0 at the end."""
+    """Return the updates done at the start, the losses since, and the weights of rank 0 at the
+    end."""
     torch.manual_seed(0)
     model = Net()
     found = library.find(folder)

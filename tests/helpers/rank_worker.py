@@ -1,4 +1,5 @@
-"""One rank of tests/helpers/distributed.py: calls what the pipe names, answers with the result."""
+"""One rank of tests/helpers/distributed.py: call the function named on the pipe, send its
+result."""
 
 import ctypes
 import faulthandler
@@ -16,13 +17,13 @@ from typing import Any
 
 
 def resolve(name: str) -> Any:
-    """The object at ``package.module:qualified.name``."""
+    """Return the object at ``package.module:qualified.name``."""
     module, _, path = name.partition(":")
     return functools.reduce(getattr, path.split("."), importlib.import_module(module))
 
 
 def call(request: bytes) -> bytes:
-    """(True, result) or (False, traceback), pickled."""
+    """Return (True, result) or (False, traceback), pickled."""
     try:
         name, args = pickle.loads(request)
         result = resolve(name)(*args) if name is not None else None
@@ -35,9 +36,9 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main() -> None:
-    # A rank that is stopped between two calls cannot see that the pipe has ended.
+    # A rank that is suspended between two calls cannot see that the pipe has ended.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    # The stacks of a rank that hangs; also while a collective holds it outside Python.
+    # Write the stacks of a hanging rank, even while a collective holds it outside Python.
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     faulthandler.enable()
     pipe = Connection(int(sys.argv[1]))

@@ -21,7 +21,8 @@ Batch = Callable[[int], torch.Tensor]  # update (from 1) -> (B, T) int64
 
 
 def top_k(scores: dict[str, torch.Tensor], k: int, forced: set[str]) -> Masks:
-    """Exactly k ones: `forced` whole, then the highest scores, ties by lowest global index."""
+    """Select exactly k ones: `forced` whole, then the highest scores, ties by lowest global
+    index."""
     flat = torch.cat([s.flatten().double().abs() for s in scores.values()])
     offset = 0
     for name, score in scores.items():
@@ -49,7 +50,7 @@ def masked_adamw_ref(
     exp_avg_sq: torch.Tensor,  # (num_kept,)
     coefficients: Coefficients,
 ) -> None:
-    """What an operator of optim/kernels does, gathered and scattered at once."""
+    """Do the work of an operator of optim/kernels, gathered and scattered at once."""
     kept = slice(None) if bits is None else unpack(bits, weights.numel())
     values = weights[kept].clone()
     adamw_ref(values, gradient[kept], exp_avg, exp_avg_sq, coefficients)
@@ -57,7 +58,7 @@ def masked_adamw_ref(
 
 
 class Trainer:
-    """Masked AdamW with clipping, warm-up and cosine; ``masks`` None trains everything."""
+    """Masked AdamW with clipping, warm-up and cosine; with ``masks`` None everything is trained."""
 
     def __init__(self, model: PreTrainedModel, config: TrainConfig, masks: Masks | None) -> None:
         self.model, self.config, self.masks = model, config, masks
@@ -104,7 +105,7 @@ class Trainer:
 def discover(
     model: PreTrainedModel, train: TrainConfig, mask: MaskConfig, batch: Batch, k: int
 ) -> tuple[Masks, int, list[float]]:
-    """The ticket, the update that drew it, and the IoU trace."""
+    """Return the ticket, the update that drew it, and the IoU trace."""
     forced = {
         n for n, p in model.named_parameters() if mask.always_train and bool((p == p.max()).all())
     }
@@ -137,7 +138,7 @@ def discover(
 def pretrain(
     model: PreTrainedModel, train: TrainConfig, masks: Masks | None, batch: Batch
 ) -> tuple[list[float], list[float]]:
-    """Losses and masked gradient norms of ``train.steps`` updates; ``model`` is trained."""
+    """Train ``model``; return losses and masked gradient norms of ``train.steps`` updates."""
     trainer = Trainer(model, train, masks)
     losses, norms = [], []
     for step in range(1, train.steps + 1):

@@ -1,4 +1,4 @@
-"""Packed selections as bool masks, and how much memory one takes."""
+"""Packed selections as bool masks, and the memory of a selection."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ def select_masks(
     k: int,
     **options: Any,
 ) -> list[torch.Tensor]:
-    """``select_top_k``, unpacked: (n_i,) bool each."""
+    """Call ``select_top_k`` and unpack the result: (n_i,) bool each."""
     packed = select_top_k(scores, starts, names, k, **options)
     for score, bits in zip(scores, packed, strict=True):
         assert bits.dtype == torch.uint8
@@ -44,7 +44,8 @@ print((peak() - before) * 1024 - bits[0].nbytes)
 
 
 def extra_bytes(numel: int, k: int, dtype: str) -> int:
-    """Peak memory of one selection beyond its scores and the packed mask, in a fresh process."""
+    """Return the peak memory of a selection beyond its scores and packed mask, in a fresh
+    process."""
     program = _PEAK.format(numel=numel, k=k, dtype=dtype)
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120

@@ -1,4 +1,4 @@
-"""Small stores whose blocks tell which they are."""
+"""Small stores with identifiable blocks."""
 
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ T = 4
 def write_store(
     folder: Path, first: int, train: int, validation: int = 8, shard: int = 100, **manifest: Any
 ) -> str:
-    """A store of ``train`` and ``validation`` blocks of T tokens, all of which are the block's own
-    number, from ``first`` on; ``shard`` blocks in a shard. Returns the folder."""
+    """Write a store of ``train`` and ``validation`` blocks of T tokens, each token the block's own
+    number, counted from ``first``; ``shard`` blocks per shard. Return the folder."""
     splits = {}
     for split, count in (("train", train), ("validation", validation)):
         (folder / split).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Files as a stranger would craft them: well-formed, and with a content that nobody expects."""
+"""Crafted files of untrusted origin: well-formed, with unexpected content."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ Shapes = Mapping[str, Any]
 
 
 def packed(shapes: Shapes) -> Bits:
-    """Every second element kept."""
+    """Return packed bits with every second element kept."""
     return {
         name: pack(torch.arange(torch.Size(shape).numel()) % 2 == 0)
         for name, shape in shapes.items()
@@ -25,8 +25,8 @@ def packed(shapes: Shapes) -> Bits:
 
 
 def ticket_files(bits: Bits, shapes: Shapes, **changes: Any) -> dict[str, bytes]:
-    """The two files of a ticket with the id that goes with ``bits`` and ``shapes``, whatever they
-    are; ``changes`` of the manifest come last."""
+    """Return the two files of a ticket with an id that matches ``bits`` and ``shapes``, whatever
+    they are; ``changes`` to the manifest come last."""
     digest = hashlib.sha256(b"pmp-ds ticket\n")
     for name, shape in shapes.items():
         digest.update(f"{name}{list(shape)}\n".encode())

@@ -74,7 +74,7 @@ def fine_tune(
     scratch: bool = False,
     **settings: Any,
 ) -> Result:
-    """A run whose columns all come to ``score``: an accuracy, or nats per token for ``lm``."""
+    """Return a run whose columns all equal ``score``: an accuracy, or nats per token for ``lm``."""
     columns = COLUMNS.get(task, ("LM",))
     if task == "lm":
         metrics = {"LM": {"loss": score}}
@@ -153,8 +153,9 @@ def study(
     extra_arms: Sequence[str] = (),
     luck: int = 0,
 ) -> list[Result]:
-    """Arms base, pmp and random. Percentage points for GLUE; a hundredth of it in nats for LM;
-    ``spread`` over seeds is half the seed's own, the same for all arms, and half the run's."""
+    """Return arms base, pmp and random. Effects are percentage points for GLUE and hundredths of a
+    nat for LM. Half of ``spread`` over seeds belongs to the seed, equal for all arms, and half to
+    the run."""
     draw = random.Random(luck)
     shared = [draw.gauss(0.0, spread / 2) for _ in range(seeds)]
 
@@ -185,7 +186,7 @@ def study(
 
 
 def sweeps() -> list[Result]:
-    """Densities, scores and epochs beside ``study``."""
+    """Add densities, scores and epochs to ``study``."""
     found = []
     for density in (0.5, 0.6, 0.8, 0.9):
         arm = f"pmp-{density:g}"
@@ -209,7 +210,7 @@ def sweeps() -> list[Result]:
 
 
 def instruments(arm: str = "pmp") -> list[Result]:
-    """A landscape and gradient histograms."""
+    """Return a landscape and gradient histograms."""
     alphas = [i / 20 for i in range(-10, 11)]
 
     def losses(steep: float) -> list[list[float]]:
@@ -242,7 +243,7 @@ def instruments(arm: str = "pmp") -> list[Result]:
 
 
 def audit() -> dict[str, Any]:
-    """The content of an audit.json."""
+    """Return the content of an audit.json."""
 
     def row(attack: str, verdict: str, iou: float | None) -> dict[str, Any]:
         return {

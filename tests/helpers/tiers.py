@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 
 SLOW_SECONDS = 20.0
-"""A test that takes longer belongs to `make nightly`, or needs a cheaper proof."""
+"""Seconds; a slower test belongs to `make nightly`, or needs a cheaper proof."""
 
 WITH_RANKS = ("tests/distributed/", "tests/unit/optim/test_contract.py")
-"""What uses the fixtures ranks1 to ranks4: in one worker of xdist, as each pool is costly."""
+"""Tests that use the fixtures ranks1 to ranks4: in one worker of xdist, because each pool is
+costly."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,14 +30,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):  # with xdist, the process that hears of all tests
+    if not hasattr(config, "workerinput"):  # with xdist, the process that receives all reports
         config.pluginmanager.register(_Durations(config.getoption("--record")))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A worker of xdist takes a whole group at a time. (The marks of `--dist loadgroup` do nothing
-    under pytest 9.2: xdist 3.8 writes them into an attribute that is no longer read.)"""
+    """Give a whole group at a time to a worker of xdist. (The marks of `--dist loadgroup` have no
+    effect under pytest 9.2: xdist 3.8 writes them into an attribute that is no longer read.)"""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByGroup(LoadScopeScheduling):
@@ -56,8 +57,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def daily(cases: Iterable[Any], chosen: Collection[Any]) -> list[Any]:
-    """Parameters of a test: those ``chosen`` run in `make test`, the others in `make nightly`.
-    A tuple is the values of several parameters."""
+    """Return parameters of a test: those ``chosen`` run in `make test`, the others in `make
+    nightly`. A tuple is the values of several parameters."""
     found = list(cases)
     assert all(case in found for case in chosen), "a case that does not exist"
     rows = [(case, case if isinstance(case, tuple) else (case,)) for case in found]
@@ -68,7 +69,7 @@ def daily(cases: Iterable[Any], chosen: Collection[Any]) -> list[Any]:
 
 
 def in_slice(nodeid: str, part: int, parts: int) -> bool:
-    """Whether a test belongs to slice ``part`` of ``parts``, which count from 1."""
+    """Return whether a test belongs to slice ``part`` of ``parts``; both count from 1."""
     return zlib.crc32(nodeid.encode()) % parts == part - 1
 
 
@@ -80,7 +81,8 @@ def _slice(text: str) -> tuple[int, int]:
 
 
 def group(nodeid: str) -> str:
-    """Tests that share something costly belong together, others by file."""
+    """Return the group of a test: tests that share something costly, otherwise the tests of a
+    file."""
     file = nodeid.partition("::")[0]
     if file.startswith(WITH_RANKS):
         return "ranks"
@@ -88,12 +90,12 @@ def group(nodeid: str) -> str:
 
 
 def _place(name: str) -> int:
-    """The groups that take longest start first."""
+    """Start the groups that take longest first."""
     return ("ranks", "run").index(name) if name in ("ranks", "run") else 2
 
 
 class _Durations:
-    """Set-up, call and tear-down of every test, summed up."""
+    """Sum set-up, call and tear-down of every test."""
 
     def __init__(self, folder: str | None) -> None:
         self.folder = folder

@@ -46,7 +46,8 @@ def model(config: ModelConfig = LLAMA, key: bytes = b"k" * 32) -> PreTrainedMode
 
 
 def ds_json(stage: int) -> dict[str, Any]:
-    """Buckets and thresholds small enough that even a tiny model meets all of DeepSpeed's paths."""
+    """Return buckets and thresholds so small that even a tiny model takes all of DeepSpeed's
+    paths."""
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 5000}
     if stage == 3:
         zero |= {
@@ -58,15 +59,16 @@ def ds_json(stage: int) -> dict[str, Any]:
 
 
 def batch(step: int, size: int) -> torch.Tensor:
-    """(size, BLOCK) int64 of update ``step``: tokens with a skewed, learnable distribution."""
+    """Return (size, BLOCK) int64 of update ``step``: tokens with a skewed, learnable
+    distribution."""
     generator = torch.Generator().manual_seed(1000 + step)
     rolls = torch.rand(size, BLOCK, generator=generator)
     return (rolls.pow(3) * VOCAB).long()
 
 
 class RepeatedLoader:
-    """Every micro-batch of every rank is the same, so the reduced gradient is the same to the bit
-    for any power-of-two number of ranks times accumulation steps."""
+    """Give every rank the same micro-batch, so that the reduced gradient is the same to the bit for
+    any power-of-two number of ranks times accumulation steps."""
 
     def __init__(self, micro_batch_size: int, accumulation_steps: int) -> None:
         self._size, self._repeats, self._step = micro_batch_size, accumulation_steps, 0

@@ -46,13 +46,13 @@ ROUND: dict[Phase, int] = {
     "saving in training": 6,
     "export": 3,
 }
-"""Kills of one run. The order is that of PHASES, saving mixed with what is saved."""
+"""Number of kills of one run. The order is that of PHASES, with kills during saves mixed in."""
 
 
 @dataclass(frozen=True)
 class Blow:
-    """SIGKILL for ``victim`` once update ``step`` of the phase was recorded, or its checkpoint is
-    being written, and ``delay`` seconds later."""
+    """Kill ``victim`` ``delay`` seconds after update ``step`` of the phase was recorded, or after
+    the writing of its checkpoint began."""
 
     phase: Phase
     victim: Victim
@@ -62,7 +62,7 @@ class Blow:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tortured run lives: ``work`` has store and recipe (helpers/workdir.py)."""
+    """Describe the place of a tortured run: ``work`` has store and recipe (helpers/workdir.py)."""
 
     work: Path
     run: RunDir
@@ -70,7 +70,7 @@ class Place:
 
     @property
     def scratch(self) -> Path:
-        """What the commands take for /tmp."""
+        """Return the folder that the commands use as /tmp."""
         return self.run.root.parent / "tmp"
 
     def environment(self) -> dict[str, str]:
@@ -98,7 +98,7 @@ class Place:
         return start("export.py", "--run", self.run.root, cwd=self.work, env=self.environment())
 
     def processes(self) -> list[psutil.Process]:
-        """All that run for this place, the launcher and what it started."""
+        """Return all processes of this place: the launcher and its children."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -113,7 +113,7 @@ class Place:
         return max((r["step"] for r in records if r["phase"] == phase and "loss" in r), default=0)
 
     def being_written(self, kind: str) -> int:
-        """The update whose checkpoint is being written, 0 for none."""
+        """Return the update whose checkpoint is being written, 0 for none."""
         names = [path.name for path in self.run.checkpoints.glob(f"{kind}-*.incomplete")]
         return max((int(name.split("-")[1].split(".")[0]) for name in names), default=0)
 
@@ -127,8 +127,8 @@ def finish(process: "subprocess.Popen[str]", timeout: float = 300) -> Done:
 
 
 def plan(counts: dict[Phase, int], discovery: int, chance: random.Random) -> list[Blow]:
-    """The blows for one run in the order in which they fall. Those of a phase are spread over its
-    updates, so that the run advances however often it is killed."""
+    """Return the kills of one run in order. Those of a phase are spread over its updates, so that
+    the run advances however often it is killed."""
     victims = itertools.cycle(chance.sample(VICTIMS, len(VICTIMS)))
     startup = [Blow("start", "all", 0, chance.random()) for _ in range(counts.get("start", 0))]
     blows = []
@@ -140,20 +140,21 @@ def plan(counts: dict[Phase, int], discovery: int, chance: random.Random) -> lis
         kinds = [plain] * counts.get(plain, 0) + [saving] * counts.get(saving, 0)
         chance.shuffle(kinds)
         for i, kind in enumerate(kinds):
-            # The last two updates are left alone: their end may come before the blow.
+            # Leave out the last two updates: they may end before the kill.
             step = 1 + int((i + chance.random()) / len(kinds) * (steps - 3))
             delay = chance.uniform(0, 0.08 if kind == saving else 0.05)
             blows.append(Blow(kind, next(victims), step, delay))
     late = [0.7 * chance.random() for _ in range(counts.get("export", 0))]
     exports = [Blow("export", "all", 0, share) for share in late]
-    # One start is disturbed in the middle of the run, where there is something to lose.
+    # Disturb one start in the middle of the run, where there is something to lose.
     for blow in startup:
         blows.insert(chance.randrange(len(blows) + 1), blow)
     return blows + exports
 
 
 def strike(place: Place, blow: Blow, durations: dict[str, float], *more: str) -> Phase | None:
-    """One life. Returns the phase in which it was killed, None when it ended before."""
+    """Run the command once with a kill. Return the phase in which it was killed, None if it ended
+    first."""
     moment = Moment(place, blow)
     process = place.export() if blow.phase == "export" else place.pretrain(*more)
     began = time.monotonic()
@@ -172,29 +173,29 @@ def strike(place: Place, blow: Blow, durations: dict[str, float], *more: str) ->
         _none_runs_on(place)
     finally:
         kill(process)
-    if done.returncode == 0:  # its end came first
+    if done.returncode == 0:  # it ended first
         shutil.rmtree(place.run.release, ignore_errors=True)
         return None
     if blow.victim.startswith("rank") and "fault: rank" not in done.stderr:
         raise AssertionError(f"{blow}: no reason on screen:\n{done.stdout}\n{done.stderr}")
     if blow.phase == "start":
-        return "start"  # what the life before left is still there
+        return "start"  # files left by the previous start are still there
     if place.being_written("discover"):
         return "saving in discovery"
     if place.being_written("update"):
         return "saving in training"
-    # A checkpoint that was ready before the blow fell was no kill while saving.
+    # A checkpoint that was complete before the kill does not count as a kill during a save.
     return {"saving in discovery": "discovery", "saving in training": "training"}.get(
         blow.phase, blow.phase
     )  # type: ignore[return-value]
 
 
 class Moment:
-    """When a blow falls, seen from outside. What earlier lives recorded does not count: a life that
-    gets so far rewinds metrics.jsonl and then writes config.yaml."""
+    """Detect the moment of a kill from outside. Records of earlier starts do not count: a start
+    that gets so far rewinds metrics.jsonl and then writes config.yaml."""
 
     def __init__(self, place: Place, blow: Blow) -> None:
-        """Before the command starts."""
+        """Note the state before the command starts."""
         self._place, self._blow = place, blow
         self._kind = "discover" if "discovery" in blow.phase else "train"
         self._old = self._start()
@@ -216,7 +217,7 @@ class Moment:
         return come or (self._kind == "discover" and place.last_step("train") > 0)
 
     def _start(self) -> tuple[int, int]:
-        """Which start of the run wrote its config.yaml."""
+        """Return which start of the run wrote its config.yaml."""
         config = self._place.run.config
         found = config.stat() if config.exists() else None
         return (found.st_ino, found.st_mtime_ns) if found else (0, 0)
@@ -266,7 +267,8 @@ def torture(
 
 
 def same_outcome(calm: RunDir, other: RunDir) -> None:
-    """Byte for byte: initial weights' digest, ticket, last checkpoint, release; and the metrics."""
+    """Compare byte for byte: digest of the initial weights, ticket, last checkpoint, release; and
+    the metrics."""
     last = f"private/checkpoints/update-{STEPS:08d}"
     for folder in ("private/init", "private/ticket", last, "release"):
         names = [_files(run.root / folder) for run in (calm, other)]
@@ -285,7 +287,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def assert_nothing_left(place: Place) -> None:
-    """No temporary file or folder, neither in the run nor where temporary files go."""
+    """Check that no temporary file or folder is left, in the run or where temporary files go."""
     left = [p for p in place.run.root.rglob("*") if re.search(r"incomplete|tmp|^export-", p.name)]
     assert left == []
     assert list(place.scratch.iterdir()) == []
@@ -295,7 +297,7 @@ def assert_nothing_left(place: Place) -> None:
 
 
 def undisturbed(place: Place) -> dict[str, float]:
-    """The same run without a kill. Returns how long start and export took, in seconds."""
+    """Do the same run without a kill. Return the seconds of start and export."""
     clock = time.monotonic()
     process = place.pretrain()
     while process.poll() is None and not place.last_step("discover"):

@@ -1,5 +1,5 @@
-"""Counts what makes the host wait for the device, per update and by who asks: on CPU as well, where
-nothing waits but the operators are the same."""
+"""Count the operators that make the host wait for the device, per update and by caller. This works
+on CPU as well, where nothing waits but the operators are the same."""
 
 import contextlib
 import sys
@@ -40,13 +40,13 @@ class _Counting(TorchDispatchMode):
 
 
 def _by_bools(args: Any) -> bool:
-    """`x[mask]` counts the mask's ones first."""
+    """Return whether this is `x[mask]`, which counts the mask's ones first."""
     indices = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ()
     return any(torch.is_tensor(i) and i.dtype in (torch.bool, torch.uint8) for i in indices)
 
 
 def _who() -> str:
-    """The package of ours or of DeepSpeed's whose code asks; the C++ kernel's checks ask only on
+    """Return the package of ours or of DeepSpeed's that calls; the C++ kernel's checks call only on
     CPU."""
     frame: Any = sys._getframe(2)
     while frame is not None:
@@ -59,7 +59,7 @@ def _who() -> str:
 
 @contextlib.contextmanager
 def counted(into: dict[str, Counter[str]]) -> Iterator[None]:
-    """Count within masked pretraining; ``into`` gets the counts by what the watchdog is told."""
+    """Count within masked pretraining; ``into`` receives the counts by the watchdog's labels."""
     train, beat, gather = pipeline.train, Watchdog.beat, dist.SideChannel.all_gather_numbers
     all_gather, send, read = dist.SideChannel.all_gather, Later.__init__, Later.read
 

@@ -31,7 +31,7 @@ SHORT = ("--train.steps", "6", "--run.val_every", "6", "--run.checkpoint_every",
 
 
 def write_corpus(path: Path, documents: int = 400, words: int = 80) -> None:
-    """JSON lines of invented words; the next word mostly follows from the last."""
+    """Write JSON lines of invented words; the next word mostly follows from the last."""
     chance = random.Random(0)
     firsts = ["ka", "lo", "mi", "ne", "su", "ta", "vo", "zi"]
     seconds = ["na", "re", "to", "li", "du"]

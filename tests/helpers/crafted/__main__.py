@@ -1,6 +1,6 @@
-"""Print the table of crafted inputs, or what was said of each of one kind.
+"""Print the table of crafted inputs, or the result of each input of one kind.
 
-Every kind has a worker of its own, so that its memory is its own.
+Every kind has a worker of its own, so that its memory is measured separately.
 """
 
 import sys

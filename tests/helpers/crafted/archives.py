@@ -1,4 +1,4 @@
-"""Sealed tickets: what may be inside the age file, and around it."""
+"""Crafted sealed tickets: content inside the age file, and around it."""
 
 import gzip
 import io
@@ -17,7 +17,7 @@ _GIANT = 4 << 30
 
 
 def named() -> Iterator[tuple[str, Change]]:
-    """(name, change of the folder of a sealed ticket)."""
+    """Yield (name, change of the folder of a sealed ticket)."""
     for name, archive in _archives():
         yield name, _sealed(archive)
     for start in range(0, 240, 4):
@@ -55,7 +55,7 @@ def _zero(start: int) -> Change:
 
 
 def _tar(*members: tuple[tarfile.TarInfo, bytes], form: Literal[0, 1, 2] = 2) -> bytes:
-    """A tar of these members, whose sizes may lie."""
+    """Return a tar of these members, whose sizes may be false."""
     sink = io.BytesIO()
     for info, content in members:
         sink.write(info.tobuf(form, errors="surrogateescape"))

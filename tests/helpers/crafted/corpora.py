@@ -1,4 +1,4 @@
-"""Text of strangers for `prepare_data`: JSON lines, packed or plain, Parquet and plain text."""
+"""Untrusted text for `prepare_data`: JSON lines, compressed or plain, Parquet and plain text."""
 
 import bz2
 import gzip
@@ -23,7 +23,7 @@ LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
 
 
 def write(folder: Path) -> None:
-    """A good corpus, with a file of each type, in ``folder``."""
+    """Write a valid corpus, with a file of each type, into ``folder``."""
     home = folder / "corpus"
     home.mkdir()
     contents = (LINES, gzip.compress(LINES), zstd(LINES), parquet(), TEXTS[0].encode() * 10)
@@ -36,7 +36,7 @@ def zstd(content: bytes) -> bytes:
 
 
 def parquet(column: Any = None, name: str = "text", **options: Any) -> bytes:
-    """A file with one column, of texts unless another is given."""
+    """Write a file with one column, of texts unless another is given."""
     sink = io.BytesIO()
     values = pa.array(TEXTS) if column is None else column
     pq.write_table(pa.table({name: values}), sink, **options)
@@ -44,7 +44,7 @@ def parquet(column: Any = None, name: str = "text", **options: Any) -> bytes:
 
 
 def named() -> Iterator[tuple[str, Change]]:
-    """(name, change of the folder)."""
+    """Yield (name, change of the folder)."""
     for name, content in _rows().items():
         yield f"a.jsonl: {name}", _file("a.jsonl", LINES * 20 + content)
         yield f"a.jsonl: only {name}", _file("a.jsonl", content)
@@ -76,7 +76,7 @@ def _file(name: str, content: bytes | Callable[[], bytes]) -> Change:
 
 
 def _rows() -> dict[str, bytes]:
-    """Lines, none of which is an ordinary document."""
+    """Yield lines that are not ordinary documents."""
     deep = b'{"text": "a", "x": ' + b"[" * DEEP
     return {
         "nested lists": deep + b"\n",
@@ -114,13 +114,13 @@ def _rows() -> dict[str, bytes]:
 
 
 def _bomb(name: str, part: bytes, start: bytes = b"") -> bytes:
-    """1 GiB of ``part`` in few bytes: what is packed stands there 64 times."""
+    """Return 1 GiB of ``part`` in few bytes: the compressed data is repeated 64 times."""
     pack = gzip.compress if name.endswith(".gz") else zstd
     return pack(start) + pack(part * ((16 << 20) // len(part))) * 64
 
 
 def _holes(name: str, start: bytes) -> Change:
-    """A document that has no end for 2 GiB."""
+    """Write a document of 2 GiB without an end."""
 
     def change(folder: Path) -> None:
         with open(folder / "corpus" / name, "wb") as file:
@@ -240,7 +240,7 @@ def _wide() -> bytes:
 
 
 def _large(codec: str, size: int, rows: int, groups: int, dictionary: bool = False) -> bytes:
-    """``rows`` texts of ``size`` letters in each of ``groups`` row groups."""
+    """Write ``rows`` texts of ``size`` letters in each of ``groups`` row groups."""
     text = pa.array(["x" * size])
     column = pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), text)
     if not dictionary:

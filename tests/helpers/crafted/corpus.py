@@ -13,13 +13,13 @@ from tests.helpers.crafted.variants import DOCUMENTS, FILES, Change, Input, byte
 
 
 def at(file: str, change: Change) -> Change:
-    """``change`` of one file of a folder."""
+    """Apply ``change`` to one file of a folder."""
     return lambda folder: change(folder / file)
 
 
 @cache
 def inputs(kind: str) -> tuple[Input, ...]:
-    """Every input of one kind."""
+    """Return every input of one kind."""
     return tuple(_of_kind(kind))
 
 

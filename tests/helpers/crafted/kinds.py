@@ -1,4 +1,4 @@
-"""What a stranger can hand to us: a good folder of each kind, and what opens it."""
+"""Kinds of untrusted files: a valid folder of each kind, and the code that opens it."""
 
 import json
 from collections.abc import Callable
@@ -30,17 +30,17 @@ SEALED = "copy.age"
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of file or folder."""
+    """Describe one kind of file or folder."""
 
     make: Callable[[Path], object]
-    """Writes a good one into an empty folder."""
+    """Write a valid one into an empty folder."""
     use: Callable[[Path], object] | None
-    """Reads all of it as the commands do; None where every input says what opens it."""
+    """Read all of it as the commands do; None if every input names its own reader."""
     files: tuple[str, ...] = ()
     json: tuple[str, ...] = ()
     """Those of ``files`` that are one JSON object, or, `.jsonl`, one on the first line."""
     depth: int = 1
-    """How deep the fields of the JSON are changed."""
+    """Depth to which the fields of the JSON are changed."""
 
 
 def identity() -> Any:
@@ -50,7 +50,7 @@ def identity() -> Any:
 
 
 def sealed(archive: bytes) -> bytes:
-    """``archive`` for ``identity``."""
+    """Seal ``archive`` for ``identity``."""
     import pyrage
 
     return bytes(pyrage.encrypt(archive, [identity().to_public()]))
@@ -89,7 +89,7 @@ def _use_release(folder: Path) -> None:
 
 
 def _sharded(folder: Path) -> None:
-    """Two files and an index."""
+    """Write two files and an index."""
     tiny.model(tiny.LLAMA_TIED).save_pretrained(folder, max_shard_size="30KB")
 
 
@@ -135,7 +135,7 @@ def _use_sentencepiece(folder: Path) -> None:
 
 
 def measured() -> list[dict[str, Any]]:
-    """A line of each kind of results.jsonl."""
+    """Return a line of each kind of results.jsonl."""
     found = [
         study.pretrain("pmp", loss=3.0, tokens=2_000_000),
         study.pretrain("base", loss=3.0, source="none", tokens=2_000_000),
@@ -170,14 +170,14 @@ def _use_results(folder: Path) -> None:
 
 
 def _use_pictures(folder: Path) -> None:
-    """The same, drawn, which takes seconds."""
+    """Draw the same, which takes seconds."""
     from pmp_ds.study import report
 
     report.write(folder / "results.jsonl", [folder / "audit.json"], folder / "report")
 
 
 def _run(folder: Path) -> None:
-    """What `report`, `audit`, `export` and `vault` read of a run's folder."""
+    """Write the parts of a run's folder that `report`, `audit`, `export` and `vault` read."""
     run = RunDir(folder)
     run.create()
     part = asdict(Part(folder="a", dataset_id="d" * 64, slots=65536))
@@ -346,7 +346,7 @@ def _corpus(folder: Path) -> None:
 
 
 def _use_corpus(folder: Path) -> None:
-    """As `prepare_data`, with a tokenizer, and with one that is trained."""
+    """Read as `prepare_data` does, with a given tokenizer and with a trained one."""
     for tokenizer in (str(folder / "tokenizer"), None):
         prepare(
             PrepareConfig(
@@ -436,7 +436,7 @@ KINDS: dict[str, Kind] = {
     "keys": Kind(_keys, _use_keys, ("partner.pub", "key.txt", "passphrase")),
 }
 FOLDERS = tuple(KINDS)
-"""The kinds of files and folders; the others are texts of settings, with tests of their own."""
+"""The kinds of files and folders; the others are texts of settings, with their own tests."""
 
 SETTINGS = {f"settings of {command}": command for command in odd_settings.COMMANDS}
 DEEPSPEED = "DeepSpeed JSON"

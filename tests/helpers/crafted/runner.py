@@ -43,7 +43,7 @@ _LONGEST = 2000  # characters of a message
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one input."""
+    """Describe the outcome of one input."""
 
     kind: str
     name: str
@@ -54,9 +54,9 @@ class Outcome:
     ran: bool
     """Whether code of the input was run."""
     megabytes: float
-    """Peak of resident memory above what the worker had at its start."""
+    """Peak of resident memory above the worker's at its start."""
     seconds: float
-    """Of processor time."""
+    """Processor seconds."""
 
     @property
     def good(self) -> bool:
@@ -65,7 +65,7 @@ class Outcome:
 
 
 def outcomes(inputs: Sequence[tuple[str, str]]) -> Iterator[Outcome]:
-    """The outcome of each of ``inputs``, (kind, name), in order."""
+    """Yield the outcome of each of ``inputs``, (kind, name), in order."""
     context = multiprocessing.get_context("spawn")
     left = list(inputs)
     while left:
@@ -99,7 +99,7 @@ def outcomes(inputs: Sequence[tuple[str, str]]) -> Iterator[Outcome]:
 
 
 class _TooLong(BaseException):
-    """Of no kind that the code under test catches."""
+    """Raise a type that the code under test does not catch."""
 
 
 def _work(pipe: Connection, wanted: Sequence[tuple[str, str]]) -> None:
@@ -172,7 +172,7 @@ def _too_long(*_: object) -> None:
 
 
 def _resident() -> float:
-    """Megabytes in memory, without what is free but kept."""
+    """Return megabytes in memory, without memory that is free but kept."""
     pa.default_memory_pool().release_unused()
     ctypes.CDLL(None).malloc_trim(0)
     return _megabytes("VmRSS")

@@ -18,7 +18,7 @@ Named = Iterator[tuple[str, Change]]
 
 
 def special(kind: str) -> Named:
-    """(name, change of the folder) of the inputs of one kind."""
+    """Yield (name, change of the folder) for the inputs of one kind."""
     return _SPECIAL.get(kind, lambda: iter(()))()
 
 
@@ -27,7 +27,7 @@ def _at(file: str, change: Change) -> Change:
 
 
 def _json(file: str, **changes: Any) -> Change:
-    """The JSON object in ``file`` with other fields."""
+    """Change fields of the JSON object in ``file``."""
 
     def change(folder: Path) -> None:
         path = folder / file
@@ -196,7 +196,7 @@ _REGEXES = (
     "x" * 1_000_000,
     "",
 )
-"""Some take time that doubles with every letter, or memory."""
+"""Patterns; some take time that doubles with every letter, or memory."""
 _TOKENIZER_JSONS: dict[str, list[Any]] = {
     "model": [
         {"type": "BPE", "vocab": {"a": -1}, "merges": []},
@@ -307,7 +307,7 @@ def _store() -> Named:
 
 
 def _with_token(token: int, folder: Path) -> None:
-    """All sizes and hashes are right; the vocabulary has 100,000 tokens."""
+    """Write correct sizes and hashes for a vocabulary of 100,000 tokens."""
     shutil.rmtree(folder / "store")
     write_store(folder / "store", token, 20)
 
@@ -331,7 +331,7 @@ def _first_shard(**changes: Any) -> Change:
 
 
 def _sized(make: Callable[[], bytes]) -> Change:
-    """A shard whose manifest knows its size."""
+    """Write a shard with its size in the manifest."""
 
     def change(folder: Path) -> None:
         content = make()
@@ -360,7 +360,7 @@ def _glue() -> Named:
 
 
 def _bomb(text: bytes) -> Change:
-    """1 GiB of ``text`` in few bytes."""
+    """Return 1 GiB of ``text`` in few bytes."""
 
     def change(path: Path) -> None:
         with gzip.open(path, "wb", compresslevel=1) as packed:
@@ -375,7 +375,7 @@ def _beside(name: str) -> Change:
 
 
 def _results() -> Named:
-    """Well-typed lines that do not go together."""
+    """Write well-typed lines that contradict each other."""
     from tests.helpers.crafted.kinds import _lines, measured
 
     for number, row in enumerate(measured()):
@@ -397,7 +397,7 @@ def _results() -> Named:
 
 
 def _pictures() -> Named:
-    """Numbers that contradict each other, and names that a picture shows."""
+    """Write contradictory numbers, and names that a picture shows."""
     from tests.helpers.crafted.kinds import _lines, measured
 
     named = [row | {"arm": f"{NASTY}$_{{"} for row in measured()]

@@ -1,4 +1,4 @@
-"""safetensors files and Arrow shards whose headers lie."""
+"""safetensors files and Arrow shards with false headers."""
 
 import io
 import json
@@ -14,13 +14,13 @@ from tests.helpers.crafted.variants import DEEP, NASTY
 
 
 def file(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
-    """A safetensors file with this header, of this stated length."""
+    """Return a safetensors file with this header, of this stated length."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
 def files(name: str, shape: list[int]) -> Iterator[tuple[str, bytes]]:
-    """(what is wrong, content) of files that should hold F32 ``name`` in ``shape``."""
+    """Yield (fault, content) of files that should hold F32 ``name`` in ``shape``."""
     size = 4 * int(np.prod(shape))
     good: dict[str, Any] = {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}
     data = bytes(size)
@@ -84,7 +84,7 @@ def files(name: str, shape: list[int]) -> Iterator[tuple[str, bytes]]:
 
 
 def arrows() -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """(what is wrong, maker of the content) of shards for 20 blocks of 4 uint32 tokens."""
+    """Yield (fault, maker of the content) of shards for 20 blocks of 4 uint32 tokens."""
     values = np.arange(80, dtype=np.uint32)
     good = pa.FixedSizeListArray.from_arrays(pa.array(values), 4)
     columns: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Changes to one good file: what it is, what its bytes are, what its JSON holds."""
+"""Changes to one valid file: its type, its bytes, its JSON fields."""
 
 import json
 import os
@@ -12,24 +12,24 @@ Change = Callable[[Path], None]
 """Of the file at a path."""
 
 NASTY = "\x1b[31mred\n  error: \u202etxt|<b>`[x](y)"
-"""Text that a terminal obeys, a second line, and marks of HTML and Markdown."""
+"""Text with terminal control codes, a second line, and marks of HTML and Markdown."""
 
 DEEP = 100_000
 
 
 @dataclass(frozen=True)
 class Input:
-    """One crafted input; ``craft`` is given a good copy of the folder of its kind."""
+    """Describe one crafted input; ``craft`` is given a valid copy of the folder of its kind."""
 
     kind: str
     name: str
     craft: Change
     use: Change | None = None
-    """What opens it, if not what opens all of its kind."""
+    """The code that opens it, if not that of its kind."""
 
 
 def bytes_(content: bytes) -> Change:
-    """The file's new content."""
+    """Set the file's content."""
 
     def change(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +146,7 @@ FEW = ("null", "2^72", "NaN", "terminal", "list", "object")
 
 
 def fields(values: Any, depth: int) -> Iterator[tuple[Any, ...]]:
-    """The ways to every field down to ``depth``; of a list its first element."""
+    """Return the paths to every field down to ``depth``; for a list, to its first element."""
     if depth and isinstance(values, dict | list):
         for key in list(values) if isinstance(values, dict) else range(min(1, len(values))):
             yield (key,)
@@ -154,7 +154,7 @@ def fields(values: Any, depth: int) -> Iterator[tuple[Any, ...]]:
 
 
 def in_object(values: dict[str, Any], depth: int = 1) -> Iterator[tuple[str, bytes]]:
-    """(name, JSON text) of every change to one field of ``values``."""
+    """Yield (name, JSON text) for every change to one field of ``values``."""
     for way in fields(values, depth):
         for name in VALUES if len(way) == 1 else FEW:
             yield f"{_spelt(way)} = {name}", _changed(values, way, VALUES[name])
