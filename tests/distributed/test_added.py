@@ -58,7 +58,8 @@ def added() -> ExitStack:
 
 
 def tuned(folder: str) -> tuple[results.Result, tuple[int, ...]]:
-    """A fine-tuning of the task with the method, and the shape of what zero-shot gives for it."""
+    """Fine-tune on the task with the method; return the result and the shape of its zero-shot
+    scores."""
     home = Path(folder)
     write_model(home)
     (home / "glue" / "Parity").mkdir(parents=True)
@@ -127,7 +128,7 @@ def _largest(value: torch.Tensor, gradient: torch.Tensor, scale: float, decay: f
 
 
 def test_a_score():
-    """The largest |g| so far: element 1 has it, though others have a larger mean."""
+    """The score is the largest |g| so far: element 1 has it, though others have a larger mean."""
     with mock.patch.dict(SCORES, {"largest": Score("largest", _largest)}):
         config, _ = parse(Config, ["--mask.score", "largest"])
         scores = Scores(config.mask.score)

@@ -39,7 +39,7 @@ def mask() -> ParamMask:
 
 
 def plain(kind: str) -> dict[str, torch.Tensor]:
-    """On a torch module: the user's own loop, with torch's own clipping."""
+    """Train on a torch module: the user's own loop, with torch's own clipping."""
     model = tiny.model()
     optimizer: MaskedOptimizer = KINDS[kind](model.parameters(), lr=3e-3, weight_decay=0.1)
     attach(model, optimizer, mask())
@@ -52,7 +52,7 @@ def plain(kind: str) -> dict[str, torch.Tensor]:
 
 
 def engine(kind: str, stage: int, accumulation: int) -> dict[str, torch.Tensor]:
-    """On an engine that the user made: ours are the optimizer and one call of attach."""
+    """Train on an engine that the user made, with our optimizer and one call of attach."""
     model = tiny.model()
     optimizer: MaskedOptimizer = KINDS[kind](model.parameters(), lr=3e-3, weight_decay=0.1)
     config = tiny.ds_json(stage) | {
@@ -77,7 +77,8 @@ def engine(kind: str, stage: int, accumulation: int) -> dict[str, torch.Tensor]:
 
 
 def refused(stage: int) -> list[str]:
-    """What attach says of tickets of other models, on an engine; the last one fits."""
+    """Return the errors of attach for tickets of other models, on an engine; the last ticket
+    fits."""
     model, own, said = tiny.model(), mask(), []
     optimizer = MaskedAdamW(model.parameters(), lr=3e-3)
     config = tiny.ds_json(stage) | {
@@ -98,7 +99,7 @@ def refused(stage: int) -> list[str]:
 
 
 def readme(code: str, folder: str) -> dict[str, torch.Tensor]:
-    """The README's lines as they stand there, and a few updates with what they make."""
+    """Run the README's code unchanged, then a few updates with the result."""
     os.chdir(folder)
     ticket = random_ticket(b"a" * 32, MaskConfig(source="random"), parameter_table(tiny.model()))
     RunDir(Path("runs/demo")).create()

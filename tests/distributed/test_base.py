@@ -37,7 +37,7 @@ def train_config(precision: Precision) -> TrainConfig:
 
 
 def share(step: int) -> torch.Tensor:
-    """(MICRO * ACCUMULATION, BLOCK) int64: this rank's own blocks of an update."""
+    """Return (MICRO * ACCUMULATION, BLOCK) int64: this rank's own blocks of an update."""
     size = MICRO * ACCUMULATION
     return tiny.batch(step, size * WORLD_SIZE)[dist.rank() * size :][:size]
 
@@ -56,7 +56,7 @@ def ours(stage: int, precision: Precision, mask: ParamMask | None = None) -> dic
 
 
 def plain(stage: int, precision: Precision) -> dict[str, Any]:
-    """DeepSpeed as its documentation has it, with nothing of pmp_ds.train."""
+    """Train with DeepSpeed as documented, with nothing of pmp_ds.train."""
     c, model = train_config(precision), tiny.model()
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     groups = parameter_groups(model.named_parameters(), c.weight_decay)
@@ -100,7 +100,7 @@ def plain(stage: int, precision: Precision) -> dict[str, Any]:
 
 
 def compare(stage: int, precision: Precision) -> dict[str, Any]:
-    """Losses of this rank, norms, and the largest distance of a weight."""
+    """Return the losses of this rank, norms, and the largest distance of a weight."""
     a, b = ours(stage, precision), plain(stage, precision)
     distance = (
         max(
@@ -122,7 +122,7 @@ def compare(stage: int, precision: Precision) -> dict[str, Any]:
 
 
 def density_one(stage: int, precision: Precision) -> bool:
-    """Whether a mask that keeps everything gives the bits of no mask."""
+    """Return whether a mask that keeps everything gives the bits of no mask."""
     table = parameter_table(tiny.model())
     bits = {info.name: full_bits(info.numel) for info in table}
     mask = ParamMask(bits=bits, shapes={info.name: info.shape for info in table})

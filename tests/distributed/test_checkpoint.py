@@ -1,5 +1,6 @@
-"""Checkpoints: a run that is killed and goes on, at the same or another shape, is the run that was
-never killed; and what is on disk is private, whole or not there, and no program."""
+"""Checkpoints: a run that is killed and resumes, with the same or other ranks and stages, equals
+a run that was never killed. Files on disk are private, complete or absent, and contain no
+program."""
 
 import json
 import os
@@ -47,7 +48,8 @@ POSITION = Position(
 
 
 def share(step: int) -> torch.Tensor:
-    """This rank's blocks of an update; together the same at any number of ranks."""
+    """Return this rank's blocks of an update; together they are the same for any number of
+    ranks."""
     size = BATCH // dist.world_size()
     return tiny.batch(step, BATCH)[dist.rank() * size :][:size]
 
@@ -62,7 +64,7 @@ def segment(
     save: list[int],
     optimizer: Optimizer = "adamw",
 ) -> dict[str, Any]:
-    """Updates up to ``last``: from theta(0), or from the newest checkpoint below ``root``.
+    """Train to update ``last``, from theta(0) or from the newest checkpoint below ``root``.
     ``masked`` may be "compact": with a compact fp32 master."""
     get_accelerator().is_fp16_supported = lambda: True  # CPU computes it, DeepSpeed denies it
     json = tiny.ds_json(stage)
@@ -106,7 +108,7 @@ def segment(
 
 @pytest.fixture
 def part(request, tmp_path) -> Callable[..., dict[str, Any]]:
-    """segment() on a number of ranks; rank 0's result."""
+    """Run segment() on a number of ranks; return rank 0's result."""
 
     def run(world_size: int, *args: Any, **options: Any) -> dict[str, Any]:
         pool = request.getfixturevalue(f"ranks{world_size}")
@@ -146,7 +148,7 @@ DAILY = {
 
 @pytest.mark.parametrize(("world_size", "stage", "precision", "masked"), daily(SAME_SHAPE, DAILY))
 def test_same_shape_to_the_bit(part, world_size, stage, precision, masked):
-    """In bf16 as well: the fp32 master weights come back, not the rounded ones."""
+    """In bf16 too: the fp32 master weights are restored, not the rounded ones."""
     straight = part(world_size, stage, precision, masked, save=[4])
     resumed = part(world_size, stage, precision, masked, resume=True)
     assert resumed["losses"] == {s: straight["losses"][s] for s in range(5, STEPS + 1)}
@@ -162,7 +164,7 @@ def test_same_shape_to_the_bit(part, world_size, stage, precision, masked):
     [("lion", 2, "bf16", "compact", "exp_avg"), ("sgd", 3, "fp32", True, "momentum_buffer")],
 )
 def test_other_optimizers_to_the_bit(part, tmp_path, optimizer, stage, precision, masked, moment):
-    """``train.optimizer``: its own moment is in the checkpoint, and no other."""
+    """The checkpoint contains the moments of ``train.optimizer`` and no others."""
     straight = part(2, stage, precision, masked, save=[4], optimizer=optimizer)
     files = (tmp_path / "run/private/checkpoints/update-00000004/state").glob("*.safetensors")
     kinds = {key.partition("/")[0] for file in files for key in load_file(file)}
@@ -194,7 +196,7 @@ CHAINS = [
     ),
 )
 def test_other_shapes(part, chain, precision):
-    """Each third of the run with other ranks and another ZeRO stage than the one before."""
+    """Each third of the run has other ranks and another ZeRO stage than the one before."""
     straight = part(*chain[0], precision, True)
     losses: dict[int, float] = {}
     for number, (world_size, stage) in enumerate(chain):
@@ -228,7 +230,7 @@ def test_private_whatever_the_umask(written):
 
 
 def test_no_file_is_a_program(written):
-    """Nothing that a loader unpickles: safetensors and JSON by name and by content."""
+    """No file can be unpickled: safetensors and JSON by name and by content."""
     for path in (written / "private").rglob("*"):
         if path.suffix == ".safetensors":
             data = path.read_bytes()
@@ -249,7 +251,7 @@ def test_nothing_is_left_of_writing(written):
 @pytest.mark.parametrize("shard_bytes", [1, 30_000, 2 << 30])
 @pytest.mark.parametrize("config", [tiny.LLAMA, tiny.GPT2], ids=["llama", "gpt2"])
 def test_weights_are_a_hugging_face_folder(tmp_path, monkeypatch, shard_bytes, config):
-    """One file or many: read by us and by transformers, bit for bit."""
+    """One file or many: pmp_ds and transformers read the same bits."""
     monkeypatch.setattr(weight_files, "SHARD_BYTES", shard_bytes)
     model = tiny.model(config).bfloat16()
     parameters = [(name, param.detach()) for name, param in model.named_parameters()]

@@ -1,4 +1,4 @@
-"""Files of a run that are torn, flipped or gone: what the next start does about each."""
+"""Files of a run that are torn, flipped or missing: the reaction of the next start to each."""
 
 import os
 import pickle
@@ -30,14 +30,14 @@ def flip(path: Path) -> None:
 
 @pytest.fixture
 def ended(calm: RunDir, run: RunDir) -> RunDir:
-    """A copy of the undisturbed run."""
+    """Return a copy of the undisturbed run."""
     shutil.copytree(calm.root, run.root)
     return run
 
 
 @pytest.fixture
 def halfway(ended: RunDir) -> RunDir:
-    """The same after update 8."""
+    """Return a copy of the run after update 8."""
     shutil.rmtree(ended.checkpoints / "update-00000012")
     return ended
 
@@ -55,7 +55,7 @@ FILES = (
     ("fault", "damage"), [("torn write", tear), ("bit flip", flip), ("missing shard", Path.unlink)]
 )
 def test_checkpoint(lives, ended, calm, capsys, fault, damage: Callable[[Path], None]):
-    """Every file of it; a whole life for the last."""
+    """Damage every file of a checkpoint; the last one is followed by a whole run."""
     newest = ended.checkpoints / "update-00000012"
     assert sorted(str(p.relative_to(newest)) for p in newest.rglob("*.*")) == list(FILES)
     for name in FILES:
@@ -150,7 +150,7 @@ def test_metrics(lives, halfway, calm):
 
 
 def test_what_killed_processes_left_is_swept(lives, halfway, calm):
-    """Half-written files of every kind; none is taken for anything."""
+    """Partial files of every kind are removed, and none is used."""
     shutil.copytree(
         halfway.checkpoints / "update-00000008", halfway.checkpoints / "update-00000011.incomplete"
     )

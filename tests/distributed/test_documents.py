@@ -1,4 +1,4 @@
-"""`data.separate_documents`: a block gives what its documents give one by one."""
+"""`data.separate_documents`: a block gives the same result as its documents one by one."""
 
 from itertools import product
 from typing import Any
@@ -22,7 +22,7 @@ CONFIG = TrainConfig(
 
 
 def blocks() -> torch.Tensor:
-    """(SIZE, BLOCK): this rank's, with long, empty, cut and whole-block documents."""
+    """Return (SIZE, BLOCK), this rank's blocks, with long, empty, cut and whole-block documents."""
     batch = tiny.batch(dist.rank() + 1, SIZE).clamp(min=3)
     for row, ends in enumerate([(5, 6, 20), (0, 31), (), (10, 11, 12, 30)]):
         batch[row, list(ends)] = EOS
@@ -30,7 +30,7 @@ def blocks() -> torch.Tensor:
 
 
 def one_by_one(model: torch.nn.Module, block: torch.Tensor) -> torch.Tensor:
-    """Mean loss of a block, each of its documents a forward pass of its own."""
+    """Return the mean loss of a block, with a forward pass for each of its documents."""
     ends = [i + 1 for i in (block == EOS).nonzero().flatten().tolist()]
     losses = []
     for start, end in zip([0, *ends], [*ends, len(block)], strict=True):

@@ -51,7 +51,7 @@ FLAGS = (
 
 
 def samples(folder: Path) -> dict[tuple[str, int], list[str]]:
-    """Digests of the samples of every update, in the order of the global batch."""
+    """Return digests of the samples of every update, in the order of the global batch."""
     parts: dict[tuple[str, int], dict[int, list[str]]] = defaultdict(dict)
     for path in folder.glob("*.jsonl"):
         for line in path.read_text().splitlines():
@@ -68,7 +68,7 @@ def values(run: RunDir, field: str) -> dict[tuple[str, int], float]:
 
 @pytest.fixture
 def shapes(request) -> list[Any]:
-    """(pool, ZeRO stage) of the three lives."""
+    """Return (pool, ZeRO stage) of the three parts."""
     return [(request.getfixturevalue(f"ranks{n}"), stage) for n, stage in ((2, 1), (4, 3), (1, 2))]
 
 
@@ -78,8 +78,8 @@ Shape = tuple[Any, int, Sequence[str]]  # pool, ZeRO stage, flags
 def whole_and_divided(
     lives: Any, folder: Path, whole: Shape, divided: Sequence[Shape], stops: tuple[int, ...]
 ) -> list[Life]:
-    """Lead run `whole` in one life and `divided` in several, stopped by a signal in each of the
-    updates; both runs and their samples are in ``folder``. Return rank 0's lives of `divided`."""
+    """Do run `whole` at once and run `divided` in parts, stopped by a signal in each of the
+    updates; both runs and their samples are in ``folder``. Return rank 0's parts of `divided`."""
     found: list[Life] = []
     for name, stopped, shapes in (("whole", (), [whole]), ("divided", stops, divided)):
         (folder / f"{name}-samples").mkdir()
@@ -96,7 +96,7 @@ def whole_and_divided(
 
 
 def compare(folder: Path, precision: str, updates: int = 12) -> None:
-    """Samples, ticket and complement are the same, losses within the tolerance."""
+    """Check that samples, ticket and complement are equal, and losses within the tolerance."""
     whole, divided = RunDir(folder / "whole"), RunDir(folder / "divided")
     expected, found = samples(folder / "whole-samples"), samples(folder / "divided-samples")
     assert len(expected) == updates
@@ -123,8 +123,8 @@ def test_three_shapes(lives, shapes, ranks2, tmp_path, precision):
 
 @pytest.mark.parametrize("precision", daily(["fp32", "bf16"], ["fp32"]))
 def test_one_two_three_one(lives, request, tmp_path, precision):
-    """The largest micro-batch is the whole batch of 8, as in the recipes for GPUs: 8, then 4 + 4,
-    then 3 + 3 + 2, then 8."""
+    """The largest micro-batch is the whole batch of 8, as in the recipes for GPUs: 8, then 4 +
+    4, then 3 + 3 + 2, then 8."""
     flags = (*FLAGS, "--train.precision", precision, "--train.micro_batch_size", "8")
     pools = {n: request.getfixturevalue(f"ranks{n}") for n in (1, 2, 3)}
     divided = [(pools[n], stage, flags) for n, stage in ((1, 1), (2, 2), (3, 3), (1, 0))]
@@ -135,7 +135,8 @@ def test_one_two_three_one(lives, request, tmp_path, precision):
 
 @pytest.mark.parametrize("precision", daily(["fp32", "bf16"], ["bf16"]))
 def test_smaller_micro_batches(lives, ranks2, tmp_path, precision):
-    """Halved at a restart, as when memory runs out: 4, then 2 + 2. The run's file says so then."""
+    """The micro-batch is halved at a restart, as when memory runs out: 4, then 2 + 2. The run's
+    file records it."""
     flags = (*FLAGS, "--train.precision", precision, "--train.micro_batch_size")
     large, small = (ranks2, 1, (*flags, "4")), (ranks2, 1, (*flags, "2"))
     found = whole_and_divided(lives, tmp_path, large, [large, small], (6,))
@@ -145,7 +146,8 @@ def test_smaller_micro_batches(lives, ranks2, tmp_path, precision):
 
 
 def test_what_is_learned_may_not_change(lives, tmp_path):
-    """Where gradients are added up in fp32, the sums are others: no way of cutting."""
+    """Adding gradients in fp32 changes the sums, so it is not just another division of the
+    batch."""
     one, _ = lives(*FLAGS, "--train.steps", "2", "--train.precision", "bf16", stage=2)
     assert one.code == 0, one.err
     one, _ = lives(
@@ -165,7 +167,7 @@ def test_what_is_learned_may_not_change(lives, tmp_path):
 
 
 def stop_in_training(update: int) -> Any:
-    """SIGTERM for the last rank, in masked pretraining alone."""
+    """Send SIGTERM to the last rank, in masked pretraining only."""
     return act(update, 0, _if_masked)
 
 
@@ -176,7 +178,7 @@ def _if_masked(engine: Any) -> None:
 
 @pytest.mark.parametrize("score", daily(["mean", "ema"], ["ema"]))
 def test_discovery_in_three_shapes(lives, shapes, tmp_path, score):
-    """Where gradients are the same to the bit, scores, IoUs and the ticket are."""
+    """If gradients are equal to the bit, so are scores, IoUs and the ticket."""
     flags = (*FLAGS, "--mask.score", score, "--train.steps", "2", "--train.warmup_steps", "1")
     same = (repeated_batches, (2,))
     one, _ = lives(*flags, "--run.name", "whole", fault=all_of, given=(same,))
@@ -193,8 +195,8 @@ def test_discovery_in_three_shapes(lives, shapes, tmp_path, score):
 
 
 def test_discovery_in_uneven_shapes(lives, request, tmp_path):
-    """1, 3 and 2 ranks, 8, then 3 + 3 + 2, then 4 + 4 sequences: gradients differ in the last bits,
-    so a threshold may fall on the other side of an element, no more."""
+    """1, 3 and 2 ranks with 8, then 3 + 3 + 2, then 4 + 4 sequences: gradients differ in the
+    last bits, so an element may at most cross the threshold."""
     flags = (
         *FLAGS,
         "--train.steps",

@@ -1,4 +1,4 @@
-"""A handful of architectures from a config.json to a classifier; `make families` tries them all."""
+"""A few architectures from a config.json to a classifier; `make families` tests all."""
 
 from pathlib import Path
 

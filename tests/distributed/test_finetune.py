@@ -1,4 +1,5 @@
-"""Fine-tuning through the real engine: every task, what each method may touch, sweeps, resume."""
+"""Fine-tuning through the real engine: every task, the parameters that each method may change,
+sweeps, resuming."""
 
 import json
 import re
@@ -53,7 +54,7 @@ def flags(home: Path, *more: str) -> list[str]:
 
 
 def test_all_tasks(ranks2, home):
-    """Nine columns with GLUE's metrics and the majority beside them, from one command."""
+    """One command gives nine columns with GLUE's metrics and the majority baseline."""
     asked = f"task={','.join(TASKS)}"
     found, _ = ranks2.run(tune, str(home), flags(home, "--task", "sst2"), (asked,))
     metrics = {column: row for one in found for column, row in one.values["metrics"].items()}
@@ -108,7 +109,7 @@ def test_each_method_learns(ranks1, home, method):
     ),
 )
 def test_what_may_change(request, home, method, ranks, stage):
-    """Bit for bit; the head, which is new, always does."""
+    """Parameters outside the method's mask keep their bits; the new head always changes."""
     pool = request.getfixturevalue(f"ranks{ranks}")
     name = f"touch-{method}-{ranks}-{stage}"
     given = flags(
@@ -146,7 +147,7 @@ def test_what_may_change(request, home, method, ranks, stage):
 
 
 def test_new_head_trains_whole(ranks1, home):
-    """Also where the ticket is, and it is the seed's."""
+    """The head trains whole, even with a ticket, and depends on the seed."""
     heads = []
     for name, steps, seed in (("head-0", "1", "5"), ("head-1", "1", "5"), ("head-2", "1", "6")):
         given = flags(
@@ -198,7 +199,7 @@ def test_sweep_repeats_nothing(ranks1, home, capfd):
 
 @pytest.mark.parametrize("method", daily(["ticket", "lora"], ["ticket"]))
 def test_stopped_and_resumed(ranks2, home, method):
-    """SIGTERM in update 4; the same command gives the same bits as one that was left alone."""
+    """After SIGTERM in update 4 the same command gives the bits of an undisturbed run."""
     values, models = [], []
     for name in (f"alone-{method}", f"stopped-{method}"):
         given = flags(
@@ -226,7 +227,7 @@ def test_stopped_and_resumed(ranks2, home, method):
 
 @pytest.mark.parametrize("task", daily(["sst2", "stsb"], ["stsb"]))
 def test_stopped_and_resumed_on_three_ranks(ranks1, ranks3, home, task):
-    """8 examples on one rank, then 3 + 3 + 2 on three: the losses of one that was left alone."""
+    """8 examples on one rank, then 3 + 3 + 2 on three: the losses of an undisturbed run."""
     runs = [RunDir(home / "runs" / f"{task}-{name}") for name in ("one", "three")]
     for run in runs:
         given = [
@@ -266,7 +267,7 @@ def test_one_sweep_at_a_time_in_a_folder(ranks2, home):
 
 
 def test_ranks_without_an_example(ranks2, home):
-    """Found before the first cell of a sweep begins."""
+    """The mistake is found before the first cell of a sweep begins."""
     given = flags(home, "--task", "sst2", "--run.name", "never")
     message = ranks2.run(finetune.problem, str(home), given, ("train.global_batch_size=8,1",))[0]
     assert "train.global_batch_size=1 is less than a sequence for each of 2 ranks" in message
@@ -274,7 +275,7 @@ def test_ranks_without_an_example(ranks2, home):
 
 
 def test_checkpoints_that_cannot_be_read(ranks2, home):
-    """Refused, and every file is as it was; begun again on demand, to the same bits."""
+    """The run is refused and no file changes; started over on request, it gives the same bits."""
     values = []
     for name in ("whole", "spoilt"):
         given = flags(home, "--task", "mrpc", "--run.name", name, "--train.steps", "8")
@@ -306,7 +307,7 @@ def _stopped(folder: str, given: list[str], rank: int = 1) -> str:
 
 
 def test_text(ranks2, ranks1, home, work):
-    """Next tokens on a store; a random mask starts from the same loss, and more steps help."""
+    """Next tokens on a store: a random mask starts from the same loss, and more steps help."""
     store = str(work / "store")
     ranks1.run(_release_of_store, str(work), str(home / "lm"))
     given = [
@@ -341,7 +342,7 @@ def test_text(ranks2, ranks1, home, work):
 
 
 def _release_of_store(work: str, folder: str) -> None:
-    """A model with the tokenizer of the store in ``work``."""
+    """Return a model with the tokenizer of the store in ``work``."""
     import shutil
 
     from transformers import AutoTokenizer
@@ -363,7 +364,7 @@ def _release_of_store(work: str, folder: str) -> None:
 
 
 def test_sealed_ticket(ranks1, home, tmp_path):
-    """The partner's one command; another key is refused."""
+    """The partner needs one command; another key is refused."""
     ticket = load_ticket(home / "ticket")
     (tmp_path / "partner.pub").write_text(new_identity(tmp_path / "key.txt") + "\n")
     new_identity(tmp_path / "other.txt")
@@ -391,7 +392,7 @@ def test_sealed_ticket(ranks1, home, tmp_path):
 
 @pytest.mark.parametrize("family", ["gpt2", "padded"])
 def test_other_models(ranks1, tmp_path, home, family):
-    """GPT-2 with its tied embeddings; a release without the rows that padded its vocabulary."""
+    """GPT-2 with its tied embeddings, and a release without the rows that padded its vocabulary."""
     given = (finetune.GPT2, 0) if family == "gpt2" else (finetune.LLAMA, 7)
     ranks1.run(write_model, tmp_path, *given)
     sweeps = ("method=full,lora,ticket",)
@@ -404,7 +405,7 @@ def test_other_models(ranks1, tmp_path, home, family):
 
 
 def test_scratch_is_a_control(ranks1, home):
-    """Fresh weights of the same architecture: nothing of the release is left."""
+    """Fresh weights of the same architecture: nothing of the release remains."""
     given = flags(
         home,
         "--task",

@@ -1,4 +1,4 @@
-"""Every fault that the guard looks for, provoked in a real run, under each policy."""
+"""Every fault that the guard checks, provoked in a real run, under each policy."""
 
 import json
 import math
@@ -65,7 +65,7 @@ def test_infinite_gradient_stops(lives, run, calm):
 
 @pytest.mark.parametrize("update", daily([4, 12], [12]))
 def test_infinite_gradient_just_before_a_save(lives, run, update):
-    """What it spoilt is not saved."""
+    """The corrupt state is not saved."""
     one, _ = lives(fault=infinite_gradient, given=(update,))
     assert (one.code, checkpoints(run)) == (1, list(range(4, update, 4)))
 
@@ -91,7 +91,7 @@ def test_spike(lives, run, policy, fault):
 
 
 def test_spike_that_is_ignored_and_statistics_that_survive(lives, run, tmp_path):
-    """The statistics of a run in two lives are those of one life, to the bit."""
+    """The statistics of a run in two parts equal those of one, to the bit."""
     one, _ = lives(*LONG, "--guard.spike", "ignore", fault=scaled_loss, given=(54, 100.0))
     assert (one.code, one.err.count("warning")) == (0, 0)
     whole = position(run, 56)
@@ -105,7 +105,7 @@ def test_spike_that_is_ignored_and_statistics_that_survive(lives, run, tmp_path)
 
 
 def flip_frozen(engine: Engine) -> None:
-    """The highest bit of the frozen ones among 1,024 neighbours of this rank's share."""
+    """Flip the highest bit of the frozen elements among 1,024 neighbours of this rank's share."""
     for flat in engine.shards.flats:
         if (bits := engine.optimizer.bits(flat)) is None:
             continue
@@ -132,7 +132,7 @@ def flip_mask(engine: Engine) -> None:
     ),
 )
 def test_drift(lives, run, calm, action, fault, every):
-    """Found at the next look; when there is none before the save, then."""
+    """Drift is found at the next check, or before a save if that comes first."""
     one, other = lives("--guard.drift_every", every, fault=act, given=(6, 1, action))
     seen(fault, one.code, one.err)
     assert f"update {6 if every == '1' else 8}:" in one.err
@@ -147,7 +147,7 @@ def test_drift_that_is_ignored(lives):
 
 
 def other_ticket(rank: int) -> Any:
-    """A rank that reads a ticket with one bit moved."""
+    """Make a rank read a ticket with one bit moved."""
 
     def load(folder: Path, **options: Any) -> Ticket:
         ticket = load_ticket(folder, **options)
@@ -170,14 +170,14 @@ STRAGGLING = ("--train.steps", "44", "--run.val_every", "44", "--guard.straggler
 
 
 def test_straggler_is_named(lives):
-    """Once, not every 20 updates."""
+    """The straggler is named once, not every 20 updates."""
     one, _ = lives(*STRAGGLING, fault=slow, given=(0.1, 1))
     seen("straggler", one.code, one.err)
     assert one.err.count("times as long") == 1
 
 
 def test_a_little_slower_is_noise(lives):
-    """0.1 s per update, several times what the others take."""
+    """0.1 s per update is ignored, though several times the duration of the others."""
     one, _ = lives(*STRAGGLING[:4], fault=slow, given=(0.1, 1))
     assert (one.code, one.err.count("times as long")) == (0, 0)
 
@@ -195,7 +195,7 @@ def test_straggler_is_ignored(lives):
 
 
 def jumping_clock(updates: tuple[int, int]) -> Any:
-    """The wall clock: a year ahead at one update, then two years back."""
+    """Move the wall clock ahead by a year at one update, then back by two years."""
     true, year = time.time, 365 * 86400.0
     offset = [0.0]
 
@@ -232,7 +232,7 @@ TRAIN = TrainConfig(
 
 
 def skipping(stage: int, precision: Precision, with_backward: bool) -> dict[str, torch.Tensor]:
-    """Six updates without the third: dropped by the engine, or one that there never was."""
+    """Do six updates without the third: dropped by the engine, or never there."""
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True  # CPU computes it, DeepSpeed denies it
@@ -260,7 +260,7 @@ def skipping(stage: int, precision: Precision, with_backward: bool) -> dict[str,
     ("stage", "precision"), daily(product(range(4), ("fp32", "bf16")), [(1, "fp32"), (3, "bf16")])
 )
 def test_skipped_update_leaves_no_trace(ranks2, stage, precision):
-    """Weights, master, moments and counters are those of a run that never had the update."""
+    """Weights, master, moments and counters equal those of a run that never had the update."""
     skipped = ranks2.run(skipping, stage, precision, True)
     without = ranks2.run(skipping, stage, precision, False)
     for one, other in zip(skipped, without, strict=True):

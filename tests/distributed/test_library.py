@@ -1,4 +1,4 @@
-"""Checkpoints of a plain DeepSpeed loop, without a mask: killed, resumed, by other ranks."""
+"""Checkpoints of a plain DeepSpeed loop, without a mask: killed, then resumed by other ranks."""
 
 import json
 import os
@@ -74,7 +74,7 @@ def test_a_damaged_one_is_passed_over(ranks2, tmp_path, capfd):
 
 
 def test_lines_of_the_readme_name_what_there_is():
-    """They are those of helpers/plain_loop.py."""
+    """The README's calls are those of helpers/plain_loop.py."""
     text = (REPO / "README.md").read_text(encoding="utf-8")
     used = set(re.findall(r"checkpoints\.(\w+)\(", text))
     assert used == {"find", "load_weights", "resume", "save", "prune"}
@@ -82,7 +82,7 @@ def test_lines_of_the_readme_name_what_there_is():
 
 
 def test_killed_while_it_trains_and_saves(tmp_path):
-    """SIGKILL of all ranks, thrice; what is lost is what came after the last checkpoint."""
+    """After SIGKILL of all ranks, three times, only updates after the last checkpoint are lost."""
 
     def start(name: str) -> subprocess.Popen[str]:
         command = ["-m", "pmp_ds.launch", "--ranks", "2", "tests/helpers/plain_loop.py"]

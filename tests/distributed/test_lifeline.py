@@ -1,5 +1,5 @@
-"""Two ranks of a command, from its first line to its exit code: one that ends, and what the other
-one says. Real processes without a launcher, which would end the other one itself."""
+"""Two ranks of a command, from the start to the exit code: one ends, the other reports it. They
+are real processes without a launcher, which would end the other rank itself."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from tests.helpers.tiers import daily
 
 pytestmark = pytest.mark.distributed
 
-# Rank 1 does what the first argument says, while rank 0 waits for it in a collective.
+# Rank 1 does the first argument, while rank 0 waits for it in a collective.
 PROGRAM = """
 import os, sys, time
 from pmp_ds import ranks
@@ -100,7 +100,7 @@ def pair() -> Iterator[Callable[[str], list[Process]]]:
 
 
 def ends(processes: list[Process]) -> list[tuple[int, str]]:
-    """Exit code and standard error of each."""
+    """Return exit code and standard error of each rank."""
     found = []
     for process in processes:
         _, err = process.communicate(timeout=90)

@@ -1,6 +1,6 @@
-"""Every supported combination (tests/helpers/matrix.py): the complement untouched in weights and
-master, the trajectory that of the plain reference, the reported norm the masked one, and the states
-as small as promised."""
+"""Every supported combination (tests/helpers/matrix.py): the complement is unchanged in weights
+and master, the trajectory follows the plain reference, the reported norm is the masked one, and
+the states are as small as promised."""
 
 from typing import Any
 
@@ -61,7 +61,7 @@ def ds_json(case: Case) -> dict[str, Any]:
 
 
 def run_case(case: Case) -> dict[str, Any] | None:
-    """Rank 0's account of ``STEPS`` masked updates."""
+    """Return rank 0's record of ``STEPS`` masked updates."""
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True  # CPU computes it, DeepSpeed denies it
@@ -92,7 +92,7 @@ def run_case(case: Case) -> dict[str, Any] | None:
 
 
 def masked_norm(engine: Engine, mask: Any) -> float:
-    """Norm of the reduced gradient on the ticket, over all ranks, unscaled; worked out here."""
+    """Compute the norm of the reduced gradient on the ticket, over all ranks, unscaled."""
     total = torch.zeros((), dtype=torch.float64)
     for f, gradient in zip(engine.shards.fragments, engine.shards.gradients(), strict=True):
         kept = mask.fragment(f.name, f.start, f.numel)
@@ -103,7 +103,7 @@ def masked_norm(engine: Engine, mask: Any) -> float:
 
 
 def gather_master(engine: Engine) -> dict[str, torch.Tensor]:
-    """The fp32 master weights of all ranks, whole, by parameter; empty with a compact master."""
+    """Gather the fp32 master weights of all ranks, by parameter; empty with a compact master."""
     if engine.optimizer.compact_master:
         return {}
     local = [
@@ -124,7 +124,7 @@ def gather_master(engine: Engine) -> dict[str, torch.Tensor]:
 
 
 def state_bytes(engine: Engine) -> tuple[int, int]:
-    """(ours, dense) bytes of master weights, moments and mask on this rank, padding included."""
+    """Return (ours, dense) bytes of master weights, moments and mask on this rank, with padding."""
     flats = engine.shards.flats
     # A compact master is part of state_bytes; its flats are the 16-bit weights.
     master = 0 if engine.optimizer.compact_master else sum(flat.nbytes for flat in flats)
@@ -135,7 +135,7 @@ _references: dict[str, Any] = {}
 
 
 def expected(case: Case, mask: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The reference's losses and final weights, in fp32; once per model."""
+    """Return the reference's losses and final weights in fp32; computed once per model."""
     if case.model not in _references:
         model = build(case)
         masks = {name: mask.full(name) for name in mask.shapes}

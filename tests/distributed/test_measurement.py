@@ -1,4 +1,4 @@
-"""Sections of a DeepSpeed JSON that measure: they show something and change nothing."""
+"""DeepSpeed JSON sections for measurement produce output and change nothing."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.distributed
 
 @contextlib.contextmanager
 def afterwards_off() -> Iterator[None]:
-    """DeepSpeed's logger is one for the process and stays on."""
+    """Switch DeepSpeed's logger off again: there is one per process, and it stays on."""
     try:
         yield
     finally:

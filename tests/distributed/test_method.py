@@ -1,5 +1,5 @@
-"""Discovery, rewind and masked pretraining under every ZeRO stage and rank count, against the
-plain PyTorch reference, and against one another bit for bit where the gradients are."""
+"""Discovery, rewind and masked pretraining under every ZeRO stage and rank count, compared with
+the plain PyTorch reference, and bit for bit with one another if the gradients are equal."""
 
 from dataclasses import replace
 from itertools import product
@@ -37,7 +37,7 @@ CONFIG = Config(
 
 
 def run_method(stage: int, precision: Precision) -> dict[str, Any] | None:
-    """The whole method on the ranks of this process group; rank 0's view of it."""
+    """Run the whole method on the ranks of this process group; return rank 0's results."""
     config = replace(CONFIG, train=replace(CONFIG.train, precision=precision))
     ds_json, repeats = tiny.ds_json(stage), REPEATS // dist.world_size()
     table = parameter_table(tiny.model())
@@ -77,7 +77,7 @@ def run_method(stage: int, precision: Precision) -> dict[str, Any] | None:
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, Any]:
-    """The reference's ticket, trajectory and weights for the `mean` score in fp32."""
+    """Return the reference's ticket, trajectory and weights for the `mean` score in fp32."""
     model = tiny.model()
     k = exact_k(CONFIG.mask.density, num_params(parameter_table(model)))
     batch = lambda step: tiny.batch(step, MICRO)  # noqa: E731

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.distributed
 
 
 def resume_and_save(root: str, other: str) -> int:
-    """Take the newest checkpoint of ``root`` up at this world size, in ZeRO 1 with plain masters,
+    """Load the newest checkpoint of ``root`` at this world size, in ZeRO 1 with plain masters,
     and save it into ``other`` without a step in between."""
     found = shelf.find(RunDir(Path(root)))
     assert found is not None

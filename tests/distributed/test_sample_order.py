@@ -1,4 +1,4 @@
-"""The samples of a run that stops and goes on with other ranks are those of one that never did."""
+"""A run that stops and resumes with other ranks gets the samples of a run that never stopped."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ LEGS = (("ranks1", 37), ("ranks4", 11), ("ranks2", 12))
 
 
 def read(setting: Any, consumed: int, steps: int) -> tuple[list[list[int]], int]:
-    """Block numbers of this rank in each update, and the state at the end."""
+    """Return the block numbers of this rank in each update, and the state at the end."""
     work = Work(
         name="train",
         model=None,
@@ -34,7 +34,7 @@ def read(setting: Any, consumed: int, steps: int) -> tuple[list[list[int]], int]
 
 
 def in_order(ranks: list[tuple[list[list[int]], int]]) -> list[int]:
-    """The global stream: of every update, the ranks' shares in rank order."""
+    """Return the global stream: for every update, the ranks' shares in rank order."""
     updates = zip(*(found for found, _ in ranks), strict=True)
     return [i for update in updates for share in update for i in share]
 

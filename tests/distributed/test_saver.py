@@ -1,4 +1,4 @@
-"""Checkpoints while training goes on: the same bytes as when it waits, and a disk without room."""
+"""Background saves write the same bytes as foreground saves and survive a full disk."""
 
 import os
 import shutil
@@ -51,8 +51,8 @@ def files(run: RunDir) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("stage", daily([1, 3], [3]))
 def test_background_and_foreground_write_the_same_bytes(lives, tmp_path, stage):
-    """Those of discovery too, which goes on while they are written; it is stopped, as its
-    checkpoints go when there is a ticket."""
+    """This includes checkpoints of discovery, which continues during the save. Discovery is
+    stopped, because its checkpoints are deleted once there is a ticket."""
     term = (act, (5, 0, raise_signal, signal.SIGTERM))
     found = []
     for background in ("true", "false"):
@@ -75,7 +75,7 @@ def native_threads() -> int:
 
 
 def test_a_run_leaves_no_threads(lives, ranks2, calm):
-    """Of its process groups: a sweep makes many runs in one process."""
+    """Process groups leave no threads behind: a sweep makes many runs in one process."""
     assert lives("--run.name", "one")[0].code == 0
     before = ranks2.run(native_threads)
     assert lives("--run.name", "two")[0].code == 0
@@ -100,7 +100,7 @@ def test_every_nth_is_kept(lives, run, every, kept):
 
 @pytest.mark.parametrize("background", daily(["true", "false"], ["true"]))
 def test_disk_full(lives, run, calm, background):
-    """Told, and training goes on; the next checkpoint finds room again."""
+    """A warning is given and training continues; the next checkpoint has room again."""
     flags = ("--run.async_save", background)
     one, other = lives(*flags, fault=little_room, given=(1, range(7, 11)))
     seen("disk full", one.code, one.err)
@@ -135,7 +135,7 @@ def test_disk_nearly_full(lives, run):
 
 
 def nearly_full_once() -> Any:
-    """The second time that somebody looks, there is hardly any room."""
+    """Report hardly any free space at the second check."""
     usage, calls = shutil.disk_usage, []
 
     def of(path: Any) -> Any:
@@ -146,7 +146,7 @@ def nearly_full_once() -> Any:
 
 
 def test_metrics_on_a_full_disk(lives, run, ranks1):
-    """One rank: with more, the launcher ends the others."""
+    """One rank only: with more, the launcher ends the others."""
     flags = ("--train.micro_batch_size", "8")
     (one,) = lives(*flags, fault=little_room, given=(0, range(6, 13), 300), pool=ranks1)
     seen("metrics on a full disk", one.code, one.err)

@@ -29,8 +29,8 @@ def losses(run: RunDir) -> list[tuple[float, float]]:
 
 
 def test_decay_after_a_stable_part(lives, run, tmp_path):
-    """The losses are those of a run that was configured so from its start. Rates that were used
-    already stay as they are."""
+    """The losses equal those of a run configured that way from its start. Learning rates already
+    used do not change."""
     assert [life.code for life in lives(*STABLE, "3", "--run.name", "whole")] == [0, 0]
     whole = losses(RunDir(tmp_path / "whole"))
     assert [rate for _, rate in whole[8:]] == pytest.approx([1e-3, 7e-4, 4e-4, 1e-4])

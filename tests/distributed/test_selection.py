@@ -1,5 +1,5 @@
-"""Quotas and drawn elements: exactly k, and the same mask under every sharding, as a sort on one
-process finds it."""
+"""Quotas and random elements: exactly k, and the same mask under every sharding as a sort on one
+process gives."""
 
 from dataclasses import replace
 from typing import Any
@@ -41,7 +41,7 @@ Kept = dict[tuple[str, int], list[bool]]
 
 
 def masks_of_this_rank(sharding: str) -> list[Kept]:
-    """For each rule the masks of this rank's fragments, by name and first element."""
+    """Return, for each rule, the masks of this rank's fragments by name and first element."""
     mine = [
         Fragment(name, a, b - a, 0, 0)
         for name, a, b in fragments(sharding, dist.rank(), dist.world_size())
@@ -60,7 +60,7 @@ def masks_of_this_rank(sharding: str) -> list[Kept]:
 
 
 def expected(rule: MaskConfig) -> dict[str, list[bool]]:
-    """Python's own sort, first on the draw, then on the score of the rest."""
+    """Sort with Python, first on the draw, then on the score of the rest."""
     scores = synthetic(torch.float32)
     masks = {name: [False] * size for name, size in SIZES.items()}
     masks["gain"] = [True] * SIZES["gain"]
@@ -134,12 +134,12 @@ def test_no_room_beside_what_is_always_trained():
     ],
 )
 def test_random_ticket_of_a_key(rule, ticket_id):
-    """Golden: a run whose ticket is lost draws it again. A quota is not a random mask's."""
+    """Golden: a run whose ticket is lost draws it again. Quotas do not apply to a random mask."""
     assert random_ticket(b"g" * 32, rule, parameter_table(tiny.model())).id[:16] == ticket_id
 
 
 def hardened_ticket(stage: int) -> tuple[str, dict[str, int]]:
-    """Id and kept elements by parameter of a whole discovery."""
+    """Return id and kept elements by parameter of a whole discovery."""
     mask = replace(CONFIG.mask, quota="per_tensor", random_fraction=0.5)
     config = Config(mask=mask, train=CONFIG.train)
     engine = Engine(tiny.model(), config.train, tiny.ds_json(stage))

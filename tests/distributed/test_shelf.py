@@ -1,5 +1,5 @@
-"""The checkpoints that are there: which one is found, what is said of those that cannot be read,
-what is deleted, and what never is."""
+"""Stored checkpoints: which one is found, the messages about unreadable ones, and which are
+deleted or kept."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture
 def run(written, tmp_path) -> RunDir:
-    """A copy of ``written`` to damage."""
+    """Return a copy of ``written`` to damage."""
     return RunDir(Path(shutil.copytree(written, tmp_path / "run")))
 
 
@@ -92,7 +92,7 @@ def edit(**changes: Any) -> Callable[[Path], None]:
 
 
 def swap(other: str) -> Callable[[Path], None]:
-    """Another checkpoint's content."""
+    """Replace the content by another checkpoint's."""
 
     def damage(folder: Path) -> None:
         shutil.copytree(folder.with_name(other), folder, dirs_exist_ok=True)
@@ -142,7 +142,7 @@ def test_damaged_one_that_was_asked_for(run, damage, named):
 
 
 def test_all_damaged(run, capsys):
-    """Not the same as having none: that would be a start at update 0."""
+    """All damaged differs from none: that would be a start at update 0."""
     folders = [run.checkpoints / f"update-0000000{step}" for step in (3, 2, 1)]
     flip("weights/model.safetensors")(folders[0])
     cut("state/rank-00001.safetensors")(folders[1])
@@ -168,10 +168,10 @@ def test_all_damaged(run, capsys):
 
 @pytest.mark.parametrize("step", [3, 2])
 def test_another_format_is_never_passed_over(run, step):
-    """It is not damage, so an older one is no way out."""
+    """Another format is not damage, so an older checkpoint is not used instead."""
     other = run.checkpoints / f"update-0000000{step}"
     edit(format_version=1)(other)
-    if step == 2:  # what comes before it does not count
+    if step == 2:  # a damaged newer one does not matter
         flip("weights/config.json", 40)(newest(run))
     with pytest.raises(FormatError) as caught:
         shelf.find(run)
@@ -191,7 +191,7 @@ def test_another_format_of_an_older_one_is_no_matter(run):
 
 
 def test_format_2_is_read(run, capsys):
-    """As it was written before the code was in the manifest."""
+    """Format 2 is read as it was before the manifest named the code."""
     path = newest(run) / "manifest.json"
     manifest = json.loads(path.read_text())
     assert manifest.pop("code") == str(code_version())
@@ -204,7 +204,7 @@ def test_format_2_is_read(run, capsys):
 
 
 def test_folder_that_cannot_be_listed(run):
-    """Is not an empty one."""
+    """An unreadable folder is not an empty one."""
     shutil.rmtree(run.checkpoints)
     run.checkpoints.write_text("a mount that went wrong")
     with pytest.raises(UserError, match=r"checkpoints cannot be read: Not a directory"):
@@ -228,8 +228,8 @@ def test_prune_keeps_the_newest(run, keep, left):
 
 
 def test_prune_counts_what_can_be_read(run):
-    """What cannot be read neither counts nor goes, and what was just written stays, whatever the
-    others are called."""
+    """Unreadable checkpoints neither count nor are deleted, and the one just written stays,
+    whatever the names of the others."""
     for step in (8, 9):
         shutil.copytree(newest(run), run.checkpoints / f"update-0000000{step}")
     shelf.prune(run, "train", 2, written="update-00000001")
@@ -258,7 +258,7 @@ def test_damaged_ones_go_when_enough_newer_ones_can_be_read(run):
 
 @pytest.mark.parametrize("intact", [True, False])
 def test_save_over_one_of_the_same_name(ranks2, run, written, intact):
-    """An intact one is never given up, not even for a moment; a damaged one is set aside."""
+    """An intact checkpoint is never given up, not even for a moment; a damaged one is set aside."""
     if not intact:
         flip("weights/model.safetensors")(newest(run))
     before = files_of(newest(run))
@@ -275,7 +275,7 @@ def test_save_over_one_of_the_same_name(ranks2, run, written, intact):
 
 
 def saved_again(root: str) -> str | None:
-    """What a third save of update 3 raises."""
+    """Return the error of a third save of update 3."""
     try:
         segment(root, 2, "bf16", True, resume=False, last=3, save=[3])
     except checkpoint.NotWrittenError as error:
@@ -284,7 +284,7 @@ def saved_again(root: str) -> str | None:
 
 
 def test_goes_on_from_the_one_before_and_replaces_the_damaged_one(ranks2, run, written):
-    """The whole story: damage, resume, the same bits again. A half-written folder is in the way."""
+    """The whole story: damage, resume, the same bits again, with a partial folder in the way."""
     flip("state/rank-00000.safetensors")(newest(run))
     shutil.copytree(newest(run), newest(run).with_name("update-00000003.incomplete"))
     ranks2.run(segment, str(run.root), 2, "bf16", True, True, 3, [3])

@@ -1,5 +1,5 @@
-"""A run that was here before never begins again by itself: what a start refuses, and that a refused
-start leaves every file as it was."""
+"""An existing run never starts over by itself: each case is refused, and a refused start leaves
+every file unchanged."""
 
 import contextlib
 import json
@@ -33,14 +33,14 @@ SECRET = ("--init.seed", "null", "--train.steps", "4", "--train.warmup_steps", "
 
 @pytest.fixture
 def ended(calm: RunDir, run: RunDir) -> RunDir:
-    """A copy of the undisturbed run; checkpoints of updates 8 and 12."""
+    """Return a copy of the undisturbed run; checkpoints of updates 8 and 12."""
     shutil.copytree(calm.root, run.root)
     return run
 
 
 @pytest.fixture
 def refused(lives, run) -> Callable[..., Life]:
-    """A start that ends with a mistake and changes nothing, however often it is repeated."""
+    """Check that a start fails with a mistake and changes nothing, however often it is repeated."""
 
     def start(*flags: str) -> Life:
         before = files_of(run.root)
@@ -53,7 +53,7 @@ def refused(lives, run) -> Callable[..., Life]:
 
 
 def spoil(run: RunDir) -> None:
-    """A bit in a file of each checkpoint."""
+    """Flip a bit in a file of each checkpoint."""
     for step in (8, 12):
         flip(run.checkpoints / f"update-{step:08d}" / "weights" / "model.safetensors")
 
@@ -66,7 +66,7 @@ def another_format(folder: Path) -> None:
 
 
 def test_none_can_be_read(refused, lives, ended, calm):
-    """Refused twice; then begun again on demand, and everything is still there."""
+    """The start is refused twice; started over on request, it keeps everything."""
     spoil(ended)
     metrics = ended.metrics.read_bytes()
     for _ in range(2):
@@ -88,7 +88,8 @@ def test_none_can_be_read(refused, lives, ended, calm):
 
 
 def test_other_format(refused, lives, ended, calm):
-    """Of the newest: an older one is no way out. Of all of them: refused, or begun again."""
+    """If only the newest has another format, older ones are not used; if all do, the start is
+    refused unless started over on request."""
     another_format(ended.checkpoints / "update-00000012")
     for flags in ((), (AFRESH,)):  # one can be read, so the flag changes nothing
         one = refused(*flags)
@@ -102,7 +103,7 @@ def test_other_format(refused, lives, ended, calm):
 
 
 def test_afresh_changes_nothing_where_one_can_be_read(lives, ended, calm):
-    """So it may stand in a job that is queued again and again."""
+    """The flag may therefore stay in a job that is requeued."""
     flip(ended.checkpoints / "update-00000012" / "weights" / "model.safetensors")
     one, _ = lives(AFRESH)
     assert f"{AFRESH} changes nothing: update-00000008 can be read" in one.out
@@ -117,7 +118,7 @@ def test_afresh_of_a_new_run(lives, run, calm):
 
 
 def test_afresh_that_is_killed(refused, lives, ended, calm):
-    """After the copy of the metrics, and after the checkpoints are out of the way."""
+    """Killed after the copy of the metrics, and after the checkpoints were moved."""
     spoil(ended)
     shutil.copy(ended.metrics, ended.checkpoints / "metrics.jsonl")
     refused()
@@ -130,7 +131,7 @@ def test_afresh_that_is_killed(refused, lives, ended, calm):
 
 @pytest.mark.parametrize("lost", ["folder", "content"])
 def test_lost_checkpoints(refused, lives, ended, calm, lost):
-    """A folder that was not mounted is not a run that has not begun."""
+    """A folder that was not mounted does not look like a run that never began."""
     shutil.rmtree(ended.checkpoints)
     if lost == "content":
         ended.checkpoints.mkdir()
@@ -147,7 +148,7 @@ def test_afresh_needs_the_ticket(refused, ended):
 
 
 def test_another_ticket(refused, ended):
-    """Found before anything is written."""
+    """The mistake is found before anything is written."""
     shutil.rmtree(ended.checkpoints / "update-00000012")
     manifest = ended.ticket / "ticket.json"
     manifest.write_text(manifest.read_text().replace('"id": "', '"id": "0'))
@@ -155,14 +156,14 @@ def test_another_ticket(refused, ended):
 
 
 def test_lost_settings(refused, ended):
-    """Without config.yaml other settings would pass for the run's."""
+    """Without config.yaml, other settings would pass for the run's."""
     ended.config.unlink()
     one = refused("--train.lr", "0.5")
     assert f"{ended.config} is missing, and " in one.err
 
 
 def test_damaged_metrics(refused, ended):
-    """A record in the middle: those behind it would be lost."""
+    """A damaged record in the middle is refused, because those after it would be lost."""
     lines = ended.metrics.read_text().splitlines(keepends=True)
     lines[3] = lines[3][:-5] + "\n"
     ended.metrics.write_text("".join(lines))
@@ -170,7 +171,7 @@ def test_damaged_metrics(refused, ended):
 
 
 def test_code_in_settings(lives, ended):
-    """Which code began a run stays; which one started it last is written anew."""
+    """The code that began the run stays; the code that started it last is updated."""
     now, old = str(code_version()), "pmp-ds 0.0.9 (commit abc)"
     text = ended.config.read_text()
     assert text.startswith(f"# begun with {now}\n# last started with {now}\nrun:\n")
@@ -205,12 +206,12 @@ def test_lost_key(refused, lives, run):
 
 
 def key_of(root: str) -> bytes:
-    """The key as a rank has it whose host has a folder of its own."""
+    """Return the key as read by a rank whose host has a folder of its own."""
     return bytes(theta0.init_of(RunDir(Path(root) / str(dist.rank())), Config()))
 
 
 def test_the_key_does_not_travel_between_ranks(ranks2, tmp_path):
-    """Each rank reads it for itself: others may listen to the network between hosts."""
+    """Each rank reads the key itself: others may listen to the network between hosts."""
     for rank in (0, 1):
         folder = RunDir(tmp_path / str(rank)).init
         folder.mkdir(parents=True)
@@ -220,7 +221,8 @@ def test_the_key_does_not_travel_between_ranks(ranks2, tmp_path):
 
 
 def test_lost_digest(refused, lives, run):
-    """Written again where the weights outside the ticket say that the key is the run's."""
+    """The digest is written again if the weights outside the ticket show that the key is the
+    run's."""
     assert lives(*SECRET)[0].code == 0
     path = run.init / "theta0.json"
     text, key = path.read_text(), (run.init / "key").read_bytes()
@@ -233,8 +235,8 @@ def test_lost_digest(refused, lives, run):
 
 
 def test_digest_of_an_older_version(lives, run):
-    """It has no check value of the key or no seal: it gets them, after theta(0) was drawn and
-    compared."""
+    """An older digest lacks a check value of the key or a seal: both are added after theta(0)
+    was drawn and compared."""
     assert lives(*SECRET)[0].code == 0
     path = run.init / "theta0.json"
     text = path.read_text()
@@ -252,7 +254,7 @@ def test_digest_of_an_older_version(lives, run):
 
 @contextlib.contextmanager
 def cut_once_named(step: int, name: str) -> Iterator[None]:
-    """A file of a checkpoint loses its end as the folder gets its name."""
+    """Truncate a file of a checkpoint when the folder gets its name."""
     original = os.replace
 
     def replace(source: Path, target: Path) -> None:
@@ -275,7 +277,8 @@ def cut_once_named(step: int, name: str) -> Iterator[None]:
     ),
 )
 def test_save_that_does_not_read_back(lives, run, calm, name, background):
-    """It is no checkpoint: the one before is kept for it, and the next start does not count it."""
+    """A save that fails to read back is not a checkpoint: the previous one is kept, and the next
+    start does not count it."""
     flags = ("--run.keep_last", "1", "--run.async_save", background)
     one, other = lives(*flags, fault=cut_once_named, given=(8, name))
     seen("not read back", one.code, one.err)

@@ -1,4 +1,5 @@
-"""Asked to stop, a run saves after the update and goes on from there: by signals and by time."""
+"""On request a run saves after the update, stops, and resumes from there: by signals and by
+time."""
 
 import signal
 from itertools import product
@@ -49,7 +50,7 @@ def test_signal_within_the_last_updates(lives, run, calm, update):
 
 
 def test_signal_while_a_checkpoint_is_due(lives, run, calm):
-    """It is written once."""
+    """The checkpoint is written once."""
     one, _ = lives(fault=act, given=(8, 1, raise_signal, signal.SIGTERM))
     assert (one.code, checkpoints(run)) == (75, [4, 8])
     assert lives()[0].code == 0
@@ -61,7 +62,8 @@ def test_signal_while_a_checkpoint_is_due(lives, run, calm):
     daily(product(["mean", "gradient"], ["true", "false"]), [("mean", "true")]),
 )
 def test_signal_in_discovery(lives, run, tmp_path, background, score):
-    """Scores, IoU history and candidates come back: ticket and metrics are those of one life."""
+    """Scores, IoU history and candidates are restored: ticket and metrics equal those of one
+    run."""
     flags = (*DISCOVER, "--mask.score", score, "--run.async_save", background)
     assert lives(*flags, "--run.name", "whole")[0].code == 0
     one, _ = lives(*flags, fault=act, given=(3, 1, raise_signal, signal.SIGTERM))
@@ -89,7 +91,7 @@ STABLE = (
 
 @pytest.mark.parametrize("last", daily([(STABLE,), (DISCOVER,)], [(STABLE,)]))
 def test_signal_within_the_last_update_of_discovery(lives, run, tmp_path, last):
-    """The mask that was stable, or the last one, is the ticket: no update is added."""
+    """The stable mask, or the last one, is the ticket: no update is added."""
     assert lives(*last, "--run.name", "whole")[0].code == 0
     whole = type(run)(tmp_path / "whole")
     end = max(r["step"] for r in comparable(whole.metrics) if r["phase"] == "discover")

@@ -1,5 +1,5 @@
-"""The ticket is the same bits under every sharding: the same scores, cut as each ZeRO stage cuts
-them, against one sort on one process."""
+"""The ticket has the same bits under every sharding: the same scores, divided as each ZeRO stage
+divides them, are compared with one sort on one process."""
 
 import math
 from itertools import product
@@ -22,7 +22,8 @@ SIZES = {"embed": 103, "gain": 7, "zero": 30, "tiny": 1, "matrix": 211, "tail": 
 
 
 def synthetic(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Heavy ties across parameters and rank borders, an all-zero tensor, a few distinct values."""
+    """Return heavy ties across parameters and rank borders, an all-zero tensor, a few distinct
+    values."""
     generator = torch.Generator().manual_seed(3)
     scores = {
         name: torch.randint(-2, 3, (size,), generator=generator).to(dtype)
@@ -34,7 +35,7 @@ def synthetic(dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def fragments(sharding: str, rank: int, world_size: int) -> list[tuple[str, int, int]]:
-    """(name, first element, end) of what a rank owns."""
+    """Return (name, first element, end) of the fragments of a rank."""
     found = []
     if sharding == "replicated":  # stage 0
         found = [(name, 0, size) for name, size in SIZES.items()]
@@ -59,7 +60,7 @@ def fragments(sharding: str, rank: int, world_size: int) -> list[tuple[str, int,
 
 
 def masks_of_this_rank(sharding: str, ks: list[int]) -> list[dict[tuple[str, int], list[bool]]]:
-    """Per dtype and k: the masks of this rank's fragments by name and first element."""
+    """Return, per dtype and k, the masks of this rank's fragments by name and first element."""
     starts = dict(zip(SIZES, [sum(list(SIZES.values())[:i]) for i in range(6)], strict=True))
     mine = fragments(sharding, dist.rank(), dist.world_size())
     results = []
@@ -80,7 +81,7 @@ def masks_of_this_rank(sharding: str, ks: list[int]) -> list[dict[tuple[str, int
 
 
 def brute_force(dtype: torch.dtype, k: int) -> dict[str, list[bool]]:
-    """Python's own sort on (magnitude, global index)."""
+    """Sort with Python on (magnitude, global index)."""
     scores = synthetic(dtype)
     ranked = [
         (-abs(value), name, i)

@@ -1,5 +1,5 @@
 """Batches that do not divide into ranks and micro-batches, under every ZeRO stage: discovery and
-masked pretraining are those of the plain PyTorch reference on whole batches."""
+masked pretraining equal the plain PyTorch reference on whole batches."""
 
 from dataclasses import replace
 from typing import Any
@@ -36,12 +36,12 @@ CONFIG = Config(
 
 
 def share(step: int) -> torch.Tensor:
-    """This rank's blocks of an update."""
+    """Return this rank's blocks of an update."""
     return tiny.batch(step, BATCH).split(SHARES[dist.world_size()])[dist.rank()]
 
 
 def run_method(stage: int, precision: Precision, micro_batch_size: int) -> dict[str, Any] | None:
-    """The whole method on the ranks of this process group; rank 0's view of it."""
+    """Run the whole method on the ranks of this process group; return rank 0's results."""
     train = replace(CONFIG.train, precision=precision, micro_batch_size=micro_batch_size)
     table, config = parameter_table(tiny.model()), replace(CONFIG, train=train)
     engine = Engine(tiny.model(), train, tiny.ds_json(stage))
@@ -76,7 +76,7 @@ def run_method(stage: int, precision: Precision, micro_batch_size: int) -> dict[
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, Any]:
-    """The reference's ticket, losses, norms and weights, of whole batches in fp32."""
+    """Return the reference's ticket, losses, norms and weights, for whole batches in fp32."""
     model = tiny.model()
     k = exact_k(CONFIG.mask.density, num_params(parameter_table(model)))
     batch = lambda step: tiny.batch(step, BATCH)  # noqa: E731

@@ -1,4 +1,4 @@
-"""Ranks share the look at a store, and all of them name what is damaged."""
+"""Ranks share the check of a store, and all of them name the damage."""
 
 import shutil
 from pathlib import Path
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.distributed
 
 
 def start(folders: list[str], memory: str) -> int | str:
-    """Bytes that this rank read of its folder, or the error."""
+    """Return the bytes that this rank read of its folder, or the error."""
     try:
         return check_together(Store.open(folders[dist.rank() % len(folders)]), Path(memory))
     except UserError as error:
@@ -40,7 +40,7 @@ def test_ranks_share_a_store(ranks2: RankPool, tmp_path: Path):
 
 
 def test_a_copy_of_its_own_is_checked_whole(ranks2: RankPool, tmp_path: Path):
-    """As on hosts with disks of their own: damage to one copy does not hide behind the other."""
+    """As on hosts with their own disks: damage to one copy does not hide behind the other."""
     folder = write_store(tmp_path / "store", 0, 400, shard=100)
     copy = str(shutil.copytree(folder, tmp_path / "copy"))
     size = sum(shard["bytes"] for shard in Store.open(folder).shards)

@@ -31,7 +31,7 @@ def test_our_code_asks_for_nothing(lives, tmp_path, stage, precision):
 
 
 def test_a_policy_that_waits_says_so(lives, tmp_path):
-    """Once per update for the loss, and what looks at the gradients."""
+    """The loss and the check of the gradients wait once per update."""
     where = tmp_path / "waits"
     lives(*FLAGS, "--guard.nonfinite", "skip", fault=waits_written, given=(str(where),))
     found = json.loads((tmp_path / "waits.0").read_text())

@@ -1,5 +1,5 @@
-"""Models of which a part is never trained, through every command that reads their ticket: pretrain,
-export, report, vault, evaluate, fine-tune, a derivative, and the audit."""
+"""Partly frozen models, through every command that reads their ticket: pretrain, export, report,
+vault, evaluate, fine-tune, a derivative, and the audit."""
 
 import contextlib
 import json
@@ -31,12 +31,12 @@ FIXED = {
     "ernie4_5_moe": {"model.layers.1.mlp.gate.moe_statics.e_score_correction_bias"},
     "deepseek_v3": {"model.layers.1.mlp.gate.e_score_correction_bias"},
 }
-"""What no ticket names: a frozen parameter, and a persistent buffer."""
+"""Names outside every ticket: a frozen parameter, and a persistent buffer."""
 
 
 @pytest.fixture(params=daily(FIXED, ["deepseek_v3"]))
 def main(request: pytest.FixtureRequest, ranks1: RankPool, work: Path, tmp_path: Path) -> RunDir:
-    """A finished and exported run of the family."""
+    """Return a finished and exported run of the family."""
     architecture = tmp_path / "architecture.json"
     architecture.write_text(json.dumps(families.tiny_config(request.param).to_dict()))
     (tmp_path / "tiny.yaml").write_text(RECIPE.replace("ARCHITECTURE", str(architecture)))
@@ -52,7 +52,7 @@ def main(request: pytest.FixtureRequest, ranks1: RankPool, work: Path, tmp_path:
 
 
 def fixed(run: RunDir) -> set[str]:
-    """Tensors of the release that the ticket does not name."""
+    """Return tensors of the release that the ticket does not name."""
     return weights(run.release).keys() - load_ticket(run.ticket).mask.shapes.keys()
 
 

@@ -1,4 +1,4 @@
-"""Every command works for a user without a passwd entry, a name or a home: a container's."""
+"""Every command works for a user without a passwd entry, a name or a home, as in a container."""
 
 import shutil
 from pathlib import Path
@@ -32,13 +32,13 @@ pytestmark = [pytest.mark.e2e, needs(*UNSHARE[1:])]
 
 def nameless(launcher: str, *arguments: str | Path, cwd: Path, ranks: int | None = None) -> Done:
     done = ok(run(launcher, *arguments, cwd=cwd, ranks=ranks, before=NAMELESS))
-    assert not (cwd / "~").exists()  # what "~" without a home would have become
+    assert not (cwd / "~").exists()  # the result of expanding "~" without a home
     return done
 
 
 @pytest.fixture(scope="module")
 def folder(main_run: MainRun, work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The store and the finished run, exported."""
+    """Return the store and the finished, exported run."""
     folder = tmp_path_factory.mktemp("nameless")
     shutil.copytree(work / "store", folder / "store")
     shutil.copytree(main_run.run.root, folder / "runs" / "main")

@@ -28,7 +28,7 @@ FIELDS = {
 
 
 def audit(work: Path, name: str, *more: str | Path) -> tuple[Done, dict[str, Any]]:
-    """The command's end, and the attacks of its audit.json by name."""
+    """Return the result of the command, and the attacks of its audit.json by name."""
     folder = work / "runs" / name
     done = run(
         "audit.py",
@@ -107,7 +107,7 @@ def test_default_passes(main_run: MainRun, work: Path):
 
 @pytest.mark.nightly
 def test_second_revision_and_shadow(main_run: MainRun, public: Path):
-    """Another checkpoint of the run, and the attacker's own run."""
+    """Attack with another checkpoint of the run, and the attacker's own run."""
     older = ("--checkpoint", "30", "--out", "older", "--private")
     ok(call("export.py", "--run", "runs/main", *older, cwd=public))
     done, found = audit(public, "main", "--base", "older", "--shadow", "runs/public")

@@ -1,4 +1,4 @@
-"""Every mistake is said once, in one line, with exit code 1, and leaves nothing behind."""
+"""Every mistake gives one line and exit code 1, and leaves nothing behind."""
 
 import json
 import os
@@ -23,7 +23,7 @@ TRAIN = ("pretrain.py", "--config", "tiny.yaml", "--run.root", "bad")
 
 
 def refused(work: Path, *arguments: str | Path, watched: tuple[Path, ...] = ()) -> str:
-    """The message of a training that must not start."""
+    """Return the message of a training that must not start."""
     before = files_of(work / "store", *watched)
     message = error_of(call(*TRAIN, *arguments, cwd=work))
     assert before == files_of(work / "store", *watched)
@@ -123,7 +123,7 @@ def test_missing_shard(work: Path, copy_of_store: Path):
 
 
 def test_swapped_shards(work: Path, tmp_path: Path):
-    """Two shards of one shape in each other's place: only their hashes tell."""
+    """Two shards of equal shape are swapped: only their hashes differ."""
     folder = write_store(tmp_path / "store", 0, 64, shard=32, vocab_size=400)
     a, b = sorted((tmp_path / "store" / "train").glob("*.arrow"))
     assert a.stat().st_size == b.stat().st_size
@@ -228,7 +228,7 @@ def test_export_and_report_of_no_run(main_run: MainRun, work: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("case", ["ranks", "shard"])
 def test_two_ranks_say_it_once(work: Path, copy_of_store: Path, case: str):
-    """One mistake that every rank finds, one that only rank 0 looks for; neither hangs."""
+    """One mistake that every rank finds, one that only rank 0 checks; neither hangs."""
     if case == "ranks":
         arguments = ("--train.global_batch_size", "1")
         expected = "=1 is less than a sequence for each of 2 ranks: start at most 1"

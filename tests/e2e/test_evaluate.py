@@ -23,7 +23,7 @@ TICKET = ("--store", "store", "--ticket", "runs/main/private/ticket")
 
 @pytest.fixture(scope="module")
 def texts(work: Path) -> Path:
-    """The corpus, each document up to its last word."""
+    """Return the corpus, each document up to its last word."""
     documents = (work / "corpus.jsonl").read_text().splitlines()[:40]
     lines = [json.loads(line)["text"].rstrip(".") for line in documents]
     (work / "words.txt").write_text("\n".join(lines))

@@ -1,5 +1,5 @@
 """Faults of whole processes: killed, stopped and signalled ranks and launchers, with the real
-command. What can be shown within kept ranks is in tests/distributed."""
+command. Faults that kept ranks can show are in tests/distributed."""
 
 import re
 import signal
@@ -23,7 +23,7 @@ Process = subprocess.Popen[str]
 
 @pytest.fixture
 def ranks(place: Place) -> Iterator[Callable[..., list[Process]]]:
-    """The two ranks of ``place`` without a launcher, as another launcher would start them."""
+    """Start the two ranks of ``place`` without a launcher, as another launcher would."""
     started: list[Process] = []
 
     def begin(*flags: str) -> list[Process]:
@@ -61,13 +61,14 @@ def wait_for(condition: Callable[[], bool], seconds: float = 200) -> None:
 
 
 def in_training(place: Place) -> Callable[[], bool]:
-    """With a checkpoint that is complete: it is written in the background."""
+    """Return a condition that waits for a complete checkpoint, which is written in the
+    background."""
     return lambda: place.last_step("train") >= 5 and bool(checkpoints(place.run))
 
 
 @pytest.mark.nightly
 def test_killed_rank_restarts(place, ranks, main_run):
-    """The other one says why it ends; both start again, and come to the same bits."""
+    """The other rank says why it ends; both restart and reach the same bits."""
     one, other = ranks("--run.restarts", "1")
     wait_for(in_training(place))
     real = next(p for p in place.processes() if p.ppid() == other.pid)
@@ -100,7 +101,7 @@ def test_hung_rank(place, ranks):
 
 @pytest.mark.nightly
 def test_second_signal_ends_a_rank_that_waits(place, ranks):
-    """The other rank is stopped, so that this one waits in a collective for ever."""
+    """The other rank is suspended, so that this one waits in a collective for ever."""
     one, other = ranks()
     wait_for(in_training(place))
     other.send_signal(signal.SIGSTOP)
@@ -127,7 +128,7 @@ def test_second_signal_ends_a_rank_that_waits(place, ranks):
     ),
 )
 def test_launcher_that_ends(place, main_run, number, fault):
-    """On one node `deepspeed` dies at once; its ranks, left to themselves, save and stop."""
+    """On one node `deepspeed` dies at once; its remaining ranks save and stop."""
     process = place.pretrain()
     wait_for(in_training(place))
     process.send_signal(number)

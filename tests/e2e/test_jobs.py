@@ -1,4 +1,4 @@
-"""Jobs that meet where they should not, and ranks that must: real commands."""
+"""Jobs that conflict, and ranks that must find each other: real commands."""
 
 import re
 import signal
@@ -28,7 +28,7 @@ no_hosts = hosts.missing()
 
 @pytest.fixture
 def begin(place: Place) -> Iterator[Begin]:
-    """A process of ``place``: ``begin(*flags, env=..., before=...)``."""
+    """Start a process of ``place``: ``begin(*flags, env=..., before=...)``."""
     started: list[Process] = []
 
     def call(*flags: str, env=None, before=()) -> Process:
@@ -52,7 +52,7 @@ def begin(place: Place) -> Iterator[Begin]:
 
 
 def where(rank: int, port: int, address: str = "127.0.0.1", world: int = 2) -> dict[str, str]:
-    """The environment that a launcher gives a rank."""
+    """Return the environment that a launcher gives a rank."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": "0",
@@ -91,7 +91,7 @@ def test_a_taken_port(place, begin):
 
 @pytest.mark.nightly
 def test_two_jobs_with_the_launchers_default_port(place):
-    """Neither was told a port, both run on one machine at a time."""
+    """Neither job was given a port, and both run on one machine at a time."""
     jobs = [
         start(
             "pretrain.py",
@@ -116,7 +116,7 @@ MPIRUN = "OMPI_COMM_WORLD_"
 
 @pytest.mark.nightly
 def test_ranks_of_mpirun_and_srun_find_each_other(place, begin, main_run):
-    """Nobody gave an address: they used to train, each by itself, in one folder."""
+    """Without an address each rank used to train by itself, in one folder."""
     environments = [
         {
             f"{MPIRUN}SIZE": "2",
@@ -140,7 +140,7 @@ def test_ranks_of_mpirun_and_srun_find_each_other(place, begin, main_run):
 )
 @pytest.mark.nightly
 def test_a_host_without(place, begin, fault, what):
-    """On rank 1's host something else is mounted there."""
+    """On rank 1's host another file system is mounted there."""
     place.run.root.parent.mkdir(parents=True, exist_ok=True)
     folder = place.work / "store" if what == "store" else place.run.root.parent
     elsewhere = f'mount -t tmpfs none {folder} && exec "$@"'
@@ -158,7 +158,7 @@ def test_a_host_without(place, begin, fault, what):
 @pytest.mark.skipif(no_hosts is not None, reason=str(no_hosts))
 @pytest.mark.nightly
 def test_a_host_without_network(place, begin, main_run):
-    """Both sides notice within the deadline and say whom they miss; rejoined, they go on."""
+    """Both sides notice within the deadline and name the missing rank; rejoined, they resume."""
 
     def job() -> list[Process]:
         port = free_port()
@@ -191,7 +191,7 @@ def test_a_host_without_network(place, begin, main_run):
 
 @pytest.mark.parametrize("seconds", daily([0.5, 2.0, 4.0, 7.0], [4.0]))
 def test_a_signal_during_the_start(place, begin, seconds):
-    """While modules are imported, ranks wait for each other, a store is read."""
+    """The signal arrives while modules are imported, ranks wait for each other, a store is read."""
     port = free_port()
     processes = [begin(env=where(rank, port)) for rank in (0, 1)]
     time.sleep(seconds)

@@ -34,7 +34,7 @@ def rows(run: RunDir, phase: str, field: str) -> list[dict[str, Any]]:
 
 
 def initial_weights(run: RunDir) -> dict[str, torch.Tensor]:
-    """theta(0), drawn again from the run's key."""
+    """Draw theta(0) again from the run's key."""
     config = load_config(run)
     model = theta0.draw(config, read_data(run), theta0.init_of(run, config))
     return {name: param.detach() for name, param in model.named_parameters()}

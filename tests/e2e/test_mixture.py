@@ -30,7 +30,7 @@ COMMAND = (
 
 @pytest.fixture(scope="module")
 def others(work: Path) -> tuple[str, str]:
-    """Two more stores with the first one's tokenizer."""
+    """Return two more stores with the first one's tokenizer."""
     for name, documents in (("other_store", 60), ("third_store", 50)):
         write_corpus(work / f"{name}.jsonl", documents, words=30)
         ok(
@@ -69,7 +69,7 @@ def test_mixture(work: Path, others: tuple[str, str]):
     assert sum(int(count) for count, _, _ in found) == 48
     assert {(share, name) for _, share, name in found} == {("75.00", "store"), ("25.00", second)}
 
-    # Elsewhere and spelled otherwise it is the same mixture; another one is not.
+    # Another place or spelling is the same mixture; another mixture is refused.
     shutil.copytree(work / second, work / "moved")
     same = "{moved: 0.25, store: 0.75}"
     assert "already finished" in ok(run(*COMMAND, "--data.store", same, cwd=work)).stdout

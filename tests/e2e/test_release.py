@@ -1,4 +1,5 @@
-"""The release: loads where pmp_ds does not exist, equals the run's weights, and what is refused."""
+"""The release loads where pmp_ds does not exist and equals the run's weights; other cases are
+refused."""
 
 import json
 import re
@@ -43,7 +44,7 @@ print(json.dumps({
 
 
 def load_as_stranger(folder: Path, text: str) -> dict[str, Any]:
-    """What a fresh interpreter without pmp_ds sees of a release."""
+    """Return the release as a fresh interpreter without pmp_ds sees it."""
     done = subprocess.run(
         [sys.executable, "-I", "-c", STRANGER, str(folder), text],
         check=False,
@@ -58,7 +59,7 @@ def load_as_stranger(folder: Path, text: str) -> dict[str, Any]:
 
 
 def logits_of_run(run: RunDir, step: int, ids: list[list[int]]) -> torch.Tensor:
-    """Of the checkpoint's plain weights, rounded to bf16 as the release is."""
+    """Return the logits of the checkpoint's plain weights, rounded to bf16 as the release is."""
     weights = run.checkpoints / f"update-{step:08d}" / "weights"
     model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -183,7 +184,7 @@ def test_check_of_a_finished_folder(main_run: MainRun, work: Path):
 
 
 def fine_tuned(main_run: MainRun, folder: Path) -> Path:
-    """The release after large updates of its ticket alone."""
+    """Return the release after large updates of its ticket alone."""
     shutil.copytree(main_run.run.release, folder)
     mask = load_ticket(main_run.run.ticket).mask
     tensors = load_file(folder / "model.safetensors")
@@ -222,7 +223,7 @@ def test_a_derivative_is_dithered(main_run: MainRun, work: Path):
     entry = ledger_of(main_run)[-1]
     assert (entry["kind"], entry["lineage"]) == ("derivative", ledger_of(main_run)[0]["lineage"])
     assert "fine-tuned from `main`" in (work / "tuned-release/README.md").read_text()
-    # A recipient's copy would let the model forget whose it is.
+    # A recipient's copy would let the model lose its recipient's marks.
     shutil.copytree(main_run.run.ticket, work / "copy")
     foreign = (*arguments[:-1], "copy", "--out", "other")
     seen("derivative of a copy", 1, error_of(call(*foreign, cwd=work)))

@@ -1,4 +1,4 @@
-"""Nothing outside private/ tells about the mask or the key."""
+"""Nothing outside private/ reveals the mask or the key."""
 
 import base64
 import re
@@ -36,7 +36,7 @@ RUN = {
 
 
 def spellings(secret: bytes) -> set[bytes]:
-    """A secret as it stands, in hex, and in base64 at any alignment."""
+    """Return a secret as it is, in hex, and in base64 at any alignment."""
     found = {secret, secret.hex().encode(), secret.hex().upper().encode(), repr(secret).encode()}
     for shift in range(3):
         for encode in (base64.b64encode, base64.urlsafe_b64encode):
@@ -45,8 +45,8 @@ def spellings(secret: bytes) -> set[bytes]:
 
 
 def telling(bits: bytes) -> set[bytes]:
-    """Pieces of a packed mask that no other data hold by chance, from any byte on; none where
-    (almost) all or none of the elements are trained."""
+    """Return pieces of a packed mask that no other data contain by chance, from any byte on;
+    none where (almost) all or none of the elements are trained."""
     pieces, start = set(), 0
     while len(piece := bits[start : start + 24]) == 24:
         if len(set(piece)) >= 12:
@@ -56,7 +56,7 @@ def telling(bits: bytes) -> set[bytes]:
 
 
 def public(main_run: MainRun) -> Iterator[tuple[str, bytes]]:
-    """Everything that a run shows: what its commands printed, and its files outside private/."""
+    """Return everything that a run shows: its commands' output, and its files outside private/."""
     for name in ("prepare", "train", "export", "report"):
         done = getattr(main_run, name)
         yield name, (" ".join(done.args) + done.stdout + done.stderr).encode()
@@ -90,7 +90,7 @@ def test_no_key_and_no_mask_content(main_run: MainRun):
 
 
 def test_no_line_names_a_parameter(main_run: MainRun):
-    """So none can count its kept elements or its share of a norm."""
+    """No line can therefore count a parameter's kept elements or its share of a norm."""
     names = load_ticket(main_run.run.ticket).mask.shapes
     leaves = {name.removeprefix("model.").removesuffix(".weight") for name in names} - {"norm"}
     assert {"embed_tokens", "layers.0.self_attn.q_proj"} <= leaves

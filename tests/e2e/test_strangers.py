@@ -1,4 +1,4 @@
-"""Files of strangers, given to the commands: one line, exit code 1, nothing run, nothing left."""
+"""Untrusted files given to the commands: one line, exit code 1, nothing run, nothing left."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.e2e
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """release/, a model with a tokenizer of bytes, and glue/."""
+    """Return a folder with release/, a model with a tokenizer of bytes, and glue/."""
     folder = tmp_path_factory.mktemp("strangers")
     tiny.model().save_pretrained(folder / "release")
     byte_tokenizer().save_pretrained(folder / "release")
@@ -28,7 +28,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tune(place: Path, model: str, *arguments: str) -> tuple[int, str]:
-    """What launcher/finetune.py refuses ``model`` with."""
+    """Return the error with which launcher/finetune.py refuses ``model``."""
     before = files_of(place)
     done = run(
         "finetune.py",
@@ -62,7 +62,7 @@ def test_a_crafted_ticket(place: Path):
 
 @pytest.mark.parametrize("new_name", [None, "model.norm.wieght"])
 def test_missing_tensors(place: Path, new_name: str | None):
-    """Training went on from random weights, with a result and exit code 0."""
+    """Training used to continue from random weights, with a result and exit code 0."""
     shutil.copytree(place / "release", place / f"part-{new_name}")
     file = place / f"part-{new_name}/model.safetensors"
     tensors = load_file(file)

@@ -1,4 +1,4 @@
-"""SIGKILL in every phase of a run. `make torture` is the long form of this."""
+"""SIGKILL in every phase of a run. `make torture` is the long form."""
 
 import random
 from collections import Counter

@@ -76,7 +76,7 @@ def test_base_at_stage_0(work: Path):
 
 @pytest.mark.nightly
 def test_given_ticket_on_one_rank(main_run: MainRun, work: Path):
-    """Another run's ticket; ``mask.density`` does not matter then."""
+    """With another run's ticket ``mask.density`` does not matter."""
     done = ok(
         run(
             "pretrain.py",

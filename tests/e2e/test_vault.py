@@ -26,7 +26,7 @@ pytestmark = pytest.mark.e2e
 
 @pytest.fixture(scope="module")
 def partner(main_run: MainRun, work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The partner's machine: a key of their own, the release and the sealed file, nothing else."""
+    """Return the partner's machine: a key of their own, the release and the sealed file only."""
     home = tmp_path_factory.mktemp("partner")
     public = ok(run("vault.py", "keygen", "--out", "key.txt", cwd=home)).stdout
     (work / "a.pub").write_text(public)
@@ -65,7 +65,7 @@ def partner(main_run: MainRun, work: Path, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def tuned(partner: Path) -> Path:
-    """The lines of docs/VAULT.md as they stand there, in a process of the partner's own."""
+    """Run the code of docs/VAULT.md unchanged, in a process of the partner's own."""
     text = (REPO / "docs" / "VAULT.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     batches = "batches = torch.arange(8 * 4 * 32).mul(7919).remainder(300).view(8, 4, 32)\n"
@@ -93,7 +93,7 @@ def test_a_partner_trains_the_ticket_alone(partner: Path, tuned: Path):
 
 
 def test_one_command_of_the_partner(partner: Path):
-    """As docs/VAULT.md has it, on two ranks: nothing but ticket and head changed."""
+    """Run the command of docs/VAULT.md on two ranks: only ticket and head change."""
     write_glue(partner / "glue")
     done = ok(
         run(
@@ -167,7 +167,7 @@ def test_a_leak_names_its_recipient(main_run: MainRun, work: Path, partner: Path
 
 @pytest.fixture
 def copied(main_run: MainRun, tmp_path: Path) -> RunDir:
-    """A copy of the run without its vault, and a public key beside it."""
+    """Return a copy of the run without its vault, and a public key next to it."""
     run = RunDir(Path(shutil.copytree(main_run.run.root, tmp_path / "main")))
     shutil.rmtree(run.vault, ignore_errors=True)
     (tmp_path / "a.pub").write_text(new_identity(tmp_path / "a.key"))
@@ -181,7 +181,7 @@ SEAL = ("vault.py", "seal", "--run", "main", "--name", "A", "--to", "a.pub", "--
     ("fault", "lost"), [("lost key, seal", True), ("key, seal", False)], ids=["lost", "damaged"]
 )
 def test_no_copy_is_sealed_with_another_key(copied: RunDir, tmp_path: Path, fault: str, lost: bool):
-    """Nobody could trace it. The weights outside the ticket cannot be exported either."""
+    """Such a copy could not be traced. The weights outside the ticket cannot be exported either."""
     key = copied.init / "key"
     if lost:
         key.unlink()
@@ -196,7 +196,7 @@ def test_no_copy_is_sealed_with_another_key(copied: RunDir, tmp_path: Path, faul
 
 
 def test_key_of_a_run_of_an_older_version(copied: RunDir, tmp_path: Path):
-    """Its theta0.json has no check value of the key: theta(0) is drawn again."""
+    """Without a check value of the key in theta0.json, theta(0) is drawn again."""
     path, key = copied.init / "theta0.json", copied.init / "key"
     path.write_text(json.dumps({"sha256": json.loads(path.read_text())["sha256"]}))
     right = key.read_bytes()
@@ -212,7 +212,7 @@ def test_key_of_a_run_of_an_older_version(copied: RunDir, tmp_path: Path):
 
 @pytest.mark.parametrize("version", [2, 3])
 def test_a_digest_of_other_initial_weights(copied: RunDir, tmp_path: Path, version: int):
-    """Under another lineage a second revision could leave; version 2 has no seal to check."""
+    """Under another lineage a second revision could be released; version 2 has no seal to check."""
     path = copied.init / "theta0.json"
     values = json.loads(path.read_text())
     assert values["format_version"] == 3
@@ -231,7 +231,7 @@ def test_a_digest_of_other_initial_weights(copied: RunDir, tmp_path: Path, versi
 
 
 def test_no_ledger_beside_a_release(copied: RunDir, tmp_path: Path):
-    """What has left before is not forgotten with the file that says so."""
+    """Losing the ledger file does not erase earlier releases."""
     copied.ledger.unlink()
     before = files_of(tmp_path)
     export = ("export.py", "--run", "main", "--out", "again")

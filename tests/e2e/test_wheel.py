@@ -1,4 +1,4 @@
-"""What pip installs is whole: it trains with the compiled kernel and knows its commit."""
+"""The pip installation is complete: it trains with the compiled kernel and knows its commit."""
 
 import os
 import shutil
@@ -45,7 +45,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @dataclass(frozen=True)
 class Built:
-    """A commit of a copy of the sources, and what was built from it."""
+    """Hold a commit of a copy of the sources, and its built archives."""
 
     commit: str
     sdist: Path
@@ -92,7 +92,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 @pytest.fixture(scope="module")
 def python(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment that has the wheel, and takes only its dependencies from this one."""
+    """Return an environment with the wheel that takes only its dependencies from this one."""
     folder = tmp_path_factory.mktemp("environment")
     ok(call(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder))
     python = folder / "bin" / "python"
@@ -106,7 +106,7 @@ def python(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def files_of(folder: str) -> set[str]:
-    """Every source file below, whatever its kind."""
+    """Return every source file below, whatever its kind."""
     files = (path for path in (REPO / folder).rglob("*") if path.is_file())
     return {
         str(path.relative_to(REPO))
@@ -116,7 +116,8 @@ def files_of(folder: str) -> set[str]:
 
 
 def test_contents(built: Built):
-    """All of the package and the commit; the archive also has what the commands are run from."""
+    """The wheel has the package and the commit; the archive also has the launchers and their
+    files."""
     package = files_of("pmp_ds") | {"pmp_ds/COMMIT"}
     recipes = {f"pmp_ds/recipes/{p.name}" for p in (REPO / "launcher/recipes").iterdir()}
     ds_configs = {f"pmp_ds/ds_configs/{p.name}" for p in (REPO / "ds_configs").glob("*.json")}
@@ -147,7 +148,7 @@ def test_trains_with_the_compiled_kernel(python: Path, built: Built, work: Path,
 
 @pytest.mark.nightly
 def test_without_the_kernels_source(python: Path, work: Path, tmp_path: Path):
-    """Slow, and it says why; the compiler is not blamed."""
+    """It is slow and says why; the compiler is not blamed."""
     for name in ("tiny.yaml", "zero1.json"):
         shutil.copy(work / name, tmp_path)
     (tmp_path / "store").symlink_to(work / "store")
@@ -186,7 +187,7 @@ def train(python: Path, cwd: Path, *flags: str) -> Done:
 
 
 def pmp_ds(python: Path, cwd: Path, line: str, ranks: bool = False) -> str:
-    """What the console command of the wheel says to a line of words."""
+    """Return the output of the wheel's console command for a line of words."""
     environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cwd)}
     start = [str(python), "-m", "pmp_ds.launch", "--ranks", "1"]
     words = start if ranks else [str(python.with_name("pmp-ds"))]
