@@ -19,7 +19,7 @@ NAMES = ("LOGNAME", "USER", "LNAME", "USERNAME")
 
 @pytest.fixture
 def nameless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """No name in the environment, none in the passwd file, and a temporary folder to look into."""
+    """Remove the name from the environment and the passwd file, and use a temporary folder."""
     for name in (*NAMES, "HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -71,7 +71,7 @@ def test_a_folder_of_somebody_else_is_not_taken(nameless: Path, what: str):
 @needs(*NOBODY[1:])
 @pytest.mark.processes
 def test_the_import_does_it():
-    """Not the commands alone: a user's own program has torch's caches too."""
+    """This is not limited to the commands: a user's own program has torch's caches too."""
     program = "import os, pmp_ds, getpass; print(getpass.getuser(), os.path.expanduser('~'))"
     without = [word for name in (*NAMES, "HOME") for word in ("-u", name)]
     command = [*NOBODY, "env", *without, sys.executable, "-c", program]

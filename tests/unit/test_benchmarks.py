@@ -1,4 +1,4 @@
-"""The benchmarks run and print their figures; what the figures are is no test's business."""
+"""The benchmarks run and print their figures; tests do not judge the figures."""
 
 import json
 import re

@@ -1,6 +1,6 @@
-"""`make clients`: environments made whole or not at all, and a table that says what was wrong.
+"""`make clients`: environments are made completely or not at all, and a table names every fault.
 
-The clients here are a package of nothing, from a folder of wheels; pip asks nobody else.
+The clients here are an empty package, from a folder of wheels; pip contacts nothing else.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ if "raises" in folder:
 
 
 def _wheel(folder: Path, name: str, version: str = "1.0") -> Path:
-    """A package of an empty module."""
+    """Make a package of an empty module."""
     file, info = folder / f"{name}-{version}-py3-none-any.whl", f"{name}-{version}.dist-info"
     with zipfile.ZipFile(file, "w") as wheel:
         wheel.writestr(f"{name}.py", "")
@@ -142,7 +142,7 @@ def _main(
     *arguments: str,
     kinds: tuple[str, ...] = ("plain",),
 ) -> tuple[str, str]:
-    """The document after `python -m tests.clients`, and how it ended."""
+    """Return the document after `python -m tests.clients`, and the exit code."""
     home, document, trial = tmp_path / "home", tmp_path / "RELEASE.md", tmp_path / "trial.py"
     document.write_text(f"before\n{command.BEGIN}\nold\n{command.END}\nafter\n", encoding="utf-8")
     if not trial.exists():

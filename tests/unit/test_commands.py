@@ -1,4 +1,4 @@
-"""`pmp-ds VERB`: every verb explains itself, and what comes with the package has a name."""
+"""`pmp-ds VERB`: every verb has help, and the files that come with the package have names."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""Crafted files of strangers: each works, or is refused in one printable line.
+"""Crafted untrusted files: each works, or is refused in one printable line.
 
 A sample of the inputs; `python -m tests.helpers.crafted` opens them all and prints a table.
 """
@@ -21,7 +21,7 @@ def sample(kind: str) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, list[Outcome]]:
-    """What became of the sample, by kind."""
+    """Return the outcomes of the sample, by kind."""
     seen: dict[str, list[Outcome]] = {kind: [] for kind in FOLDERS}
     for outcome in outcomes([one for kind in FOLDERS for one in sample(kind)]):
         seen[outcome.kind].append(outcome)

@@ -1,4 +1,5 @@
-"""What a cluster relies on in the image, and what its build needs, as the Dockerfile says it."""
+"""Properties of the image on which a cluster relies, and the needs of its build, in the
+Dockerfile."""
 
 import re
 import shlex
@@ -12,7 +13,7 @@ TEXT = (REPO / "Dockerfile").read_text(encoding="utf-8")
 
 
 def instructions() -> list[tuple[str, str]]:
-    """(`RUN`, its arguments) and so on, without comments; continued lines joined."""
+    """Return (`RUN`, its arguments) and so on, without comments; continued lines joined."""
     lines = (line for line in TEXT.splitlines() if not line.lstrip().startswith("#"))
     joined = "\n".join(lines).replace("\\\n", " ")
     pairs = (line.partition(" ") for line in joined.splitlines() if line.strip())
@@ -24,7 +25,7 @@ def arguments_of(word: str) -> list[str]:
 
 
 def settings_of(word: str) -> dict[str, str]:
-    """The NAME=VALUE words of ENV, LABEL or ARG."""
+    """Return the NAME=VALUE words of ENV, LABEL or ARG."""
     words = (part for rest in arguments_of(word) for part in shlex.split(rest))
     return {name: value for name, _, value in (part.partition("=") for part in words)}
 
@@ -52,13 +53,13 @@ def test_labels_and_commit_come_from_the_build():
 
 
 def test_the_base_has_the_torch_of_the_constraints():
-    """Or the build would fetch another one."""
+    """Otherwise the build would download another one."""
     (pin,) = re.findall(r"^torch==(\S+)$", (REPO / "constraints.txt").read_text(), re.MULTILINE)
     assert f":{pin}-" in settings_of("ARG")["BASE"]
 
 
 def test_the_kernel_is_compiled_in_the_build():
-    """At run time that would take a compiler and a folder to write to and execute from."""
+    """At run time that would need a compiler and a folder to write to and execute from."""
     commands = " ".join(arguments_of("RUN"))
     assert "install -y --no-install-recommends g++" in commands
     assert "cpu.compile_beside_source()" in commands

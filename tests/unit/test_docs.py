@@ -1,4 +1,4 @@
-"""What the documentation tells people to type, read or open exists."""
+"""Commands, files and links in the documentation exist."""
 
 import re
 import shlex
@@ -23,7 +23,7 @@ def documents() -> list[Path]:
 
 
 def code(text: str) -> str:
-    """The fenced blocks and `spans` of a markdown text, one after the other."""
+    """Return the fenced blocks and `spans` of a markdown text, one after the other."""
     return "\n".join(CODE.findall(text))
 
 
@@ -37,7 +37,7 @@ def named_targets(text: str) -> set[str]:
 
 
 def named_files(text: str) -> set[str]:
-    """Paths spelled out in full: `recipes/*.yaml`, `zero{0,1}.json`, `NAME` are none."""
+    """Return paths spelled out in full: not `recipes/*.yaml`, `zero{0,1}.json` or `NAME`."""
     paths = {path.rstrip(".:") for path in FILE.findall(text)}
     return {path for path in paths if not re.search(r"[*{}<>$]", path)}
 
@@ -114,7 +114,7 @@ def test_support_table_is_generated() -> None:
 
 
 def test_table_of_architectures_is_whole() -> None:
-    """Its text is of today, each family has a row, and none failed."""
+    """Its text is current, each family has a row, and none failed."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from tests.helpers.families import Row, section

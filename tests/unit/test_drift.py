@@ -1,4 +1,4 @@
-"""What documents list is what the code has: settings, flags, layers, modules, DeepSpeed keys."""
+"""Lists in documents match the code: settings, flags, layers, modules, DeepSpeed keys."""
 
 import dataclasses
 import re
@@ -38,7 +38,7 @@ OTHERS = {
 
 
 def fields(cls: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all settings."""
+    """Return the dotted names of all settings."""
     for name, kind in typing.get_type_hints(cls).items():
         yield prefix + name
         if dataclasses.is_dataclass(kind):
@@ -50,7 +50,7 @@ SECTIONS = {name.split(".")[0] for name in fields(Config) if "." in name}
 
 
 def flags() -> set[str]:
-    """Of our own programs: settings, and what the sources declare."""
+    """Return the flags of our own programs: settings, and those that the sources declare."""
     tops = ("launcher", "pmp_ds", "benchmarks", "tests/helpers", "tests/clients")
     sources = "\n".join(p.read_text() for top in tops for p in (REPO / top).rglob("*.py"))
     options = re.findall(r'^ +"(\w+)": (?:\{|dict\()', sources, re.MULTILINE)
@@ -77,7 +77,7 @@ def test_layers_are_those_of_the_test() -> None:
 
 
 def test_modules_of_the_map_are_those_of_the_package() -> None:
-    """Each file of pmp_ds stands in ARCHITECTURE's map, in its folder, and nothing else does."""
+    """Each file of pmp_ds is in ARCHITECTURE's map, in its folder, and nothing else is."""
     text = (REPO / "docs/ARCHITECTURE.md").read_text().split("```")[1]
     listed: dict[str, set[str]] = {}
     room = ""
@@ -94,7 +94,8 @@ def test_modules_of_the_map_are_those_of_the_package() -> None:
 
 
 def named(heading: str) -> set[str]:
-    """Keys in the bullets, or in the first column, of a section of ds_configs/README.md."""
+    """Return the keys in the bullets, or in the first column, of a section of
+    ds_configs/README.md."""
     text = (REPO / "ds_configs/README.md").read_text()
     section = re.split(r"^## ", text[text.index(f"## {heading}") + 3 :], flags=re.MULTILINE)[0]
     bullets = re.findall(r"^- .*(?:\n  .*)*", section, re.MULTILINE)
@@ -103,8 +104,8 @@ def named(heading: str) -> set[str]:
 
 
 def test_keys_of_a_deepspeed_json() -> None:
-    """Each that is accepted is in one of README's two lists and the other way round; the recipe's
-    own may be left to it."""
+    """Every accepted key is in one of README's two lists, and nothing else is; the recipe's own
+    keys may be left to it."""
     belongs, owned = named("What belongs here"), named("What the recipe owns")
     accepted = {key for key in every_key() if "." not in key} - set(REFUSED)
     assert belongs | owned - set(REFUSED) == accepted | {OWN_SECTION}

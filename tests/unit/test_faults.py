@@ -1,4 +1,4 @@
-"""The list of faults is what the tests provoke, and what the documentation says."""
+"""The list of faults matches the tests that provoke them and the documentation."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The one reader of small foreign files, the types of their fields, and what a screen shows."""
+"""The one reader of small untrusted files, the types of their fields, and their display."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The table of formats is what the code writes and reads, and what the documentation says."""
+"""The table of formats matches the code and the documentation."""
 
 import json
 import re
@@ -21,7 +21,7 @@ def test_document_is_up_to_date():
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_code_asks_the_table(name: str):
-    """What is written has the table's number, and what is read is checked against it."""
+    """Written files have the table's number, and files read are checked against it."""
     texts = [text for path, text in SOURCES.items() if path.name != "formats.py"]
     writes, reads = rf'formats\.current\("{name}"\)', rf'formats\.require\(\s*"{name}"'
     assert any(re.search(writes, text) for text in texts)

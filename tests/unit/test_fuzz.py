@@ -1,4 +1,4 @@
-"""The parsers that `make fuzz` feeds: good bytes are read, altered ones are read or refused."""
+"""The parsers that `make fuzz` tests: good bytes are read, altered ones are read or refused."""
 
 import pyarrow as pa
 import pytest

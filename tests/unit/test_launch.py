@@ -86,7 +86,7 @@ def launch(tmp_path: Path) -> Iterator[object]:
 
 
 def notes(folder: Path, *ranks: int) -> list[list[str]]:
-    """What the ranks noted, once all have."""
+    """Return the notes of the ranks, once all have written theirs."""
     deadline = time.monotonic() + 60
     while not all((folder / str(rank)).exists() for rank in ranks):
         assert time.monotonic() < deadline
@@ -140,7 +140,7 @@ def test_the_second_of_three_machines(launch, tmp_path):
 
 @needs(*CONTAINER[1:])
 def test_process_1_of_a_container(launch, tmp_path):
-    """It gets SIGTERM although the kernel protects process 1, and reaps what a rank left."""
+    """It gets SIGTERM although the kernel protects process 1, and reaps the processes of a rank."""
     process = launch("orphan", "wait", prefix=CONTAINER)
     notes(tmp_path, 0, 1)
     (inner,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

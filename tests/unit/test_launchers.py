@@ -1,4 +1,4 @@
-"""What a process takes from the launcher that started it: no rank of several runs as if alone."""
+"""The variables that a process takes from its launcher: no rank of several runs as if alone."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ HYDRA = {"PMI_SIZE": "2", "PMI_RANK": "1", "MPI_LOCALRANKID": "1", "MPI_LOCALNRA
 
 @pytest.fixture
 def adopt():
-    """``adopt`` in an environment of ``given`` alone; what it makes of OURS."""
+    """Call ``adopt`` in an environment of ``given`` only; return the resulting values of OURS."""
 
     def call(given: dict[str, str]) -> dict[str, str | None]:
         with mock.patch.dict(os.environ, given, clear=True):
@@ -112,8 +112,8 @@ PROGRAM = "from pmp_ds import launchers as l; import os; l.adopt(); print(os.get
 
 
 def test_deepspeed_with_its_default_port(tmp_path):
-    """Ranks of one launcher agree on a port, and those of another have another one. A wrapper
-    between launcher and rank changes nothing."""
+    """Ranks of one launcher agree on a port, and those of another use another. A wrapper between
+    launcher and rank changes nothing."""
     starter = tmp_path / "deepspeed.launcher.launch"  # is taken for the real one by its name
     starter.write_text(
         "import subprocess, sys\n"

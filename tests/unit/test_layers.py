@@ -1,4 +1,4 @@
-"""Who may import whom. The tables are the rule; the checks read the source, run nothing."""
+"""Rules for imports. The tables are the rule; the checks read the source and run nothing."""
 
 import ast
 import subprocess

@@ -1,4 +1,4 @@
-"""One writer at a time: real processes, killed, stopped, and on what counts as another machine."""
+"""One writer at a time: real processes, killed, stopped, and on a simulated other machine."""
 
 import json
 import os
@@ -101,7 +101,7 @@ def test_a_killed_holder_on_this_machine_is_no_holder(tmp_path, holder):
 
 
 def test_a_process_number_that_was_given_again(tmp_path):
-    """The file names a process that runs, but it is another one than the holder."""
+    """The file names a running process that is not the holder."""
     with hold(tmp_path, "x") as held:
         values = json.loads(held.path.read_text())
     values["started"] -= 1
@@ -112,7 +112,7 @@ def test_a_process_number_that_was_given_again(tmp_path):
 
 @needs_namespaces
 def test_a_holder_on_another_machine(tmp_path):
-    """In another process namespace its number means nothing: its signs of life tell."""
+    """In another process namespace its number means nothing: only its signs of life count."""
     other = start(tmp_path / "x", *ELSEWHERE)
     holds(other)
     out, err = start(tmp_path / "x", stale=60.0).communicate("")
@@ -177,7 +177,7 @@ def test_half_a_file_is_watched_like_any(tmp_path, monkeypatch, capsys):
 
 
 def test_names_with_glob_characters(tmp_path, monkeypatch):
-    """Only what is called so is replaced."""
+    """Only the file with exactly this name is replaced."""
     monkeypatch.setattr(lease, "BEAT_SECONDS", 0.1)
     monkeypatch.setattr(lease, "STALE_SECONDS", 0.5)
     (tmp_path / ".ax.lease-000001").touch()

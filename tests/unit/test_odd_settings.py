@@ -1,4 +1,4 @@
-"""Every setting with odd values is valid or one clear line; paths begin at home where asked to."""
+"""Every setting with odd values is valid or gives a one-line error; paths may begin with `~`."""
 
 from collections.abc import Callable
 from pathlib import Path

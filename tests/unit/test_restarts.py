@@ -28,7 +28,7 @@ sys.exit(int(end))
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """Of signals, which restarts takes over for the whole process."""
+    """Restore the signal handlers, which restarts replaces for the whole process."""
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     yield
     for number, handler in before.items():
@@ -92,7 +92,7 @@ time.sleep(600)
 
 @pytest.fixture
 def watched(tmp_path):
-    """A process that watches another, and that one's pid."""
+    """Return a process that watches another, and the other's pid."""
     notes = tmp_path / "pid"
     watcher = subprocess.Popen([sys.executable, "-c", WATCHER, WAITING, notes], cwd=REPO)
     while not notes.exists():

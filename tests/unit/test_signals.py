@@ -86,7 +86,7 @@ def test_other_ranks_leave_in_silence():
 
 
 def test_farewells_are_said_from_the_inside_out():
-    """A lease is given back before the other ranks are told to end."""
+    """A lease is returned before the other ranks are told to end."""
     process = start("two")
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=60)[0] == "inner\nouter\n"

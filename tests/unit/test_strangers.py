@@ -1,4 +1,4 @@
-"""What a user sees of a stranger's files: exit code 1 and a line."""
+"""Untrusted files give the user exit code 1 and one line."""
 
 import json
 import os

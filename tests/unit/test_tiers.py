@@ -94,7 +94,7 @@ def test_what_shares_ranks_or_a_run_shares_a_worker(
 
 
 def test_ci_runs_what_the_readme_says_and_one_slice() -> None:
-    """The README's `make test`, then a part of what that leaves out."""
+    """CI runs the README's `make test`, then a part of the tests that it omits."""
     script = (REPO / ".ci" / "run").read_text(encoding="utf-8")
     assert re.findall(r"make --no-print-directory ([\w-]+)", script) == ["test", "test-nightly"]
     makefile = (REPO / "Makefile").read_text(encoding="utf-8")

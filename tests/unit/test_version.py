@@ -1,4 +1,4 @@
-"""The commit of the code, from whichever of its four places knows it."""
+"""The commit of the code, from any of its four sources."""
 
 import shutil
 import subprocess

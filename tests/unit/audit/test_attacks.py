@@ -1,4 +1,4 @@
-"""Every attack on made weights: a planted leak is found, a clean release is at chance."""
+"""Every attack on constructed weights: a planted leak is found, a clean release is at chance."""
 
 from dataclasses import replace
 
@@ -137,7 +137,7 @@ def test_magnitudes(make, name):
 
 
 def test_magnitudes_by_tensor_see_which_tensors_moved(make, tmp_path):
-    """One tensor all trained and the others not: the prior of a tensor is what tells."""
+    """One tensor is all trained and the others are not: the tensor itself reveals the mask."""
     made = make()
     bits = {n: torch.zeros_like(b) for n, b in made.mask.bits.items()}
     name = "model.embed_tokens.weight"

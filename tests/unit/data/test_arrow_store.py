@@ -1,4 +1,5 @@
-"""The format on disk: exact back, zero-copy for `datasets` too, and no damage goes unseen."""
+"""The format on disk: exact round trip, zero-copy for `datasets` too, and all damage is
+detected."""
 
 import json
 import shutil
@@ -26,7 +27,7 @@ T = 8
 
 
 def make_store(folder: Path, dtype: str = "uint16", vocab_size: int = 1000) -> dict[str, list]:
-    """A store with several shards; returns its blocks by split."""
+    """Make a store with several shards; return its blocks by split."""
     rng = np.random.default_rng(0)
     blocks = {
         split: [rng.integers(0, 1000, (n, T)).astype(dtype) for n in ROWS[split]]
@@ -143,7 +144,8 @@ def test_truncated_shard(folder: Path, keep: int):
 
 
 def test_any_flipped_bit_is_found(folder: Path):
-    """In the tokens, the Arrow headers or the padding: never another exception, never silence."""
+    """A bit in the tokens, the Arrow headers or the padding: never another exception, never
+    silence."""
     for path in (shard_paths(folder)[0], shard_paths(folder)[-1]):
         intact = path.read_bytes()
         for position in range(0, len(intact), 7):
@@ -157,7 +159,7 @@ def test_any_flipped_bit_is_found(folder: Path):
 
 
 def test_swapped_shards_are_found(folder: Path):
-    """Two shards of equal size: only the hash tells."""
+    """Two shards of equal size are swapped: only the hash differs."""
     source = folder / "train"
     payload = write_shard(folder, "train", "twin.arrow", np.zeros((5, T), np.uint16))
     assert payload["bytes"] == (source / "00000-000.arrow").stat().st_size
@@ -223,7 +225,7 @@ def test_more_shards_than_open_files(tmp_path: Path):
 
 
 def test_cold_blocks_are_asked_for_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """After a gather that took long, the next one first asks for all of its blocks."""
+    """After a slow gather, the next one prefetches its blocks."""
     folder = tmp_path / "cold"
     write_store(folder, 0, 300_000, shard=200_000, vocab_size=1 << 20)
     blocks = Store.open(folder).split("train")

@@ -33,7 +33,7 @@ class Rows:
 
 
 def stream(n: int, batch: int, steps: int, world: int = 1, start: int = 0) -> list[int]:
-    """The global sample stream, put together from all ranks."""
+    """Return the global sample stream, assembled from all ranks."""
     out: list[int] = []
     loaders = [BlockLoader(Rows(n), KEY, batch, rank, world, start) for rank in range(world)]
     try:
@@ -52,7 +52,7 @@ def test_bijection_for_every_small_n():
 
 
 def test_bijection_around_powers_of_two():
-    """Where the number of bits changes, and where most results must be permuted again."""
+    """Sizes where the number of bits changes, and where most results must be permuted again."""
     for n in [2**bits + off for bits in range(9, 17) for off in (-1, 0, 1)] + [100_000]:
         assert np.array_equal(np.sort(permute(np.arange(n), n, KEY, 1)), np.arange(n)), n
 

@@ -1,4 +1,4 @@
-"""What `data.store` may name, and that a mixture is the same wherever its parts lie."""
+"""Values of `data.store`, and that a mixture does not depend on the place of its parts."""
 
 import shutil
 from pathlib import Path

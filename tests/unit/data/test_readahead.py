@@ -1,5 +1,5 @@
-"""Pages that were asked for come into memory, untouched (in a file on a disk: memory file systems
-have them there from the start)."""
+"""Prefetched pages come into memory without being touched (in a file on a disk: memory file
+systems have them there from the start)."""
 
 import ctypes
 import mmap
@@ -15,7 +15,7 @@ PAGE = mmap.PAGESIZE
 
 
 def resident(view: np.ndarray) -> np.ndarray:
-    """Whether each page of a mapped array, which starts at a page, is in memory."""
+    """Return whether each page of a mapped array, which starts at a page, is in memory."""
     flags = (ctypes.c_ubyte * (view.nbytes // PAGE))()
     place, length = ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(view.nbytes)
     assert ctypes.CDLL(None).mincore(place, length, flags) == 0

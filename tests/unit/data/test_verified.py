@@ -1,4 +1,5 @@
-"""A start reads what no earlier start has read, and what changed since; counted by the system."""
+"""A start reads only files that no earlier start read or that changed since, counted by the
+system."""
 
 import json
 import os
@@ -29,7 +30,8 @@ def memory(tmp_path: Path) -> Path:
 
 
 def read_of(setting: Path | dict[str, float], memory: Path) -> int:
-    """How many shards a start reads whole: as it says, and as the system counted."""
+    """Return the number of shards that a start reads whole: as it says, and as the system
+    counted."""
     data = open_data(str(setting) if isinstance(setting, Path) else setting)
     before = _read_by_process()
     said = check_together(data, memory)
@@ -67,7 +69,7 @@ def test_a_changed_time_is_read_again(folder: Path, memory: Path):
 
 
 def test_a_file_put_in_its_place_is_read_again(folder: Path, memory: Path):
-    """With equal size and time: its inode is another."""
+    """With equal size and time, its inode differs."""
     read_of(folder, memory)
     path = folder / "train" / "00001-000.arrow"
     facts, content = path.stat(), path.read_bytes()
@@ -88,7 +90,7 @@ def test_a_shard_that_changed_is_named(folder: Path, memory: Path):
 
 
 def test_verify_reads_every_byte(folder: Path, memory: Path):
-    """It finds what neither size nor time tells."""
+    """It finds damage that neither size nor time reveals."""
     read_of(folder, memory)
     change(folder / "validation" / "00000-000.arrow", keep_time=True)
     assert read_of(folder, memory) == 0

@@ -1,4 +1,4 @@
-"""What the difference of a release and an authorized derivative tells about the ticket."""
+"""Information about the ticket in the difference between a release and an authorized derivative."""
 
 import json
 from pathlib import Path
@@ -44,8 +44,9 @@ def dithered(
 
 
 def test_by_hand() -> None:
-    """Half of 12 elements are kept. Every frozen element takes the middle one of its row's changes,
-    or in rows without any those of the one row that keeps more than half; 0.5 means no jitter."""
+    """Half of 12 elements are kept. Every frozen element takes the middle one of its row's
+    changes. Rows without changes take those of the one row that keeps more than half; 0.5 means
+    no jitter."""
     base = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 1.0, 1.0], [5.0, 6.0, 7.0, 8.0]])
     kept = torch.tensor([[True, False, True, True], [False] * 4, [True, True, True, False]])
     changed = base + torch.tensor([[0.25, 0, 0.5, 1], [0, 0, 0, 0], [2, 3, 4, 0]])
@@ -71,8 +72,8 @@ def test_nothing_to_hide_or_to_draw_from(keep: bool) -> None:
 
 
 def test_rows_and_tensors_do_not_show_their_share() -> None:
-    """As discovery finds it: rows that changed more are kept more, one tensor is not kept at all,
-    one wholly."""
+    """As in a discovered ticket: rows that changed more are kept more, one tensor is not kept at
+    all, one wholly."""
     draws = torch.Generator().manual_seed(0)
     shares = {
         "rows": torch.linspace(0, 1, 400)[:, None],
@@ -111,7 +112,8 @@ def test_rows_and_tensors_do_not_show_their_share() -> None:
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ParamMask]:
-    """A folder with `base`, its `derivative` after a few updates of the ticket, and `ticket`."""
+    """Return a folder with `base`, its `derivative` after a few updates of the ticket, and
+    `ticket`."""
     root = tmp_path_factory.mktemp("tuned")
     model = tiny.model(MODEL)
     mask = random_ticket(b"m" * 32, MaskConfig(), parameter_table(model)).mask
@@ -153,7 +155,7 @@ def save(model: PreTrainedModel, folder: Path) -> None:
 
 
 def auc(scores: torch.Tensor, positive: torch.Tensor) -> float:
-    """Area under the ROC curve; ties count half."""
+    """Return the area under the ROC curve; ties count half."""
     values, place = scores.unique(return_inverse=True)
     ones = torch.zeros(len(values)).index_add_(0, place, positive.float())
     zeros = torch.zeros(len(values)).index_add_(0, place, (~positive).float())
@@ -162,7 +164,7 @@ def auc(scores: torch.Tensor, positive: torch.Tensor) -> float:
 
 
 def attack(root: Path, derivative: Path, mask: ParamMask) -> dict[str, float]:
-    """AUC of what one element's change tells, by attack; over matrices with frozen elements."""
+    """Return the AUC of one element's change, by attack, over matrices with frozen elements."""
     base, after = load_file(root / "base/model.safetensors"), load_file(derivative)
     names = [name for name in mask.shapes if not bool(mask.full(name).all())]
     kept = torch.cat([mask.full(name).flatten() for name in names])
@@ -201,7 +203,7 @@ def test_a_dithered_one_tells_nothing_by_element(
 
 
 def copy(root: Path, to: Path, change: Any) -> Path:
-    """The derivative with other tensors."""
+    """Return the derivative with other tensors."""
     tensors = load_file(root / "derivative/model.safetensors")
     change(tensors)
     to.mkdir()

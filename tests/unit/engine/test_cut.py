@@ -1,4 +1,4 @@
-"""How a batch is cut up, with numbers worked out by hand."""
+"""The division of a batch, with numbers worked out by hand."""
 
 import pytest
 import torch

@@ -55,7 +55,7 @@ REFUSED_IN_ZERO = {
 
 
 def problems(ds_config: dict, config: TrainConfig = CONFIG) -> list[str]:
-    """The listed lines of the one error."""
+    """Return the listed lines of the one error."""
     with pytest.raises(UserError) as caught:
         merge(ds_config, config, WORLD_SIZE)
     return [line.strip() for line in str(caught.value).splitlines()[1:]]
@@ -227,7 +227,7 @@ UNEVEN = {
 
 
 def test_batch_that_does_not_divide():
-    """DeepSpeed gets numbers that multiply; the JSON may say what the recipe says."""
+    """DeepSpeed gets numbers that multiply; the JSON may repeat the recipe's."""
     given = {"train_batch_size": 32, "train_micro_batch_size_per_gpu": 4}
     for ds_config in ({}, given, given | {"gradient_accumulation_steps": 3}):
         assert UNEVEN.items() <= merge(ds_config, CONFIG, 3).items()

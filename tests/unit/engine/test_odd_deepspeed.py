@@ -1,4 +1,4 @@
-"""A DeepSpeed JSON is right or refused, before anything is written, with all mistakes at once."""
+"""A DeepSpeed JSON is valid, or refused before anything is written, with all mistakes at once."""
 
 import os
 import sys

@@ -16,7 +16,7 @@ from tests.unit.evaluate.conftest import write_store
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, release: Path, mask: ParamMask) -> Path:
-    """A folder with model/, store/, other stores, ticket/ and files of the wrong kind."""
+    """Return a folder with model/, store/, other stores, ticket/ and files of the wrong kind."""
     folder = tmp_path_factory.mktemp("place")
     (folder / "model").symlink_to(release)
     write_store(folder / "store", release)

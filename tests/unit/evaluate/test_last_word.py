@@ -1,4 +1,4 @@
-"""Last words: a model that was taught one text knows its last word and not another's."""
+"""Last words: a model trained on one text knows its last word and not another's."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ OTHER = "the cat sat on a fish"
 
 @pytest.fixture
 def taught(subject: Subject) -> Subject:
-    """After some updates on KNOWN alone."""
+    """Return a model after some updates on KNOWN only."""
     ids = torch.tensor([subject.tokenizer.encode(KNOWN)])
     optimizer = torch.optim.AdamW(subject.model.parameters(), lr=1e-2)
     for _ in range(60):
@@ -48,7 +48,7 @@ def test_greedy_continuation_writes_the_word(taught: Subject):
 
 
 def test_perplexity_and_padding(subject: Subject):
-    """Of a word of several tokens, beside longer texts in one batch."""
+    """A word of several tokens, with longer texts in the same batch."""
     examples = [Example([5, 6, 7, 8], 2), Example([9, 8, 7, 6, 5, 4, 3], 6)]
     nats = 0.0
     for example in examples:
@@ -61,7 +61,7 @@ def test_perplexity_and_padding(subject: Subject):
 
 
 def test_every_token_of_the_word_counts(subject: Subject):
-    """The most likely first token followed by the least likely one is no known word."""
+    """The most likely first token followed by the least likely one is not a known word."""
     start = [5, 6, 7]
     best = int(subject.model(input_ids=torch.tensor([start])).logits[0, -1].argmax())
     logits = subject.model(input_ids=torch.tensor([[*start, best]])).logits[0, -1]

@@ -1,4 +1,4 @@
-"""The model that is measured, and folders that hold none."""
+"""The measured model, and folders without a model."""
 
 import shutil
 from pathlib import Path

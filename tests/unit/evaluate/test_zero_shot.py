@@ -31,7 +31,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TaskData]:
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    """With opinions: the logits of initial weights are nearly equal."""
+    """Return a model with clear preferences: the logits of initial weights are nearly equal."""
     model = tiny.model(replace(tiny.LLAMA, max_positions=256)).eval()
     with torch.no_grad():
         for weight in model.parameters():
@@ -48,7 +48,7 @@ def first_rows(data: TaskData) -> Rows:
 def naive(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, rows: Rows, longest: int
 ) -> np.ndarray:
-    """(n, answers): what zero_shot scores, written down plainly."""
+    """Return (n, answers): the scores of zero_shot, computed plainly."""
     template, words = task.prompt, task.answers
     scores = []
     for texts in rows.texts:
@@ -117,7 +117,7 @@ def test_a_tokenizer_that_merges_prompt_and_answer(
 
 
 def test_long_prompts_are_cut_at_their_beginning(data: dict[str, TaskData]):
-    """GPT-2 has 64 positions here, every prompt more characters."""
+    """GPT-2 has 64 positions here, and every prompt has more characters."""
     gpt2, tokenizer = tiny.model(tiny.GPT2).eval(), byte_tokenizer()
     with torch.no_grad():
         gpt2.transformer.wte.weight.mul_(20)
@@ -134,7 +134,7 @@ def test_long_prompts_are_cut_at_their_beginning(data: dict[str, TaskData]):
 
 
 def test_a_special_token_in_a_text_is_text(model: PreTrainedModel):
-    """As for a tokenizer that calls the same token by another name."""
+    """The result equals that of a tokenizer that gives the same token another name."""
     tokenizer, task = byte_tokenizer(), TASKS["sst2"]
     spelled = zero_shot(model, tokenizer, task, Rows([("a</s>b",)], np.zeros(1)))
     assert tokenizer("a</s>b")["input_ids"][1] == tokenizer.eos_token_id

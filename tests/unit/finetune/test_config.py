@@ -1,4 +1,4 @@
-"""Rule and schedule of a fine-tuning: what the loop receives, and what results record."""
+"""Rule and schedule of a fine-tuning: the loop's inputs, and the fields of results."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from pmp_ds.finetune.config import TuneTrainConfig
 
 
 def test_results_record_what_they_recorded_before():
-    """The key of a result: a finished cell of an older file is not run again."""
+    """The key of a result is unchanged, so a finished cell of an older file is not run again."""
     assert TuneTrainConfig(micro_batch_size=4).facts() == {
         "lr": 5e-5,
         "epochs": 3.0,

@@ -1,4 +1,4 @@
-"""Ordinary models of other families are fine-tuned, or refused in a line."""
+"""Ordinary models of other families are fine-tuned, or refused with a one-line error."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ from tests.helpers.glue import byte_tokenizer
 
 
 def write(folder: Path, kind: str, **values: Any) -> None:
-    """A tiny model of a family, as it would be downloaded, and a ticket for it."""
+    """Write a tiny model of a family, as it would be downloaded, and a ticket for it."""
     folder.mkdir(exist_ok=True)
     config = tiny_config(kind)
     config.vocab_size = len(byte_tokenizer())
@@ -40,7 +40,7 @@ def write(folder: Path, kind: str, **values: Any) -> None:
 
 
 def classify(folder: Path) -> tuple[Any, torch.Tensor]:
-    """The classifier with a head trained whole, and its logits for four rows."""
+    """Return the classifier with a head trained whole, and its logits for four rows."""
     config = settings(folder)
     task = Glue(config)
     model = load_model(config, task.num_labels).eval()
@@ -127,7 +127,7 @@ def test_a_head_that_takes_rows_of_some_lengths_only_is_refused(tmp_path: Path) 
 
 
 def test_a_classifier_on_another_model_than_the_causal_one_is_refused(tmp_path: Path) -> None:
-    """Its encoder would be random, and nothing would say so."""
+    """Its encoder would be random, without any message."""
     write(tmp_path, "bart")
     with pytest.raises(UserError, match=r"model: model\.encoder\..* more would be") as caught:
         classify(tmp_path)

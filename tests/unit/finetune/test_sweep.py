@@ -1,4 +1,4 @@
-"""What `--sweep` means."""
+"""The meaning of `--sweep`."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Rows to token ids: both texts, special tokens, what is cut."""
+"""Rows to token ids: both texts, special tokens, truncation."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Every task from files and through `datasets`; subsets; whatever can be wrong with a file."""
+"""Every task from files and through `datasets`; subsets; every fault of a file."""
 
 import gzip
 import json
@@ -42,7 +42,7 @@ def test_every_task_from_files(folder: Path):
 
 
 def test_words_are_labels_in_the_order_of_glue(folder: Path):
-    """What decides the label in the generated rows is found at its integer."""
+    """The deciding word of the generated rows is found at its integer."""
     matched = read(folder, "mnli").validation["MNLI-m"]
     adverbs = ("surely", "perhaps", "never")
     for (_, hypothesis), label in zip(matched.texts, matched.labels, strict=True):
@@ -152,7 +152,7 @@ def test_max_train_has_to_be_positive(folder: Path):
 
 
 def _line(task: str, row: object) -> Callable[[Path], None]:
-    """Put ``row``, JSON or bytes as they are, after the first line of a task's training file."""
+    """Put ``row`` (JSON, or bytes unchanged) after the first line of a task's training file."""
 
     def change(folder: Path) -> None:
         file = folder / task / "train.jsonl"

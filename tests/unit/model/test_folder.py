@@ -1,4 +1,4 @@
-"""Model folders of strangers: whole, without code, and no larger than what is there."""
+"""Untrusted model folders: complete, without code, and no larger than their files."""
 
 import json
 import os

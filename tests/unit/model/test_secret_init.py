@@ -1,4 +1,4 @@
-"""Initial weights: the model's distribution from a key, exact bits, a key that stays put."""
+"""Initial weights: the model's distribution from a key, exact bits, a stable key."""
 
 import hashlib
 import hmac
@@ -174,7 +174,8 @@ def test_no_two_tensors_share_a_stream() -> None:
 
 @pytest.mark.processes
 def test_bits_depend_on_the_key_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not on the state before, the chunks, torch's seed, the threads or the process."""
+    """They do not depend on the state before, the chunks, torch's seed, the threads or the
+    process."""
     model = gpt2()
     initialize(model, KEY)
     digest = weights_digest(model)

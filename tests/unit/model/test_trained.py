@@ -1,4 +1,4 @@
-"""What a ticket names is what is trained: not what an architecture or its user has frozen."""
+"""A ticket names the trained parameters, not those that an architecture or its user froze."""
 
 import json
 from pathlib import Path
@@ -127,7 +127,7 @@ def test_attach_to_a_part_that_is_frozen(names: str):
 
 
 def test_attach_to_what_the_ticket_does_not_name():
-    """As transformers loads a frozen parameter: trainable."""
+    """transformers loads a frozen parameter as trainable."""
     way_out = r"'v' is of shape \[4\] in the model and missing in the ticket. Freeze what no ticket"
     with pytest.raises(UserError, match=way_out):
         attached(Part(), "w")

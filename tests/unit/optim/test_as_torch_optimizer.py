@@ -1,4 +1,4 @@
-"""What any torch optimizer does: schedules, param_groups, state_dict."""
+"""Behaviour of any torch optimizer: schedules, param_groups, state_dict."""
 
 import copy
 

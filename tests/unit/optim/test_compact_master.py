@@ -1,4 +1,4 @@
-"""The fp32 master for kept elements alone: the C++ operator and the torch path give the bits of a
+"""The fp32 master for kept elements only: the C++ operator and the torch path give the bits of a
 dense fp32 master that is rounded to 16 bits after each update."""
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Where the C++ operators are compiled and found, and what is said where they are not."""
+"""Where the C++ operators are compiled and found, and the message if they are not."""
 
 import os
 import shlex
@@ -28,7 +28,7 @@ print(loaded and loaded._name)
 
 
 def ask(*words: str | Path, **environment: str) -> tuple[str, str]:
-    """The path of what a fresh process loads, or `None`, and its warnings."""
+    """Return the path of the library that a fresh process loads, or `None`, and its warnings."""
     done = subprocess.run(
         [sys.executable, "-c", ASK, *map(str, words)],
         cwd=REPO,
@@ -42,7 +42,8 @@ def ask(*words: str | Path, **environment: str) -> tuple[str, str]:
 
 @pytest.fixture
 def _compiled_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiler, which hands out what it made of the same source before: 5 s less a test."""
+    """Stand in for the compiler with its earlier output for the same source, which saves 5 s per
+    test."""
     compiler, made = cpu._compiler(), cpu.library()
     assert compiler is not None
     assert made is not None
@@ -57,7 +58,7 @@ def _compiled_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A copy, whose folder may be written to."""
+    """Return a copy in a writable folder."""
     path = tmp_path / "package" / cpu.SOURCE.name
     path.parent.mkdir()
     path.write_bytes(cpu.SOURCE.read_bytes())
@@ -95,7 +96,7 @@ def test_the_cache_is_private_whatever_the_umask(tmp_path: Path, umask: int):
 @needs_compiler
 @pytest.mark.usefixtures("_compiled_before")
 def test_what_others_could_have_written_is_compiled_again(tmp_path: Path):
-    """A folder that was open to all, as an older version made it, and a program in it."""
+    """A folder that was open to all, as an older version made it, with a program in it."""
     loaded, _ = ask(XDG_CACHE_HOME=str(tmp_path))
     for folder_mode, file_mode in ((0o777, 0o755), (0o700, 0o777)):
         Path(loaded).write_bytes(b"planted")

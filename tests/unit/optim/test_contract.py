@@ -79,7 +79,7 @@ def tier(setup: Setup) -> Any:
 
 @dataclass
 class Probe:
-    """An armed engine after one ``backward``, and what its gradient has to be."""
+    """Hold an armed engine after one ``backward``, and the expected gradient."""
 
     engine: Engine
     setup: Setup
@@ -112,7 +112,7 @@ class Probe:
 
     @property
     def tolerance(self) -> float:
-        """Of a gradient against one computed in fp32, relative to its norm."""
+        """Return the tolerance of a gradient against one computed in fp32, relative to its norm."""
         return {"fp32": 1e-5, "bf16": 0.05, "fp16": 0.01}[self.precision]
 
 
@@ -258,7 +258,7 @@ def offload_flag(p: Probe) -> None:
 
 
 def norms_by_parameter(p: Probe) -> None:
-    """As DeepSpeed took them while it reduced: not masked yet."""
+    """DeepSpeed computes these norms during the reduction: they are not masked yet."""
     ids = {name: p.zero.get_param_id(param) for name, param in p.ds.module.named_parameters()}
     for f, gradient in zip(p.fragments, p.engine.shards.gradients(), strict=True):
         found, expected = float(p.zero.norm_for_param_grads[ids[f.name]]), float(gradient.norm())
@@ -276,7 +276,8 @@ def overflow_tensors(p: Probe) -> None:
 
 
 def updated(p: Probe) -> None:
-    """Although every flag said overflow and the complement held NaN: see poison()."""
+    """The update happens although every flag said overflow and the complement held NaN: see
+    poison()."""
     has(p.ds.skipped_steps == 0, "the update was skipped")
     moved = 0
     for f in p.fragments:
@@ -318,7 +319,8 @@ AFTER_STEP = (counters, norm_is_of_the_masked_gradient, updated)
 
 @dataclass(frozen=True)
 class Row:
-    """``assumption``: what must be true of ``attribute`` in the setups that ``where`` selects."""
+    """State an ``assumption`` about ``attribute`` that must be true in the setups that ``where``
+    selects."""
 
     attribute: str
     where: Callable[[Setup], bool]
@@ -528,7 +530,7 @@ DOCUMENTED = {
 
 
 def batches() -> list[torch.Tensor]:
-    """The share of each rank."""
+    """Return the share of each rank."""
     return [tiny.batch(rank, MICRO * ACCUMULATION) for rank in range(WORLD_SIZE)]
 
 
@@ -544,7 +546,8 @@ def expected_gradients(precision: Precision) -> dict[str, torch.Tensor]:
 
 
 def poison(p: Probe) -> None:
-    """NaN in the gradient of the complement, and DeepSpeed's flags as if it had met it."""
+    """Put NaN into the gradient of the complement, and set DeepSpeed's flags as if it had met
+    it."""
     for f, gradient in zip(p.fragments, p.engine.shards.gradients(), strict=True):
         kept = p.kept[f.name].view(-1)[f.start : f.start + f.numel]
         gradient.masked_fill_(~kept, torch.nan)
@@ -556,7 +559,7 @@ def poison(p: Probe) -> None:
 
 
 def examine(setup: Setup) -> dict[str, Any]:
-    """Check every row of this setup on this rank: row number to what went wrong."""
+    """Check every row of this setup on this rank; return row number to failure."""
     config = TrainConfig(
         steps=10,
         warmup_steps=0,
@@ -669,7 +672,7 @@ def test_every_element_is_owned_once(examined, setup):
 
 
 def relied_on(file: str, roots: set[str]) -> set[str]:
-    """Attributes read from DeepSpeed's objects, and strings in getattr."""
+    """Return the attributes read from DeepSpeed's objects, and strings in getattr."""
     found = set()
     for node in ast.walk(ast.parse((REPO / file).read_text(encoding="utf-8"))):
         match node:
@@ -682,7 +685,7 @@ def relied_on(file: str, roots: set[str]) -> set[str]:
 
 
 def test_table_is_complete():
-    """Whoever leans on another attribute adds a row."""
+    """Code that relies on another attribute must add a row."""
     found = relied_on(
         "pmp_ds/optim/zero_shards.py",
         {"zero", "self._zero", "optimizer", "engine", "mapping", "here", "there"},

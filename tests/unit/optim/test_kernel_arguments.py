@@ -1,4 +1,5 @@
-"""The operators get addresses: what does not fit is refused before one is taken."""
+"""The operators receive addresses, so arguments that do not fit are refused before an address is
+taken."""
 
 import os
 from collections.abc import Callable
@@ -176,7 +177,7 @@ def test_attach_with_the_optimizer_of_another_model() -> None:
 
 
 def test_the_ticket_that_wrote_out_of_bounds(tmp_path: Path) -> None:
-    """As in the report: int64 elements of -256, the right id, a step. It ended the process."""
+    """int64 elements of -256 with the right id, then a step: this used to end the process."""
     from pmp_ds.ticket.ticket import load_ticket
     from tests.helpers.strangers import write_ticket
 

@@ -1,4 +1,4 @@
-"""Which operators serve a tensor, and what the C++ ones do by themselves."""
+"""The choice of operators for a tensor, and the C++ ones by themselves."""
 
 import subprocess
 import sys
@@ -29,8 +29,8 @@ def test_block_prefix_by_hand():
 @pytest.mark.parametrize("start", [0, 1, 7, 8, 1021])
 @pytest.mark.parametrize("numel", [0, 1, 15, 16, 17, 32, 1000, 40000])
 def test_zero_complement_is_the_reference(numel, start, dtype):
-    """A fragment begins at any bit of its flat's mask, and ends with it; neighbours in memory are
-    left alone. 40,000 are several blocks for the threads."""
+    """A fragment begins at any bit of its flat's mask, and ends with it; neighbours in memory
+    are unchanged. 40,000 are several blocks for the threads."""
     generator = torch.Generator().manual_seed(start + numel)
     bits = pack(torch.rand(start + numel, generator=generator) < 0.7)
     memory = torch.randn(numel + 2, generator=generator).to(dtype)
@@ -53,7 +53,7 @@ def test_serves_nothing_else():
 
 
 def test_without_triton_a_warning_and_the_reference(monkeypatch):
-    """Once, not for every tensor."""
+    """The warning is given once, not for every tensor."""
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "pmp_ds.optim.kernels.cuda", raising=False)
     monkeypatch.delattr(kernels, "cuda", raising=False)

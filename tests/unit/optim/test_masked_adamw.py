@@ -24,7 +24,7 @@ CLOSE: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-7}
 
 @pytest.fixture(params=["c++", 1 << 20, 64, 8], ids="{}".format, autouse=True)
 def backend(request, monkeypatch) -> None:
-    """The C++ operator, and the torch reference in chunks of several sizes."""
+    """Return the C++ operator, and the torch reference in chunks of several sizes."""
     if request.param == "c++":
         if cpu.library() is None:
             pytest.skip("no C++ compiler")
@@ -94,8 +94,8 @@ def test_full_mask_is_no_mask_to_the_bit():
 
 @pytest.mark.parametrize("density", [0.1, 0.7, 0.99])
 def test_kept_elements_are_those_of_dense_adamw_on_them_alone(density):
-    """To the bit against our own dense update: an element's neighbours do not matter. Within a
-    tolerance against torch's."""
+    """To the bit against our own dense update, because an element's neighbours do not matter;
+    within a tolerance against torch's."""
     ours, kept = tensors(), masks(density)
     train(armed(ours, kept), ours)
     alone, torchs = [
@@ -117,7 +117,8 @@ def test_kept_elements_are_those_of_dense_adamw_on_them_alone(density):
 
 @pytest.mark.parametrize("poison", [1.0, torch.nan, torch.inf])
 def test_the_others_keep_their_bits(poison):
-    """Whatever their gradient, and in spite of weight decay; also a NaN keeps its payload."""
+    """They do so whatever their gradient, and in spite of weight decay; a NaN keeps its payload
+    too."""
     ours, kept = tensors(), masks(0.5)
     payload = torch.tensor([0x7FC12345], dtype=torch.int32).view(torch.float32)
     with torch.no_grad():
@@ -206,8 +207,8 @@ def test_arming_again_starts_afresh():
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
 def test_groups_one_at_a_time_in_any_order(order):
-    """As ZeRO does: it hands over one parameter group, or a sub-group in a group of its own, and
-    leaves the others out or empty. State goes by tensor, never by a group's number."""
+    """ZeRO passes one parameter group, or a sub-group in a group of its own, and leaves the
+    others out or empty. State is stored by tensor, never by a group's number."""
     together, apart = tensors(), tensors()
     decays = [0.1, 0.0, 0.3]
     split = [slice(0, 2), slice(2, 3), slice(3, 5)]
@@ -237,7 +238,8 @@ def test_groups_one_at_a_time_in_any_order(order):
 
 
 def test_one_step_tensor_shared_by_all():
-    """DeepSpeed's stage 3 lets sub-groups share one: counting in place would count per tensor."""
+    """DeepSpeed's stage 3 lets sub-groups share one: counting in place would count once per
+    tensor."""
     params, plain = tensors(), tensors()
     optimizer = armed(params, masks(0.7))
     shared = torch.zeros(())
@@ -351,7 +353,7 @@ def test_parameter_groups_decay_matrices_alone():
 
 
 def test_no_empty_parameter_group():
-    """DeepSpeed stumbles over one."""
+    """DeepSpeed fails on one."""
     groups = parameter_groups(torch.nn.Linear(3, 2, bias=False).named_parameters(), 0.1)
     assert len(groups) == 1
     assert parameter_groups([], 0.1) == []

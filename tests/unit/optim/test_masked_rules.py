@@ -74,7 +74,8 @@ def test_momentum_by_hand():
     ],
 )
 def test_settings_of_a_run(name, given, kind, expected, num_bytes):
-    """``train.optimizer`` and what it takes from a run; bytes of the moments of 10 elements."""
+    """``train.optimizer`` and the settings it takes from a run; bytes of the moments of 10
+    elements."""
     config = TrainConfig(optimizer=name, betas=given, eps=1e-6, lr=0.25)
     optimizer = optimizer_of(config, [{"params": [torch.ones(3)], "weight_decay": 0.5}])
     assert type(optimizer) is kind is rule_of(config)
@@ -86,7 +87,8 @@ def test_settings_of_a_run(name, given, kind, expected, num_bytes):
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd"])
 def test_compact_master_is_the_fp32_one(name):
-    """16-bit weights with a compact master learn what fp32 weights do, and are it, rounded."""
+    """16-bit weights with a compact master learn the same as fp32 weights, and equal them,
+    rounded."""
     generator = torch.Generator().manual_seed(5)
     initial = torch.randn(NUMEL, generator=generator).bfloat16()
     kept = torch.rand(NUMEL, generator=generator) < 0.6

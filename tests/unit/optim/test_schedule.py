@@ -8,7 +8,7 @@ from pmp_ds.optim.schedule import first_change, in_words, learning_rate
 
 
 def rates(**settings) -> list[float]:
-    """Of update 1 to the last."""
+    """Return the rates of update 1 to the last."""
     config = TrainConfig(**settings)
     return [learning_rate(config, step) for step in range(1, config.steps + 1)]
 
@@ -95,7 +95,7 @@ def test_decay_that_does_not_fit(settings):
 
 
 def test_first_change():
-    """A decay over the last 4 of 10 updates sets in with update 7."""
+    """A decay over the last 4 of 10 updates begins with update 7."""
     stable = TrainConfig(schedule="wsd", steps=10, warmup_steps=2, decay_steps=0)
     decay = TrainConfig(schedule="wsd", steps=10, warmup_steps=2, decay_steps=4)
     assert first_change(stable, decay, 6) is None

@@ -1,4 +1,4 @@
-"""Which documents come out of which files, and what is said about the rest."""
+"""The documents of each file, and the messages about the rest."""
 
 import gzip
 import json

@@ -48,7 +48,7 @@ def killed(job, unit, result, record=units._record):
 units._record = killed
 """
 
-# What the documented example asks of SLURM: an array, a dependency, a number printed.
+# What the documented example requires of SLURM: an array, a dependency, a printed number.
 SBATCH = """#!/usr/bin/env python3
 import os, pathlib, subprocess, sys
 options = dict(word.partition("=")[::2] for word in sys.argv[1:] if word.startswith("--"))
@@ -73,7 +73,7 @@ print(os.getpid())
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
-    """A corpus of six units, and the store that one process makes of it."""
+    """Return a corpus of six units, and the store that one process makes of it."""
     root = tmp_path_factory.mktemp("nodes")
     (root / "corpus").mkdir()
     texts = make_texts(240)
@@ -90,7 +90,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, byte
 
 @pytest.fixture
 def folder(made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An own working folder with the corpus in it."""
+    """Return a working folder of its own with the corpus in it."""
     shutil.copytree(made[0] / "corpus", tmp_path / "corpus")  # with the dates
     monkeypatch.setattr(corpus_module, "_MIN_UNIT_BYTES", 40_000)
     monkeypatch.chdir(tmp_path)
@@ -136,7 +136,7 @@ def environment() -> dict[str, str]:
 
 
 def documented(language: str) -> str:
-    """The one code block of this language in the description of the data."""
+    """Return the one code block of this language in the description of the data."""
     text = (REPO / "tokenized_data" / "README.md").read_text(encoding="utf-8")
     (block,) = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
     return block
@@ -144,7 +144,7 @@ def documented(language: str) -> str:
 
 @pytest.mark.nightly
 def test_documented_slurm_example(folder: Path, expected):
-    """Word for word, with two nodes at once and an sbatch that waits."""
+    """The example unchanged, with two nodes at once and an sbatch that waits."""
     (folder / "bin").mkdir()
     (folder / "bin" / "pmp-ds").write_text(f"#!{sys.executable}\n" + COMMAND.format(extra=VERB))
     (folder / "bin" / "pmp-ds").chmod(0o755)
@@ -192,7 +192,7 @@ def test_documented_datatrove_example(folder: Path, expected):
 
 
 def test_steps_of_datatrove(folder: Path, expected):
-    """What an executor calls on each of two tasks, and then on one; documents pass by."""
+    """Make an executor's calls on each of two tasks, and then on one; documents pass through."""
     nodes.plan(config("out"))
     for rank in (0, 1):
         step = PackUnits("out", workers=1)

@@ -127,7 +127,7 @@ def run_until(corpus: Path, monkeypatch: pytest.MonkeyPatch, units: int) -> Prep
 
 
 def spy_on_units(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The units that are packed from now on."""
+    """Record the units that are packed from now on."""
     seen: list[int] = []
     pack_unit = units_module.pack_unit
 
@@ -184,13 +184,13 @@ def test_raised_max_malformed_goes_on_with_what_is_packed(
 
 @dataclasses.dataclass
 class JobLike:
-    """What the threads need of a job."""
+    """Provide the part of a job that the threads need."""
 
     encoder: Any
 
 
 def test_a_failed_unit_stops_the_other_thread(monkeypatch):
-    """At its next batch, not at the end of its unit."""
+    """It stops at its next batch, not at the end of its unit."""
     stopped = threading.Event()
     other_runs = threading.Event()
 

@@ -1,4 +1,4 @@
-"""End to end in one process: what ends up in the store, what is refused, what is left behind."""
+"""End to end in one process: the content of the store, refusals, leftovers."""
 
 import dataclasses
 import json
@@ -288,8 +288,8 @@ def test_uint32_above_65536_ids(corpus: Path, monkeypatch: pytest.MonkeyPatch):
 def test_nothing_of_an_engine_that_errs_is_kept(
     corpus: Path, tokenizer_paths, monkeypatch: pytest.MonkeyPatch
 ):
-    """A run packs with the fast engine and is stopped; the next one finds that its ids are wrong,
-    packs all again by the reference and says so."""
+    """A run packs with the fast engine and is stopped; the next one finds that its ids are
+    wrong, repacks everything with the reference and says so."""
     settings = config(corpus, tokenizer=str(tokenizer_paths["byte-bpe"]), workers=1)
     correct = prepare(dataclasses.replace(settings, out=settings.out + "2", engine="reference"))
     packed: list[str] = []

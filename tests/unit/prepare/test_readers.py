@@ -1,4 +1,4 @@
-"""Inputs that cost a stranger nothing and a reader much are refused at once, with little read."""
+"""Inputs that are cheap to make and costly to read are refused at once, with little read."""
 
 import gzip
 import os
@@ -31,7 +31,7 @@ def refusal(path: Path) -> str:
 
 
 def packed(path: Path, content: bytes) -> Path:
-    """``content``, as the name of the file says."""
+    """Return ``content``, compressed as the name of the file says."""
     if path.name.endswith(".gz"):
         path.write_bytes(gzip.compress(content, 9))
     elif path.name.endswith(".zst"):
@@ -42,7 +42,7 @@ def packed(path: Path, content: bytes) -> Path:
 
 
 def repeated(path: Path, text: str, rows: int) -> Path:
-    """A Parquet file with ``text`` once, in a dictionary, and so many rows of it."""
+    """Return a Parquet file with ``text`` once, in a dictionary, and that many rows of it."""
     column = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array([text]))
     pq.write_table(pa.table({"text": column}), path, compression="zstd")
     return path
@@ -70,7 +70,7 @@ def test_parquet_packed_to_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
 def test_text_that_is_packed_well_is_read(tmp_path: Path, suffix: str) -> None:
-    """A hundred documents ten times: 20 times shorter when packed."""
+    """A hundred documents ten times: 20 times shorter when compressed."""
     rows = b"".join(b'{"text": "%s"}\n' % os.urandom(40).hex().encode() for _ in range(100))
     assert len(read(packed(tmp_path / f"a{suffix}", rows * 10))) == 1000
 

@@ -1,5 +1,5 @@
-"""What stands between documents: one end of text, a begin of text on request, and nothing that a
-document spells."""
+"""Separators of documents: one end of text, a begin of text on request, and none that a document
+spells."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Ids, special tokens as text, and what AutoTokenizer makes of the saved folder."""
+"""Ids, special tokens as text, and the saved folder as AutoTokenizer reads it."""
 
 import json
 import subprocess
@@ -104,7 +104,7 @@ def test_count_mismatches_counts(trained: TrainedTokenizer, texts, tokenizer_pat
 def test_plain_process_reads_the_trained_tokenizer(
     saved: Path, trained: TrainedTokenizer, texts: list[str]
 ):
-    """Without pmp_ds, beside the config.json of either model family, ids and text are exact."""
+    """Without pmp_ds, and with the config.json of either model family, ids and text are exact."""
     sample = [*texts[:20], "  two  spaces\n\n\tand \u00e9\U0001f600\x00 \r\n ", "a", "\n", " "]
     script = (
         "import json, sys\n"
@@ -162,7 +162,7 @@ def test_training_is_deterministic_and_keeps_whitespace(texts, trained: TrainedT
 
 
 def test_training_reads_the_whole_of_long_documents():
-    """Lines above sentencepiece's own limit, which it would skip, still teach it."""
+    """Lines above sentencepiece's own limit, which it would skip, still train it."""
     line = "zebra quagga " * 2000
     tokenizer = train_tokenizer([line], 280)
     (ids,) = tokenizer.encode_batch(["zebra quagga"])

@@ -1,4 +1,4 @@
-"""No document of an input vanishes or counts double without a word."""
+"""No document of an input is silently lost or counted twice."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def names(given: object) -> tuple[list[str], list[str]]:
-    """What is read of an input, and the notes."""
+    """Return the files read of an input, and the notes."""
     notes: list[str] = []
     return [source.name for source in find_sources([str(given)], None, notes)], notes
 
@@ -201,7 +201,7 @@ def test_a_tokenizer_that_draws(tokenizer_paths: dict[str, Path], tmp_path: Path
 
 
 def test_a_document_without_a_token(tokenizer_paths: dict[str, Path], tmp_path: Path):
-    """A normalizer may drop all of a text: it is counted, and no lonely end of text is packed."""
+    """A normalizer may drop all of a text: it is counted, and no end of text is packed alone."""
     tokenizer = _changed(tokenizer_paths["byte-bpe"], tmp_path / "tokenizer")
     path = tokenizer / "tokenizer.json"
     content = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""Tiny weights as a checkpoint holds them, a tokenizer, and what a card says of them."""
+"""Tiny weights as in a checkpoint, a tokenizer, and the facts of a card."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,8 @@ def gpt2() -> PreTrainedConfig:
 def write_weights(
     folder: Path, config: PreTrainedConfig, dtype: torch.dtype = torch.float32, shards: int = 1
 ) -> Path:
-    """What a checkpoint holds: named_parameters() in one or more files, 0600, and config.json."""
+    """Write the weights of a checkpoint: named_parameters() in one or more files, 0600, and
+    config.json."""
     folder.mkdir()
     torch.manual_seed(1)
     model = build_model(config)
@@ -103,5 +104,5 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def no_reload(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spare the fresh process, which costs seconds, where it is not the point."""
+    """Skip the fresh process, which takes seconds, where it is not the point."""
     monkeypatch.setattr(export_module, "verify_reload", lambda *_: 0.0)

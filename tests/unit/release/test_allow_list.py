@@ -1,4 +1,4 @@
-"""Each thing that must not leave, planted in a clean release, is named; the clean one passes."""
+"""Each forbidden item, planted in a clean release, is named; the clean release passes."""
 
 import getpass
 import json
@@ -40,7 +40,7 @@ def release(clean: Path, tmp_path: Path) -> Path:
 
 
 def sums_again(folder: Path) -> None:
-    """So that what is planted is found for itself, and not for its checksum."""
+    """Write the checksums again, so that the planted item is found for itself."""
     names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != "SHA256SUMS")
     lines = [f"{sha256(folder / name)}  {name}\n" for name in names]
     (folder / "SHA256SUMS").write_text("".join(lines))
@@ -109,7 +109,7 @@ def remembering_model() -> bytes:
 
 
 def no_dtype(folder: Path) -> None:
-    """In a release of before, which has the newer name alone."""
+    """Make a release of an older version, which has only the newer name."""
     config = json.loads((folder / "config.json").read_text())
     del config["torch_dtype"]
     (folder / "config.json").write_text(json.dumps(config | {"dtype": float("nan")}))
@@ -183,7 +183,7 @@ def test_clean_passes(clean: Path) -> None:
 
 
 def test_a_release_of_before_passes(release: Path) -> None:
-    """Without the older names, and with a tokenizer that says less."""
+    """An older release lacks the older names, and its tokenizer says less."""
     for file, keys in (
         ("config.json", ("rope_theta", "torch_dtype")),
         ("tokenizer_config.json", ("add_bos_token", "model_input_names", "pad_token", "bos_token")),
@@ -216,7 +216,8 @@ def test_common_names_of_machines_tell_nothing(
 def test_a_user_named_after_its_number_tells_nothing(
     release: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As Podman writes it into a container's passwd file; 1024 may be a width of the model."""
+    """Podman writes such a name into a container's passwd file; 1024 may be a width of the
+    model."""
     monkeypatch.setattr(getpass, "getuser", lambda: "1024")
     say("a width of 1024")(release)
     sums_again(release)

@@ -1,4 +1,4 @@
-"""Releases of tiny models: what is in the folder, what is not, and whom it opens for."""
+"""Releases of tiny models: the content of the folder, what is left out, and who can open it."""
 
 import hashlib
 import json
@@ -46,7 +46,7 @@ SHARD_BYTES = 10_000
 def released(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path
 ) -> tuple[Path, Path, Any]:
-    """(weights, release, summary) of one export with everything it does."""
+    """Return (weights, release, summary) of one export with all features."""
     config = gpt2() if request.param == "gpt2" else llama("tied" in request.param)
     root = tmp_path_factory.mktemp("run")
     shards = 3 if request.param == "llama" else 1
@@ -134,7 +134,7 @@ def test_the_snippet_of_the_card_runs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """From the folder that it came in, as somebody pastes it, to a text that goes on."""
+    """Run it from the folder it came in, as a user would paste it, to a text that continues."""
     card = (released[1] / "README.md").read_text()
     snippet = re.search(r"^```python\n(.*?)^```$", card, re.MULTILINE | re.DOTALL)
     assert snippet is not None
@@ -308,7 +308,8 @@ def test_mistakes_leave_nothing(
 def test_a_release_that_computes_something_else_is_refused(
     tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An allow-list that forgot rope_parameters would change every output, and load cleanly."""
+    """An allow-list without rope_parameters would change every output, and load without an
+    error."""
 
     def forgetful(config: PreTrainedConfig, dtype: str) -> dict[str, Any]:
         kept = release_config(config, dtype)
@@ -443,7 +444,7 @@ def layers(count: int) -> LlamaConfig:
 
 @pytest.fixture(scope="module")
 def middle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """130 MB of weights in one file."""
+    """Return 130 MB of weights in one file."""
     return write_weights(tmp_path_factory.mktemp("middle") / "weights", layers(8))
 
 
@@ -557,7 +558,7 @@ def test_a_signature_needs_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_weights_are_read_back(
     tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A disk that keeps something else than what was written."""
+    """The disk keeps something other than what was written."""
 
     def flip(folder: Path, *_: Any) -> None:
         path = folder / "model.safetensors"

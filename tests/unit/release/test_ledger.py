@@ -1,4 +1,4 @@
-"""The ledger refuses what would show the mask, and survives what ends a process."""
+"""The ledger refuses releases that would reveal the mask, and survives a killed process."""
 
 import json
 import stat
@@ -20,7 +20,7 @@ def claim(path: Path, kind: Any = "final", lineage: str = "a" * 64, **given: Any
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Path:
-    """With one final release of weights `w1`."""
+    """Return a ledger with one final release of weights `w1`."""
     path = tmp_path / "ledger.jsonl"
     claim(path).record("w1", "r1", "bf16")
     return path
@@ -90,7 +90,7 @@ def test_one_derivative_beside_its_base(ledger: Path) -> None:
 
 
 def test_a_line_without_its_newline_counts(ledger: Path) -> None:
-    """An editor took it, or a power cut: the release has left all the same."""
+    """An editor or a power cut may remove the newline: the release has left all the same."""
     whole = ledger.read_bytes()
     ledger.write_bytes(whole[:-1])
     with pytest.raises(UserError) as caught:
@@ -117,7 +117,7 @@ def test_a_damaged_ledger_lets_nothing_leave(ledger: Path, line: str) -> None:
 
 
 def test_another_format(ledger: Path) -> None:
-    """Is not damage: a backup would not help."""
+    """Another format is not damage: a backup would not help."""
     values = json.loads(ledger.read_text()) | {"more": 1}
     ledger.write_text(json.dumps(values) + "\n")
     with pytest.raises(UserError, match="it has the unknown field 'more'"):

@@ -90,8 +90,8 @@ def test_by_hand(model_type: str, values: dict[str, Any], older: dict[str, Any])
 
 
 def changed(config: PreTrainedConfig, scaled: bool) -> PreTrainedConfig:
-    """Every base of the rotary embedding is its own number, so that none can stand for another;
-    ``scaled``: full attention is."""
+    """Give every base of the rotary embedding its own number, so that none can stand for
+    another; ``scaled``: scale full attention."""
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {kind: part for kind, part in rope.items() if isinstance(part, dict)}
     for number, part in enumerate(kinds.values() if kinds else [rope]):
@@ -105,7 +105,7 @@ def changed(config: PreTrainedConfig, scaled: bool) -> PreTrainedConfig:
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_every_family_reads_the_same_config(scaled: bool) -> None:
-    """Both names together mean, to the version installed here, what the newer ones alone do."""
+    """To the version installed here, both names together mean the same as the newer ones alone."""
     seen = 0
     for kind in CONFIG_MAPPING:
         config_class = CONFIG_MAPPING[kind]

@@ -1,4 +1,4 @@
-"""What could not be released is refused before training, and what can be is released whole."""
+"""Models that could not be released are refused before training; the others are released whole."""
 
 import json
 from contextlib import closing
@@ -57,7 +57,7 @@ def test_families_that_can_be_released(kind: str, settings: dict[str, Any]) -> N
 
 
 def test_what_transformers_keeps_in_fp32_is_compared_in_fp32(tmp_path: Path) -> None:
-    """Its norms compute in fp32 in a release of bf16. Rounded, a near tie between two experts goes
+    """Its norms compute in fp32 in a bf16 release. Rounded, a near tie between two experts goes
     the other way, and the logits are far apart."""
     model = build_model(small("deepseek_v4"))
     rehearsal._sharpen(model)
@@ -130,7 +130,7 @@ def test_a_buffer_that_training_changes_is_refused(monkeypatch: Any) -> None:
     ],
 )
 def test_what_a_release_forgets_is_found(monkeypatch: Any, key: str, message: str) -> None:
-    """A rule of export that is too narrow, by shape and by value."""
+    """An export rule is too narrow, by shape and by value."""
 
     def forgetful(config: PreTrainedConfig, dtype: str) -> dict[str, Any]:
         full = kept(config) | {"dtype": dtype, "model_type": config.model_type}

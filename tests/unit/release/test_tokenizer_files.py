@@ -1,4 +1,4 @@
-"""What a release's tokenizer tells clients; config.json and generation_config.json say the same."""
+"""The special tokens in a release's tokenizer, config.json and generation_config.json agree."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def settings_of(folder: Path, file: str = "tokenizer_config.json") -> dict[str, 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A byte-level tokenizer as GPT-2's, but with nothing declared beside its end of text."""
+    """Return a byte-level tokenizer like GPT-2's, with only its end of text declared."""
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator(["a few words"], 300, special_tokens=["<|endoftext|>", "<s>"])
     folder = tmp_path / "tokenizer"
@@ -79,7 +79,8 @@ def test_what_is_declared_stays(saved: Path) -> None:
 
 
 def test_nothing_but_an_end_of_text(saved: Path) -> None:
-    """As GPT-2's own: CTranslate2 needs all of them. A padding beyond the vocabulary is none."""
+    """As in GPT-2's own: CTranslate2 needs all of them. A padding id beyond the vocabulary does
+    not count."""
     change(saved, pad_token="[PAD]", model_max_length=int(1e30))
     assert settle_tokenizer(saved, TOKENS, leading_bos=False, context=None) == 0
     settings = settings_of(saved)
@@ -106,7 +107,8 @@ def test_begin_of_text_of_a_trained_tokenizer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("leading", [True, False, None])
 def test_texts_begin_as_they_were_packed(saved: Path, leading: bool | None) -> None:
-    """Whatever somebody's own tokenizer did; transformers 4 asks tokenizer.json alone."""
+    """This holds whatever the user's own tokenizer did; transformers 4 reads only
+    tokenizer.json."""
     path = saved / "tokenizer.json"
     fast = Tokenizer.from_file(str(path))
     plain = fast.encode("few", add_special_tokens=False).ids

@@ -28,7 +28,8 @@ DATA = DataFacts(
 
 
 def finished(root: Path, steps: int = 4, done: int = 4) -> RunDir:
-    """A run folder as pretrain.py and export.py leave it, ``done`` of ``steps`` updates far."""
+    """Return a run folder as pretrain.py and export.py leave it, after ``done`` of ``steps``
+    updates."""
     run = RunDir(root)
     run.create()
     config = Config(

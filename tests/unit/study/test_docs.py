@@ -1,4 +1,4 @@
-"""The study in docs/ is what the program makes of its results."""
+"""The study in docs/ is what the program makes from its results."""
 
 import json
 from pathlib import Path

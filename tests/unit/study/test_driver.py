@@ -116,7 +116,7 @@ def test_asked_to_stop(two: tuple[Study, list[Step]], tmp_path: Path):
 
 
 def test_a_signal_stops_what_runs(two: tuple[Study, list[Step]], tmp_path: Path):
-    """The command that runs gets it too, however it ends; nothing begins any more."""
+    """The running command gets it too, however it ends; no further step begins."""
     study, planned = two
     code = (
         f"import time; open({str(tmp_path / 'begun')!r}, 'w').write('x')\n"
@@ -144,7 +144,7 @@ def test_one_study_at_a_time(two: tuple[Study, list[Step]], tmp_path: Path):
 
 
 def meeting(folder: Path, name: str, other: str) -> Step:
-    """A step that ends only once another one has begun as well."""
+    """Return a step that ends only once another one has begun as well."""
     code = (
         f"import pathlib, time; here = pathlib.Path({str(folder)!r}); print('begun')\n"
         f"(here / {name!r}).write_text('x'); end = time.time() + 60\n"

@@ -1,4 +1,4 @@
-"""What is drawn, and that it fits."""
+"""The figures are drawn and fit."""
 
 from dataclasses import replace
 

@@ -145,7 +145,7 @@ def test_text_of_pretraining_is_a_column_of_its_own():
 
 
 def test_methods_of_the_paired_contrast_share_their_settings():
-    """The true mask may not use a learning rate that the random one was not given."""
+    """The true mask may not use a learning rate that the random one did not have."""
     runs = fine_tunes(
         [
             fine_tune("pmp", "sst2", method, score=score, lr=lr, seed=seed)

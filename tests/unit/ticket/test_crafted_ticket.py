@@ -1,4 +1,4 @@
-"""A ticket of a stranger with the right id: nothing but a packed mask of plain shapes is taken."""
+"""Untrusted tickets with the right id: only a packed mask of plain shapes is accepted."""
 
 from functools import partial
 from pathlib import Path
@@ -102,7 +102,7 @@ def test_the_same_ticket_unchanged_is_taken(tmp_path: Path) -> None:
 
 
 def test_nothing_of_the_bits_is_said(tmp_path: Path) -> None:
-    """The same words for the same kind, whatever the content."""
+    """The words are the same for the same kind, whatever the content."""
     said = set()
     for number, value in enumerate((-256, 77)):
         files = ticket_files(changed(torch.full((2,), value)), SHAPES)

@@ -1,4 +1,4 @@
-"""What a ticket keeps, by kind of parameter."""
+"""The share of each kind of parameter in a ticket."""
 
 import torch
 

@@ -28,7 +28,8 @@ def brute_force(scores: torch.Tensor, k: int) -> torch.Tensor:
 def select(
     scores: torch.Tensor, cuts: Sequence[int], order: Sequence[int], k: int, **options
 ) -> torch.Tensor:
-    """select_top_k over ``scores`` cut at ``cuts`` and handed over in ``order``, put together."""
+    """Apply select_top_k to ``scores`` cut at ``cuts`` and passed in ``order``; assemble the
+    result."""
     borders = [0, *sorted(cuts), len(scores)]
     spans = [list(itertools.pairwise(borders))[i] for i in order]
     masks = select_masks(

@@ -1,4 +1,4 @@
-"""Sealed tickets: what opens them, what is said when nothing does, and who got which."""
+"""Sealed tickets: the keys that open them, errors otherwise, and the registry of recipients."""
 
 import base64
 import io
@@ -67,7 +67,7 @@ aRTuOemDpA==
 
 
 def make_key(folder: Path, name: str = "key.txt") -> tuple[Path, str]:
-    """A secret key's file and its public key."""
+    """Return a secret key's file and its public key."""
     return folder / name, new_identity(folder / name)
 
 
@@ -105,7 +105,7 @@ def test_others_open_what_is_sealed_here_with_tar(tmp_path, opener):
 
 
 def test_what_others_sealed_opens_here(tmp_path):
-    """A ticket's folder by `tar c` and another implementation of age."""
+    """A ticket's folder, packed by `tar c` and another implementation of age."""
     key, public = make_key(tmp_path)
     save_ticket(ticket(), tmp_path / "given")
     archive = subprocess.run(
@@ -177,7 +177,7 @@ def test_wrong_passphrase(tmp_path):
 
 
 def test_a_file_that_would_keep_the_machine_busy():
-    """scrypt's work is the sender's to choose: 2^30 is refused before it starts."""
+    """The sender chooses scrypt's work: 2^30 is refused before it starts."""
     header = b"age-encryption.org/v1\n-> scrypt SNU0IaFO0jZ/YdkNJi4V+A 30\n%b\n--- %b\n"
     sealed = header % (b"A" * 43, b"A" * 43) + bytes(100)
     with pytest.raises(UserError, match="asks for more work than a passphrase should"):
@@ -228,7 +228,7 @@ def test_wrong_key(tmp_path):
 
 
 def test_an_archive_with_other_things(tmp_path):
-    """Links that lead elsewhere are not followed; what is no whole ticket is refused."""
+    """Links that lead elsewhere are not followed; anything but a complete ticket is refused."""
     key, public = make_key(tmp_path)
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
@@ -342,7 +342,7 @@ def run(tmp_path) -> RunDir:
 
 
 def seal_for(run: RunDir, name: str, folder: Path, *more: str) -> tuple[Path, Path]:
-    """The sealed file and the key that opens it."""
+    """Return the sealed file and the key that opens it."""
     word = name.rsplit(maxsplit=1)[-1]
     key, public = make_key(folder, f"{word}.key")
     out = folder / f"{word}.age"

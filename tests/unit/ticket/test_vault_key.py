@@ -1,4 +1,4 @@
-"""What a vault has lost is never made anew in silence: the key of its watermarks, its registry."""
+"""Lost parts of a vault are never silently recreated: the key of its watermarks, its registry."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize("public", [False, True])
 @pytest.mark.parametrize("damage", [Path.unlink, flip])
 def test_the_key_of_watermarks_is_never_made_anew(run, tmp_path, damage, public):
-    """Copies of another key could not be traced, and nobody would notice."""
+    """Copies marked with another key could not be traced, and nothing would show it."""
     if public:
         write_text(run.config, dump(Config(init=InitConfig(seed=42))))
     sealed, key = seal_for(run, "Partner A", tmp_path)
@@ -58,7 +58,7 @@ def test_the_key_of_watermarks_is_never_made_anew(run, tmp_path, damage, public)
 
 
 def test_a_vault_without_its_registry(run, tmp_path):
-    """Whose copies were sealed is not forgotten in silence."""
+    """The recipients of sealed copies are not silently lost."""
     seal_for(run, "Partner A", tmp_path)
     (run.vault / "sealed.jsonl").unlink()
     with pytest.raises(UserError, match=r"sealed\.jsonl is missing: put it back from a backup"):
@@ -69,7 +69,7 @@ def test_a_vault_without_its_registry(run, tmp_path):
 
 
 def test_a_refused_seal_leaves_a_public_run_as_good_as_new(run, tmp_path):
-    """Between the vault's new key and its first copy a mistake may come."""
+    """A mistake may happen between the vault's new key and its first copy."""
     write_text(run.config, dump(Config(init=InitConfig(seed=42))))
     (run.init / "key").unlink()
     wrong = tmp_path / "empty"

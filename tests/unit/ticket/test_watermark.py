@@ -1,4 +1,4 @@
-"""Marks in copies of a ticket, and whom a leak names."""
+"""Watermarks in copies of a ticket, and the recipients that a leak names."""
 
 import itertools
 import json
@@ -185,7 +185,7 @@ def weighed(own: Ticket, count: int, observed: Iterable[Observation]) -> dict[st
 
 
 def noisy(t: Ticket, share: float) -> ParamMask:
-    """``t`` with a share of its elements dropped and as many others added."""
+    """Return ``t`` with a share of its elements dropped and as many others added."""
     chance = torch.Generator().manual_seed(5)
     bits = {}
     for name, shape in SHAPES.items():
@@ -204,7 +204,7 @@ def test_a_leaked_ticket_names_its_recipient_alone(share):
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5])
 def test_nobody_is_named_for_another_copy_or_noise(share):
-    """200 innocent recipients, and the leak is of somebody else's copy."""
+    """200 innocent recipients; the leak is another recipient's copy."""
     own = ticket()
     evidence = weighed(own, 200, of_ticket(noisy(copy_for(999, own), share)))
     assert named(evidence) == []
@@ -222,11 +222,11 @@ COALITIONS = {
         torch.stack(copies).any(0) & (torch.rand(copies[0].shape, generator=chance) > 0.05)
     ),
 }
-"""What those who compare their copies (n,) bool make of them, where they cannot tell."""
+"""How colluding recipients combine their copies (n,) bool."""
 
 
 def minority(copies: torch.Tensor) -> torch.Tensor:
-    """Where they differ, as the fewer of them have it."""
+    """At each differing place, take the minority's value."""
     having = copies.sum(0)
     return torch.where(
         (having == 0) | (having == len(copies)), having > 0, having * 2 < len(copies)
@@ -286,8 +286,8 @@ def base_weights() -> dict[str, torch.Tensor]:
 
 
 def tuned_weights(mask: ParamMask, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """As after training: kept elements changed, but for one in ten that rounding hid and rows of
-    the embedding whose tokens never came up."""
+    """Return weights as after training: kept elements changed, except one in ten that rounding
+    hid and rows of the embedding whose tokens never occurred."""
     generator = torch.Generator().manual_seed(2)
     weights = {}
     for name, old in base_weights().items():
@@ -345,7 +345,8 @@ def test_a_model_trained_without_a_ticket_names_nobody(base, tmp_path):
 
 @pytest.mark.parametrize("owner", [True, False])
 def test_marks_survive_the_dither_of_the_owner(base, tmp_path, owner):
-    """He dithers with the whole ticket; a recipient who could would wipe out the own marks."""
+    """The owner dithers with the whole ticket; a recipient could otherwise erase their own
+    marks."""
     own = ticket()
     copy = copy_for(3, own).mask
     before, after = base_weights(), tuned_weights(copy, torch.bfloat16)
@@ -420,7 +421,7 @@ def test_a_release_that_lacks_what_its_config_describes(release):
 
 
 def test_rows_that_only_padded_the_vocabulary_tell_nothing(base, tmp_path):
-    """The run's ticket has them, and places of the code among them; its release does not."""
+    """The run's ticket has those rows, and places of the code among them; its release does not."""
     padded = ticket(shapes=SHAPES | {"embed": (320, 40)})
     own = replace(padded, mask=fitted(padded.mask, SHAPES, base))
     whole = {n: padded.mask.full(n) for n in SHAPES}

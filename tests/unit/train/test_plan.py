@@ -1,4 +1,4 @@
-"""The memory that a run announces depends on the rule of its optimizer."""
+"""The memory announced by a run depends on the rule of its optimizer."""
 
 import pytest
 

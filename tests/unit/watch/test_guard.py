@@ -1,4 +1,4 @@
-"""What the guard learns of the loss. Its policies are in tests/distributed/test_guard.py."""
+"""Learning of the guard from the loss. Its policies are in tests/distributed/test_guard.py."""
 
 import math
 import random
