@@ -4,8 +4,8 @@
 
 One process, ZeRO 1, a Llama-type model of about 26 million parameters in bf16. Ours in the
 background and at once, the same without a mask (dense state), and DeepSpeed's own
-`save_checkpoint`, which neither hashes nor fsyncs. All take turns. While training goes on beside a
-save, updates are slower; that is shown as well. Prints a table, then a line per figure; the exit
+`save_checkpoint`, which neither hashes nor fsyncs. All take turns. Updates are slower while a save
+runs in the background; that is shown as well. Prints a table, then a line per figure; the exit
 code says only whether it ran.
 """
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.data_memory --input corpus/*.jsonl --tokenizer path/to/tokenizer
 
-Counts the proportional set size of the process and all below it every 20 ms. The corpus and the
-store are deleted at the end. The exit code says only whether it ran.
+Measures the proportional set size of the process and its descendants every 20 ms. The corpus and
+the store are deleted at the end. The exit code says only whether it ran.
 """
 
 import argparse

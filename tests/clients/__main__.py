@@ -1,14 +1,13 @@
-"""Try three tiny releases with the programs that people load them with, and print a table.
+"""Test three tiny releases with common client programs, and print a table.
 
     make clients                                        all; the table goes into docs/RELEASE.md
-    make clients CLIENTS_ARGS='--only vLLM llama.cpp'   those whose names begin so; prints alone
+    make clients CLIENTS_ARGS='--only vLLM llama.cpp'   names that begin so; only prints
 
-Each client has a virtual environment of its own in .clients/. One that is ready is used again, a
-half-made one is made again; remove .clients/NAME to have a client's newest version. A run that was
-stopped resumes: what a client did as expected with the same release is not tried again. What the
-programs said is in .clients/NAME.log. A client that cannot be installed is a row that says why, and
-the others follow. Exit code 1: a client is missing or gave something else than expected; the
-document then stays as it was.
+Each client has its own virtual environment in .clients/. A complete one is reused, a partial one is
+made again; remove .clients/NAME to get a client's newest version. A stopped run resumes: an expected
+result with the same release is not tested again. The programs' output is in .clients/NAME.log. A
+client that cannot be installed gets a row with the reason, and the others continue. Exit code 1
+means that a client is missing or gave an unexpected result; the document then stays unchanged.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""The virtual environment of each client: made once, by the pip that runs here.
+"""The virtual environment of each client, made once by the pip that runs here.
 
     python = install(client, Path(".clients"))
 
-An environment is ready when its file `installed` names what is wanted; anything else at its place
-was left by an installation that did not end, or by an older list of packages, and is made again.
-Everything that a program says is in `.clients/NAME.log`.
+An environment is complete when its file `installed` matches the specification. Anything else comes
+from an unfinished installation or an older list of packages, and is made again. The output of the
+programs is in `.clients/NAME.log`.
 """
 
 import contextlib

@@ -1,10 +1,10 @@
-"""Three tiny releases, made here from the project's own files, and what each of them should do.
+"""Three tiny releases, made from the project's own files, and their expected results.
 
     release = make(Path(".clients/releases"), "llama")
 
-Beside `release/` lies expected.json: token ids of texts, logits after the first, and greedy
+Next to `release/` is expected.json: token ids of texts, logits after the first, and greedy
 continuations, by the transformers installed here, in fp32. It is written last: a release without it
-is half-made, and is made again, as is one of other files than today's.
+is incomplete, and is made again, as is one made from other files than today's.
 """
 
 import hashlib

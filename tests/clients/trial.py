@@ -3,8 +3,8 @@
     python trial.py CLIENT FOLDER RESULT
 
 FOLDER holds release/ and expected.json (releases.py). RESULT gets, as JSON: `ids` and `greedy`, how
-many of the texts gave the expected ones; `logits`, their largest difference; `also`, what else
-worked. Whatever raises is the client's answer: the script ends with it, and `error` is its line.
+many of the texts gave the expected ones; `logits`, their largest difference; `also`, other features
+that worked. An exception is the client's answer: the script ends with it, and `error` is its line.
 """
 
 import json

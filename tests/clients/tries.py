@@ -1,9 +1,9 @@
-"""A release tried with a client by trial.py, once for each release, client and trial.
+"""Test a release with a client by trial.py, once for each release, client and trial.
 
     found, day = try_release(client, Path(".clients/releases/llama"), Path(".clients"))
 
-`found` is what trial.py says, with a line `error` if it ended early. It is kept beside the release
-as CLIENT.json, so that a run that was stopped resumes; what was not as expected is tried again.
+`found` is the result of trial.py, with a line `error` if it ended early. It is stored next to the
+release as CLIENT.json, so that a stopped run resumes; an unexpected result is tested again.
 """
 
 import json

@@ -1,5 +1,5 @@
 """The age file format with X25519 keys, from its specification (https://age-encryption.org/v1) and
-without pyrage: what another implementation sees of a sealed file, and one that it writes."""
+without pyrage: stands for another implementation that reads and writes sealed files."""
 
 import base64
 import hmac

@@ -2,7 +2,7 @@
 
     done = run("prepare_data.py", "--out", "store", cwd=tmp_path)     # python launcher/...
     done = run("pretrain.py", "--config", "a.yaml", cwd=tmp_path, ranks=2)     # under deepspeed
-    ok(done)             # or error_of(done): the one line that a mistake gives
+    ok(done)             # or error_of(done): the one line of a mistake
     done = call("export.py", "--run", "x", cwd=tmp_path)      # the same without a process, one rank
 
 Each command is a session of its own, so that a time-out or ``kill`` ends its children too.

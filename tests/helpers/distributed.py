@@ -4,11 +4,11 @@
     results = ranks2.run(check_something, arg)          # fixture of conftest.py: kept processes
 
 ``check_something`` is a top-level function (or ``"package.module:function"``) that takes the
-arguments and returns something picklable; the results come back in rank order. When a rank raises,
-dies or the time is up, every rank is killed and ``RankError`` shows each rank's traceback and
+arguments and returns something picklable; the results come back in rank order. When a rank raises
+or dies, or the time is up, every rank is killed and ``RankError`` shows each rank's traceback and
 output. An error that a test expects must be caught inside the function. Kept processes keep
-their state (seeds, caches): a function sets what it relies on. Between calls they are stopped:
-every process group that they ever made has threads of gloo that poll.
+their state (seeds, caches): a function sets the state it relies on. Between calls they are
+suspended, because every process group that they ever made has polling gloo threads.
 """
 
 import contextlib

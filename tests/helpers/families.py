@@ -1,9 +1,9 @@
 """Every causal architecture of transformers at tiny width, from a config.json to a classifier.
 
     python -m tests.helpers.families              writes its part of docs/SUPPORT.md, in minutes
-    python -m tests.helpers.families llama mpt    tries these and prints their rows
+    python -m tests.helpers.families llama mpt    tests these and prints their rows
 
-Each in a process of its own with a limit of time and memory, so that a crash is a row and no end.
+Each runs in its own process with a limit of time and memory, so that a crash becomes a row.
 """
 
 import json
@@ -273,11 +273,11 @@ def section(rows: Sequence[Row]) -> str:
     lines = [
         "",
         f"All {len(rows)} causal families of transformers {transformers.__version__} at tiny",
-        "width, tried by `make families`: pretrained from `model.family: auto` with a random",
+        "width, as tested by `make families`: pretrained from `model.family: auto` with a random",
         "ticket, exported, reloaded and compared, and fine-tuned as a classifier with the ticket.",
         f"{released} are pretrained and released, {whole} of them fine-tuned as classifiers. The",
-        "others are refused with the reason before anything is trained, or are not tried where the",
-        "defaults of transformers' own class describe no model.",
+        "others are refused with the reason before anything is trained, or are not tried because",
+        "the defaults of transformers' own class do not describe a model.",
         "",
         "| family | pretrained | released | classifier |",
         "|---|---|---|---|",

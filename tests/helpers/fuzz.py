@@ -1,10 +1,10 @@
-"""Bytes that nobody thought of, for the parsers of what strangers write.
+"""Feed altered bytes to the parsers of untrusted files.
 
     make fuzz                                             ten minutes; needs the extra `fuzz`
     python -m tests.helpers.fuzz -max_total_time=60       libFuzzer's own options
 
-atheris changes the bytes so that new branches of our code are taken. The first byte chooses the
-parser. An exception that a parser does not promise ends the run and leaves the input in a file.
+atheris changes the bytes to reach new branches of our code. The first byte selects the parser. An
+undocumented exception ends the run and leaves the input in a file.
 """
 
 import contextlib

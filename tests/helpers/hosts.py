@@ -2,9 +2,9 @@
 
     with hosts.two() as pair:
         start(..., before=pair.on("h1"))      # a command on host h1
-        pair.cut("h2")                        # its cable; `join` plugs it in again
+        pair.cut("h2")                        # unplugs its cable; `join` plugs it in again
 
-Root and iproute2 are needed; nothing leads out of them, and nothing of the machine is changed.
+Needs root and iproute2. The hosts have no route out, and nothing of the machine is changed.
 """
 
 import contextlib

@@ -1,5 +1,5 @@
-"""The main job inside a rank that is kept (helpers/distributed.py), with a fault put in from
-outside: real files, real engines, real collectives, without the seconds of a new process.
+"""The main job inside a kept rank (helpers/distributed.py), with a fault injected from outside:
+real files, real engines, real collectives, without the seconds of a new process.
 
     lives = ranks2.run(live, str(work), ["--run.root", str(tmp_path)], nan_loss, (3,))
 """

@@ -1,6 +1,6 @@
 """Every supported way to run the masked optimizer under DeepSpeed, as test cases and as a table.
 
-python -m tests.helpers.matrix      writes its part of docs/SUPPORT.md anew
+python -m tests.helpers.matrix      rewrites its part of docs/SUPPORT.md
 """
 
 from collections.abc import Iterator
@@ -128,12 +128,12 @@ def table() -> str:
     lines = [
         "# What is supported",
         "",
-        "Generated from the test matrix by `python -m tests.helpers.matrix`;",
-        "each entry is at least one case of `tests/distributed/test_matrix.py`, which checks on",
-        "real DeepSpeed engines that the complement keeps its bits in the weights and in the fp32",
-        "master, that losses follow a plain PyTorch reference, that the norm DeepSpeed reports is",
-        "the masked one, and how many bytes the states take. 2 ranks where nothing else is said.",
-        "What is known not to work is refused by name before training starts",
+        "Generated from the test matrix by `python -m tests.helpers.matrix`. Each entry is at",
+        "least one case of `tests/distributed/test_matrix.py`, on 2 ranks unless stated",
+        "otherwise. On real DeepSpeed engines it checks that the complement keeps its bits in the",
+        "weights and in the fp32 master, that losses follow a plain PyTorch reference, that",
+        "DeepSpeed reports the masked norm, and how many bytes the states take. Settings known",
+        "not to work are refused by name before training starts",
         "(`pmp_ds/engine/deepspeed_config.py`).",
         "",
         "| | ZeRO 0 | ZeRO 1 | ZeRO 2 | ZeRO 3 |",

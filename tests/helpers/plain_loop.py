@@ -1,4 +1,4 @@
-"""A training loop without a mask and without pmp_ds but for its checkpoints, as a user has one.
+"""A user's training loop without a mask, which uses pmp_ds only for checkpoints.
 
 python -m pmp_ds.launch --ranks 2 tests/helpers/plain_loop.py FOLDER STAGE STEPS
 """

@@ -1,4 +1,4 @@
-"""The whole method in plain, single-process PyTorch: what every sharding must agree with.
+"""The whole method in plain, single-process PyTorch: the reference for every sharding.
 
 Written from the paper alone, with nothing of pmp_ds.ticket, pmp_ds.optim or pmp_ds.train: sort
 instead of histograms, dense moments, one tensor after the other. Only `masked_adamw_ref`, which

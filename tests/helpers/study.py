@@ -1,4 +1,4 @@
-"""Results of studies that were never run, with effects planted in them.
+"""Invented results of studies, with planted effects.
 
 records = study(gap=5.0, secret=2.0, tax=0.0, seeds=5)     # points, points, nats per token
 """

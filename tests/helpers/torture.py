@@ -1,12 +1,12 @@
-"""Kill a run again and again, at random moments of every phase; it must come to the same bits.
+"""Kill a run repeatedly, at random moments of every phase; it must end with the same bits.
 
     python -m tests.helpers.torture --kills 50 --seed 7      # make torture; its own folder in /tmp
 
-Each life of the run is the real command, started again after the last kill. The moments are drawn
-from the seed, in the order in which a run meets them: update k of discovery, while a checkpoint is
-being written, and so on; a random delay places them within. After each kill no process of that life
-may run on. In the end checkpoint, ticket, release and metrics are those of an undisturbed run, and
-no temporary file is left.
+Each attempt is the real command, started again after the last kill. The moments are drawn from the
+seed, in the order in which a run reaches them: update k of discovery, the writing of a checkpoint,
+and so on, each with a random delay. After each kill no process of that attempt may survive. In the
+end checkpoint, ticket, release and metrics equal those of an undisturbed run, and no temporary file
+is left.
 """
 
 import argparse

@@ -2,13 +2,13 @@
 
     for outcome in outcomes(inputs): ...
 
-The worker calls the code in process. An input hangs when it takes CPU_SECONDS of the worker's own
-processor time, so that a busy machine does not matter, or SECONDS of anybody's; a worker that does
-not even notice that is killed and begun again with the next input. Its address space is limited, so
+The worker calls the code in process. An input hangs if it takes CPU_SECONDS of the worker's own
+processor time, so that a busy machine does not matter, or SECONDS of wall time. A worker that does
+not notice even that is killed and restarted with the next input. Its address space is limited, so
 that no input can harm the machine.
 
-Memory is the worker's peak during an input (VmHWM, begun anew through clear_refs), above what it
-had when its imports were done and a good input of each of its kinds had been opened.
+Memory is the worker's peak during an input (VmHWM, reset through clear_refs), above its memory
+after its imports and after opening a valid input of each of its kinds.
 """
 
 import ctypes

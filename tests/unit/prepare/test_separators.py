@@ -75,7 +75,7 @@ def blocks(store: Store, split: str) -> np.ndarray:
 @pytest.mark.parametrize("kind", ENGINES)
 def test_no_document_forges_a_special_token(kind: str, tokenizer_paths, trained, write, tmp_path):
     """Every special token, alone, first, inside, last and next to all others, on both engines."""
-    if kind == "tokenizer.json":  # no tokenizer_config.json beside it
+    if kind == "tokenizer.json":  # without a tokenizer_config.json
         shutil.copy(tokenizer_paths["byte-bpe"] / kind, tmp_path)
         tokenizer_paths = {kind: tmp_path / kind}
     tokenizer = trained if kind == "trained" else load_tokenizer(str(tokenizer_paths[kind]))

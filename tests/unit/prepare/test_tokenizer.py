@@ -188,7 +188,7 @@ def test_tokenizer_json_path(tokenizer_paths: dict[str, Path], tmp_path: Path):
     folder = tokenizer_paths["byte-bpe"]
     by_file = load_tokenizer(str(folder / "tokenizer.json"))
     assert by_file.fingerprint == load_tokenizer(str(folder)).fingerprint
-    alone = tmp_path / "tokenizer.json"  # no tokenizer_config.json beside it
+    alone = tmp_path / "tokenizer.json"  # without a tokenizer_config.json
     alone.write_bytes((folder / "tokenizer.json").read_bytes())
     assert load_tokenizer(str(alone)).eos_id == by_file.eos_id
 

@@ -121,7 +121,7 @@ def test_every_family_reads_the_same_config(scaled: bool) -> None:
             continue
         both = config_class.from_dict(copy.deepcopy(released)).to_dict()
         if kind in ("olmo", "olmo2", "phi3") or "hunyuan" in kind or "phi4" in kind:
-            both.get("rope_parameters", {}).pop("type", None)  # beside rope_type, and the same
+            both.get("rope_parameters", {}).pop("type", None)  # equal to rope_type
         assert {key: both[key] for key in alone} == alone, kind
         seen += 1
     assert seen > 150

@@ -101,7 +101,7 @@ def test_a_copy_lacks_its_codeword_and_nothing_else_changes(rows, percent, numbe
     assert len(places.unique()) == len(code) == max(FEWEST, round(SHARE * own.mask.num_kept))
     assert before[places].all()
     assert torch.equal(lacks[places], word)
-    assert marked.mask.full("norm").all(), "a frozen norm shows itself"
+    assert marked.mask.full("norm").all(), "a frozen norm is visible in the release"
     assert torch.equal(dense(copy_for(number, own)), after), "not a function of the key"
     assert missing_from(marked, own, Path("x")) == int(word.sum())
 
