@@ -3,11 +3,12 @@
     make clients                                        all; the table goes into docs/RELEASE.md
     make clients CLIENTS_ARGS='--only vLLM llama.cpp'   names that begin so; only prints
 
-Each client has its own virtual environment in .clients/. A complete one is reused, a partial one is
-made again; remove .clients/NAME to get a client's newest version. A stopped run resumes: an expected
-result with the same release is not tested again. The programs' output is in .clients/NAME.log. A
-client that cannot be installed gets a row with the reason, and the others continue. Exit code 1
-means that a client is missing or gave an unexpected result; the document then stays unchanged.
+Each client has its own virtual environment in .clients/. A complete one is reused, a partial one
+is made again; remove .clients/NAME to get a client's newest version. A stopped run resumes: an
+expected result with the same release is not tested again. The programs' output is in
+.clients/NAME.log. A client that cannot be installed gets a row with the reason, and the others
+continue. Exit code 1 means that a client is missing or gave an unexpected result; the document
+then stays unchanged.
 """
 
 import argparse
