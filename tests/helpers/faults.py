@@ -514,7 +514,7 @@ MACHINE = {
         "`masked_adamw.cpp` taken from an installed wheel",
         "told, training goes on in torch operations, to the same bits",
         0,
-        r"many times slower on CPU: .*masked_adamw\.cpp is missing, .* install it again",
+        r"many times slower on CPU: .*masked_adamw\.cpp is missing: .* reinstall it",
         NOTHING,
     ),
 }
