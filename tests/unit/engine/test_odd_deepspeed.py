@@ -34,7 +34,7 @@ def test_odd_values_of_every_key(tmp_path: Path):
         if one.kind == "misspelt":
             assert (
                 "does not know this key" in words
-                or "compact_master alone" in words
+                or "only compact_master" in words
                 or (
                     "remove it" in words  # the section above is refused already
                 )
