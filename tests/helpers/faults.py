@@ -308,7 +308,7 @@ UPDATES = {
         "one rank reads another file",
         "refused before training",
         EXIT_MISTAKE,
-        r"error: rank 1 has another ticket than rank 0",
+        r"error: rank 1 read another ticket than rank 0",
         NOTHING,
     ),
     "clock jump": Fault(
@@ -444,7 +444,7 @@ SIGNALS = {
         "SIGTERM twice to a rank that is busy",
         "it ends at once; the checkpoint before is intact",
         143,
-        r"asked again: ending at once",
+        r"second signal: ending at once",
         SINCE,
     ),
     "max_time": Fault(
