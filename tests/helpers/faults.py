@@ -65,7 +65,7 @@ CHECKPOINTS = {
         "one bit in the middle of a file of each",
         "refused, nothing is changed; `--start-afresh` sets them aside and begins again",
         EXIT_MISTAKE,
-        r"error: .*checkpoints has 2 checkpoints, and none can be read; nothing was changed:\n"
+        r"error: .*checkpoints has 2 checkpoints, but none is readable; nothing was changed:\n"
         r"  checkpoint .*update-00000012 is damaged: .*\n  checkpoint .*update-00000008 is damaged",
         "nothing, with a backup of one",
     ),
@@ -83,8 +83,8 @@ CHECKPOINTS = {
         "deleted",
         "refused, nothing is changed: the metrics record that there were some",
         EXIT_MISTAKE,
-        r"error: .*checkpoints has no checkpoint, and .*metrics\.jsonl records that one of update "
-        r"12 was saved; nothing was changed: ",
+        r"error: .*checkpoints has no checkpoint, but .*metrics\.jsonl records that one was "
+        r"saved at update 12; nothing was changed: ",
         "nothing, with a backup of one",
     ),
     "not read back": Fault(
@@ -125,8 +125,8 @@ CHECKPOINTS = {
         "deleted",
         "refused before training: a new one is never put in its place",
         EXIT_MISTAKE,
-        r"error: .*init/key is missing, and .*theta0\.json was made with it: put the run's own key "
-        r"back",
+        r"error: .*init/key is missing, and .*theta0\.json was made with it: restore the run's own "
+        r"key",
         "nothing, with a backup of it",
     ),
     "lost key, report": Fault(
@@ -344,7 +344,7 @@ RANKS = {
         "2 ranks, `train.global_batch_size: 1`",
         "refused before training",
         EXIT_MISTAKE,
-        r"error: train\.global_batch_size=1 is less than a sequence for each of 2 ranks: start at "
+        r"error: train\.global_batch_size=1 is less than one sequence for each of 2 ranks: start at "
         r"most 1",
         NOTHING,
     ),
@@ -664,7 +664,7 @@ LEAVING = {
         "its `sha256` made zeros, which would let a second revision leave",
         "refused: it was sealed with the run's key",
         EXIT_MISTAKE,
-        r"error: .*init/theta0\.json was altered: its digest is not the one that was sealed",
+        r"error: .*init/theta0\.json was altered: its digest does not match the seal",
         "nothing, with a backup of it",
     ),
     "ledger line": Fault(
@@ -734,7 +734,7 @@ DEEPSPEED = {
         "`fp16.loss_scale: 128`",
         "refused; dynamic scaling needs none",
         EXIT_MISTAKE,
-        r"fp16\.loss_scale: the loss scale is dynamic",
+        r"fp16\.loss_scale: with a static loss scale a checkpoint",
         NOTHING,
     ),
     "no fp16": Fault(

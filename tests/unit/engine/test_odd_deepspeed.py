@@ -163,4 +163,4 @@ def test_not_a_file(tmp_path: Path):
 def test_the_section_of_ours():
     assert OWN_SECTION not in deepspeed_keys._top().model_fields
     (line,) = refusal({OWN_SECTION: {"compact_master": 1}})
-    assert line == "pmp_ds.compact_master is 1; it is true or false"
+    assert line == "pmp_ds.compact_master is 1; it must be true or false"
