@@ -108,8 +108,8 @@ class Case:
         for what, other in others.items():
             if other is not None and dict(other.shapes) != shapes:
                 raise UserError(
-                    f"{what} is of another model than the release {self.release.folder}: names or "
-                    "shapes of their parameters differ"
+                    f"{what} belongs to another model than the release {self.release.folder}: "
+                    "names or shapes of their parameters differ"
                 )
 
     def positions(self, name: str) -> torch.Tensor:

@@ -344,8 +344,8 @@ RANKS = {
         "2 ranks, `train.global_batch_size: 1`",
         "refused before training",
         EXIT_MISTAKE,
-        r"error: train\.global_batch_size=1 is less than one sequence for each of 2 ranks: start at "
-        r"most 1",
+        r"error: train\.global_batch_size=1 is less than one sequence for each of 2 ranks: start "
+        r"at most 1",
         NOTHING,
     ),
     "straggler": Fault(
@@ -575,7 +575,7 @@ STRANGERS = {
         "refused, nothing is unpacked",
         EXIT_MISTAKE,
         r"error: .*\.age (is damaged: mask\.safetensors is not in it as it stands|opens with this "
-        r"key, but holds no ticket)",
+        r"key, but contains no ticket)",
         NOTHING,
     ),
     "second spelling": Fault(
@@ -583,8 +583,8 @@ STRANGERS = {
         "another case, full-width letters, a soft hyphen, a change of the direction of writing",
         "refused: two copies of one partner would bear two watermarks",
         EXIT_MISTAKE,
-        r"error: --name .* (was sealed under the name 'Partner A', which is the same in another "
-        r"spelling|holds characters that cannot be printed)",
+        r"error: --name .* (was sealed under the name 'Partner A', another spelling of the same"
+        r"|contains unprintable characters)",
         NOTHING,
     ),
     "names on screen": Fault(

@@ -40,7 +40,7 @@ def test_odd_values_of_every_key(tmp_path: Path):
                 )
             ), (one.text, words)
         if one.kind == "duplicate":
-            assert "stands twice" in words, (one.text, words)
+            assert "appears twice" in words, (one.text, words)
     assert bad == []
 
 

@@ -65,7 +65,7 @@ STORE = ("--store", "store")
         (["perplexity", *STORE, "--blocks", "0"], "--blocks 0 must be at least 1"),
         (["perplexity", *STORE, "--device", "tpu9"], "--device tpu9: "),
         (["gradients", *STORE, "--ticket", "store"], "no ticket at store"),
-        (["gradients", *STORE, "--ticket", "empty.txt"], "is a sealed file: give --identity"),
+        (["gradients", *STORE, "--ticket", "empty.txt"], "is a sealed file: pass --identity"),
         (["gradients", *STORE, "--ticket", "other"], "the ticket belongs to another model"),
         (
             ["landscape", *STORE, "--ticket", "ticket", "--finetuned", "store"],

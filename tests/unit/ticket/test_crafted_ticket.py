@@ -133,7 +133,7 @@ def test_two_members_of_one_name(tmp_path: Path) -> None:
     content = one.rstrip(b"\0")
     content += b"\0" * (-len(content) % 512) + one
     (tmp_path / "t.age").write_bytes(encrypt(content, by))
-    with pytest.raises(UserError, match="holds two files called"):
+    with pytest.raises(UserError, match="contains two files named"):
         open_sealed(tmp_path / "t.age", by)
 
 
