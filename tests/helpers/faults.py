@@ -525,7 +525,7 @@ STRANGERS = {
         "a tensor taken from a release, and one renamed, before `finetune.py`",
         "refused, nothing is written: nothing is drawn at random in their place",
         EXIT_MISTAKE,
-        r"error: .* lacks model\.norm\.weight: it is no whole causal model",
+        r"error: .* lacks model\.norm\.weight: it is not a whole causal model",
         NOTHING,
     ),
     "code in a release": Fault(
@@ -636,7 +636,7 @@ FAMILIES = {
         "a base model without the plain head of transformers",
         "refused; most families without a classifier get a head",
         EXIT_MISTAKE,
-        r"error: model_type='cohere' takes no classification head: .* --task lm",
+        r"error: model_type='cohere' accepts no classification head: .* --task lm",
         NOTHING,
     ),
     "other classifier": Fault(
@@ -653,7 +653,7 @@ FAMILIES = {
         "`eos_token_id: null` in config.json",
         "refused; of several ends of text the first one pads",
         EXIT_MISTAKE,
-        r"error: --model .*: its config\.json names no eos_token",
+        r"error: --model .*: its config\.json has no eos_token",
         NOTHING,
     ),
 }

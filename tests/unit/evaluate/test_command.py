@@ -53,7 +53,7 @@ STORE = ("--store", "store")
         (["gradients", *STORE], "gradients needs --ticket"),
         (["landscape", "--ticket", "ticket"], "landscape needs --store"),
         (["glue", "--model", "nowhere"], "--model nowhere does not exist"),
-        (["glue", "--model", "store"], "store is no model: it has no config.json"),
+        (["glue", "--model", "store"], "store is not a model: it has no config.json"),
         (["glue", "--results", "model/r.jsonl"], "--results model/r.jsonl is inside --model model"),
         (["glue", "--results", "store"], "--results store is a folder"),
         (["glue", "--glue_tasks", "sst"], r"unknown task 'sst' \(did you mean"),

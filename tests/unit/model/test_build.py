@@ -123,7 +123,7 @@ def test_auto_reads_a_local_config(as_folder: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "there is no file .*config.json.*nothing is downloaded"),
+        (None, "the file .*config.json does not exist.*nothing is downloaded"),
         ("{", "is not a Hugging Face config.json"),
         ("[1]", "is not a Hugging Face config.json"),
         ('{"vocab_size": 9}', "is not a Hugging Face config.json"),
