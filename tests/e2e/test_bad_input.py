@@ -147,7 +147,7 @@ def test_another_tokenizer_at_the_same_out(work: Path):
     before = files_of(work)
     prepare = ("prepare_data.py", *PREPARE, "--out", "store")
     message = error_of(call(*prepare, "--tokenizer", "store/tokenizer", cwd=work))
-    assert "out=store holds another store (tokenizer is" in message
+    assert "out=store contains another store (tokenizer is" in message
     assert before == files_of(work)
 
 
@@ -155,7 +155,7 @@ def test_another_tokenizer_at_the_same_out(work: Path):
     ("text", "message"),
     [
         (None, "input corpus.txt does not exist"),
-        ("", "input corpus.txt holds no document with text in it"),
+        ("", "input corpus.txt contains no document with text"),
     ],
 )
 def test_corpus(tmp_path: Path, text: str | None, message: str):

@@ -753,7 +753,7 @@ DATA = {
         "a link in the folder to the folder above it",
         "refused by name; links to other folders are entered",
         EXIT_MISTAKE,
-        r"error: input .* reaches .*/loop twice, as .* too: its documents would count double",
+        r"error: input .* reaches .*/loop twice, the first time as .*, so its documents would",
         NOTHING,
     ),
     "hidden files": Fault(
@@ -777,7 +777,7 @@ DATA = {
         "`dropout` in a tokenizer.json",
         "refused",
         EXIT_MISTAKE,
-        r"error: tokenizer .* has dropout=0\.1: it cuts a text differently every time",
+        r"error: tokenizer .* has dropout=0\.1: it splits a text differently every time",
         NOTHING,
     ),
     "packed to nothing": Fault(
@@ -793,7 +793,7 @@ DATA = {
         "text files and JSON lines of several GiB, Parquet of one text",
         "refused",
         EXIT_MISTAKE,
-        r"error: input .* is too long: .* a document has at most 67,108,864 bytes",
+        r"error: input .* is too long: .* a document may have at most 67,108,864 bytes",
         NOTHING,
     ),
     "growing file": Fault(

@@ -176,7 +176,7 @@ def test_dataset_of_hugging_face_as_a_stream(dataset: str, tmp_path: Path, monke
     assert again.manifest == first.manifest
     other = prepare(config(dataset, tmp_path, out=str(tmp_path / "other"), shuffle_seed=1))
     assert other.manifest["dataset_id"] != first.manifest["dataset_id"]
-    with pytest.raises(UserError, match="holds another store"):
+    with pytest.raises(UserError, match="contains another store"):
         prepare(config(dataset, tmp_path, shuffle_seed=1))
     Store.open(first.folder, verify=True)
 
