@@ -119,7 +119,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "manifest missing": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json"),
     "format no number": (edit(format_version="x"), "manifest.json"),
     "position flipped": (edit(consumed_samples=4), "manifest.json"),
-    "under another name": (swap("update-00000002"), "it holds update-00000002"),
+    "under another name": (swap("update-00000002"), "it contains update-00000002"),
 }
 
 

@@ -105,7 +105,7 @@ def test_afresh_changes_nothing_where_one_can_be_read(lives, ended, calm):
     """So it may stand in a job that is queued again and again."""
     flip(ended.checkpoints / "update-00000012" / "weights" / "model.safetensors")
     one, _ = lives(AFRESH)
-    assert f"{AFRESH} changes nothing: update-00000008 can be read" in one.out
+    assert f"{AFRESH} changes nothing: update-00000008 is readable" in one.out
     assert "resuming after update 8" in one.out
     assert not list(ended.private.glob("checkpoints.unreadable*"))
     same_end(calm, ended)
@@ -158,7 +158,7 @@ def test_lost_settings(refused, ended):
     """Without config.yaml other settings would pass for the run's."""
     ended.config.unlink()
     one = refused("--train.lr", "0.5")
-    assert f"{ended.config} is missing, and " in one.err
+    assert f"{ended.config} is missing, but " in one.err
 
 
 def test_damaged_metrics(refused, ended):

@@ -125,7 +125,7 @@ CHECKPOINTS = {
         "deleted",
         "refused before training: a new one is never put in its place",
         EXIT_MISTAKE,
-        r"error: .*init/key is missing, and .*theta0\.json was made with it: restore the run's own "
+        r"error: .*init/key is missing, but .*theta0\.json was made with it: restore the run's own "
         r"key",
         "nothing, with a backup of it",
     ),
@@ -134,7 +134,7 @@ CHECKPOINTS = {
         "the same",
         "refused: a new key would report that the whole complement changed",
         EXIT_MISTAKE,
-        r"error: .*init/key is missing, and .*theta0\.json was made with it",
+        r"error: .*init/key is missing, but .*theta0\.json was made with it",
         "nothing, with a backup of it",
     ),
     "lost key, seal": Fault(
@@ -142,7 +142,7 @@ CHECKPOINTS = {
         "the same",
         "refused: no copy is marked with another key",
         EXIT_MISTAKE,
-        r"error: .*init/key is missing, and .*theta0\.json was made with it",
+        r"error: .*init/key is missing, but .*theta0\.json was made with it",
         "nothing, with a backup of it",
     ),
     "key, seal": Fault(
@@ -541,7 +541,7 @@ STRANGERS = {
         "`rope_theta` of a finished release changed, before `export.py --check`",
         "refused: clients of transformers 4 would compute other logits than those of 5",
         EXIT_MISTAKE,
-        r"config\.json: rope_theta is 7\.0, and its newer name says 10000\.0",
+        r"config\.json: rope_theta is 7\.0, but its newer name says 10000\.0",
         NOTHING,
     ),
     "crafted ticket": Fault(
@@ -549,7 +549,7 @@ STRANGERS = {
         "signed bytes as bits, with the id that goes with them",
         "refused before anything is loaded or written; `attach` and the operators check again",
         EXIT_MISTAKE,
-        r"error: the ticket at .* is damaged: the mask of '.*' is int8 of shape \[.*\], and .* "
+        r"error: the ticket at .* is damaged: the mask of '.*' is int8 of shape \[.*\], but .* "
         r"elements need uint8 of shape \[",
         NOTHING,
     ),
@@ -603,7 +603,7 @@ FAMILIES = {
         "the config.json of a BERT",
         "refused before the run's name is taken",
         EXIT_MISTAKE,
-        r"error: model_type='bert' is not trained: it reads both ways, .*: add .is_decoder.: true",
+        r"error: model_type=.bert. is not trained: it reads in both .*: add .is_decoder.: true",
         NOTHING,
     ),
     "not its release": Fault(

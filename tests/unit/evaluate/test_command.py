@@ -69,7 +69,7 @@ STORE = ("--store", "store")
         (["gradients", *STORE, "--ticket", "other"], "the ticket belongs to another model"),
         (
             ["landscape", *STORE, "--ticket", "ticket", "--finetuned", "store"],
-            r"store is no model: model.safetensors is missing",
+            r"store is not a model: model.safetensors is missing",
         ),
     ],
 )

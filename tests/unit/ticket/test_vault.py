@@ -269,9 +269,9 @@ def test_bad_keys(tmp_path):
         str(tmp_path / "gone"): "gone is missing",
         str(key): "key.txt, line 3: this is a secret key",
         str(ecdsa_public): "line 3: this is not a usable public key; pass an age",
-        public[:-1]: "this is no public key",
-        "ssh-rsa": "this is no public key",
-        "ssh-ed25519 nonsense": "this is no public key",
+        public[:-1]: "this is not a usable public key",
+        "ssh-rsa": "this is not a usable public key",
+        "ssh-ed25519 nonsense": "this is not a usable public key",
         secret: "--to was given a secret key",
     }.items():
         with pytest.raises(UserError, match=message) as caught:
