@@ -1,9 +1,9 @@
-"""Every format that pmp-ds writes for itself: its versions, and which of them this version reads.
+"""Every format that pmp-ds writes for itself: its versions, and those that this version reads.
 
     python -m pmp_ds.formats > docs/FORMATS.md
 
-Readers call ``require`` with the number that they found, so a file of another version gives one
-message everywhere, and is never taken for a damaged one.
+Readers call ``require`` with the version that they found. So a file of another version gives the
+same message everywhere, and is never mistaken for a damaged one.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from pmp_ds.version import code_version
 
 
 class FormatError(UserError):
-    """A file is intact, but of a format version that this pmp-ds does not read."""
+    """A file is intact, but has a format version that this pmp-ds does not read."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Version:
 
     number: int
     written_by: str
-    """The releases that write it, or wrote it."""
+    """The pmp-ds versions that write or wrote it."""
 
     content: str
-    """What is in it, or what changed."""
+    """Its content, or the change from the version before."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Format:
     versions: tuple[Version, ...]  # oldest first; the last is written
     reads: tuple[int, ...]
     older: str
-    """The rule for reading older ones."""
+    """The rule for reading older versions."""
 
 
 _NOW = "pmp-ds 0.1.0"
@@ -164,9 +164,9 @@ def writer(name: str, number: int) -> str:
 def require(name: str, where: object, found: object, *, way_out: str, writer: object = None) -> int:
     """Return the version ``found`` of the file at ``where``.
 
-    Raises FormatError when this pmp-ds does not read it; the message names the pmp-ds that does: of
-    the table, or of a version that is not in it ``writer``, the code that the file says it is from.
-    Raises TypeError when ``found`` is not a number, which only damage explains.
+    Raises FormatError when this pmp-ds does not read it. The message names a pmp-ds that does, from
+    the table, or for an unlisted version the ``writer`` recorded in the file. Raises TypeError when
+    ``found`` is not a number, a sign of damage.
     """
     if not isinstance(found, int) or isinstance(found, bool):
         raise TypeError("format_version is not a number")

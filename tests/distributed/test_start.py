@@ -197,7 +197,7 @@ def test_lost_key(refused, lives, run):
     assert files_of(run.root) == before
     digest = (run.init / "theta0.json").read_bytes()
     (run.init / "theta0.json").unlink()
-    assert f"and {run.ticket} was made with it" in refused(*SECRET).err
+    assert f"but {run.ticket} was made with it" in refused(*SECRET).err
     (run.init / "theta0.json").write_bytes(digest)
     (run.init / "key").write_bytes(key[:-1] + bytes([key[-1] ^ 1]))
     one = refused(*SECRET)

@@ -691,7 +691,7 @@ SETTINGS = {
         "nested aliases, 9^9 values",
         "refused at once",
         EXIT_MISTAKE,
-        r"error: .*, line \d+: its aliases stand for more than 20,000 values",
+        r"error: .*, line \d+: its aliases expand to more than 20,000 values",
         NOTHING,
     ),
     "section twice": Fault(
@@ -699,7 +699,7 @@ SETTINGS = {
         "`train:` at the top and the end",
         "refused with both lines: YAML itself would forget the first",
         EXIT_MISTAKE,
-        r"error: --config .*, line 3: train stands twice, in line 1 too",
+        r"error: --config .*, line 3: train appears twice, in line 1 too",
         NOTHING,
     ),
     "null": Fault(

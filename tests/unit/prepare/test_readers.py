@@ -95,7 +95,7 @@ def test_a_part_that_begins_in_a_line_without_end(tmp_path: Path) -> None:
     os.truncate(path, 4 << 30)
     (source,) = find_sources([str(path)])
     part = replace(source, part=1, num_parts=2, first_byte=1 << 20, num_bytes=1 << 20)
-    with pytest.raises(UserError, match="is too long: the line around byte 1,048,576, and"):
+    with pytest.raises(UserError, match="is too long: the line around byte 1,048,576, but"):
         list(read_documents(part, "text", Rejects()))
 
 

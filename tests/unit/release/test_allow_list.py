@@ -129,7 +129,7 @@ PLANTED: dict[str, tuple[Callable[[Path], object], str]] = {
     "wrong dtype": (key("config.json", dtype="float32"), "says float32, but the weights are"),
     "no dtype": (no_dtype, "config.json is not usable"),
     "older name": (key("config.json", rope_theta=7.0), "rope_theta is 7.0, but its newer name"),
-    "older dtype": (key("config.json", torch_dtype="float32"), "torch_dtype is 'float32', and"),
+    "older dtype": (key("config.json", torch_dtype="float32"), "torch_dtype is 'float32', but"),
     "generation key": (key("generation_config.json", _from="x"), "the key '_from'"),
     "tokenizer key": (key("tokenizer_config.json", name_or_path="x"), "the key 'name_or_path'"),
     "tokenizer.json key": (key("tokenizer.json", made_by="x"), "the key 'made_by'"),

@@ -209,7 +209,7 @@ def test_dtype_rules(tmp_path: Path, tokenizer_dir: Path) -> None:
     assert run(fp32).dtype == "fp32"
     exact = load_file(tmp_path / "fp32-out" / "model.safetensors")
     assert all(torch.equal(exact[k], v) for k, v in load_file(fp32 / "model.safetensors").items())
-    with pytest.raises(UserError, match="holds bf16 weights"):
+    with pytest.raises(UserError, match="contains bf16 weights"):
         run(write_weights(tmp_path / "bf16", gpt2(), torch.bfloat16))
     # The complement of a bf16 run kept its rounded values: fp32 would give it away.
     mixed = load_file(fp32 / "model.safetensors")
@@ -270,7 +270,7 @@ def spoil_json(folder: Path) -> None:
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
         (spoil_names, "lacks transformer.ln_f.bias"),
         (spoil_values, "ln_f.bias has NaN or infinity"),
-        (spoil_shape, r"has shape \[5\] and config.json needs \[32\]"),
+        (spoil_shape, r"has shape \[5\], but config.json requires \[32\]"),
         (spoil_dtype, "contains tensors of F64"),
         (spoil_json, "index.json is damaged"),
     ],
@@ -418,7 +418,7 @@ def test_fp16(tmp_path: Path, tokenizer_dir: Path) -> None:
         weights = write_weights(tmp_path / name, gpt2(), dtype)
         for key, tensor in run(weights).items():
             assert torch.equal(tensor, tensors_of(weights)[key].half())
-    with pytest.raises(UserError, match="holds bf16 weights, and in fp16"):
+    with pytest.raises(UserError, match="contains bf16 weights, and in fp16"):
         run(write_weights(tmp_path / "bf16", gpt2(), torch.bfloat16))
     large = write_weights(tmp_path / "large", gpt2())
     tensors = load_file(large / "model.safetensors")

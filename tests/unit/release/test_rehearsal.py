@@ -85,7 +85,7 @@ def test_sizes_that_follow_from_others_are_shrunk_with_them(kind: str) -> None:
 
 
 def test_a_model_that_reads_both_ways_is_refused_with_the_way_out() -> None:
-    words = r'in both directions, .* a causal model: add "is_decoder": true to its config\.json$'
+    words = r'reads in both .* a causal model: add "is_decoder": true to its config\.json$'
     with pytest.raises(UserError, match=f"^model_type='bert' is not trained: it {words}"):
         rehearse(CONFIG_MAPPING["bert"]())
 
