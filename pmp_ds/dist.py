@@ -94,7 +94,7 @@ def world_size() -> int:
 
 
 def ranks_in_words() -> str:
-    """`1 rank`, `8 ranks`."""
+    """Return `1 rank` or `8 ranks`."""
     return f"{world_size()} rank{'s' if world_size() > 1 else ''}"
 
 

@@ -43,7 +43,7 @@ class Progress:
         interval: float = 10.0,
         stream: TextIO | None = None,
     ) -> None:
-        """``scale`` prints 12.3M for 12300000; ``stream`` defaults to standard error."""
+        """Start counting; ``scale`` prints 12.3M for 12300000, ``stream`` is standard error."""
         self.desc, self.unit, self.total = desc, unit, total
         self.n = self.initial = initial
         self._scale, self._interval = scale, interval

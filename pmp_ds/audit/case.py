@@ -54,7 +54,7 @@ class Weights:
         return cls(folder, opened.config, trained, embeddings(model), handles, fixed)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """As stored."""
+        """Return a tensor as stored."""
         found: torch.Tensor = self.handles[name].get_tensor(name)
         return found
 
@@ -137,7 +137,7 @@ class Case:
         return self.gather(mask.full) > 0.5
 
     def outside_embeddings(self) -> torch.Tensor:
-        """(n,) bool."""
+        """Return which sampled elements are not in embeddings, (n,) bool."""
         flags = [name not in self.release.embeddings for name in self.release.shapes]
         return torch.tensor(flags).repeat_interleave(torch.tensor(self.sizes()))
 

@@ -135,9 +135,11 @@ class BlockLoader:
         *,
         pin_memory: bool = False,
     ) -> None:
-        """``next`` returns ``global_batch_size`` sequences over all ranks; ``key`` is an
-        ``order_key``. With ``pin_memory`` batches are page-locked, so that a GPU copies them while
-        it computes."""
+        """Start reading ahead: ``next`` returns ``global_batch_size`` sequences over all ranks.
+
+        ``key`` is an ``order_key``. With ``pin_memory`` batches are page-locked, so that a GPU
+        copies them while it computes.
+        """
         assert len(blocks) > 0
         assert 0 <= rank < world_size <= global_batch_size
         self.consumed_samples = consumed_samples

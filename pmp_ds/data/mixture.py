@@ -35,7 +35,7 @@ class Mixture:
         """Number of samples of each source in every 2^16."""
 
     def __len__(self) -> int:
-        """Blocks in all sources together; an epoch of the mixture does not read each block once."""
+        """Return the blocks of all sources; an epoch of the mixture does not read each once."""
         return sum(map(len, self._sources))
 
     def read(

@@ -37,7 +37,7 @@ class Discovery:
     """
 
     def __init__(self, engine: Engine, config: Config, table: Table, key: bytes = b"") -> None:
-        """``key``: 32 bytes that draw the elements of ``mask.random_fraction``. Collective."""
+        """Prepare the selection; ``key`` (32 bytes) draws ``mask.random_fraction``. Collective."""
         self.step = 0
         self._engine, self._table = engine, table
         self._train, self._mask = config.train, config.mask

@@ -44,8 +44,8 @@ class Selector:
         *,
         replicated: bool = False,  # every rank holds all fragments
     ) -> None:
-        """Collective if ``random_fraction`` is not 0. Raises UserError when always-trained
-        parameters leave no room for others."""
+        """Draw the random elements; collective if ``random_fraction`` is not 0. Raises UserError
+        when always-trained parameters leave no room for others."""
         infos = {info.name: info for info in table}
         self._fragments, self._replicated = fragments, replicated
         self._starts = [infos[f.name].start + f.start for f in fragments]

@@ -10,7 +10,7 @@ class Later:
     """Numbers on their way from the device to the host; ``read`` waits until they arrive."""
 
     def __init__(self, numbers: torch.Tensor) -> None:
-        """``numbers``: (n,) or (), on any device; later changes to them have no effect here."""
+        """Copy ``numbers``, (n,) or (), from any device; later changes have no effect here."""
         self._arrived: torch.cuda.Event | None = None
         if numbers.device.type == "cuda":
             self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)

@@ -45,7 +45,7 @@ def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _shrunk(values: dict[str, Any], layers: int | None) -> dict[str, Any]:
-    """``layers`` is that of the config around ``values``, or None."""
+    """Shrink ``values``; ``layers`` is that of the config around them, or None."""
     counts = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
     own = next((values[key] for key in counts if isinstance(values.get(key), int)), layers)
     kept = _kept_layers(values, own)

@@ -25,7 +25,7 @@ class PackUnits(PipelineStep):
     type = "pmp-ds"
 
     def __init__(self, out: str | Path, workers: int | None = None) -> None:
-        """``workers``: processes per task; None: as planned, or one per core."""
+        """Use ``workers`` processes per task; None: as planned, or one per core."""
         super().__init__()
         self.out, self.workers = Path(out), workers
 

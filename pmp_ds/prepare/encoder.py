@@ -64,7 +64,7 @@ class Encoder:
     """
 
     def __init__(self, spec: EncoderSpec, reference: "_Lazy | None" = None) -> None:
-        """``reference`` may be shared with an encoder of the same model."""
+        """Share ``reference``, if given, with an encoder of the same model."""
         self.spec = spec
         self._reference = reference or _Lazy(lambda: _load_reference(spec))
         self._fast = _Lazy(lambda: _load_fast(spec.fast))

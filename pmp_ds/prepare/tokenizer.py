@@ -71,7 +71,7 @@ class HuggingFaceTokenizer:
     kind = "huggingface"
 
     def __init__(self, tokenizer: Any, name: str, model: bytes | None = None) -> None:
-        """``model`` is the sentencepiece model it was converted from, to be saved with it."""
+        """Keep ``model``, the sentencepiece model it was converted from, to save it too."""
         self._tokenizer, self._model = tokenizer, model
         if tokenizer.eos_token_id is None:
             raise UserError(_no_eos(name))

@@ -103,7 +103,7 @@ def _threads(job: PackJob, workers: int, on_bytes: Callable[[int], None]) -> Ite
         free.put(replace(job, encoder=job.encoder.twin()) if i else job)
     stopped, one_at_a_time = threading.Event(), threading.Lock()
 
-    def hear(num_bytes: int) -> None:
+    def report(num_bytes: int) -> None:
         if stopped.is_set():
             raise _StoppedError
         with one_at_a_time:
@@ -112,7 +112,7 @@ def _threads(job: PackJob, workers: int, on_bytes: Callable[[int], None]) -> Ite
     def pack(unit: Unit) -> UnitResult:
         mine = free.get()
         try:
-            return pack_unit(mine, unit, hear)
+            return pack_unit(mine, unit, report)
         finally:
             free.put(mine)
 

@@ -122,7 +122,7 @@ def write(run: RunDir, snapshot: Snapshot, gather: Gather = dist.all_gather_obje
 
 
 def save(run: RunDir, engine: "Portable", position: Position) -> None:
-    """``take`` and ``write`` together, with one parameter or file part in memory. Collective."""
+    """Call ``take`` and ``write`` with one parameter or file part in memory. Collective."""
     write(run, take(engine, position, copy=False, more={}, masks={}))
 
 

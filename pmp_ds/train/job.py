@@ -45,7 +45,7 @@ class Job:
         return order_key(purpose, self.init)
 
     def warm_up_order(self) -> int | bytes:
-        """The seed or key of the sample order in discovery, as secret as theta(0)."""
+        """Return the seed or key of discovery's sample order, as secret as theta(0)."""
         return derive(self.init, "warm-up order") if isinstance(self.init, bytes) else self.init
 
     def work(
