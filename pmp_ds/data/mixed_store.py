@@ -70,7 +70,7 @@ class MixedStore:
     """Stores with weights, in the order of their dataset ids."""
 
     def __init__(self, weights: Mapping[str, float]) -> None:
-        """Open the stores of ``weights``, keyed by folder. Raises UserError as ``open_data`` does."""
+        """Open the stores of ``weights``, by folder. Raises UserError as ``open_data`` does."""
         opened = [(Store.open(folder), folder) for folder in weights]
         opened.sort(key=lambda pair: pair[0].dataset_id)
         self.stores = [store for store, _ in opened]

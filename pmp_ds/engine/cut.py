@@ -13,9 +13,9 @@ from pmp_ds.errors import require
 
 @dataclass(frozen=True)
 class Cut:
-    """``accumulation_steps`` micro-batches of ``micro_batch_size`` rows on each of ``world_size``
-    ranks, because ZeRO's collectives need equal numbers and shapes on all ranks. A rank whose share
-    has fewer rows repeats its last one with weight 0."""
+    """A division into ``accumulation_steps`` micro-batches of ``micro_batch_size`` rows on each of
+    ``world_size`` ranks. ZeRO's collectives need equal numbers and shapes on all ranks, so a rank
+    whose share has fewer rows repeats its last one with weight 0."""
 
     global_batch_size: int
     world_size: int
