@@ -233,7 +233,7 @@ BAD = {
     "hidden label": (
         "sst2",
         _line("SST-2", {"sentence": "a", "label": -1}),
-        "line 2: label -1 is not a number from 0 to 1 or one of negative, positive; mend",
+        "line 2: label -1 is not a number from 0 to 1 or one of negative, positive; fix",
     ),
     "label too large": ("rte", _line("rte", {**PAIR, "label": 2}), "line 2: label 2 is not"),
     "half a class": ("rte", _line("rte", {**PAIR, "label": 0.5}), "line 2: label 0.5 is not"),
@@ -246,7 +246,7 @@ BAD = {
     "similarity": (
         "stsb",
         _line("STS-B", {**PAIR, "label": 5.1}),
-        "line 2: label 5.1 is not a number from 0 to 5; mend",
+        "line 2: label 5.1 is not a number from 0 to 5; fix",
     ),
     "similarity in words": ("stsb", _line("STS-B", {**PAIR, "label": "5"}), "label '5' is not"),
     "not a number": (
