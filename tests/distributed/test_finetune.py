@@ -465,5 +465,5 @@ def test_other_settings_in_one_run(ranks1, home):
     ranks1.run(tune, str(home), given)
     other = [*given, "--train.lr", "0.5"]
     message = ranks1.run(finetune.problem, str(home), other)[0]
-    assert "holds a fine-tuning with other settings" in message
+    assert "contains a fine-tuning with other settings" in message
     assert "train.lr: 0.01, 0.5" in message
