@@ -1,6 +1,6 @@
 """Map the elements that a rank owns under each ZeRO stage to their parameters.
 
-Only this file reads DeepSpeed's private attributes (tests/unit/optim/test_contract.py lists them);
+Only this file reads private attributes of DeepSpeed's ZeRO (tests/unit/optim/test_contract.py);
 its comments describe DeepSpeed 0.19.8. A *flat* is a tensor that the client optimizer steps: at
 stage 0 a whole parameter or its fp32 clone, at stages 1 and 2 the rank's partition of a parameter
 group, at stage 3 that of a sub-group. A *fragment* is a run of elements of one parameter inside
