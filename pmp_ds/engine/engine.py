@@ -65,7 +65,8 @@ class Engine(Portable):
             config=merge(ds_config, config, dist.world_size()),
             dist_init_required=False,
         )
-        # DeepSpeed 0.19.8 casts buffers too; rotary frequencies must stay fp32, as in the release.
+        # Rotary frequencies must stay fp32, as in the release. DeepSpeed 0.19.8 leaves them so
+        # unless data_types.buffer_dtype is set; whole-module casts of older versions did not.
         for name, buffer in self._engine.module.named_buffers():
             buffer.data = buffers[name].to(buffer.device)
         self.shards = shards_of(self._engine)

@@ -146,7 +146,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # DeepSpeed 0.19.8 steps once inside `initialize`, before the optimizer can be armed.
+        # Not armed: DeepSpeed 0.19.8 steps once inside `initialize` at stage 0 with fp32 masters.
         if self._masks is None or self.paused:
             return loss
         for group in self.param_groups:
