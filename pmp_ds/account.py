@@ -1,8 +1,7 @@
-"""A name and a home for a user who has neither, as under `docker run --user 12345`.
+"""Provide a name and a home for a user without them, as under `docker run --user 12345`.
 
-Python's getpass, torch and the caches of Hugging Face, Triton and DeepSpeed look both up, some of
-them when they are imported: pmp_ds/__init__.py calls ``complete`` before anything else. Child
-processes inherit both.
+Python's getpass, torch and the caches of Hugging Face, Triton and DeepSpeed use both, some of them
+during import, so pmp_ds/__init__.py calls ``complete`` first. Child processes inherit both.
 """
 
 import contextlib
@@ -14,7 +13,7 @@ from pathlib import Path
 
 
 def complete() -> None:
-    """Set LOGNAME and USER where the user has no name, and HOME where `~` leads nowhere."""
+    """Set LOGNAME and USER if the user has no name, and HOME if `~` leads nowhere."""
     try:
         getpass.getuser()
     except (KeyError, OSError):  # OSError from Python 3.13 on
@@ -25,9 +24,9 @@ def complete() -> None:
 
 
 def temporary_folder() -> Path:
-    """Return a folder of this user alone, the same one for every process where possible.
+    """Return a folder of this user alone, the same for every process if possible.
 
-    Programs are cached in it, so one that another user could write to is never taken.
+    Programs are cached in it, so a folder that another user can write to is never used.
     """
     folder = Path(tempfile.gettempdir()) / f"pmp_ds-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
@@ -37,14 +36,14 @@ def temporary_folder() -> Path:
 
 
 def is_private(folder: Path) -> bool:
-    """Whether ``folder`` is one of this user, not a link to one, and nobody else may look in."""
+    """Return whether ``folder`` belongs to this user, is not a link, and is closed to others."""
     found = folder.lstat()
     own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
     return own and not found.st_mode & 0o077
 
 
 def is_safe_program(file: Path) -> bool:
-    """Whether ``file`` is a regular one that only this user, or root, can have written."""
+    """Return whether ``file`` is regular and only this user or root can have written it."""
     found = file.lstat()
     own = stat.S_ISREG(found.st_mode) and found.st_uid in (os.getuid(), 0)
     return own and not found.st_mode & 0o022

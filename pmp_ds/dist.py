@@ -1,7 +1,7 @@
-"""The process group: how the ranks of one run find each other and agree.
+"""The process group: how the ranks of one run meet and agree.
 
-Works under ``deepspeed``, ``torchrun`` and plain ``python`` (one rank). Everything here is also
-right before ``init`` and without any process group, where this process is rank 0 of 1.
+It works under ``deepspeed``, ``torchrun`` and plain ``python`` (one rank). Everything here also
+works before ``init`` and without a process group: this process is then rank 0 of 1.
 """
 
 import datetime
@@ -20,20 +20,20 @@ T = TypeVar("T")
 
 
 MEET_SECONDS = 1800.0
-"""How long ranks wait for each other at the start."""
+"""Seconds that ranks wait for each other at the start."""
 
 _meeting: Meeting | None = None
-_waits = 0  # of on_rank0, the same number on every rank
+_waits = 0  # calls of on_rank0, the same number on every rank
 
 
 def init(
     run: str | None = None, mistake: str | None = None, timeout_seconds: float = 1800.0
 ) -> None:
-    """Meet the other ranks of this job (meeting.py) and join their process group, or make one of a
-    single rank. ``timeout_seconds``: how long a collective may take.
+    """Meet the other ranks of this job (meeting.py) and join their process group, or make one for a
+    single rank. ``timeout_seconds`` limits a collective.
 
-    ``run`` names what is trained, ``mistake`` what keeps this rank from training it. Raises
-    UserError as ``meeting.meet`` does.
+    ``run`` names the run, ``mistake`` the reason why this rank cannot train it. Raises UserError as
+    ``meeting.meet`` does.
     """
     global _meeting
     if torch_dist.is_initialized():
@@ -45,13 +45,13 @@ def init(
         _meeting = meet(run, mistake, MEET_SECONDS)
     elif mistake is not None:
         raise UserError(mistake)
-    # Reproducible matrix products on CUDA; has no meaning elsewhere.
+    # Makes matrix products on CUDA reproducible; no effect elsewhere.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     deepspeed = import_deepspeed()
     from deepspeed.accelerator import get_accelerator
 
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # Or every torch.empty is filled, and DeepSpeed's buckets are large: most of a CPU step.
+    # Otherwise every torch.empty is filled: most of a CPU step, as DeepSpeed's buckets are large.
     deterministic: Any = torch.utils.deterministic  # the attribute is not in torch's types
     deterministic.fill_uninitialized_memory = False
     if device().type == "cuda":
@@ -64,24 +64,24 @@ def init(
         timeout=datetime.timedelta(seconds=timeout_seconds),
         device_id=device() if world > 1 and device().type == "cuda" else None,  # as DeepSpeed does
     )
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # takes the group over
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # adopts the group
 
 
 def import_deepspeed() -> Any:
-    """Return the module, told which accelerator there is and to be quiet."""
+    """Import deepspeed with the accelerator set and without its messages."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
     import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # A shared-memory collective for inference; on CPU DeepSpeed would compile it for a minute.
+    # A shared-memory collective for inference, which DeepSpeed 0.19.8 compiles on CPU for a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 def meeting() -> Meeting | None:
-    """Where the ranks met; None for a single one."""
+    """Return the meeting of the ranks, or None for a single rank."""
     return _meeting
 
 
@@ -94,12 +94,12 @@ def world_size() -> int:
 
 
 def ranks_in_words() -> str:
-    """`1 rank`, `8 ranks`."""
+    """Return `1 rank` or `8 ranks`."""
     return f"{world_size()} rank{'s' if world_size() > 1 else ''}"
 
 
 def device() -> torch.device:
-    """Where this rank computes."""
+    """Return the device of this rank."""
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda":
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
@@ -113,7 +113,7 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def all_gather_object(value: T) -> list[T]:
-    """``value`` of every rank, in rank order; for small objects."""
+    """Return ``value`` of every rank, in rank order; for small objects."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -122,7 +122,7 @@ def all_gather_object(value: T) -> list[T]:
 
 
 def broadcast_object(value: T) -> T:
-    """Rank 0's ``value`` on every rank; for small objects."""
+    """Return rank 0's ``value`` on every rank; for small objects."""
     if world_size() == 1:
         return value
     holder: list[Any] = [value]
@@ -131,9 +131,9 @@ def broadcast_object(value: T) -> T:
 
 
 def on_rank0(action: Callable[[], T]) -> T:
-    """Run ``action`` on rank 0 and return its (small) result on every rank; the others wait for it
-    however long it takes, without the time limit of a collective. A UserError is raised on every
-    rank, so that none waits for another."""
+    """Run ``action`` on rank 0 and return its (small) result on every rank. The others wait without
+    a collective's time limit. A UserError is raised on every rank, so that none waits for
+    another."""
     global _waits
     outcome: tuple[str | None, Any] = (None, None)
     if rank() == 0:
@@ -157,8 +157,8 @@ def on_rank0(action: Callable[[], T]) -> T:
 
 def together(action: Callable[[], T], *, patient: bool = False) -> T:
     """Run ``action`` on every rank and return this rank's result. A UserError of any rank is raised
-    on all of them, with the names of those that met it unless all did. ``patient``: ranks wait for
-    each other however long, without the time limit of a collective. Collective."""
+    on all, with the names of the ranks that raised it unless all did. With ``patient`` ranks wait
+    for each other without a collective's time limit. Collective."""
     global _waits
     result: T | None = None
     mistake: str | None = None
@@ -182,9 +182,9 @@ def together(action: Callable[[], T], *, patient: bool = False) -> T:
 
 
 class SideChannel:
-    """A process group of its own in CPU memory: what another thread talks over, or the main thread
-    without waiting for the device. Its calls are collective like any other. A context: its threads
-    and connections end with it, unless an error leaves, when another rank may still be waiting."""
+    """A separate process group in CPU memory, for another thread, or for the main thread without
+    waiting for the device. Its calls are collective. It is a context that closes its threads and
+    connections, except on an error, when another rank may still be waiting."""
 
     def __init__(self) -> None:
         self._group = torch_dist.new_group(backend="gloo") if world_size() > 1 else None
@@ -197,13 +197,13 @@ class SideChannel:
             self.close()
 
     def close(self) -> None:
-        """The last call; nothing may be under way on it."""
+        """Close the channel, with no call in progress."""
         if self._group is not None:
             torch_dist.destroy_process_group(self._group)
             self._group = None
 
     def all_gather(self, value: T) -> list[T]:
-        """``value`` of every rank, in rank order; for small objects."""
+        """Return ``value`` of every rank, in rank order; for small objects."""
         if self._group is None:
             return [value]
         values: list[Any] = [None] * world_size()
@@ -211,7 +211,7 @@ class SideChannel:
         return values
 
     def all_gather_numbers(self, numbers: Sequence[float]) -> torch.Tensor:
-        """(world_size, n) fp64: ``numbers`` of every rank. One message, for every update."""
+        """Return ``numbers`` of every rank, (world_size, n) fp64, in a single message."""
         mine = torch.tensor(numbers, dtype=torch.float64)
         if self._group is None:
             return mine[None]
@@ -221,7 +221,7 @@ class SideChannel:
 
 
 def is_lost_rank(error: BaseException) -> bool:
-    """Whether a collective failed because another rank is gone or did not answer in time."""
+    """Return whether a collective failed because another rank is gone or did not answer in time."""
     return isinstance(error, torch_dist.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in str(error).lower()
     )

@@ -1,4 +1,4 @@
-"""How a command ends: done, a user's mistake, asked to stop, or a fault of the machine."""
+"""The ways a command ends: done, a user's mistake, asked to stop, or a fault of the machine."""
 
 import io
 import os
@@ -8,21 +8,21 @@ import traceback
 from collections.abc import Callable
 
 EXIT_MISTAKE = 1
-"""The same command will fail again: something has to be changed first."""
+"""The same command will fail again: something must be changed first."""
 
 EXIT_FAULT = 70
-"""A rank, a device or a bug failed: the same command goes on from the last checkpoint."""
+"""A rank, a device or a bug failed: the same command resumes from the last checkpoint."""
 
 EXIT_REQUEUE = 75
-"""Asked to stop, all is saved: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
+"""Stopped on request, all is saved: the same command resumes (EX_TEMPFAIL of sysexits.h)."""
 
 
 EXIT_READER_GONE = 141
-"""Who read the output has closed it: as if SIGPIPE had ended the command."""
+"""The reader of the output closed it: as if SIGPIPE had ended the command."""
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: names the field or file, the value, and the way out."""
+    """A mistake that the user can fix: names field or file, the value, and the way out."""
 
 
 class SharedError(UserError):
@@ -30,13 +30,13 @@ class SharedError(UserError):
 
 
 def require(ok: bool, message: str) -> None:
-    """Raises UserError with ``message`` unless ``ok``."""
+    """Raise UserError with ``message`` unless ``ok``."""
     if not ok:
         raise UserError(message)
 
 
 def quoted(path: object) -> str:
-    """A path in a command that is printed, ready to be pasted into a shell."""
+    """Return a path for a printed command, ready to be pasted into a shell."""
     return shlex.quote(str(path))
 
 
@@ -49,22 +49,22 @@ class LostRankError(RuntimeError):
 
 
 def shown(text: str) -> str:
-    """Return ``text`` for a screen: what a terminal would obey, a line end or a change of the
-    direction of writing included, is spelled out as in Python."""
+    """Return ``text`` for a screen: terminal control characters, line ends and changes of writing
+    direction are escaped as in Python."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def lines(text: str) -> str:
-    """Return a message for a screen. Its own further lines are indented; other line ends came from
-    a name in it."""
+    """Return a message for a screen, with its further lines indented. Other line ends came from a
+    name in it and are escaped."""
     return "\n  ".join(shown(line) for line in text.split("\n  "))
 
 
 def exit_code(main: Callable[[], None]) -> int:
     """Run ``main`` and return the exit code of the process.
 
-    A ``UserError`` becomes one line on standard error. Every rank of a run meets the same mistake,
-    so only rank 0 prints it; a fault may be of one rank alone, so each prints its own.
+    A ``UserError`` becomes one line on standard error. All ranks of a run have the same mistake, so
+    only rank 0 prints it; a fault may concern a single rank, so each prints its own.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a Latin-1 terminal, a name that is not UTF-8
@@ -80,7 +80,7 @@ def exit_code(main: Callable[[], None]) -> int:
     except LostRankError as error:
         print(f"fault: rank {_rank()}: {lines(str(error))}", file=sys.stderr, flush=True)
         return EXIT_FAULT
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # the reader, such as `| head`, has finished
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the last flush would fail too
         return EXIT_READER_GONE
     except KeyboardInterrupt:
@@ -93,7 +93,7 @@ def exit_code(main: Callable[[], None]) -> int:
 
 
 def _rank() -> str:
-    """Asked late: ``main`` may have learned it from srun or mpirun (launchers.py)."""
+    """Return the rank, known late: ``main`` may learn it from srun or mpirun (launchers.py)."""
     return os.environ.get("RANK", "0")
 
 

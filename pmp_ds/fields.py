@@ -1,8 +1,8 @@
-"""Which type each field of decoded JSON has, said once as a dataclass or a TypedDict.
+"""The types of decoded JSON's fields, declared once as a dataclass or a TypedDict.
 
     record = fit(Record, values, f"{path}, line 3")
 
-Raises UserError that names the first field that is missing, unknown or of another type.
+Raises UserError that names the first field that is missing, unknown or has another type.
 """
 
 import dataclasses
@@ -32,13 +32,15 @@ _LARGEST = 1 << 63
 
 
 class _Misfit(Exception):
-    """Where in a value, what is there, and what should be."""
+    """A place in a value, its content, and the expected content."""
 
 
 def fit(kind: Any, value: Any, where: object) -> Any:
-    """Return ``value``, decoded JSON, as ``kind``: dataclasses are made of objects, tuples of
-    lists. A dataclass has no other fields; a TypedDict may. Raises UserError that starts with
-    ``where``."""
+    """Return ``value``, decoded JSON, as ``kind``; objects become dataclasses, and lists tuples.
+
+    A dataclass allows no other fields; a TypedDict does. Raises UserError that starts with
+    ``where``.
+    """
     try:
         return _fit(kind, value, "")
     except _Misfit as misfit:
@@ -74,7 +76,7 @@ def _fit(kind: Any, value: Any, name: str) -> Any:
 
 
 def _any_of(kinds: Sequence[Any], kind: Any, value: Any, name: str) -> Any:
-    """The one of ``kinds`` that ``value`` is; with one beside null its own words are best."""
+    """Return ``value`` as the kind that fits; of one kind or null, raise that kind's error."""
     for one in kinds:
         try:
             return _fit(one, value, name)
@@ -108,7 +110,7 @@ def _object(kind: Any, values: dict[str, Any], name: str) -> dict[str, Any]:
 
 @cache
 def _hints(kind: Any) -> tuple[dict[str, Any], frozenset[str]]:
-    """The type of each field, and which fields there must be."""
+    """Return the type of each field, and the required fields."""
     if dataclasses.is_dataclass(kind):
         made = [f for f in dataclasses.fields(kind) if f.init]
         hints = get_type_hints(kind)

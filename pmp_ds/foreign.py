@@ -1,9 +1,9 @@
-"""Files that somebody else may have written: read whole within bounds, or refused in one line.
+"""Files that others may have written: read whole within bounds, or refused in one line.
 
-    values = read_object(path)        {"a": 1}; fields.py says of which type each field is
+    values = read_object(path)        {"a": 1}; fields.py declares the types of the fields
 
-Regular files of bounded size alone: a FIFO is not waited for, /dev/zero is not read to its end.
-JSON is UTF-8 and at most DEEPEST deep, with no key twice and no number of more than 40 digits.
+Only regular files of bounded size are read: a FIFO cannot block, nor /dev/zero run forever. JSON is
+UTF-8 and at most DEEPEST deep, without repeated keys or numbers of more than 40 digits.
 """
 
 import json
@@ -16,24 +16,24 @@ from typing import Any
 from pmp_ds.errors import UserError
 
 MOST_BYTES = 64 << 20
-"""Of a file of text: the index of a model of half a million tensors."""
+"""Maximum bytes of a text file: the index of a model of half a million tensors."""
 DEEPEST = 64
 _MOST_DIGITS = 40
 
 
 class ForeignError(UserError):
-    """A file that cannot be read, or is not what it should be."""
+    """A file that cannot be read, or has unexpected content."""
 
 
 class MissingError(ForeignError):
-    """There is no such file."""
+    """The file does not exist."""
 
 
 def read_bytes(
     path: Path, most: int = MOST_BYTES, *, only: int | None = None, pipe: bool = False
 ) -> bytes:
-    """Return the content, or the first ``only`` bytes of it, of a regular file of at most ``most``
-    bytes, or with ``pipe`` of a pipe that the user named. Raises ForeignError."""
+    """Return the content, or its first ``only`` bytes, of a regular file of at most ``most`` bytes,
+    or with ``pipe`` of a pipe named by the user. Raises ForeignError."""
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | (0 if pipe else os.O_NONBLOCK)
     try:
         fd = os.open(path, flags)
@@ -55,12 +55,12 @@ def read_bytes(
     finally:
         os.close(fd)
     if too_long or len(content) > most:
-        raise ForeignError(f"{path} is longer than {most:,} bytes, the most that such a file is")
+        raise ForeignError(f"{path} is longer than {most:,} bytes, the maximum for such a file")
     return content
 
 
 def read_text(path: Path, most: int = MOST_BYTES, *, pipe: bool = False) -> str:
-    """Return the text of ``read_bytes``. Raises ForeignError, also when it is not UTF-8."""
+    """Return the text of ``read_bytes``. Raises ForeignError, also if it is not UTF-8."""
     try:
         return read_bytes(path, most, pipe=pipe).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -78,15 +78,15 @@ def read_object(path: Path, most: int = MOST_BYTES) -> dict[str, Any]:
 
 
 def parse_object(text: str | bytes) -> dict[str, Any]:
-    """Return the object that JSON ``text`` is. Raises ValueError as ``parse`` does."""
+    """Return the object in JSON ``text``. Raises ValueError as ``parse`` does."""
     found = parse(text)
     if not isinstance(found, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     return found
 
 
 def parse(text: str | bytes) -> Any:
-    """Return what JSON ``text`` holds. Raises ValueError, in words that quote nothing of it."""
+    """Return the value of JSON ``text``. Raises ValueError without quoting any of it."""
     try:
         text = text if isinstance(text, str) else text.decode("utf-8")
         found = json.loads(text, object_pairs_hook=_object, parse_int=_integer)
@@ -105,7 +105,7 @@ def parse(text: str | bytes) -> Any:
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a key stands twice in an object")
+        raise ValueError("a key appears twice in an object")
     return found
 
 
@@ -125,7 +125,7 @@ def _check_depth(value: Any) -> None:
 
 
 def _inside(value: Any) -> list[Any]:
-    """The objects and lists directly inside ``value``."""
+    """Return the objects and lists directly inside ``value``."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return [one for one in inner if isinstance(one, dict | list)]
 

@@ -7,9 +7,9 @@
         pretrain ...                                                 the second of four machines
 
 Made for containers and job arrays, also as process 1: SIGTERM, SIGINT and SIGUSR1 reach every rank,
-orphans are reaped, and the exit code says what a scheduler has to know: 0 done, 1 a mistake, 70 a
-fault, 75 stopped and saved (docs/OPERATIONS.md). `torchrun` turns all but 0 into 1, and `deepspeed`
-as process 1 is killed without having told its ranks.
+orphans are reaped, and the exit code informs a scheduler: 0 done, 1 a mistake, 70 a fault, 75
+stopped and saved (docs/OPERATIONS.md). `torchrun` turns all codes but 0 into 1, and `deepspeed` as
+process 1 is killed without telling its ranks.
 """
 
 import argparse
@@ -28,15 +28,15 @@ from pmp_ds import signals
 from pmp_ds.errors import EXIT_FAULT, EXIT_MISTAKE, EXIT_REQUEUE, UserError, exit_code, require
 
 END_SECONDS = 30.0
-"""After a rank has failed: the others notice within seconds and end by themselves."""
+"""Seconds after a rank has failed: the others notice soon and end by themselves."""
 
 SAVE_SECONDS = 600.0
-"""After a rank was asked to stop and has saved: the others are about to."""
+"""Seconds after a rank was asked to stop and has saved: the others are about to follow."""
 
 KILL_SECONDS = 10.0
-"""Between SIGTERM and SIGKILL for those that do not."""
+"""Seconds between SIGTERM and SIGKILL for ranks that do not end."""
 
-_ORDER = (EXIT_MISTAKE, EXIT_FAULT, EXIT_REQUEUE)  # which code of several ranks counts
+_ORDER = (EXIT_MISTAKE, EXIT_FAULT, EXIT_REQUEUE)  # priority among the codes of several ranks
 
 
 _COMMANDS = ("pretrain", "finetune")
@@ -47,7 +47,7 @@ class Ranks:
 
     def __init__(self, commands: Sequence[tuple[Sequence[str], Mapping[str, str]]]) -> None:
         self.codes: list[int] = []
-        """Exit codes in the order in which they came, 128 + n after signal n."""
+        """Exit codes in order of arrival, 128 + n after signal n."""
         self._alive: set[int] = set()
         self._lock = threading.Lock()
         self._failed = threading.Event()
@@ -59,20 +59,20 @@ class Ranks:
                 self._alive.add(process.pid)
 
     def send(self, number: signal.Signals) -> None:
-        """A signal to each rank that still runs."""
+        """Send a signal to each rank that still runs."""
         with self._lock:
             for pid in self._alive:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
 
     def wait(self) -> int:
-        """Until all ranks have ended, and their common exit code; reaps whatever else ends here."""
+        """Wait for all ranks, reap any other child, and return the ranks' common exit code."""
         threading.Thread(target=self._end_the_others, daemon=True).start()
         while self._alive:
             pid, status = os.waitpid(-1, 0)
             with self._lock:
                 if pid not in self._alive:
-                    continue  # an orphan, which process 1 inherits
+                    continue  # an orphan, inherited by process 1
                 self._alive.remove(pid)
             code = os.waitstatus_to_exitcode(status)
             code = code if code >= 0 else 128 - code
@@ -88,16 +88,16 @@ class Ranks:
         first = next(code for code in self.codes if code)
         limit = SAVE_SECONDS if first == EXIT_REQUEUE else END_SECONDS
         for number, seconds in ((signal.SIGTERM, limit), (signal.SIGKILL, KILL_SECONDS)):
-            time.sleep(seconds)  # the process ends when all ranks have
+            time.sleep(seconds)  # the process ends earlier if all ranks have
             self._ended_by_us = True
-            signals.tell(f"a rank ended with code {first}, others did not: {number.name} for them")
+            signals.tell(f"a rank ended with code {first}, others did not: sending {number.name}")
             self.send(number)
 
 
 def environments(
     ranks: int, nodes: int, node: int, address: str, port: int
 ) -> list[dict[str, str]]:
-    """What each rank of this machine finds in its environment."""
+    """Return the environment variables of each rank of this machine."""
     of_all = {
         "WORLD_SIZE": nodes * ranks,
         "LOCAL_WORLD_SIZE": ranks,
@@ -113,7 +113,7 @@ def environments(
 
 
 def num_gpus() -> int:
-    """GPUs that torch sees, asked in a process of its own: torch stays out of this one."""
+    """Return the number of GPUs that torch sees, asked in another process to keep torch out."""
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         return 0
     program = "import torch; print(torch.cuda.device_count())"
@@ -185,7 +185,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _command(name: str) -> list[str]:
-    """How Python starts a file, or one of our commands; a file wins."""
+    """Return how Python starts a file, or one of our commands; a file takes precedence."""
     if os.path.isfile(name):
         return [sys.executable, "-u", name]
     require(name in _COMMANDS, f"{name}: no such file, nor one of {', '.join(_COMMANDS)}")

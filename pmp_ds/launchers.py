@@ -1,8 +1,8 @@
-"""Which rank this process is, and where the ranks of its job meet: from whatever started it.
+"""Find this process's rank, and where the ranks of its job meet, under any launcher.
 
-`deepspeed`, `torchrun` and `pmp_ds.launch` say it in RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
-`srun` and `mpirun` say it in words of their own, and without an address: ``adopt`` translates. A
-process that one of them started as one of several never runs as if it were alone.
+`deepspeed`, `torchrun` and `pmp_ds.launch` set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+`srun` and `mpirun` use variables of their own, without an address: ``adopt`` translates them. A
+process that was started as one of several never runs alone by mistake.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import psutil
 from pmp_ds.errors import UserError
 
 DEFAULT_PORT = "29500"
-"""What launchers take unless they are told: two jobs on one machine would share it."""
+"""The default port of launchers, which two jobs on one machine would share."""
 
 _LAUNCHERS = ("deepspeed.launcher.launch", "torch.distributed.run", "torchrun", "pmp_ds.launch")
 _JOB_IDS = {"SLURM_JOB_ID": "SLURM job", "PBS_JOBID": "PBS job", "LSB_JOBID": "LSF job"}
@@ -25,7 +25,7 @@ _JOB_IDS = {"SLURM_JOB_ID": "SLURM job", "PBS_JOBID": "PBS job", "LSB_JOBID": "L
 
 @dataclass(frozen=True)
 class _Starter:
-    """How a launcher that does not speak of RANK names the same things."""
+    """A launcher's own names for RANK and the like."""
 
     name: str
     rank: str
@@ -34,7 +34,7 @@ class _Starter:
     local_size: str
 
 
-# MPI's first: its ranks inherit what SLURM says of the batch script that started them.
+# MPI first: its ranks inherit the SLURM variables of the batch script that started them.
 _STARTERS = (
     _Starter(
         "mpirun",
@@ -49,18 +49,18 @@ _STARTERS = (
 
 
 def adopt() -> None:
-    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT where this process is one of
-    several and its launcher left them out. Raises UserError where they cannot be derived."""
+    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT if this process is one of
+    several and its launcher did not. Raises UserError if they cannot be derived."""
     if "RANK" in os.environ:
         if os.environ.get("MASTER_PORT") == DEFAULT_PORT and os.environ.get("CROSS_SIZE") == "1":
-            # Of `deepspeed` on one machine without --master_port.
+            # From `deepspeed` on one machine without --master_port.
             launcher = launch_id()
             if launcher is not None:
                 os.environ["MASTER_PORT"] = str(derived_port(launcher))
         return
     several = [s for s in _STARTERS if int(os.environ.get(s.world_size) or "1") > 1]
     whole = [s for s in several if s.rank in os.environ and s.local_rank in os.environ]
-    if several:  # `srun --mpi=pmi2` speaks two languages, and one of them whole
+    if several:  # `srun --mpi=pmi2` sets both kinds of variables, but only one completely
         _adopt_from((whole or several)[0])
 
 
@@ -69,13 +69,13 @@ def _adopt_from(starter: _Starter) -> None:
     missing = [n for n in (starter.rank, starter.local_rank) if n not in given]
     if missing:
         raise UserError(
-            f"{starter.world_size}={given[starter.world_size]} says that this is one of several "
-            f"ranks, and {missing[0]} is not set: start the ranks with {starter.name}, or set "
+            f"{starter.world_size}={given[starter.world_size]} means that this is one of several "
+            f"ranks, but {missing[0]} is not set: start the ranks with {starter.name}, or set "
             "RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each"
         )
     if starter.name == "srun" and "SLURM_JOB_ID" in given and "SLURM_STEP_ID" not in given:
         raise UserError(
-            f"SLURM_NTASKS={given['SLURM_NTASKS']} and this process runs in the batch script "
+            f"SLURM_NTASKS={given['SLURM_NTASKS']}, but this process runs in the batch script "
             "itself: start the ranks with srun, or this one alone with RANK=0 WORLD_SIZE=1"
         )
     address = given.get("MASTER_ADDR") or _address(starter)
@@ -90,7 +90,7 @@ def _adopt_from(starter: _Starter) -> None:
 
 
 def _address(starter: _Starter) -> str:
-    """The host of rank 0."""
+    """Return the host of rank 0."""
     if starter.name == "srun":
         nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
         if nodes:
@@ -98,13 +98,13 @@ def _address(starter: _Starter) -> str:
     elif os.environ.get(starter.local_size) == os.environ[starter.world_size]:
         return "127.0.0.1"
     raise UserError(
-        f"{starter.name} started {os.environ[starter.world_size]} ranks, and the host of rank 0 "
-        "cannot be told from the environment: set MASTER_ADDR to it for every rank"
+        f"{starter.name} started {os.environ[starter.world_size]} ranks, but the environment does "
+        "not name the host of rank 0: set MASTER_ADDR to it for every rank"
     )
 
 
 def _job(starter: _Starter) -> list[str]:
-    """What all ranks of this start share and no other start has."""
+    """Return values that all ranks of this start share, and no other start has."""
     names = (
         "SLURM_JOB_ID",
         "SLURM_STEP_ID",
@@ -117,22 +117,22 @@ def _job(starter: _Starter) -> list[str]:
 
 
 def first_host(nodes: str) -> str:
-    """`gpu-003` of SLURM's `gpu-[003-004,7],big1`."""
+    """Return `gpu-003` for SLURM's `gpu-[003-004,7],big1`."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
     assert first is not None  # it may match nothing
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0])
 
 
 def derived_port(job: Iterable[object]) -> int:
-    """A port that the ranks of ``job`` agree on without talking: below those that systems hand
-    out by themselves."""
+    """Return a port that the ranks of ``job`` agree on without communication, below the range that
+    systems assign by themselves."""
     digest = hashlib.sha256("\0".join(map(str, job)).encode()).digest()
     return 20000 + int.from_bytes(digest[:4], "big") % 9500
 
 
 def launch_id() -> tuple[object, ...] | None:
-    """The same for all ranks that one launcher process started, and for no other's; None where
-    there is none above this process."""
+    """Return a value shared by exactly the ranks of one launcher process, or None without a
+    launcher above this process."""
     process: psutil.Process | None = psutil.Process().parent()
     while process is not None:
         try:
@@ -145,8 +145,8 @@ def launch_id() -> tuple[object, ...] | None:
 
 
 def start_ticks(pid: int) -> int:
-    """When a process started, in ticks since its machine did: with ``pid`` it is one process, also
-    after the clock was set. Raises OSError for one that is gone."""
+    """Return when a process started, in ticks since its machine did. With ``pid`` this identifies a
+    process even after the clock was set. Raises OSError for a process that is gone."""
     text = Path(f"/proc/{pid}/stat").read_text()
     fields = text.rpartition(")")[2].split()
     if fields[0] in "ZX":
@@ -155,11 +155,11 @@ def start_ticks(pid: int) -> int:
 
 
 def is_launcher(command: list[str]) -> bool:
-    """Whether a command line starts the ranks of a machine."""
+    """Return whether a command line starts the ranks of a machine."""
     words = command[:4]
     return any(word.rpartition("/")[2] in _LAUNCHERS for word in words)
 
 
 def job_in_words() -> str:
-    """`SLURM job 17`; empty outside a scheduler."""
+    """Return text such as `SLURM job 17`; empty outside a scheduler."""
     return next((f"{w} {os.environ[n]}" for n, w in _JOB_IDS.items() if os.environ.get(n)), "")

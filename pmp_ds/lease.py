@@ -1,11 +1,11 @@
-"""One process at a time writes to a folder, on one machine or on several that share it.
+"""Let one process at a time write to a folder, on one machine or on several that share it.
 
     with hold(run.root, "the run"): ...
 
-A lease is a small file `.lease-N`: who holds it and a counter that grows every few seconds. Taking
-over is creating `.lease-(N+1)`, which one process alone can do, also on network file systems
-without locks. No clock of another machine is believed: a lease is stale when its counter did not
-grow for STALE_SECONDS while somebody watched. A holder on this machine is looked up instead.
+A lease is a small file `.lease-N` with its holder and a counter that grows every few seconds. A
+process takes over by creating `.lease-(N+1)`, which only one process can do, even on network file
+systems without locks. Clocks of other machines are not trusted: a lease is stale if its counter did
+not grow during STALE_SECONDS of watching. A holder on this machine is looked up instead.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ from pmp_ds.lease_file import DIGITS, Holder
 from pmp_ds.run_dir import eventually
 
 BEAT_SECONDS = 3.0
-"""Between two signs of life of a holder."""
+"""Seconds between two signs of life of a holder."""
 
 STALE_SECONDS = 60.0
-"""A holder on another machine without a sign for so long has lost its lease."""
+"""A holder on another machine loses its lease after so many seconds without a sign."""
 
 
 class Lease:
-    """A lease that this process holds; ``release`` it."""
+    """A lease held by this process, until ``release``."""
 
     def __init__(self, path: Path, holder: Holder, what: str) -> None:
         self.path, self.holder = path, holder
@@ -41,7 +41,7 @@ class Lease:
         self._thread.start()
 
     def release(self) -> None:
-        """Others may take it at once."""
+        """Release the lease; others may take it at once."""
         self._over.set()
         if self in _held:
             _held.remove(self)
@@ -53,7 +53,7 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):  # a file system that is away; the next beat tells
+            with contextlib.suppress(OSError):  # the file system is away; the next beat decides
                 if not self._still_mine():
                     break
                 self._beats += 1
@@ -62,7 +62,7 @@ class Lease:
             self._end()
 
     def confirm(self) -> None:
-        """End this process if the lease was lost: called before what must not be done twice."""
+        """End this process if the lease was lost; called before work that must not happen twice."""
         if not self._still_mine():
             self._end()
 
@@ -75,7 +75,7 @@ class Lease:
 
     def _still_mine(self) -> bool:
         newest = lease_file.newest(self.path.parent, self.path.name[:-DIGITS])
-        if newest is None:  # somebody removed it by hand
+        if newest is None:  # removed by hand
             lease_file.create(self.path, self.holder)
             return True
         found = lease_file.read(self.path)
@@ -86,7 +86,7 @@ _held: list[Lease] = []  # by this process
 
 
 def confirm(folder: Path) -> None:
-    """End this process if it has lost its lease on ``folder``; without one nothing happens."""
+    """End this process if it has lost its lease on ``folder``; without a lease do nothing."""
     for lease in _held:
         if lease.path.parent == folder:
             lease.confirm()
@@ -94,11 +94,10 @@ def confirm(folder: Path) -> None:
 
 @contextlib.contextmanager
 def hold(folder: Path, what: str, *, prefix: str = "") -> Iterator[Lease]:
-    """The lease on ``folder``, or on what is called ``prefix`` in it. ``what`` names it in errors.
+    """Hold the lease on ``folder``, or on ``prefix`` in it; ``what`` names it in errors.
 
-    Folders that are not there are made, and removed again when nothing else came into them. Raises
-    UserError that names the holder when there is one; waits up to STALE_SECONDS for a sign of one
-    on another machine, and tells so.
+    Missing folders are created, and removed again if they stay empty. Raises UserError that names
+    the current holder; waits up to STALE_SECONDS for a sign of one on another machine, and says so.
     """
     made = _make(folder, what)
     try:
@@ -115,7 +114,7 @@ def hold(folder: Path, what: str, *, prefix: str = "") -> Iterator[Lease]:
 
 
 def is_seen(path: Path, token: str, seconds: float = 30.0) -> bool:
-    """Whether this machine sees the lease that another one took."""
+    """Return whether this machine sees the lease that another one took."""
 
     def there() -> bool:
         found = lease_file.read(path)
@@ -145,7 +144,7 @@ def _acquire(folder: Path, start: str, what: str) -> Lease:
 
 
 def _wait_until_stale(path: Path, what: str) -> None:
-    """Return when nobody holds the lease any more; raise UserError when somebody does."""
+    """Return when nobody holds the lease any more. Raises UserError if somebody does."""
     first = seen = lease_file.read(path)
     if first is not None and first[0].machine == lease_file.machine():
         if lease_file.runs(first[0]):
@@ -164,7 +163,7 @@ def _wait_until_stale(path: Path, what: str) -> None:
             told = True
             who = f"by {first[0]}" if first else "by a process that did not write who it is"
             print(
-                f"{what} was last held {who}, who gives no sign: taking it over in "
+                f"{what} was last held {who}, which gives no sign of life: taking it over in "
                 f"{STALE_SECONDS - (time.monotonic() - began):.0f} s",
                 file=sys.stderr,
                 flush=True,
@@ -173,13 +172,13 @@ def _wait_until_stale(path: Path, what: str) -> None:
 
 def _taken(what: str, holder: Holder) -> str:
     return (
-        f"{what} is in use by {holder}: wait for it or stop it. (Without a sign of life for "
-        f"{STALE_SECONDS:g} s it would lose its hold.)"
+        f"{what} is in use by {holder}: wait for it or stop it. (After {STALE_SECONDS:g} s without "
+        "a sign of life it would lose its hold.)"
     )
 
 
 def _make(folder: Path, what: str) -> list[Path]:
-    """The folders that were not there, the outermost first."""
+    """Create the missing folders and return them, the outermost first."""
     missing = [f for f in [*reversed(folder.parents), folder] if not f.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -190,5 +189,5 @@ def _make(folder: Path, what: str) -> list[Path]:
 
 def _unmake(made: list[Path]) -> None:
     for folder in reversed(made):
-        with contextlib.suppress(OSError):  # there is something in it by now
+        with contextlib.suppress(OSError):  # it is no longer empty
             folder.rmdir()

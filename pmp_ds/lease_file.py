@@ -1,7 +1,7 @@
-"""The file of a lease: who holds it, and a counter (lease.py).
+"""The file of a lease, with its holder and a counter (lease.py).
 
-It is created exclusively and then overwritten in place, which network file systems without locks do
-right; reading opens it anew each time, so that they ask the server.
+It is created exclusively and then overwritten in place, which also works on network file systems
+without locks. Readers open it anew each time, so that they ask the server.
 """
 
 import contextlib
@@ -21,18 +21,18 @@ from pmp_ds.foreign import read_object
 from pmp_ds.launchers import job_in_words, start_ticks
 
 DIGITS = 6  # of a lease's number
-_WIDTH = 1024  # of the file, so that a sign of life overwrites the one before
+_WIDTH = 1024  # bytes of the file, so that each sign of life overwrites the one before
 
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """What a lease file says, but for its counter."""
+    """The content of a lease file, without its counter."""
 
     token: str
-    """Of this lease alone, random."""
+    """Random, for this lease alone."""
 
     machine: str
-    """Boot id and process namespace: where ``pid`` means something."""
+    """Boot id and process namespace, in which ``pid`` is unique."""
 
     host: str
     pid: int
@@ -66,18 +66,18 @@ class Holder:
 
 
 def newest(folder: Path, start: str) -> Path | None:
-    """The lease file of the highest number whose name begins with ``start``."""
+    """Return the lease file with the highest number whose name begins with ``start``."""
     return max(numbered(folder, start), default=None)
 
 
 def numbered(folder: Path, start: str) -> list[Path]:
-    """All lease files whose names begin with ``start``."""
+    """Return all lease files whose names begin with ``start``."""
     pattern = re.compile(re.escape(start) + rf"\d{{{DIGITS}}}")
     return [folder / name for name in os.listdir(folder) if pattern.fullmatch(name)]
 
 
 def create(path: Path, holder: Holder) -> None:
-    """Take a lease; FileExistsError when another process was faster."""
+    """Take a lease. Raises FileExistsError when another process was faster."""
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
     try:
         write(path, holder, 0)
@@ -87,8 +87,8 @@ def create(path: Path, holder: Holder) -> None:
 
 
 def write(path: Path, holder: Holder, beats: int) -> None:
-    """Give a sign of life, in place: on NFS the next open elsewhere sees it, where a rename may
-    hide for a minute."""
+    """Write a sign of life in place: on NFS the next open elsewhere sees it, while a rename may
+    stay hidden for a minute."""
     text = json.dumps(asdict(holder) | {"beats": beats}, sort_keys=True)
     fd = os.open(path, os.O_WRONLY)
     try:
@@ -100,7 +100,7 @@ def write(path: Path, holder: Holder, beats: int) -> None:
 
 
 def read(path: Path) -> tuple[Holder, int] | None:
-    """The holder and its counter; None when the file is not there, or half written."""
+    """Return the holder and its counter, or None if the file is missing or half written."""
     try:
         values = read_object(path)
         beats: int = fit(int, values.pop("beats", None), path)
@@ -111,7 +111,7 @@ def read(path: Path) -> tuple[Holder, int] | None:
 
 
 def machine() -> str:
-    """Where a process id means something: this start of this machine, and its process namespace."""
+    """Return this boot of this machine and its process namespace, in which pids are unique."""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
@@ -119,7 +119,7 @@ def machine() -> str:
 
 
 def runs(holder: Holder) -> bool:
-    """Whether a holder on this machine is still there."""
+    """Return whether a holder on this machine still runs."""
     with contextlib.suppress(OSError):
         return start_ticks(holder.pid) == holder.started
     return False

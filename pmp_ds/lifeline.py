@@ -1,9 +1,9 @@
-"""Keeps the ranks of a job together from their meeting to their end.
+"""Keep the ranks of a job together from their meeting to their end.
 
-A rank that dies, is stopped, or whose machine is gone leaves the others waiting in a collective, on
-a GPU for many minutes, on a network that is cut for as long as the kernel tries again. So every
-rank gives a sign of life each second, at the place where the ranks met, and watches for those of
-the others; and a rank that ends because of a mistake or a signal leaves its last words there.
+A rank that dies, is suspended or loses its machine leaves the others waiting in a collective: on a
+GPU for many minutes, on a cut network as long as the kernel retries. So every rank gives a sign of
+life each second where the ranks met, and watches those of the others. A rank that ends because of a
+mistake or a signal leaves its last words there.
 """
 
 import json
@@ -17,17 +17,17 @@ from pmp_ds.errors import EXIT_FAULT
 from pmp_ds.meeting import Meeting
 
 TOUCH_SECONDS = 1.0
-"""Between two signs of life."""
+"""Seconds between two signs of life."""
 
 GRACE_SECONDS = 3.0
-"""How long a rank waits for its own error to be told, or for the words of the others."""
+"""Seconds that a rank waits for its own error to be reported, or for the words of the others."""
 
 _WORDS = "last words"
 
 
 class Lifeline:
     """A context in which this process ends when another rank is gone, left with last words, or gave
-    no sign of life for ``limit`` seconds (0: however long). Collective."""
+    no sign of life for ``limit`` seconds (0: no limit). Collective."""
 
     def __init__(self, limit: float) -> None:
         self._limit = limit
@@ -43,7 +43,7 @@ class Lifeline:
         now = time.monotonic()
         watched = range(1, dist.world_size()) if meeting.rank == 0 else (0,)
         self._signs = dict.fromkeys(watched, (0, now))
-        """Of the ranks that this one watches: their counter, and when it last grew."""
+        """For the ranks watched by this one: their counter, and when it last grew."""
         self._words: str | None = None
         duties = (self._keep_in_touch, self._give_signs, self._watch)
         self._threads = [threading.Thread(target=duty, daemon=True) for duty in duties]
@@ -54,7 +54,7 @@ class Lifeline:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Waits for the other ranks to leave as well, unless this one fails."""
+        """Wait for the other ranks to leave as well, unless this one fails."""
         if not self._threads:
             return
         self._leaving.set()
@@ -66,14 +66,13 @@ class Lifeline:
             self._over.set()
 
     def explain(self) -> None:
-        """The main thread found that another rank is gone: end this process with what the others
-        know of it."""
+        """End this process, which found that another rank is gone, with what the others know."""
         self._lost.set()
         for thread in self._threads:
             thread.join(3 * GRACE_SECONDS)
 
     def _keep_in_touch(self) -> None:
-        """Until all ranks leave. A connection breaks at once when a process dies."""
+        """Run until all ranks leave. A connection breaks at once when a process dies."""
         try:
             while not self._channel.all_gather_numbers([float(self._leaving.is_set())]).all():
                 if self._over.wait(TOUCH_SECONDS):
@@ -106,18 +105,18 @@ class Lifeline:
                     self._end(f"{self._named(silent)} gave no sign of life for {self._limit:g} s")
                 continue
             if self._over.wait(GRACE_SECONDS):
-                return  # this rank has an error of its own to tell
+                return  # this rank has its own error to report
             if self._words is not None:
                 words = json.loads(self._words)
                 signals.end_at_once(words["code"], words["text"])
-            # Its last sign may have been seen a while after it was given.
+            # Its last sign may have been seen some time after it was given.
             until = time.monotonic() + GRACE_SECONDS
             while not (silent := self._silent(GRACE_SECONDS)) and time.monotonic() < until:
                 time.sleep(TOUCH_SECONDS / 10)
             self._end(f"{self._named(silent) if silent else 'another rank'} is gone")
 
     def _silent(self, seconds: float) -> list[int]:
-        """Ranks that this one watches and that gave no sign for so long."""
+        """Return the watched ranks without a sign for ``seconds``."""
         now = time.monotonic()
         return [rank for rank, (_, last) in self._signs.items() if now - last > seconds]
 
@@ -125,14 +124,14 @@ class Lifeline:
         return ", ".join(self._meeting.name(rank) for rank in ranks[:3])
 
     def _end(self, reason: str) -> None:
-        text = f"{reason}. The last checkpoint is intact, the same command goes on from it"
+        text = f"{reason}. The last checkpoint is intact; the same command resumes"
         signals.end_at_once(EXIT_FAULT, f"fault: rank {self._meeting.rank}: {text}", everyone=True)
 
 
 def last_words(meeting: Meeting, store: Store, code: int, text: str) -> None:
-    """Tell the other ranks with which exit code and why this one ends; the first words stand.
+    """Tell the other ranks this one's exit code and reason; only the first words count.
 
-    ``text`` is what is to be on screen: `stopped: ...` or `error: ...`.
+    ``text`` is the text for the screen: `stopped: ...` or `error: ...`.
     """
     kind, _, reason = text.partition(": ")
     words = {"code": code, "text": f"{kind}: {meeting.name(meeting.rank)}: {reason}"}

@@ -24,17 +24,17 @@ TIMINGS = {
     "save_stall_seconds",
     "save_seconds",
 }
-"""Values that differ between two runs of the same command; all others are the same to the bit."""
+"""Values that differ between runs of the same command; all others are the same to the bit."""
 
 
-_MOST_BYTES = 1 << 31  # of metrics.jsonl: ten million updates
+_MOST_BYTES = 1 << 31  # in metrics.jsonl: ten million updates
 
 
 NotFinite = Literal["nan", "inf", "-inf"]
 
 
 class Record(TypedDict):
-    """A line of metrics.jsonl. A value that is not finite is its name as text."""
+    """A line of metrics.jsonl. A value that is not finite is stored as text, by name."""
 
     phase: str
     step: int
@@ -66,7 +66,7 @@ class MetricsLog:
                 self._board.add_scalar(f"{phase}/{name}", value, step)
 
     def sync(self) -> None:
-        """Make the records so far survive a power cut, as the checkpoint beside them does."""
+        """Make the records so far survive a power cut, like the checkpoint with them."""
         if self._enabled:
             with self._told():
                 os.fsync(self._file)
@@ -74,7 +74,7 @@ class MetricsLog:
     def close(self) -> None:
         if self._enabled:
             os.close(self._file)
-            with contextlib.suppress(OSError):  # of a full disk: told by write
+            with contextlib.suppress(OSError):  # a full disk is reported by write
                 self._board.close()
 
     @contextlib.contextmanager
@@ -86,8 +86,8 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return all records, oldest first; a last line cut off by a kill is dropped. Raises UserError
-    that names another damaged line: the records after it would be lost."""
+    """Return all records, oldest first, without a last line cut off by a kill. Raises UserError
+    that names any other damaged line, because the records after it would be lost."""
     records = []
     lines = read_bytes(path, _MOST_BYTES).splitlines(keepends=True) if path.exists() else []
     for number, line in enumerate(lines, start=1):
@@ -97,14 +97,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             if number == len(lines) and not line.endswith(b"\n"):
                 break
-            raise UserError(f"{where} is damaged: {error}; mend it, or delete it") from None
+            raise UserError(f"{where} is damaged: {error}; repair or delete it") from None
         records.append(fit(Record, record, where))
     return records
 
 
 def rewind_metrics(path: Path, last: Mapping[str, int]) -> None:
-    """Drop the records after the checkpoint: those of a phase with a step beyond ``last[phase]``;
-    a phase that is not named is dropped whole."""
+    """Drop the records after the checkpoint: those of a phase after step ``last[phase]``, and all
+    records of other phases."""
     kept = [r for r in read_metrics(path) if r["step"] <= last.get(r["phase"], -1)]
     text = "".join(json.dumps(record) + "\n" for record in kept)
     if not path.exists() or path.read_bytes() != text.encode():

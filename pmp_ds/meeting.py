@@ -1,11 +1,11 @@
 """How the ranks of one job find each other, before any of them computes.
 
-Rank 0 listens at MASTER_ADDR:MASTER_PORT; every rank says which run it belongs to, where it is, and
-whether it met a mistake. So a port that belongs to another job, a rank that is missing and a
-mistake that one host alone meets are told in one line each, on rank 0, within seconds. Later the
-same place carries signs of life and last words (train/lifeline.py).
+Rank 0 listens at MASTER_ADDR:MASTER_PORT. Every rank sends its run, its host and any mistake it
+found. So a port of another job, a missing rank and a mistake on a single host are each reported in
+one line, on rank 0, within seconds. Later, signs of life and last words travel the same way
+(lifeline.py).
 
-Anybody who can reach the port can read what is said here: nothing secret is.
+Anyone who can reach the port can read these messages: they contain no secrets.
 """
 
 import datetime
@@ -24,23 +24,22 @@ from pmp_ds.errors import SharedError, UserError
 from pmp_ds.launchers import launch_id
 
 TELL_SECONDS = 30.0
-"""Between two lines about ranks that are waited for."""
+"""Seconds between two lines about missing ranks."""
 
 MISTAKE_SECONDS = 20.0
-"""How long ranks that have not come are waited for once another one has met a mistake."""
+"""Seconds to wait for missing ranks after another one has found a mistake."""
 
 READ_SECONDS = 5.0
-"""How long rank 0 waits at most until the others have read what it has found."""
+"""Maximum seconds that rank 0 waits until the others have read the verdict."""
 
 _SHOWN = 3  # different mistakes, and missing ranks
 _OWN_PORT = (
-    "give each job a port of its own (deepspeed --master_port, torchrun --master-port, or "
-    "MASTER_PORT)"
+    "give each job its own port (deepspeed --master_port, torchrun --master-port, or MASTER_PORT)"
 )
 
 
 class Meeting:
-    """The ranks of this job, met. ``store`` is shared by all of them."""
+    """The ranks of this job after they met. All of them share ``store``."""
 
     def __init__(self, store: Store, rank: int, hosts: Sequence[str]) -> None:
         self.store, self.rank = store, rank
@@ -48,27 +47,27 @@ class Meeting:
         """Host of every rank."""
 
     def name(self, rank: int) -> str:
-        """`rank 1 on host h2`."""
+        """Return a name such as `rank 1 on host h2`."""
         return f"rank {rank} on host {self.hosts[rank]}"
 
     def another_connection(self) -> Store:
-        """For a thread of its own: a connection serves one caller at a time."""
+        """Return a connection for another thread: each serves one caller at a time."""
         store: Any = self.store  # torch's types lack `clone`
         clone: Store = store.clone()
         return clone
 
     def wait(self, key: str) -> None:
-        """Until a rank sets ``key``, however long; signals and other threads are served meanwhile.
-        Raises DistError when rank 0, which keeps the store, is gone."""
+        """Wait without a limit until a rank sets ``key``; signals and other threads are served
+        meanwhile. Raises DistError when rank 0, which keeps the store, is gone."""
         _poll(lambda: self.store.check([key]))
 
 
 def meet(run: str | None, mistake: str | None, seconds: float) -> Meeting:
-    """Meet the other ranks of the job that trains ``run``: WORLD_SIZE of them, of which this is
-    RANK, at MASTER_ADDR:MASTER_PORT. A rank that does not know its run is any job's.
+    """Meet the WORLD_SIZE ranks of the job that trains ``run``, as RANK, at
+    MASTER_ADDR:MASTER_PORT. A rank without a run fits any job.
 
-    ``mistake``: what keeps this rank from going on. Raises SharedError on every rank when there is
-    one on any or ranks do not come in ``seconds``, UserError when the port is taken or another
+    ``mistake`` is the reason why this rank cannot start. Raises SharedError on every rank when any
+    has one or ranks are missing after ``seconds``, and UserError when the port is taken or another
     job's.
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -88,7 +87,7 @@ def meet(run: str | None, mistake: str | None, seconds: float) -> Meeting:
             _compare(json.loads(store.get("job")), job, place)
             if store.add(f"came/{rank}", 1) > 1:
                 raise UserError(
-                    f"rank {rank} has come to {place} before: the same job runs twice with one "
+                    f"rank {rank} has already come to {place}: the same job runs twice with one "
                     f"port; {_OWN_PORT}"
                 )
             store.set(f"rank/{rank}", json.dumps(me))
@@ -103,7 +102,7 @@ def meet(run: str | None, mistake: str | None, seconds: float) -> Meeting:
 
 
 def in_words(mistakes: Sequence[str | None], names: Sequence[str]) -> str | None:
-    """One text for what the ranks met: None when no rank met any; who met it, unless all did."""
+    """Return one text for the ranks' mistakes, with names unless all have it, or None."""
     found: dict[str, list[str]] = {}
     for mistake, name in zip(mistakes, names, strict=True):
         if mistake is not None:
@@ -120,7 +119,7 @@ def in_words(mistakes: Sequence[str | None], names: Sequence[str]) -> str | None
 
 
 def _launch(world: int) -> list[Any] | None:
-    """Of a job on one machine: which start of it."""
+    """Return the start that a job on one machine belongs to."""
     local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
     found = launch_id() if local == str(world) else None
     return None if found is None else list(found)
@@ -146,7 +145,7 @@ def _open(rank: int, place: str, deadline: float) -> Store:
 
 
 def _listen(host: str, port: int, place: str) -> socket.socket:
-    """On this machine alone where no other one takes part."""
+    """Listen, for this machine alone if no other takes part."""
     alone = host in ("127.0.0.1", "localhost")
     dual = socket.has_dualstack_ipv6() and not alone
     family = socket.AF_INET6 if dual else socket.AF_INET
@@ -165,7 +164,7 @@ def _listen(host: str, port: int, place: str) -> socket.socket:
 
 
 def _await_listener(host: str, port: int, deadline: float) -> None:
-    """Until somebody listens there."""
+    """Wait until a process listens there."""
     reason = ""
 
     def answers() -> bool:
@@ -189,15 +188,15 @@ def _poll(
     deadline: float = float("inf"),
     what: Callable[[], str] | None = None,
 ) -> None:
-    """Wait until ``there``, telling now and then what is waited for. UserError at ``deadline``."""
+    """Wait until ``there``, reporting now and then. Raises UserError at ``deadline``."""
     began = told = time.monotonic()
     pause = 0.002
     while not there():
         now = time.monotonic()
         if now > deadline and what is not None:
             raise UserError(
-                f"{what()} did not come in {now - began:.0f} s: see whether every rank was "
-                "started, and reaches MASTER_ADDR:MASTER_PORT"
+                f"{what()} did not come within {now - began:.0f} s: check that every rank was "
+                "started and reaches MASTER_ADDR:MASTER_PORT"
             )
         if now - told > TELL_SECONDS and what is not None:
             told = now
@@ -217,7 +216,7 @@ def _compare(theirs: dict[str, Any], ours: dict[str, Any], place: str) -> None:
 
 
 def _await_readers(store: Store, count: int) -> None:
-    """The store ends with rank 0: let the others read the verdict before."""
+    """Let the others read the verdict first, because the store ends with rank 0."""
     last = time.monotonic() + READ_SECONDS
     _poll(lambda: store.add("read", 0) >= count or time.monotonic() > last)
 
@@ -225,7 +224,7 @@ def _await_readers(store: Store, count: int) -> None:
 def _judge(
     store: Store, world: int, me: dict[str, Any], place: str, deadline: float
 ) -> dict[str, Any]:
-    """On rank 0: wait for all, and say whether they can begin."""
+    """Wait for all ranks, on rank 0, and decide whether they can begin."""
     came = {0: me}
     missing = list(range(1, world))
     last = deadline if me["mistake"] is None else time.monotonic() + MISTAKE_SECONDS
@@ -250,9 +249,9 @@ def _judge(
     mistake = in_words(mistakes, names)
     if mistake is None and missing:
         mistake = (
-            f"{awaited()} did not come: see whether every rank was started, and reaches "
+            f"{awaited()} did not come: check that every rank was started and reaches "
             "MASTER_ADDR:MASTER_PORT"
         )
     elif mistake is not None and missing and len(missing) == world - 1:
-        mistake = me["mistake"]  # nobody else is there to tell whether they met it too
+        mistake = me["mistake"]  # no other rank is there to confirm it
     return {"mistake": mistake, "hosts": hosts}

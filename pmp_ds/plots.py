@@ -1,4 +1,4 @@
-"""Pictures of a run, drawn from its metrics.jsonl."""
+"""Plots of a run, drawn from its metrics.jsonl."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ BLUE, ORANGE, GREY = "#2a6fbb", "#d9822b", "#888888"
 
 
 def plot_run(run: RunDir) -> list[Path]:
-    """Write plots/iou.png (when there was a discovery) and plots/loss.png; returns their paths."""
+    """Write plots/iou.png (after a discovery) and plots/loss.png; return their paths."""
     records = read_metrics(run.metrics)
     run.plots.mkdir(exist_ok=True)
     paths = []

@@ -27,8 +27,8 @@ _LINE_WITHOUT_TOTAL = "{desc}: {n_fmt}{unit} [{elapsed}, {rate_fmt}{postfix}]"
 class Progress:
     """Counts ``unit``s towards ``total`` (None: unknown) and shows rate and time left.
 
-    On a terminal it is tqdm's bar; in a log file a plain line at most every ``interval`` seconds
-    and one at the end. Rates count from ``initial``, the work done before this process.
+    On a terminal it is tqdm's bar, in a log file a plain line at most every ``interval`` seconds
+    and one at the end. Rates start at ``initial``, the work done before this process.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Progress:
         interval: float = 10.0,
         stream: TextIO | None = None,
     ) -> None:
-        """``scale`` prints 12.3M for 12300000; ``stream`` defaults to standard error."""
+        """Start counting; ``scale`` prints 12.3M for 12300000, ``stream`` is standard error."""
         self.desc, self.unit, self.total = desc, unit, total
         self.n = self.initial = initial
         self._scale, self._interval = scale, interval
@@ -74,7 +74,7 @@ class Progress:
             self._print_line()
 
     def set(self, **fields: Any) -> None:
-        """Show these fields behind the counter from now on, beside the earlier ones."""
+        """Show these fields after the counter from now on, with earlier ones."""
         self._fields.update(fields)
         if self._bar is not None:
             self._bar.set_postfix(self._fields, refresh=False)
@@ -91,7 +91,7 @@ class Progress:
         self._last_line, self._shown = time.monotonic(), self.n
         line = tqdm.format_meter(
             self.n,
-            self.total,  # type: ignore[arg-type]  # None is allowed, the stubs forget it
+            self.total,  # type: ignore[arg-type]  # the stubs do not allow None, tqdm does
             self._last_line - self._start,
             prefix=self.desc,
             unit=f" {self.unit}",

@@ -3,7 +3,7 @@
     if __name__ == "__main__":
         raise SystemExit(ranks.command(prepare))
 
-Light until it is needed: signals are heard before the heavy imports begin.
+Light until needed: signals are received before the heavy imports begin.
 """
 
 import os
@@ -22,18 +22,18 @@ from pmp_ds.errors import (
 )
 
 OTHER_RANKS_WAIT = 20.0
-"""Seconds. Launchers kill all ranks when one has failed: rank 0, which says why, goes first."""
+"""Seconds. Launchers kill all ranks when one has failed: rank 0, which reports why, goes first."""
 
 WORDS_SECONDS = 1.5
-"""Rank 0 keeps what the ranks tell each other: so long it waits for the others to read it."""
+"""Seconds that rank 0, which keeps the ranks' messages, waits for the others to read them."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a rank is about to do, checked as far as it can be without the others."""
+    """A rank's task, checked as far as possible without the other ranks."""
 
     folder: str
-    """What is trained, as it was named: the same on every rank of a job."""
+    """The run as named by the user, the same on every rank of a job."""
 
     lost_seconds: float
     """`guard.lost_seconds`."""
@@ -42,8 +42,8 @@ class Prepared:
 
 
 def command(prepare: Callable[[], Prepared]) -> int:
-    """Prepare on every rank, let the ranks meet, and run; returns the exit code of the process. A
-    mistake that only some ranks meet is told by rank 0, with their names."""
+    """Prepare on every rank, let the ranks meet, and run; return the exit code of the process. Rank
+    0 reports a mistake of some ranks, with their names."""
     with signals.listening():
         code = exit_code(lambda: _command(prepare))
     if code == EXIT_MISTAKE and os.environ.get("RANK", "0") != "0":
@@ -52,7 +52,7 @@ def command(prepare: Callable[[], Prepared]) -> int:
 
 
 def _command(prepare: Callable[[], Prepared]) -> None:
-    # What torch says of connections that break is said in our words, without its stacks.
+    # Broken connections are reported in our words, without torch's stacks.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     launchers.adopt()
     prepared: Prepared | None = None
@@ -73,7 +73,7 @@ def _command(prepare: Callable[[], Prepared]) -> None:
         if not dist.is_lost_rank(error):
             raise
         raise LostRankError(
-            "another rank is gone; the last checkpoint is intact, the same command goes on from it"
+            "another rank is gone; the last checkpoint is intact; the same command resumes"
         ) from error
     finally:
         dist.shutdown()
@@ -90,7 +90,7 @@ def _run(prepared: Prepared) -> None:
     connection = meeting.another_connection()
 
     def tell(code: int, text: str) -> None:
-        if code == EXIT_FAULT:  # the others see that by themselves
+        if code == EXIT_FAULT:  # the others notice a fault by themselves
             return
         last_words(meeting, connection, code, text)
         if meeting.rank == 0:

@@ -1,6 +1,6 @@
-"""A rank that restarts after a fault: its process starts the real one and watches it.
+"""Restart a rank after a fault: its process starts the real one and watches it.
 
-Each rank does so for itself, on any number of nodes and under any launcher. When one rank dies the
+Each rank does so by itself, on any number of nodes and under any launcher. When one rank dies, the
 others notice within seconds and end as well, and all of them meet again at the next port.
 """
 
@@ -16,13 +16,13 @@ from pmp_ds.errors import EXIT_MISTAKE, EXIT_REQUEUE
 from pmp_ds.launchers import DEFAULT_PORT
 
 CHILD = "PMP_RESTARTS_CHILD"
-"""Environment variable that tells the real process from the one that watches it."""
+"""Environment variable that distinguishes the real process from the one that watches it."""
 
 _FINAL = (0, EXIT_MISTAKE, EXIT_REQUEUE)
 
 
 def is_child() -> bool:
-    """Whether this is the real process; it then ends with the one that watches it."""
+    """Return whether this is the real process, which ends with the one that watches it."""
     if CHILD in os.environ:
         _die_with_parent()
     return CHILD in os.environ
@@ -30,7 +30,7 @@ def is_child() -> bool:
 
 def run_with_restarts(command: Sequence[str], restarts: int) -> int:
     """Run ``command`` until it is done, made a mistake or was asked to stop; after any other end
-    again, at most ``restarts`` times. Returns its last exit code, 128 + n after signal n."""
+    rerun it, at most ``restarts`` times. Returns its last exit code, 128 + n after signal n."""
     asked: signal.Signals | None = None
     child: subprocess.Popen[bytes] | None = None
 
@@ -46,12 +46,12 @@ def run_with_restarts(command: Sequence[str], restarts: int) -> int:
     with signals.reacting(forward):
         for attempt in range(restarts + 1):
             if attempt and "RANK" in environment:
-                # Another port each time: whoever is still in the last attempt must not be met.
-                # Nobody but rank 0 listens there, not torchrun's agent either.
+                # Another port each time, so as not to meet a rank of the last attempt. Only rank 0
+                # listens there, not torchrun's agent.
                 environment["MASTER_PORT"] = str(first_port + attempt)
                 environment["TORCHELASTIC_USE_AGENT_STORE"] = "False"
             child = subprocess.Popen(command, env=environment)
-            if asked is not None:  # before there was anybody to tell
+            if asked is not None:  # before there was a process to signal
                 child.send_signal(asked)
             code = child.wait()
             if code in _FINAL or asked or attempt == restarts:
@@ -70,6 +70,6 @@ def _describe(code: int) -> str:
 
 
 def _die_with_parent() -> None:
-    """A killed watcher leaves no rank behind (Linux)."""
+    """Die with a killed watcher, so that it leaves no rank behind (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -1,10 +1,10 @@
-"""What was measured of a model: one JSON line per measurement in a results.jsonl.
+"""Measurements of a model: one JSON line each in a results.jsonl.
 
     {"kind": "finetune", "arm": "base", "model": "runs/base/release", "settings": {...},
      "values": {...}, ...}
 
-A line holds all that repeats it. Several processes may append to one file. The file may be shared:
-nothing in it tells which elements are in a ticket.
+A line contains everything needed to repeat it. Several processes may append to one file. The file
+may be shared: nothing in it reveals which elements are in a ticket.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from pmp_ds.run_dir import lock
 from pmp_ds.version import UNKNOWN, code_version
 
 MOST_BYTES = 1 << 28
-"""Of a results.jsonl: a study of 400 fine-tunings has 2 MB."""
+"""Maximum bytes of a results.jsonl: a study of 400 fine-tunings has 2 MB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +34,15 @@ class Result:
     """One measurement of one model."""
 
     kind: str
-    """`finetune`, or what pmp-ds evaluate measured: `perplexity`, `landscape`, ..."""
+    """`finetune`, or a measurement of pmp-ds evaluate: `perplexity`, `landscape`, ..."""
     arm: str
     """The model's name in tables: `base`, `pmp`, `random`."""
     model: str
-    """Where it was read from."""
+    """The model's folder as given."""
     model_digest: str
     """`model_digest` of its folder."""
     settings: dict[str, Any]
-    """What the numbers depend on beside the model, JSON values only: task, method, seed, ..."""
+    """Everything besides the model that determines the numbers, as JSON: task, method, seed, ..."""
     values: dict[str, Any]
     """The numbers."""
     seconds: float
@@ -51,41 +51,41 @@ class Result:
     date: str = field(default_factory=lambda: datetime.now(UTC).date().isoformat())
     version: str = __version__
     commit: str = field(default_factory=lambda: code_version().commit)
-    """Of the code that measured."""
+    """The commit of the code that measured."""
 
     @property
     def key(self) -> str:
-        """The same for the same measurement of the same weights."""
+        """A key that is the same for the same measurement of the same weights."""
         return key(self.kind, self.model_digest, self.settings)
 
 
 def key(kind: str, model_digest: str, settings: dict[str, Any]) -> str:
-    """sha256 (hex) of what a measurement depends on."""
+    """Return the sha256 (hex) of everything that determines a measurement."""
     text = json.dumps([kind, model_digest, settings], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def model_digest(folder: Path) -> str:
-    """sha256 (hex) over the weights and config.json in a model's folder. Raises UserError when they
-    are no regular files of it."""
+    """Return the sha256 (hex) over the weights and config.json in a model's folder. Raises
+    UserError when they are not regular files in it."""
     check_files(folder)
     files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
     digest = hashlib.sha256()
     for path in files:
-        require(path.is_file(), f"{folder} is no model: {path.name} is not a file in it")
+        require(path.is_file(), f"{folder} is not a model: {path.name} is not a file in it")
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
 def arm_of(model: str) -> str:
-    """`pmp` of runs/pmp/release."""
+    """Return `pmp` for runs/pmp/release."""
     folder = Path(model).resolve()
     return folder.parent.name if folder.name == "release" else folder.name
 
 
 def append(path: Path, result: Result) -> None:
-    """Add one line, on disk on return; a line that a kill cut off before it is removed."""
+    """Append one line, on disk on return, after removing a last line cut off by a kill."""
     values = asdict(result) | {"format_version": formats.current("results")}
     line = (json.dumps(values, sort_keys=True) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,8 +101,8 @@ def append(path: Path, result: Result) -> None:
 
 
 def read(path: Path) -> list[Result]:
-    """All measurements, oldest first; of several with one key the last. A last line that a kill cut
-    off is left out. Raises UserError that names a damaged line."""
+    """Return all measurements, oldest first, the last one per key, without a last line cut off by a
+    kill. Raises UserError that names a damaged line."""
     found: dict[str, Result] = {}
     content = read_text(path, MOST_BYTES) if path.exists() else ""
     for number, line in enumerate(io.StringIO(content), start=1):
@@ -112,7 +112,7 @@ def read(path: Path) -> list[Result]:
         except ValueError as error:
             if not line.endswith("\n"):
                 break
-            raise UserError(f"{where} is damaged: {error}; mend it, or delete it") from None
+            raise UserError(f"{where} is damaged: {error}; repair or delete it") from None
         result = _of_line(values, where)
         found.pop(result.key, None)
         found[result.key] = result
@@ -128,7 +128,7 @@ def _of_line(values: dict[str, Any], where: str) -> Result:
 
 
 def hardware() -> str:
-    """This machine in words: GPUs, or the CPU and its cores."""
+    """Return this machine in words: GPUs, or the CPU and its cores."""
     import torch
 
     if torch.cuda.is_available():

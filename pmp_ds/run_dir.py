@@ -1,8 +1,8 @@
-"""Where a run's files are. Every file name of a run is spelled here and nowhere else.
+"""The files of a run. Every file name of a run is spelled here and nowhere else.
 
 runs/NAME/config.yaml  data.json  verified.json  tokenizer/  metrics.jsonl  tensorboard/  plots/
                stacks/
-runs/NAME/release/     the only folder that leaves
+runs/NAME/release/     the only folder to publish
 runs/NAME/private/     ticket/  init/  checkpoints/  vault/  ledger.jsonl   0700, files 0600
 """
 
@@ -38,12 +38,12 @@ class RunDir:
 
     @property
     def data(self) -> Path:
-        """What the run knows of its tokens, so that export needs no store."""
+        """The run's facts about its tokens, so that export needs no store."""
         return self.root / "data.json"
 
     @property
     def verified(self) -> Path:
-        """Which shards of its store were found intact, so that a restart does not read them."""
+        """The shards of its store found intact, so that a restart does not read them."""
         return self.root / "verified.json"
 
     @property
@@ -64,12 +64,12 @@ class RunDir:
 
     @property
     def stacks(self) -> Path:
-        """Where the ranks of a run that hung were."""
+        """The stacks of the ranks of a run that hung."""
         return self.root / "stacks"
 
     @property
     def release(self) -> Path:
-        """The only folder that leaves."""
+        """The only folder to publish."""
         return self.root / "release"
 
     @property
@@ -90,24 +90,24 @@ class RunDir:
 
     @property
     def vault(self) -> Path:
-        """Which sealed copies of the ticket went to whom."""
+        """The recipients of sealed copies of the ticket."""
         return self.private / "vault"
 
     @property
     def ledger(self) -> Path:
-        """What has left of this run."""
+        """The releases of this run."""
         return self.private / LEDGER
 
     def create(self) -> None:
-        """Make the folders; the private ones are readable by their owner alone from the start."""
+        """Create the folders; the private ones are readable by their owner alone from the start."""
         self.root.mkdir(parents=True, exist_ok=True)
         for folder in (self.private, self.ticket, self.init, self.checkpoints):
             make_private(folder)
 
 
 def sweep(run: RunDir) -> None:
-    """Remove what killed processes left half written; nobody else may be writing to ``run``. The
-    release is left to the next export."""
+    """Remove files half written by killed processes; no other process may be writing to ``run``.
+    The release is left to the next export."""
     for path in [*run.root.rglob(".*.incomplete"), *run.checkpoints.glob("*.incomplete")]:
         if path.is_dir():
             shutil.rmtree(path)
@@ -116,7 +116,7 @@ def sweep(run: RunDir) -> None:
 
 
 def make_private(folder: Path) -> None:
-    """Create ``folder`` as 0700; an existing one is closed to others."""
+    """Create ``folder`` as 0700; close an existing one to others."""
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_mode & 0o077:
         folder.chmod(0o700)
@@ -132,13 +132,13 @@ def fsync_dir(folder: Path) -> None:
 
 
 def eventually(there: Callable[[], bool], path: Path, seconds: float = 30.0) -> bool:
-    """Whether ``there``, which looks at ``path`` that another machine wrote, comes true in time: a
-    network file system remembers for a while that a file was not there."""
+    """Return whether ``there`` becomes true in time for ``path``, written by another machine: a
+    network file system remembers for a while that a file was missing."""
     deadline = time.monotonic() + seconds
     while not there():
         if time.monotonic() > deadline:
             return False
-        for folder in path.parents:  # opening a folder asks the server what is in it
+        for folder in path.parents:  # opening a folder asks the server for its content
             with contextlib.suppress(OSError):
                 os.listdir(folder)
         time.sleep(0.25)
@@ -146,8 +146,8 @@ def eventually(there: Callable[[], bool], path: Path, seconds: float = 30.0) -> 
 
 
 def lock(file: IO[bytes]) -> None:
-    """Wait until no other process holds ``file``, and hold it until it is closed. On a network file
-    system without locks nothing is waited for."""
+    """Hold ``file`` until it is closed, after any other process releases it. A network file system
+    without locks does not wait."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
@@ -157,7 +157,7 @@ def lock(file: IO[bytes]) -> None:
 
 @contextlib.contextmanager
 def atomic_path(path: Path, *, private: bool = False) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success fsync it and rename it to ``path``.
+    """Yield a temporary path next to ``path``; on success fsync it and rename it to ``path``.
 
     With ``private`` the file exists as 0600 before its first byte. On an error nothing is left. Two
     machines may write the same path at once: one of the files stays, whole.
@@ -197,8 +197,8 @@ def write_json(path: Path, value: Any, *, private: bool = False) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return what ``write_json`` wrote of a dict. Raises UserError when it is lost or damaged."""
+    """Return a dict written by ``write_json``. Raises UserError when it is lost or damaged."""
     try:
         return read_object(path)
     except ForeignError as error:
-        raise UserError(f"{error}: bring it back from a backup") from None
+        raise UserError(f"{error}: restore it from a backup") from None

@@ -1,7 +1,7 @@
-"""What holds for every setting of every command, whatever its name.
+"""Rules for every setting of every command, whatever its name.
 
-A value is not null unless its type says so, numbers are finite and fit into 64 bits, and a path
-may begin with `~` or `$VARIABLE`. The rest is checked by the settings' own classes.
+A value is null only if its type allows it, numbers are finite and fit into 64 bits, and a path may
+begin with `~` or `$VARIABLE`. The settings' own classes check the rest.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ _VARIABLE = re.compile(r"\$(\w+|\{\w+\})(?=/|$)")
 def checked(hint: Any, value: Any, where: str = "") -> Any:
     """Return ``value`` of a setting or section of type ``hint`` with its paths expanded.
 
-    Sections may be anything with items; they are changed in place. Raises UserError.
+    Sections may be anything with items and are changed in place. Raises UserError.
     """
     if dataclasses.is_dataclass(hint):
         if isinstance(value, str | int | float | list | None):
@@ -61,12 +61,12 @@ def checked(hint: Any, value: Any, where: str = "") -> Any:
 def expanded(text: str, where: str) -> str:
     """Return ``text`` with a leading `~`, `~USER` or `$VARIABLE` replaced, as a shell does.
 
-    Raises UserError where there is no such home or variable: nobody wants a folder called `~`.
+    Raises UserError if the home or variable does not exist: nobody wants a folder called `~`.
     """
     if text.startswith("~"):
         home = os.path.expanduser(text)
         if home == text:
-            raise UserError(f"{where}={text}: there is no such home; write it out, or ./{text}")
+            raise UserError(f"{where}={text}: no such home; write it out, or use ./{text}")
         return home
     if match := _VARIABLE.match(text):
         name = match[1].strip("{}")
@@ -78,7 +78,7 @@ def expanded(text: str, where: str) -> str:
 
 def checked_option(value: Any, flag: str) -> Any:
     """Return the value of a command's option with its paths expanded. Raises UserError for a number
-    that is not finite or too large and for a whole one below 0, which all count something."""
+    that is not finite or too large, and for a negative integer, because all are counts."""
     if isinstance(value, Path):
         return Path(expanded(str(value), flag))
     if isinstance(value, list):
@@ -91,7 +91,7 @@ def checked_option(value: Any, flag: str) -> Any:
 
 
 def _inner(kinds: tuple[Any, ...], kind: type, place: int) -> Any:
-    """The type of the elements of a ``kind``, as far as a hint says."""
+    """Return the type of a ``kind``'s elements, as far as a hint declares it."""
     for hint in kinds:
         origin = get_origin(hint)
         if origin is kind or (kind is not dict and origin in (tuple, list)):

@@ -1,4 +1,4 @@
-"""Recipes and DeepSpeed JSON files that come with the package, found by name.
+"""Recipes and DeepSpeed JSON files that come with the package, by name.
 
 shipped.recipe("demo")      # demo.yaml of the wheel, or of launcher/recipes/ in a checkout
 shipped.ds_config("zero2")
@@ -31,7 +31,7 @@ def ds_config(given: str) -> Path:
 
 
 def _find(given: str, known: Mapping[str, Path]) -> Path:
-    """A file wins over a name; what is neither is returned as the path that it looks like."""
+    """Return the file ``given``, else the known one of that name, else ``given`` as a path."""
     path = Path(given)
     return path if path.is_file() else known.get(given, path)
 

@@ -1,11 +1,11 @@
-"""What a signal does to a command that trains, from its first line to its last.
+"""The effect of signals on a command that trains, from its first line to its last.
 
-A scheduler sends SIGTERM (or SLURM's SIGUSR1, or a person Ctrl-C's SIGINT) and waits. Before there
-is anything to save the process ends at once, with code 75: imports, a store being hashed and ranks
-that wait for each other hold nobody up. In training the run is asked to stop (watch/stop.py). Once
-all is saved, further signals are ignored.
+A scheduler sends SIGTERM (or SLURM's SIGUSR1, or a user's Ctrl-C SIGINT) and waits. Before there is
+anything to save, the process ends at once with code 75: imports, hashing a store and waiting for
+other ranks delay nobody. During training the run is asked to stop (watch/stop.py). Once everything
+is saved, further signals are ignored.
 
-A thread hears them, since a main thread inside a collective or an import runs no handler.
+A thread receives them, because a main thread inside a collective or an import runs no handler.
 """
 
 import contextlib
@@ -21,31 +21,31 @@ from pmp_ds.errors import EXIT_REQUEUE
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LEAVE_SECONDS = 2.0
-"""For the farewells of a process that ends at once."""
+"""Seconds for the farewells of a process that ends at once."""
 
 Reaction = Callable[[signal.Signals], None]
-Farewell = Callable[[int, str], None]  # exit code, and what is on screen
+Farewell = Callable[[int, str], None]  # receives exit code and text on screen
 _farewells: list[Farewell] = []
 _listening = False
 
 
 def leave(number: signal.Signals) -> None:
-    """End now: nothing of this start has to be saved."""
-    text = f"{number.name} before there was anything to save; the same command goes on"
+    """End at once: this start has nothing to save."""
+    text = f"{number.name} before there was anything to save; run the same command again"
     end_at_once(EXIT_REQUEUE, f"stopped: {text}")
 
 
 def ignore(number: signal.Signals) -> None:
-    """All is saved, and the process is about to end."""
+    """Ignore a signal: everything is saved, and the process is about to end."""
 
 
 _reaction: Reaction = leave
 
 
 def end_at_once(code: int, text: str, *, everyone: bool = False) -> NoReturn:
-    """Say the farewells, for at most a moment, and end the process; rank 0 or ``everyone`` prints
-    ``text``. From any thread."""
-    farewells = _farewells[::-1]  # the last that was entered first, as contexts end
+    """Run the farewells, for a moment at most, and end the process; rank 0 or ``everyone`` prints
+    ``text``. May be called from any thread."""
+    farewells = _farewells[::-1]  # in reverse order of entry, as contexts end
 
     def say() -> None:
         for farewell in farewells:
@@ -62,7 +62,7 @@ def end_at_once(code: int, text: str, *, everyone: bool = False) -> NoReturn:
 
 @contextlib.contextmanager
 def farewell(action: Farewell) -> Iterator[None]:
-    """While it is entered, ``action(code, text)`` runs before ``end_at_once`` ends the process."""
+    """Run ``action(code, text)`` before ``end_at_once`` ends the process, inside this context."""
     _farewells.append(action)
     try:
         yield
@@ -72,8 +72,8 @@ def farewell(action: Farewell) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reacting(reaction: Reaction, *, then: Reaction | None = None) -> Iterator[None]:
-    """While it is entered, signals call ``reaction`` in a thread; afterwards ``then``, or what they
-    called before."""
+    """Make signals call ``reaction`` in a thread inside this context; afterwards ``then``, or what
+    they called before."""
     global _reaction
     before, _reaction = _reaction, reaction
     try:
@@ -85,8 +85,8 @@ def reacting(reaction: Reaction, *, then: Reaction | None = None) -> Iterator[No
 
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
-    """Within it signals reach the reaction instead of killing. A second one inside changes nothing.
-    The main thread enters it."""
+    """Make signals reach the reaction instead of killing, inside this context. The main thread
+    enters it; a nested one changes nothing."""
     global _listening
     if _listening:
         yield
@@ -117,5 +117,5 @@ def _listen(reader: socket.socket) -> None:
 
 
 def tell(text: str) -> None:
-    """On standard error, also while another thread holds its lock."""
+    """Print on standard error, even while another thread holds its lock."""
     os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{text}\n".encode())

@@ -1,4 +1,4 @@
-"""YAML without surprises: every key once, bounded in size and depth, what aliases stand for too.
+"""YAML without surprises: unique keys, and bounded size and depth, including what aliases repeat.
 
     settings = read_settings(Path("recipe.yaml"), "--config recipe.yaml")
 
@@ -26,7 +26,7 @@ _MERGE = "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what would be read otherwise than it looks."""
+    """A loader that refuses YAML whose meaning differs from its looks."""
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
@@ -57,8 +57,8 @@ class _Loader(yaml.SafeLoader):
             key = "<<" if key_node.tag == _MERGE else self.construct_object(key_node)
             if key in lines:
                 raise _Refused(
-                    f"{key_node.value} stands twice, in line {lines[key]} too: the first would be "
-                    "forgotten; put both together",
+                    f"{key_node.value} appears twice, in line {lines[key]} too: the first would be "
+                    "ignored; merge them",
                     key_node,
                 )
             lines[key] = key_node.start_mark.line + 1
@@ -74,18 +74,18 @@ class _Refused(yaml.MarkedYAMLError):
 
 
 def _extent(node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """How many values a node stands for and how deep they are, aliases written out. Raises
-    _Refused beyond the bounds, and for a node that holds itself."""
+    """Return how many values a node has and their depth, with aliases expanded. Raises _Refused
+    beyond the bounds, and for a node that contains itself."""
     if id(node) in known:
         return known[id(node)]
-    known[id(node)] = (MAX_NODES, MAX_DEPTH)  # until it is known; seen again, it holds itself
+    known[id(node)] = (MAX_NODES, MAX_DEPTH)  # until it is known; seen again, it contains itself
     children = node.value if isinstance(node, yaml.CollectionNode) else []
     if isinstance(node, yaml.MappingNode):
         children = [child for pair in children for child in pair]
     inner = [_extent(child, known) for child in children]
     found = 1 + sum(count for count, _ in inner), 1 + max((deep for _, deep in inner), default=0)
     if found[0] > MAX_NODES:
-        raise _Refused(f"its aliases stand for more than {MAX_NODES:,} values", node)
+        raise _Refused(f"its aliases expand to more than {MAX_NODES:,} values", node)
     if found[1] > MAX_DEPTH + 1:
         raise _Refused(f"nested more than {MAX_DEPTH} deep by its aliases", node)
     known[id(node)] = found
@@ -93,7 +93,7 @@ def _extent(node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
 
 
 def _resolvers() -> Iterator[tuple[str, Any]]:
-    """YAML 1.1's, but `1e-3` is a number as in YAML 1.2 and JSON, and a date is text."""
+    """Yield YAML 1.1's resolvers, except that `1e-3` is a number and a date is text."""
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items():
         yield first, [(tag, rule) for tag, rule in rules if tag not in (_FLOAT, _TIMESTAMP)]
 
@@ -110,22 +110,22 @@ _Loader.add_implicit_resolver(
 
 
 def parse(text: str) -> Any:
-    """Return what ``text`` says; raises ``yaml.YAMLError``."""
+    """Return the value of ``text``. Raises ``yaml.YAMLError``."""
     try:
         return _apart(yaml.load(text, _Loader))
-    except (ValueError, OverflowError) as error:  # 0b2, 9:99:99 and other numbers that are none
+    except (ValueError, OverflowError) as error:  # 0b2, 9:99:99 and other invalid numbers
         raise yaml.YAMLError(str(error)) from error
 
 
 def _apart(value: Any) -> Any:
-    """The same, but what an alias repeats is an object of its own."""
+    """Return an equal value in which every repetition by an alias is a separate object."""
     if isinstance(value, dict):
         return {key: _apart(one) for key, one in value.items()}
     return [_apart(one) for one in value] if isinstance(value, list) else value
 
 
 def read_settings(path: Path, name: str) -> dict[str, Any]:
-    """Return the mapping in a file; raises UserError that begins with ``name``."""
+    """Return the mapping in a file. Raises UserError that begins with ``name``."""
     try:
         settings = parse(read_bytes(path, MAX_BYTES).decode("utf-8-sig"))
     except ValueError as error:  # a ForeignError too
@@ -135,28 +135,28 @@ def read_settings(path: Path, name: str) -> dict[str, Any]:
             raise UserError(f"{name}, {error}") from error
         raise UserError(f"{name} is not YAML: {_in_words(error)}; {_QUOTES}") from error
     if not isinstance(settings, dict):
-        raise UserError(f"{name} holds no settings: write `name: value` lines")
+        raise UserError(f"{name} contains no settings: write `name: value` lines")
     for key in settings:
         if not isinstance(key, str):
             raise UserError(f"{name}: {key!r} is not a setting: write `name: value` lines")
     seen: set[str] = set()
     for dotted in _paths(settings):
         if dotted in seen:
-            raise UserError(f"{name}: {dotted} stands twice; leave one out")
+            raise UserError(f"{name}: {dotted} appears twice; remove one")
         seen.add(dotted)
     return settings
 
 
 def _in_words(error: yaml.YAMLError) -> str:
     if isinstance(error, yaml.MarkedYAMLError):
-        mark = error.context_mark or error.problem_mark  # where it begins tells more
+        mark = error.context_mark or error.problem_mark  # the beginning tells more
         if mark is not None:
             return f"line {mark.line + 1}: {error.problem}"
     return " ".join(str(error).split())
 
 
 def _paths(settings: dict[Any, Any], above: str = "") -> Iterator[str]:
-    """The dotted names of all values: `{train.lr: 1}` and `{train: {lr: 1}}` are the same."""
+    """Yield the dotted names of all values: `{train.lr: 1}` and `{train: {lr: 1}}` are the same."""
     for key, value in settings.items():
         if isinstance(value, dict) and value:
             yield from _paths(value, f"{above}{key}.")

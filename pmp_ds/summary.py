@@ -16,8 +16,8 @@ from pmp_ds.ticket.ticket import Ticket, exact_k, has_ticket, load_ticket
 
 
 def summarize(run: RunDir, prompt: str) -> str:
-    """A table of text; the sample needs a release. Raises UserError when ``run`` is no run or has
-    no checkpoint."""
+    """Return a table as text; the sample needs a release. Raises UserError when ``run`` is not a
+    run or has no checkpoint."""
     config, data = load_config(run), read_data(run)
     records = read_metrics(run.metrics)
     weights = plain_weights.of_checkpoint(run, None)
@@ -56,7 +56,7 @@ def summarize(run: RunDir, prompt: str) -> str:
 
 
 def _mixture(config: Config, data: DataFacts, updates: int) -> str:
-    """What every store really gave, one line each."""
+    """Return how many samples every store contributed, one line each."""
     samples = updates * config.train.global_batch_size
     key = order_key("train", config.data.seed)
     counts = realised([part.slots for part in data.parts], samples, key)

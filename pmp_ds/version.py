@@ -1,9 +1,9 @@
-"""Which code this is: its version, and the commit it was made from.
+"""The version of this code, and the commit it was made from.
 
     str(code_version())  ->  pmp-ds 0.1.0 (commit 95a70fc21d7e)
 
-A checkout asks git, a wheel or source archive has the commit in a file that setup.py wrote, an
-image in the environment variable PMP_DS_COMMIT.
+A checkout asks git, a wheel or source archive has a file written by setup.py, and a container image
+has the environment variable PMP_DS_COMMIT.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from pathlib import Path
 from pmp_ds import __version__
 
 COMMIT_FILE = "COMMIT"
-"""In the folder of the package; only wheels and source archives have it."""
+"""A file in the package's folder; only wheels and source archives have it."""
 
 COMMIT_VARIABLE = "PMP_DS_COMMIT"
 
@@ -32,7 +32,7 @@ class CodeVersion:
 
     version: str
     commit: str
-    """12 hexadecimal digits, with `-dirty` behind them where tracked files differ; or `unknown`."""
+    """12 hexadecimal digits, with `-dirty` if tracked files differ; or `unknown`."""
 
     def __str__(self) -> str:
         return f"pmp-ds {self.version} (commit {self.commit})"
@@ -40,7 +40,7 @@ class CodeVersion:
 
 @functools.cache
 def code_version() -> CodeVersion:
-    """Return what this process runs. Asked once: a later `git pull` does not change it."""
+    """Return the code version of this process. Cached: a later `git pull` does not change it."""
     return CodeVersion(__version__, commit_of(Path(__file__).resolve().parent))
 
 
@@ -55,14 +55,14 @@ def commit_of(package: Path) -> str:
 
 
 def _of_checkout(root: Path) -> str | None:
-    """Return what git says of ``root``, or None where it is not a checkout of this project.
+    """Return git's answer for ``root``, or None if it is not a checkout of this project.
 
-    A copy inside another project's repository has that project's commit around it, so ``root``
-    itself must have both the .git and our pyproject.toml.
+    A copy inside another repository is surrounded by that project's commit, so ``root`` itself must
+    contain both .git and our pyproject.toml.
     """
     if not (root / ".git").exists() or not _is_ours(root / "pyproject.toml"):
         return None
-    # Without the variables that point git elsewhere, as inside one of its hooks.
+    # Without the variables that point git elsewhere, for example inside one of its hooks.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     command = [
         "git",

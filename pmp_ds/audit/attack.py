@@ -11,7 +11,7 @@ from pmp_ds.audit.case import Case
 from pmp_ds.audit.measure import auc, chance_iou, recovered_iou
 
 MARGIN = 0.02
-"""An attack beats chance when its AUC or its IoU is above it by more than this."""
+"""Minimum excess of AUC or IoU over chance for an attack to count as better than chance."""
 
 Verdict = Literal["leak", "open", "chance", "no answer", "not run"]
 WORDS = {
@@ -25,17 +25,17 @@ WORDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What an attack came up with."""
+    """The outcome of an attack."""
 
     note: str
     scores: torch.Tensor | None = None
     """(n,) fp32 over the case's sample: higher is more likely in the ticket."""
 
     evidence: bool | None = None
-    """Proof of a leak that needs no ticket, its absence, or no statement."""
+    """Proof of a leak that needs no ticket, its absence, or None for no statement."""
 
     only: torch.Tensor | None = None
-    """(n,) bool: the elements that the attack speaks of; all without it."""
+    """(n,) bool: the elements covered by the attack; None for all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,16 +49,16 @@ class Attack:
     """Fields of ``Case`` without which it does not run."""
 
     preventable: bool
-    """Beating chance is a mistake of the release, not a limit of the method."""
+    """Whether success is a mistake in the release, not a limit of the method."""
 
     countermeasure: str
     use_quota: bool = True
-    """Rank inside tensors where the recipe says that all keep the same share."""
+    """Whether to rank inside tensors if the recipe gives all tensors the same share."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One row of audit.json; rates are None where they were not measured."""
+    """One row of audit.json; rates are None if they were not measured."""
 
     attack: str
     needs: str
@@ -77,7 +77,7 @@ class Result:
 
 
 def run_attacks(attacks: Iterable[Attack], case: Case) -> Iterator[Result]:
-    """One result after the other."""
+    """Yield the result of each attack in turn."""
     for attack in attacks:
         start = time.monotonic()
         common: dict[str, Any] = {
@@ -123,7 +123,7 @@ def _verdict(attack: Attack, finding: Finding, rates: dict[str, Any]) -> Verdict
     if not rates:
         return "chance" if finding.evidence is False else "no answer"
     area, iou, chance = rates["auc"], rates["iou"], rates["chance_iou"]
-    if area is None or iou is None or chance is None:  # all of them are in the ticket, or none
+    if area is None or iou is None or chance is None:  # the ticket contains all of them, or none
         return "chance"
     if area <= 0.5 + MARGIN and iou <= chance + MARGIN:
         return "chance"

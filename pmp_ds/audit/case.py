@@ -1,6 +1,6 @@
-"""What an audit looks at: the release, what the attacker is assumed to have, and the answer.
+"""The case of an audit: the release, the attacker's assumed knowledge, and the true ticket.
 
-Scores are compared on a sample of the elements (all of them in small models), spread evenly over
+Scores are compared on a sample of the elements (all of them in small models), evenly spread over
 the global element order, so that the audit of a large release stays short.
 """
 
@@ -29,22 +29,22 @@ class Weights:
     folder: Path
     config: PreTrainedConfig
     shapes: Mapping[str, tuple[int, ...]]
-    """Of the trained parameters, in the model's own order: what a ticket names."""
+    """Shapes of the trained parameters, in the model's own order, as in a ticket."""
 
     embeddings: frozenset[str]
     """Input and output embeddings."""
 
     handles: Mapping[str, Any]
-    """The open file of each tensor, others than the model's included."""
+    """The open file of each tensor, including those outside the model."""
 
     constants: frozenset[str]
-    """Frozen parameters and persistent buffers: of the model, and never trained."""
+    """Frozen parameters and persistent buffers: part of the model, but never trained."""
 
     @classmethod
     def open(cls, folder: Path) -> "Weights":
-        """Raises UserError when it is no such folder or lacks a parameter."""
+        """Open a folder. Raises UserError when it is not a model or lacks a parameter."""
         opened = open_folder(folder)
-        opened.require_names(exact=False)  # others are what an attack looks for
+        opened.require_names(exact=False)  # an attack looks for further tensors
         handles = dict(opened.handles)
         for path in sorted(folder.glob("*.safetensors")):
             add_tensors(handles, path)
@@ -54,7 +54,7 @@ class Weights:
         return cls(folder, opened.config, trained, embeddings(model), handles, fixed)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """As stored."""
+        """Return a tensor as stored."""
         found: torch.Tensor = self.handles[name].get_tensor(name)
         return found
 
@@ -63,7 +63,7 @@ class Weights:
         return sum(torch.Size(shape).numel() for shape in self.shapes.values())
 
     def model(self) -> PreTrainedModel:
-        """The model with these weights, fp32 on CPU."""
+        """Return the model with these weights, fp32 on CPU."""
         model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
         with torch.no_grad():
             for name, tensor in [*model.named_parameters(), *constants(model).items()]:
@@ -73,7 +73,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Shadow:
-    """The attacker's own run of the same recipe, whose ticket he knows."""
+    """The attacker's own run of the same recipe, with a known ticket."""
 
     weights: Weights
     mask: ParamMask
@@ -81,7 +81,7 @@ class Shadow:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """The release under attack and all that was given for it."""
+    """The release under attack, and everything given to attack it."""
 
     release: Weights
     mask: ParamMask | None = None
@@ -92,7 +92,7 @@ class Case:
     shadow: Shadow | None = None
     seeds: range = range(1 << 32)
     seconds: float = 15.0
-    """Longest search or training of one attack."""
+    """Maximum seconds of a search or training in one attack."""
 
     sample_size: int = SAMPLE
 
@@ -108,12 +108,12 @@ class Case:
         for what, other in others.items():
             if other is not None and dict(other.shapes) != shapes:
                 raise UserError(
-                    f"{what} is of another model than the release {self.release.folder}: names or "
-                    "shapes of their parameters differ"
+                    f"{what} belongs to another model than the release {self.release.folder}: "
+                    "names or shapes of their parameters differ"
                 )
 
     def positions(self, name: str) -> torch.Tensor:
-        """(n,) int64: the sampled elements of a parameter, row-major, ascending."""
+        """Return the sampled elements of a parameter, row-major, ascending, (n,) int64."""
         numel = torch.Size(self.release.shapes[name]).numel()
         stride = max(1, -(-self.release.num_params // self.sample_size))
         if stride == 1:
@@ -124,26 +124,26 @@ class Case:
         return (first + jitter).clamp_(max=numel - 1)
 
     def gather(self, tensor: Callable[[str], torch.Tensor]) -> torch.Tensor:
-        """(n,) fp32: the sampled elements of ``tensor(name)`` of every parameter, in order."""
+        """Return the sampled elements of ``tensor(name)`` of all parameters, (n,) fp32."""
         parts = [tensor(n).reshape(-1)[self.positions(n)].float() for n in self.release.shapes]
         return torch.cat(parts)
 
     def sizes(self) -> list[int]:
-        """Sampled elements of each parameter."""
+        """Return the number of sampled elements of each parameter."""
         return [len(self.positions(name)) for name in self.release.shapes]
 
     def labels(self, mask: ParamMask) -> torch.Tensor:
-        """(n,) bool: which sampled elements are in the ticket."""
+        """Return which sampled elements are in the ticket, (n,) bool."""
         return self.gather(mask.full) > 0.5
 
     def outside_embeddings(self) -> torch.Tensor:
-        """(n,) bool."""
+        """Return which sampled elements are not in embeddings, (n,) bool."""
         flags = [name not in self.release.embeddings for name in self.release.shapes]
         return torch.tensor(flags).repeat_interleave(torch.tensor(self.sizes()))
 
     def by_tensor(self, scores: torch.Tensor) -> torch.Tensor:
-        """Scores as ranks inside their tensor, for a recipe in which every tensor keeps the same
-        share (``mask.quota: per_tensor``); otherwise unchanged."""
+        """Return scores as ranks inside their tensor if the recipe gives all tensors the same share
+        (``mask.quota: per_tensor``); otherwise return them unchanged."""
         if self.config is None or self.config.mask.quota != "per_tensor":
             return scores
         return torch.cat([_percentiles(part) for part in scores.split(self.sizes())])

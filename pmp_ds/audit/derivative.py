@@ -1,7 +1,7 @@
-"""Attacks on a model that was fine-tuned with the ticket and published beside its base.
+"""Attacks on a model that was fine-tuned with the ticket and published next to its base.
 
-Units of the last place and gradients are ranked among elements of like magnitude and of like
-gradient: what these tell is public, and has rows of its own.
+Units in the last place and gradients are ranked among elements of similar magnitude and gradient,
+whose own information is public and has separate rows.
 """
 
 from collections.abc import Callable
@@ -13,18 +13,19 @@ from pmp_ds.audit.case import Case
 from pmp_ds.audit.training import mean_gradient
 
 _BINS = 64
-_PEAKED = 4  # of unchanged elements to those that changed by one unit, beyond rounding
+_PEAKED = 4  # ratio of unchanged elements to those changed by one unit, beyond rounding
 
 
 def size(case: Case) -> Finding:
-    """Only what the ticket let it change has changed, or has changed as training does."""
+    """Rank by the size of the change: only elements of the ticket change, or change as in
+    training."""
     change, ulps, _ = _changes(case)
     note = f"{float((ulps == 0).float().mean()):.2%} of the elements are unchanged"
     return Finding(note=note, scores=change.abs(), evidence=_proof(case, ulps))
 
 
 def units(case: Case) -> Finding:
-    """The same in units of the last place, in which rounding shows."""
+    """Rank by the change in units in the last place, which shows rounding."""
     _, ulps, base = _changes(case)
     return Finding(
         note=f"median {float(ulps.median()):.3g} units in the last place",
@@ -33,7 +34,7 @@ def units(case: Case) -> Finding:
 
 
 def along_gradient(case: Case) -> Finding:
-    """Training goes down the gradient of its text; what was made up does not."""
+    """Rank by descent: training goes down the gradient of its text, artificial changes do not."""
     assert case.text is not None
     change, _, _ = _changes(case)
     found, batches = mean_gradient(case.release.model(), case.text, case.seconds, signed=True)
@@ -44,7 +45,7 @@ def along_gradient(case: Case) -> Finding:
 
 
 def _changes(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(n,) each: change, its size in units of the coarser dtype's last place, the base's weight."""
+    """Return change, its size in the coarser dtype's last place, and base weight, (n,) each."""
     assert case.derivative is not None
     tuned = case.derivative.tensor
     base, after = case.gather(case.release.tensor), case.gather(tuned)
@@ -59,8 +60,8 @@ def _changes(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def _proof(case: Case, ulps: torch.Tensor) -> bool | None:
-    """Without a ticket to measure with: more elements stood still than rounding explains, that is
-    many times as many as moved by one unit of the last place."""
+    """Detect a leak without a ticket: more elements are unchanged than rounding explains, namely
+    many times as many as moved by one unit in the last place."""
     if case.mask is not None:
         return None
     still, least = int((ulps == 0).sum()), int(((ulps > 0) & (ulps < 1.5)).sum())
@@ -68,14 +69,14 @@ def _proof(case: Case, ulps: torch.Tensor) -> bool | None:
 
 
 def _among_alike(scores: torch.Tensor, what: torch.Tensor) -> torch.Tensor:
-    """(n,) fp32 in [0, 1]: the place of each score among the elements with the nearest ``what``."""
+    """Return each score's rank among the elements with the nearest ``what``, (n,) in [0, 1]."""
     order = what.argsort(stable=True)
     places = torch.cat([_percentiles(scores[alike]) for alike in order.chunk(_BINS)])
     return places[order.argsort()]
 
 
 def _percentiles(scores: torch.Tensor) -> torch.Tensor:
-    """Ranks in [0, 1]; equal scores have one rank, their middle."""
+    """Return ranks in [0, 1]; equal scores share their middle rank."""
     _, place, counts = scores.unique(return_inverse=True, return_counts=True)
     middle = counts.cumsum(0) - (counts + 1) / 2
     return (middle / len(scores))[place].float()

@@ -1,4 +1,4 @@
-"""All attacks in order, and what an audit writes: table, audit.json, audit.png."""
+"""All attacks in order, and the output of an audit: table, audit.json, audit.png."""
 
 import textwrap
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ _GREY = "#888888"
 
 
 def table(results: Sequence[Result]) -> str:
-    """One line per attack, its note below."""
+    """Return one line per attack, with its note below."""
     head = f"{'attack':<32}{'AUC':>6}{'outside':>9}{'IoU':>7}{'chance':>8}  verdict"
     lines = [head, "-" * len(head)]
     for result in results:
@@ -49,7 +49,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def as_json(case: Case, results: Sequence[Result]) -> dict[str, Any]:
-    """The content of audit.json. It depends on the mask: as private as the run."""
+    """Return the content of audit.json, which depends on the mask and is as private as the run."""
     return {
         "format_version": FORMAT_VERSION,
         "release": str(case.release.folder),
@@ -63,7 +63,7 @@ def as_json(case: Case, results: Sequence[Result]) -> dict[str, Any]:
 
 
 def write(folder: Path, case: Case, results: Sequence[Result]) -> None:
-    """audit.json and, where anything was measured, audit.png."""
+    """Write audit.json and, if anything was measured, audit.png."""
     write_json(folder / "audit.json", as_json(case, results), private=True)
     measured = [result for result in results if result.iou is not None]
     if measured:
@@ -71,7 +71,7 @@ def write(folder: Path, case: Case, results: Sequence[Result]) -> None:
 
 
 def _picture(path: Path, results: Sequence[Result]) -> None:
-    """IoU of each attack above what chance gives."""
+    """Plot each attack's IoU and the chance level."""
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.35 * len(results)), layout="constrained")
     places = range(len(results))
     axes.barh(

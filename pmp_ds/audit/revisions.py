@@ -15,7 +15,7 @@ _STILL = 3 * _BIN
 
 
 def two_revisions(case: Case) -> Finding:
-    """What differs between two revisions was trained in between."""
+    """Score by the difference of two revisions: what differs was trained in between."""
     assert case.base is not None
     return _differences(case, case.base)
 
@@ -33,7 +33,7 @@ def _differences(case: Case, other: Weights) -> Finding:
 
 
 def decay(case: Case) -> Finding:
-    """Weight decay on the complement shrinks all of it by one factor, that of the schedule."""
+    """Detect weight decay on the complement, which shrinks it by one factor from the schedule."""
     if case.base is not None:
         reference, what = case.base.tensor, "--base"
     elif case.config is not None and case.config.init.seed is not None:

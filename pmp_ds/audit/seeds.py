@@ -1,6 +1,7 @@
-"""Attacks on the initial weights: draw theta(0) again and see which weights never moved.
+"""Attacks on the initial weights: draw theta(0) again and find weights that never moved.
 
-A complement that equals a guessed theta(0) bit for bit, in the release's dtype, is the whole mask.
+A complement that equals a guessed theta(0) bit for bit, in the release's dtype, reveals the whole
+mask.
 """
 
 import time
@@ -18,12 +19,12 @@ from pmp_ds.model.secret_init import initialize
 
 USUAL_SEEDS = (42, 0, 1, 1234, 1337)
 _PROBE = 512  # elements compared for each seed of the search
-_MATCHES = 0.02  # of the probe or of all elements; two unrelated draws agree on 0.5% in bf16
+_MATCHES = 0.02  # of the probe or of all elements; unrelated draws agree on 0.5% in bf16
 _SECRET = "secret initial weights (init.seed unset: 256-bit ChaCha20 key)"
 
 
 def seed_replay(case: Case) -> Finding:
-    """theta(0) of the recipe's seed, or of the usual ones."""
+    """Compare with theta(0) of the recipe's seed, or of common seeds."""
     seed = case.config.init.seed if case.config else None
     best = (-1.0, torch.empty(0), -1)
     deadline = time.monotonic() + case.seconds
@@ -40,7 +41,7 @@ def seed_replay(case: Case) -> Finding:
 
 
 def seed_search(case: Case) -> Finding:
-    """Try one seed after the other on a few elements; theta(0) of the first that fits."""
+    """Try seeds in turn on a few elements, and compare with theta(0) of the first that fits."""
     replay = _Replay(case.release)
     deadline = time.monotonic() + case.seconds
     start, tried = time.monotonic(), 0
@@ -63,14 +64,14 @@ def seed_search(case: Case) -> Finding:
 
 
 def initial_model(weights: Weights, seed: int) -> PreTrainedModel:
-    """theta(0) of a public seed, of the architecture of ``weights``."""
+    """Return theta(0) of a public seed for the architecture of ``weights``."""
     model = build_model(weights.config)
     initialize(model, seed)
     return model
 
 
 def _moved(case: Case, seed: int) -> torch.Tensor:
-    """(n,) fp32: 1 where the release differs from theta(0) of ``seed`` in its own dtype."""
+    """Return 1 where the release differs from theta(0) of ``seed`` in its dtype, (n,) fp32."""
     initial = dict(initial_model(case.release, seed).named_parameters())
 
     def differs(name: str) -> torch.Tensor:
@@ -81,8 +82,8 @@ def _moved(case: Case, seed: int) -> torch.Tensor:
 
 
 class _Replay:
-    """Draws only as much of theta(0) as a look at one parameter needs: the same random operations
-    as the model's construction, up to the fill that the parameter keeps."""
+    """Draws only the part of theta(0) needed for one parameter, with the same random operations as
+    the model's construction up to that parameter's last fill."""
 
     def __init__(self, weights: Weights) -> None:
         recorder = _Recorder()
@@ -94,7 +95,7 @@ class _Replay:
         self._stride = max(1, stored.numel() // _PROBE)
 
     def matches(self, seed: int) -> float:
-        """Share of the probed elements that equal the release's."""
+        """Return the share of the probed elements that equal the release's."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             for fill in self._before:
@@ -104,7 +105,7 @@ class _Replay:
 
 
 class _Recorder(TorchDispatchMode):
-    """Remembers every random fill: its operation, and the memory it filled."""
+    """Records every random fill: its operation, and the memory it filled."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,7 +128,7 @@ class _Recorder(TorchDispatchMode):
     def first_final(
         self, model: PreTrainedModel
     ) -> tuple[str, list[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]:
-        """The parameter whose last fill comes first, the fills before it, and that fill."""
+        """Return the parameter whose last fill comes first, the fills before it, and that fill."""
         last = {address: number for number, (address, _) in enumerate(self._fills)}
         candidates: Iterator[tuple[int, str]] = (
             (last[p.data_ptr()], name)

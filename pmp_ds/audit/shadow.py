@@ -1,8 +1,8 @@
-"""The strongest attack: learn on a run of one's own how kept elements look, and apply it.
+"""The strongest attack: learn from one's own run what kept elements look like, and apply it.
 
-The attacker repeats the recipe with a seed and a corpus of his own. He knows that run's mask, so
-he fits, for each parameter, a logistic regression of "kept" on what he sees of each element, and
-reads the victim's elements with it.
+The attacker repeats the recipe with another seed and corpus and knows that run's mask. For each
+parameter, a logistic regression of "kept" on features of each element is fitted and applied to the
+victim's elements.
 """
 
 import torch
@@ -12,14 +12,14 @@ from pmp_ds.audit.case import Case, Shadow, Weights
 from pmp_ds.audit.training import Gradients, mean_gradient
 from pmp_ds.ticket.mask import ParamMask
 
-_FITTED = 1 << 17  # most elements of a parameter that the regression sees
+_FITTED = 1 << 17  # maximum elements of a parameter in a regression
 _STEPS = 12  # of Newton's method
 _RIDGE = 1e-3
 _BATCHES = 32
 
 
 def shadow_model(case: Case) -> Finding:
-    """Scores are the fitted probabilities."""
+    """Score by the fitted probabilities."""
     assert case.shadow is not None
     gradients: list[Gradients | None] = [None, None]
     note = "weights and neighbourhoods"
@@ -28,7 +28,7 @@ def shadow_model(case: Case) -> Finding:
             mean_gradient(weights.model(), case.text, case.seconds / 2, _BATCHES)
             for weights in (case.shadow.weights, case.release)
         ]
-        # equally many batches are not needed: features are standardised
+        # Numbers of batches may differ, because features are standardised.
         gradients = [pull[0] for pull in pulls]
         note += f", gradients of {min(pull[1] for pull in pulls)} batches"
     parts = [
@@ -40,7 +40,7 @@ def shadow_model(case: Case) -> Finding:
 def _attack(
     case: Case, shadow: Shadow, name: str, own: Gradients | None, other: Gradients | None
 ) -> torch.Tensor:
-    """(n,) fp32: probabilities of the sampled elements of one parameter."""
+    """Return the probabilities of one parameter's sampled elements, (n,) fp32."""
     positions = case.positions(name)
     kept = shadow.mask.full(name)
     labels = kept.reshape(-1)[positions]
@@ -48,7 +48,7 @@ def _attack(
         return labels.float()
     train = _features(shadow.weights, shadow.mask, name, positions, own, leave_out=True)
     test = _features(case.release, shadow.mask, name, positions, other, leave_out=False)
-    # Each set by its own mean and spread: the two runs differ in both
+    # Standardise each set separately: mean and spread differ between the runs.
     train, test = (_standardised(part) for part in (train, test))
     picked = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:_FITTED]
     weights = _logistic(_expanded(train[picked]), labels[picked])
@@ -64,8 +64,8 @@ def _features(
     *,
     leave_out: bool,
 ) -> torch.Tensor:
-    """(n, f) fp32. With ``leave_out`` an element's own bit does not count in the kept shares of
-    its row and column."""
+    """Return features, (n, f) fp32. With ``leave_out`` an element's own bit does not count in the
+    kept shares of its row and column."""
     size = _matrix(weights.tensor(name).float().abs())
     columns = [size, (size + 1e-4).log(), *_neighbours(size**2)]
     if gradient is not None:
@@ -83,7 +83,7 @@ def _matrix(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _neighbours(values: torch.Tensor) -> list[torch.Tensor]:
-    """Logarithm of the mean of each element's row and column, to be broadcast."""
+    """Return the log mean of each element's row and column, to be broadcast."""
     return [(values.mean(axis, keepdim=True) + 1e-12).log() for axis in (0, 1)]
 
 
@@ -93,14 +93,14 @@ def _standardised(features: torch.Tensor) -> torch.Tensor:
 
 
 def _expanded(features: torch.Tensor) -> torch.Tensor:
-    """A constant, the features, and all their products: (n, 1 + f + f (f + 1) / 2)."""
+    """Return a constant, the features, and their products, (n, 1 + f + f (f + 1) / 2)."""
     first, second = torch.triu_indices(features.shape[1], features.shape[1])
     products = features[:, first] * features[:, second]
     return torch.cat([torch.ones(len(features), 1), features, products], 1)
 
 
 def _logistic(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """(f,) weights of a ridge logistic regression, by Newton's method."""
+    """Return the (f,) weights of a ridge logistic regression, by Newton's method."""
     x, y = features, labels.float()
     weights = torch.zeros(x.shape[1])
     ridge = _RIDGE * len(x) * torch.eye(x.shape[1], dtype=torch.float64)

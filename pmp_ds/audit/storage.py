@@ -1,4 +1,4 @@
-"""Attacks on how the release is stored: number formats and files that should not be there."""
+"""Attacks on the storage of the release: number formats, and files that should not be in it."""
 
 import torch
 
@@ -12,7 +12,7 @@ _MIXED = 0.01  # by chance 2^-16 of fp32 numbers have 16 low bits of zero
 
 
 def dtypes(case: Case) -> Finding:
-    """fp32 weights of which a part was once rounded to bf16 show which part was trained since."""
+    """Detect fp32 weights partly rounded to bf16, which shows the part trained since."""
     kinds = {str(case.release.tensor(n).dtype).removeprefix("torch.") for n in case.release.shapes}
     if kinds != {"float32"}:
         return Finding(note=f"weights in {' and '.join(sorted(kinds))}", evidence=len(kinds) > 1)
@@ -23,7 +23,7 @@ def dtypes(case: Case) -> Finding:
 
 
 def optimizer_files(case: Case) -> Finding:
-    """Tensors and files of an optimizer: a moment of exactly zero was never trained."""
+    """Detect tensors and files of an optimizer: a moment of exactly zero was never trained."""
     known = set(case.release.shapes)
     extra = sorted(set(case.release.handles) - known - case.release.constants)
     moments = {
@@ -50,7 +50,7 @@ def optimizer_files(case: Case) -> Finding:
 
 
 def forbidden_files(case: Case) -> Finding:
-    """Anything beyond the allow-list, and tensors that the model does not have."""
+    """Detect files beyond the allow-list, and tensors that the model does not have."""
     folder = case.release.folder
     names = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.is_file()]
     strange = [name for name in names if not is_release_file(name)]

@@ -1,6 +1,6 @@
-"""Attacks that run the model on text: gradients of the release, and discovery done again.
+"""Attacks that run the model on text: gradients of the release, and repeated discovery.
 
-Plain single-process torch in fp32. Every attack stops after ``case.seconds``.
+They use plain single-process torch in fp32. Every attack stops after ``case.seconds``.
 """
 
 import time
@@ -20,14 +20,14 @@ from pmp_ds.optim.schedule import learning_rate
 from pmp_ds.ticket.early_bird import EarlyBird
 
 GRADIENT_BATCHES = 64
-_BATCH = 8  # sequences, where no recipe says
-_STRANGERS_SEED = 0x5EED  # of theta(0), where the attacker does not know the run's
+_BATCH = 8  # sequences, if no recipe gives a number
+_STRANGERS_SEED = 0x5EED  # for theta(0), if the attacker does not know the run's
 
 Gradients = dict[str, torch.Tensor]
 
 
 def gradients(case: Case) -> Finding:
-    """The loss of the finished model still pulls harder at what was trained."""
+    """Score by |gradient|: the loss of the finished model is steeper at trained elements."""
     assert case.text is not None
     found, batches = mean_gradient(case.release.model(), case.text, case.seconds)
     note = f"mean |gradient| over {batches} batches of {_BATCH} x {case.text.block_size} tokens"
@@ -42,8 +42,8 @@ def mean_gradient(
     *,
     signed: bool = False,
 ) -> tuple[Gradients, int]:
-    """Sum of |gradient| of each parameter, or of the ``signed`` gradient, in its shape, and over
-    how many batches."""
+    """Return the sum of |gradient| of each parameter (with ``signed``, of the gradient), in its
+    shape, and the number of batches."""
     total = {name: torch.zeros_like(param) for name, param in model.named_parameters()}
     deadline = time.monotonic() + seconds
     for count, batch in enumerate(_batches(text, _BATCH, order_key("audit", 0)), start=1):
@@ -57,7 +57,7 @@ def mean_gradient(
 
 
 def rerun_same_seed(case: Case) -> Finding:
-    """Discovery from the recipe's own theta(0), in its own order of the data."""
+    """Repeat discovery from the recipe's own theta(0) and data order."""
     assert case.config is not None
     seed = case.config.init.seed
     if seed is None:
@@ -67,18 +67,18 @@ def rerun_same_seed(case: Case) -> Finding:
 
 
 def rerun_other_seed(case: Case) -> Finding:
-    """Discovery from another theta(0), in another order."""
+    """Repeat discovery from another theta(0), in another data order."""
     assert case.config is not None
     return _rerun(case, case.config, initial_model(case.release, _STRANGERS_SEED), _STRANGERS_SEED)
 
 
 def rediscovery(case: Case) -> Finding:
-    """Discovery that starts from the release instead of theta(0)."""
+    """Repeat discovery from the release instead of theta(0)."""
     return _rerun(case, case.config or Config(), case.release.model(), _STRANGERS_SEED)
 
 
 def _rerun(case: Case, config: Config, model: PreTrainedModel, order: int) -> Finding:
-    """Dense training with the recipe's optimizer until the scores name a stable mask."""
+    """Train densely with the recipe's optimizer until the scores give a stable mask."""
     assert case.text is not None
     train, mask = config.train, config.mask
     total = {name: torch.zeros_like(param) for name, param in model.named_parameters()}
@@ -120,16 +120,17 @@ def _backward(model: PreTrainedModel, batch: torch.Tensor) -> None:
 
 
 def _batches(text: Store, size: int, key: bytes) -> Iterator[torch.Tensor]:
-    """(size, block_size) int64 each, without end, in the order of ``key``."""
+    """Yield (size, block_size) int64 without end, in the order of ``key``."""
     with BlockLoader(text.split("train"), key, size, 0, 1) as loader:
         while True:
             yield loader.next()
 
 
 def _optimizer(model: PreTrainedModel, train: TrainConfig) -> torch.optim.Optimizer:
-    """Return the recipe's own, which trains everything."""
-    from pmp_ds.optim.masked import parameter_groups  # imports DeepSpeed, which no other attack
-    from pmp_ds.optim.rules import optimizer_of  # needs
+    """Return the recipe's own optimizer, which trains everything."""
+    # Imported here because they import DeepSpeed, which no other attack needs.
+    from pmp_ds.optim.masked import parameter_groups
+    from pmp_ds.optim.rules import optimizer_of
 
     optimizer = optimizer_of(train, parameter_groups(model.named_parameters(), train.weight_decay))
     optimizer.arm(dict.fromkeys(model.parameters()))

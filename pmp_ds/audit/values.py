@@ -1,26 +1,26 @@
-"""Attacks that need the released weights alone."""
+"""Attacks that need only the released weights."""
 
 import torch
 
 from pmp_ds.audit.attack import Attack, Finding
 from pmp_ds.audit.case import Case
 
-_BINS = 12  # few: their smallest count estimates the frozen share
+_BINS = 12  # few, because the smallest count estimates the frozen share
 _WIDEST = 3.0  # standard deviations of the initial weights
-_CENTRE = 2.0  # bins below it estimate how many weights never moved
+_CENTRE = 2.0  # bins below this estimate how many weights never moved
 _ROUNDING = 0.012  # three halves of bf16's distance between numbers above 1
-_FAR = 0.05  # a typical constant that moved less may stand still by rounding
+_FAR = 0.05  # a typical constant that moved less may be unchanged after rounding
 
 
 def magnitudes(case: Case) -> Finding:
-    """Training makes weights larger."""
+    """Score by |w|: training makes weights larger."""
     scores = case.gather(lambda name: case.release.tensor(name).abs())
     return Finding(note="largest |w| of all", scores=scores)
 
 
 def magnitudes_by_tensor(case: Case) -> Finding:
-    """How many weights of a magnitude there are beyond what the initial distribution gives: each
-    tensor's own probability that a weight was trained."""
+    """Score by each tensor's own probability that a weight was trained, from the excess of its
+    magnitude over the initial distribution."""
     std = float(getattr(case.release.config, "initializer_range", 0.02))
 
     def score(name: str) -> torch.Tensor:
@@ -32,8 +32,8 @@ def magnitudes_by_tensor(case: Case) -> Finding:
 
 
 def _trained_probability(weights: torch.Tensor, std: float) -> torch.Tensor:
-    """1 - p x N(w) / f(w): N the initial density, f the tensor's own, p the largest share of frozen
-    weights that f allows."""
+    """Return 1 - p x N(w) / f(w): N is the initial density, f the tensor's own, and p the largest
+    share of frozen weights that f allows."""
     size = weights.abs() / std
     edges = torch.linspace(0.0, _WIDEST, _BINS + 1)
     cumulative = torch.erf(edges / 2**0.5)
@@ -47,7 +47,7 @@ def _trained_probability(weights: torch.Tensor, std: float) -> torch.Tensor:
 
 
 def constants(case: Case) -> Finding:
-    """Norms and biases start as 0 or 1: one that is exactly so never moved."""
+    """Find norms and biases that still equal their initial 0 or 1 exactly: they never moved."""
     only, moved, away = [], [], [torch.empty(0)]
     for name in case.release.shapes:
         here = case.release.tensor(name).reshape(-1)[case.positions(name)].float()
@@ -66,14 +66,14 @@ def constants(case: Case) -> Finding:
 
 
 def _start_value(stored: torch.Tensor) -> float | None:
-    """1 for gains, 0 for biases, None for what starts at random."""
+    """Return 1 for gains, 0 for biases, None for random initial values."""
     if stored.ndim != 1:
         return None
     return 1.0 if float(stored.float().median()) > 0.5 else 0.0
 
 
 def _has_spike(distance: torch.Tensor) -> bool:
-    """Far more elements stand exactly at the start than close to it, and others went far."""
+    """Return whether far more elements are at the start than close to it, and others moved far."""
     moved = distance[distance > 0]
     typical = float(moved.median()) if len(moved) else 0.0
     close = int((moved <= max(0.1 * typical, _ROUNDING)).sum())

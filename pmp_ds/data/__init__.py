@@ -1,1 +1,1 @@
-"""Packed stores, read: what is in one, whether it is intact, and its blocks in training's order."""
+"""Packed stores for reading: their content, their integrity, and their blocks in training order."""

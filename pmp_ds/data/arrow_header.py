@@ -1,7 +1,7 @@
-"""Whether a record batch of an Arrow stream is packed: such a one takes any amount of memory.
+"""Detect compressed record batches in an Arrow stream, which may need any amount of memory.
 
-Arrow unpacks as it reads, and pyarrow has no way to refuse that. The flag is in the flatbuffer that
-stands before the batch (Message.fbs of Arrow, format 1.0 and later).
+Arrow decompresses while it reads, and pyarrow cannot be told to refuse. The flag is in the
+flatbuffer before the batch (Message.fbs of Arrow, format 1.0 and later).
 """
 
 import struct
@@ -13,8 +13,8 @@ _COMPRESSION = 3  # field of RecordBatch
 
 
 def is_packed(metadata: bytes) -> bool:
-    """Whether ``metadata`` of a record batch's message name a compression. Raises ArrowInvalid when
-    they are damaged."""
+    """Return whether a record batch's message ``metadata`` name a compression. Raises ArrowInvalid
+    when they are damaged."""
     try:
         (message,) = struct.unpack_from("<I", metadata)
         place = _field(metadata, message, _HEADER)
@@ -25,7 +25,7 @@ def is_packed(metadata: bytes) -> bool:
 
 
 def _field(metadata: bytes, table: int, number: int) -> int:
-    """Where a field of the table at ``table`` stands; 0 where it is left out."""
+    """Return the position of a field in the table at ``table``, or 0 if it is left out."""
     (back,) = struct.unpack_from("<i", metadata, table)
     index = table - back
     if not 0 <= index < len(metadata):

@@ -21,9 +21,9 @@ from pmp_ds.progress import Progress
 from pmp_ds.run_dir import atomic_path, sha256
 
 SHARD_BLOCKS = 1 << 18
-"""Most blocks in one shard: 128 MiB of 256 uint16 tokens."""
+"""Maximum blocks in one shard: 128 MiB of 256 uint16 tokens."""
 
-_SHOW_PROGRESS = 1 << 30  # from so many bytes on: a second of hashing
+_SHOW_PROGRESS = 1 << 30  # minimum bytes: a second of hashing
 
 
 def write_shard(
@@ -53,7 +53,7 @@ def write_shard(
 
 
 class _Hashed:
-    """A file that is hashed as it is written, so that a shard is never in memory twice."""
+    """A file that is hashed while it is written, so that a shard is in memory only once."""
 
     closed = False
 
@@ -82,9 +82,9 @@ class Store:
         self.vocab_size: int = manifest["vocab_size"]
         self.eos_id: int = manifest["eos_id"]
         self.bos_id: int | None = manifest.get("bos_id")
-        """The id that leads every document, if one does."""
+        """The id at the start of every document, if any."""
         self.dataset_id: str = manifest["dataset_id"]
-        """sha256 over everything that decides which tokens are where."""
+        """sha256 over everything that determines the tokens and their places."""
         self.tokenizer_fingerprint: str = manifest["tokenizer"]["fingerprint"]
         self.tokenizer_dir = folder / "tokenizer"
         """A folder that ``AutoTokenizer.from_pretrained`` reads."""
@@ -95,7 +95,7 @@ class Store:
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> "Store":
-        """Map every shard and check its size and shape; with ``verify`` as ``verify`` does.
+        """Map every shard and check its size and shape; with ``verify``, also call ``verify``.
 
         Raises UserError that names the file for anything missing, truncated, altered or of
         another version.
@@ -123,7 +123,7 @@ class Store:
         return store
 
     def split(self, name: str) -> Blocks:
-        """``train`` or ``validation``."""
+        """Return the blocks of ``train`` or ``validation``."""
         return self._splits[name]
 
     def verify(self) -> int:
@@ -152,22 +152,22 @@ class Store:
             if not path.is_file() or hashlib.sha256(read_bytes(path)).hexdigest() != digest:
                 raise UserError(
                     f"tokenizer file {path} is missing or was changed since the text was "
-                    f"tokenized with it: put it back, or {AGAIN}"
+                    f"tokenized with it: restore it, or {AGAIN}"
                 )
 
     def check_shard(self, number: int) -> None:
-        """Hash one of ``shards`` and look at its tokens; UserError when it is altered."""
+        """Hash one of ``shards`` and check its tokens. Raises UserError when it is altered."""
         self._check_hash(self.shards[number])
         self._check_tokens(number)
 
     def look(self, number: int) -> os.stat_result:
-        """What the file system says of one of ``shards``; UserError unless its size is right."""
+        """Return the file status of one of ``shards``. Raises UserError when its size is wrong."""
         shard = self.shards[number]
         return _check_size(self.folder / shard["file"], shard["bytes"])
 
     @property
     def stores(self) -> "list[Store]":
-        """This one; a mixture has several."""
+        """This store alone; a mixture has several."""
         return [self]
 
     @property
@@ -175,7 +175,7 @@ class Store:
         return ()
 
     def unlike(self, other: "Store") -> list[str]:
-        """Why blocks of the two do not go together, with both values; empty when they do."""
+        """Return the reasons, with both values, why the blocks of two stores cannot be combined."""
         found = [
             f"{key} is {self.manifest.get(key)} and {other.manifest.get(key)}"
             for key in MUST_AGREE
@@ -203,11 +203,11 @@ class Store:
             _damaged(path, f"token {largest} is outside vocab_size={self.vocab_size}")
 
     def _map(self, shard: Mapping[str, Any]) -> Tokens:
-        """The tokens of one shard, ``(rows, block_size)``, zero-copy."""
+        """Return the tokens of one shard, ``(rows, block_size)``, without a copy."""
         path = self.folder / shard["file"]
         try:
             _check_size(path, shard["bytes"])
-            # Closed at once: the mapping stays, and thousands of shards need no descriptors.
+            # Close at once: the mapping stays, and thousands of shards need no descriptors.
             with pa.memory_map(str(path)) as file:
                 _require_plain(file)
                 with pa.ipc.open_stream(file) as reader:
@@ -222,24 +222,23 @@ class Store:
         if blocks.shape != expected or blocks.dtype != np.dtype(self.manifest["dtype"]):
             _damaged(
                 path,
-                f"it holds {blocks.shape} {blocks.dtype}, the manifest says {expected} "
+                f"it contains {blocks.shape} {blocks.dtype}, but the manifest says {expected} "
                 f"{self.manifest['dtype']}",
             )
         return blocks
 
 
 def _check_name(folder: Path, split: str, file: str) -> None:
-    """A shard lies in the folder of its split."""
+    """Require a shard to be in the folder of its split."""
     home, _, name = file.partition("/")
     if home != split or not name.isprintable() or Path(name).name != name:
         raise UserError(
-            f"{folder / 'manifest.json'} is damaged: {file!r:.80} is no shard of {split}: {AGAIN}"
+            f"{folder / 'manifest.json'} is damaged: {file!r:.80} is not a {split} shard; {AGAIN}"
         )
 
 
 def _require_plain(file: Any) -> None:
-    """Raises ArrowInvalid when the first batch in ``file`` is compressed. Afterwards ``file`` is at
-    its start again."""
+    """Raise ArrowInvalid when the first batch in ``file`` is compressed; then rewind ``file``."""
     messages = pa.ipc.MessageReader.open_stream(file)
     messages.read_next_message()  # the schema
     if is_packed(messages.read_next_message().metadata.to_pybytes()):
@@ -253,7 +252,7 @@ def _check_size(path: Path, num_bytes: int) -> os.stat_result:
     except FileNotFoundError:
         _damaged(path, "it is missing")
     if facts.st_size != num_bytes:
-        _damaged(path, f"it has {facts.st_size} bytes, the manifest says {num_bytes}")
+        _damaged(path, f"it has {facts.st_size} bytes, but the manifest says {num_bytes}")
     return facts
 
 

@@ -11,7 +11,7 @@ from pmp_ds.data.readahead import will_need
 Tokens = npt.NDArray[np.unsignedinteger]
 
 COLD_SECONDS = 5e-6
-"""A block that takes longer came from a disk (10 to 100 microseconds), not from memory (one)."""
+"""Slower blocks came from a disk (10 to 100 microseconds) instead of memory (one)."""
 
 
 class Blocks:
@@ -55,7 +55,7 @@ class Blocks:
     def _by_shard(
         self, indices: npt.NDArray[np.integer]
     ) -> Iterator[tuple[Tokens, npt.NDArray[np.integer], npt.NDArray[np.integer]]]:
-        """Of each shard concerned: its blocks, where in ``indices`` it is meant, and its rows."""
+        """Yield, for each shard involved, its blocks, their places in ``indices``, and its rows."""
         shards = np.searchsorted(self._ends, indices, side="right")
         shards = shards.astype(np.min_scalar_type(len(self.views)))  # numpy sorts small ones faster
         order = np.argsort(shards, kind="stable")
@@ -65,6 +65,6 @@ class Blocks:
             yield self.views[shard], here, indices[here] - self._starts[shard]
 
     def gather_ref(self, indices: npt.NDArray[np.integer]) -> Tokens:
-        """What ``gather`` does, block by block."""
+        """Do what ``gather`` does, block by block."""
         everything = [block for view in self.views for block in view]
         return np.stack([everything[i] for i in indices])

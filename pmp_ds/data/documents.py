@@ -1,4 +1,4 @@
-"""Documents inside packed blocks: where each begins."""
+"""The starts of documents inside packed blocks."""
 
 import torch
 
@@ -7,8 +7,8 @@ def document_positions(
     input_ids: torch.Tensor,  # (B, T) int64
     eos_id: int,
 ) -> torch.Tensor:
-    """Place of every token in its document, (B, T) int64: 0 at the start of a block and behind
-    every end-of-text token."""
+    """Return each token's position in its document, (B, T) int64: 0 at the start of a block and
+    after every end-of-text token."""
     place = torch.arange(input_ids.shape[1], device=input_ids.device)
     begins = torch.zeros_like(input_ids, dtype=torch.bool)
     begins[:, 1:] = input_ids[:, :-1] == eos_id

@@ -1,9 +1,9 @@
 """The order of the samples and the batches of one rank.
 
-The global sample stream is fixed by (key, number of blocks): sample ``s`` is block
+Key and number of blocks determine the global sample stream: sample ``s`` is block
 ``permute(s % n)`` of epoch ``s // n``. A rank reads its contiguous share of every global batch (the
-first ranks read one sample more where the shares are not equal), so the stream is the same for any
-number of ranks and ``consumed_samples`` is the only state.
+first ranks read one more if shares are unequal), so the stream is the same for any number of ranks,
+and ``consumed_samples`` is the only state.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ import numpy.typing as npt
 import torch
 
 _ROUNDS = 4
-_READ_AHEAD = 2  # chunks waiting, besides the one being gathered
-_CHUNK_BLOCKS, _CHUNK_BYTES = 8192, 1 << 22  # at most; one gather of many blocks costs far less
+_READ_AHEAD = 2  # waiting chunks, besides the one being gathered
+_CHUNK_BLOCKS, _CHUNK_BYTES = 8192, 1 << 22  # maxima; gathering many blocks at once costs far less
 
 
 class BlockSource(Protocol):
-    """What the loader reads: ``blocks.Blocks`` or anything like it."""
+    """The loader's input: ``blocks.Blocks`` or anything like it."""
 
     def __len__(self) -> int: ...
 
@@ -33,7 +33,7 @@ class BlockSource(Protocol):
 
 @runtime_checkable
 class SampleSource(Protocol):
-    """What the loader reads that has an order of its own: ``mixture.Mixture``."""
+    """Input with an order of its own: ``mixture.Mixture``."""
 
     def __len__(self) -> int: ...
 
@@ -41,7 +41,7 @@ class SampleSource(Protocol):
 
 
 def order_key(purpose: str, seed_or_secret: int | bytes) -> bytes:
-    """32 bytes that order one stream; another ``purpose`` or seed gives an unrelated order."""
+    """Return 32 bytes that order one stream; other purposes or seeds give unrelated orders."""
     if isinstance(seed_or_secret, int):
         material = b"seed:%d" % seed_or_secret
     else:
@@ -56,11 +56,11 @@ def permute(
     key: bytes,
     epoch: int,
 ) -> npt.NDArray[np.int64]:
-    """A pseudo-random permutation of ``[0, n)`` at the given positions, ``(m,)`` int64.
+    """Return a pseudo-random permutation of ``[0, n)`` at the given positions, ``(m,)`` int64.
 
-    Four Feistel rounds over the smallest power of two that holds ``n``; results outside
-    ``[0, n)`` are permuted again until they fall inside (fewer than twice on average). Needs
-    memory for ``index`` alone, whatever ``n`` is.
+    Four Feistel rounds act on the smallest sufficient power of two; results outside ``[0, n)`` are
+    permuted again until they fall inside (fewer than twice on average). Memory is needed for
+    ``index`` alone, whatever ``n`` is.
     """
     bits = max(2, (n - 1).bit_length())
     right_bits = bits // 2
@@ -85,7 +85,7 @@ def _feistel(
     half_bits: tuple[int, int],
     round_keys: npt.NDArray[np.uint64],
 ) -> npt.NDArray[np.uint64]:
-    """One pass over ``[0, 2^sum(half_bits))``: each round moves one half by a hash of the other."""
+    """Make one pass over ``[0, 2^sum(half_bits))``; each round moves a half by the other's hash."""
     shift = np.uint64(half_bits[1])
     masks = tuple(np.uint64((1 << b) - 1) for b in half_bits)
     halves = [value >> shift, value & masks[1]]
@@ -107,7 +107,7 @@ def shuffled(
     samples: npt.NDArray[np.int64],  # (m,) numbers in an endless stream of epochs
     key: bytes,
 ) -> npt.NDArray[Any]:
-    """The blocks of these samples, ``(m, block_size)``: every epoch is another permutation."""
+    """Return the blocks of these samples, ``(m, block_size)``; every epoch has its permutation."""
     n = len(blocks)
     epochs, positions = samples // n, samples % n
     indices = np.empty_like(samples)
@@ -120,8 +120,8 @@ def shuffled(
 class BlockLoader:
     """Batches of one rank, gathered ahead by a background thread.
 
-    Use as a context manager or call ``close``. ``consumed_samples`` counts over all ranks and
-    covers exactly the batches that ``next`` returned.
+    Use it as a context manager or call ``close``. ``consumed_samples`` counts over all ranks and
+    covers exactly the batches returned by ``next``.
     """
 
     def __init__(
@@ -135,13 +135,16 @@ class BlockLoader:
         *,
         pin_memory: bool = False,
     ) -> None:
-        """``global_batch_size`` sequences per ``next`` over all ranks; ``key`` of ``order_key``.
-        ``pin_memory``: batches in page-locked memory, which a GPU copies while others compute."""
+        """Start reading ahead: ``next`` returns ``global_batch_size`` sequences over all ranks.
+
+        ``key`` is an ``order_key``. With ``pin_memory`` batches are page-locked, so that a GPU
+        copies them while it computes.
+        """
         assert len(blocks) > 0
         assert 0 <= rank < world_size <= global_batch_size
         self.consumed_samples = consumed_samples
         self.wait_seconds = 0.0
-        """Seconds that ``next`` spent waiting for a batch, since the start."""
+        """Seconds that ``next`` has spent waiting for batches."""
         self._blocks, self._key = blocks, key
         share, more = divmod(global_batch_size, world_size)
         self._global_batch_size, self._pin_memory = global_batch_size, pin_memory
@@ -157,7 +160,7 @@ class BlockLoader:
     def next(self) -> torch.Tensor:
         """Return this rank's share of the next batch, ``(share, block_size)`` int64.
 
-        Raises what went wrong in the background thread, if anything did.
+        Raises any error of the background thread.
         """
         if self._stop.is_set():
             raise RuntimeError("the loader is closed")
@@ -172,7 +175,7 @@ class BlockLoader:
             self._chunk = iter(chunk)
             batch = next(self._chunk)
         self.consumed_samples += self._global_batch_size
-        # Widened here, a batch at a time: a chunk of int64 would be four times the memory to fill.
+        # Convert to int64 here, per batch: chunks of int64 would need four times the memory.
         out = torch.empty(batch.shape, dtype=torch.int64, pin_memory=self._pin_memory)
         out.numpy()[:] = batch
         return out
@@ -192,7 +195,7 @@ class BlockLoader:
         self.close()
 
     def _read(self, first_sample: int, num_batches: int) -> npt.NDArray[Any]:
-        """This rank's share of the global batches from ``first_sample`` on,
+        """Return this rank's share of the global batches from ``first_sample`` on,
         ``(num_batches, share, block_size)``, as stored.
         """
         starts = first_sample + np.arange(num_batches, dtype=np.int64) * self._global_batch_size
@@ -205,14 +208,14 @@ class BlockLoader:
         return blocks.reshape(num_batches, self._share, -1)
 
     def _read_ahead(self, first_sample: int) -> None:
-        """Chunks of twice as many batches each time, so that the first does not wait for many."""
+        """Read chunks that double in batches, so that the first one is ready early."""
         item: npt.NDArray[Any] | BaseException
         num_batches, grow = 1, True
         while not self._stop.is_set():
             try:
                 item = self._read(first_sample, num_batches)
             except BaseException as error:  # noqa: BLE001 - raised by next()
-                if num_batches > 1:  # what can be read comes before the error
+                if num_batches > 1:  # deliver the readable batches before the error
                     num_batches, grow = 1, False
                     continue
                 item = error

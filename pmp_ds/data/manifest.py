@@ -1,7 +1,6 @@
-"""The manifest of a packed store, and the files that make the store one of `datasets` as well.
+"""The manifest of a packed store, and the files that make the store readable by `datasets`.
 
-Nothing in the folder is trusted but what the manifest names. tokenized_data/README.md describes the
-format.
+Only the files named in the manifest are trusted. tokenized_data/README.md describes the format.
 """
 
 import hashlib
@@ -21,12 +20,12 @@ FORMAT_VERSION = formats.current("store")
 SPLITS = ("train", "validation")
 COLUMN = "input_ids"
 MUST_AGREE = ("block_size", "dtype", "vocab_size", "eos_id", "bos_id")
-"""What stores that are read together have in common, beside the tokenizer."""
+"""Properties that stores read together must share, besides the tokenizer."""
 AGAIN = "run pmp-ds prepare-data again (delete the folder first)"
-"""What helps against a damaged store."""
+"""The way out of a damaged store."""
 
 
-_MOST_BYTES = 1 << 28  # of a manifest: half a million shards
+_MOST_BYTES = 1 << 28  # in a manifest: half a million shards
 
 
 class Shard(TypedDict):
@@ -47,33 +46,33 @@ class Split(TypedDict):
 
 
 class Splits(TypedDict):
-    """Both of them."""
+    """Both splits."""
 
     train: Split
     validation: Split
 
 
 class TokenizerEntry(TypedDict):
-    """What the manifest says of the tokenizer."""
+    """The manifest's entry for the tokenizer."""
 
     fingerprint: str
     files: NotRequired[dict[str, str]]
 
 
 class Input(TypedDict):
-    """One of `settings.input`."""
+    """One entry of `settings.input`."""
 
     input: str
 
 
 class Settings(TypedDict):
-    """Those that readers of the manifest use."""
+    """The settings that readers of the manifest use."""
 
     input: NotRequired[list[Input]]
 
 
 class Manifest(TypedDict):
-    """What every reader may count on in a manifest; there is more."""
+    """The part of a manifest that every reader may rely on; there is more."""
 
     dataset_id: str
     block_size: int
@@ -88,11 +87,11 @@ class Manifest(TypedDict):
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Complete the store: the files `datasets` wants, then ``manifest.json`` with its dataset id.
+    """Complete the store: the files for `datasets`, then ``manifest.json`` with its dataset id.
 
     ``manifest`` needs ``splits`` (shards as ``write_shard`` returns them), ``block_size``,
-    ``dtype``, ``vocab_size``, ``eos_id``, ``tokenizer`` and ``unigram_cross_entropy``; a ``bos_id``
-    where one leads every document.
+    ``dtype``, ``vocab_size``, ``eos_id``, ``tokenizer`` and ``unigram_cross_entropy``, and a
+    ``bos_id`` if one starts every document.
     """
     identity = dataset_id(manifest)
     item = {"dtype": manifest["dtype"], "_type": "Value"}
@@ -123,7 +122,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a store; UserError when there is none or this version cannot read it."""
+    """Return the manifest of a store. Raises UserError if it is missing or unreadable here."""
     path = folder / "manifest.json"
     try:
         manifest = read_object(path, _MOST_BYTES)
@@ -150,7 +149,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def dataset_id(manifest: Mapping[str, Any]) -> str:
-    """sha256 over everything that decides which tokens are where."""
+    """Return the sha256 over everything that determines the tokens and their places."""
     content: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "block_size": manifest["block_size"],

@@ -1,9 +1,9 @@
-"""What `data.store` names: one store, or several with weights that training reads as one.
+"""The data of `data.store`: one store, or several with weights that training reads as one.
 
     store = open_data({"tokenized_data/web": 0.7, "tokenized_data/code": 0.3})
 
-A mixture has the order, the validation blocks and the dataset id that its parts' contents and
-weights give; where the parts lie and in which order they are written does not matter.
+Order, validation blocks and dataset id of a mixture depend on its parts' contents and weights, not
+on their folders or the order in which they are written.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ class Part:
     folder: str
     dataset_id: str
     slots: int
-    """Its samples in every 65,536 of training."""
+    """Number of its samples in every 65,536 of training."""
 
     @property
     def share(self) -> float:
@@ -39,7 +39,7 @@ class Part:
 
 
 class Dataset(Protocol):
-    """What training reads: a ``Store`` or a ``MixedStore``."""
+    """The data for training: a ``Store`` or a ``MixedStore``."""
 
     dataset_id: str
     block_size: int
@@ -70,7 +70,7 @@ class MixedStore:
     """Stores with weights, in the order of their dataset ids."""
 
     def __init__(self, weights: Mapping[str, float]) -> None:
-        """``weights`` by folder. Raises UserError as ``open_data`` does."""
+        """Open the stores of ``weights``, by folder. Raises UserError as ``open_data`` does."""
         opened = [(Store.open(folder), folder) for folder in weights]
         opened.sort(key=lambda pair: pair[0].dataset_id)
         self.stores = [store for store, _ in opened]
@@ -90,7 +90,7 @@ class MixedStore:
             part.share * store.unigram_cross_entropy
             for part, store in zip(self.parts, self.stores, strict=True)
         )
-        """What a model reaches that knows of each part the token frequencies and nothing else."""
+        """Nats per token of a model that knows only each part's token frequencies."""
         first = self.stores[0]
         self.block_size, self.vocab_size = first.block_size, first.vocab_size
         self.eos_id, self.bos_id = first.eos_id, first.bos_id
@@ -105,19 +105,19 @@ class MixedStore:
     def split(self, name: Literal["validation"]) -> InTurn: ...
 
     def split(self, name: str) -> Mixture | InTurn:
-        """``train``, or ``validation``: the parts' blocks in the proportions of the weights, as far
-        as they reach."""
+        """Return ``train``, or ``validation``: the parts' blocks in proportion to the weights, as
+        far as they reach."""
         return self._train if name == "train" else self._validation
 
     def verify(self) -> int:
-        """What ``Store.verify`` does, for every part."""
+        """Call ``Store.verify`` for every part."""
         return sum(store.verify() for store in self.stores)
 
 
 def open_data(setting: Mapping[str, float] | str) -> Dataset:
-    """The store or the mixture of `data.store`.
+    """Return the store or the mixture of `data.store`.
 
-    Raises UserError as ``Store.open`` does, for stores that do not go together and for weights
+    Raises UserError as ``Store.open`` does, for stores that cannot be combined, and for weights
     that are too small.
     """
     return Store.open(setting) if isinstance(setting, str) else MixedStore(setting)
@@ -128,8 +128,8 @@ def _check_together(stores: list[Store]) -> None:
     for before, other in pairwise(stores):
         if before.dataset_id == other.dataset_id:
             raise UserError(
-                f"data.store: {before.folder} and {other.folder} hold the same blocks; name one of "
-                "them, with the sum of the weights"
+                f"data.store: {before.folder} and {other.folder} contain the same blocks; name one "
+                "of them, with the sum of the weights"
             )
         if found := first.unlike(other):
             raise UserError(

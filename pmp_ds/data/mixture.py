@@ -1,8 +1,8 @@
-"""Several sources of blocks in fixed proportions, in an order that is a function of the key.
+"""Mix several sources of blocks in fixed proportions, in an order determined by the key.
 
-The source of sample ``s`` repeats every 2^16 samples in a keyed pattern that holds each source in
-proportion to its weight; a source's own samples run through its shuffled epochs. So one integer,
-the samples consumed, is the whole state, as without a mixture.
+The source of sample ``s`` repeats every 2^16 samples, in a keyed pattern with each source in
+proportion to its weight. A source's own samples run through its shuffled epochs. So, as without a
+mixture, a single integer is the whole state: the samples consumed.
 """
 
 import hashlib
@@ -28,14 +28,14 @@ class Mixture:
     def __init__(
         self, names: Sequence[str], sources: Sequence[BlockSource], weights: Sequence[float]
     ) -> None:
-        """Raises UserError for weights that are not positive or too small to occur."""
+        """Raise UserError for weights that are not positive or too small to occur."""
         assert len(names) == len(sources) == len(weights) > 0
         self._sources = tuple(sources)
         self.slots = slots_of(names, weights)
-        """Samples of each source in every 2^16."""
+        """Number of samples of each source in every 2^16."""
 
     def __len__(self) -> int:
-        """Blocks in all sources together; an epoch of the mixture is not one of each."""
+        """Return the blocks of all sources; an epoch of the mixture does not read each once."""
         return sum(map(len, self._sources))
 
     def read(
@@ -43,7 +43,7 @@ class Mixture:
         samples: Numbers,  # (m,) global sample numbers
         key: bytes,
     ) -> npt.NDArray[np.unsignedinteger]:
-        """The blocks of these samples, ``(m, block_size)``."""
+        """Return the blocks of these samples, ``(m, block_size)``."""
         which, positions = self.locate(samples, key)
         return _assemble(
             which,
@@ -53,7 +53,7 @@ class Mixture:
         )
 
     def locate(self, samples: Numbers, key: bytes) -> tuple[Numbers, Numbers]:
-        """The source of every sample, and how many samples of that source come before it."""
+        """Return each sample's source, and the number of earlier samples of that source."""
         pattern, ranks = _pattern(self.slots, key)
         cycles, slots = samples // PERIOD, samples % PERIOD
         which = pattern[slots]
@@ -61,8 +61,8 @@ class Mixture:
 
 
 class InTurn:
-    """A finite source: blocks of several in their own order, every prefix in the proportions of
-    ``slots`` to within a block of each; it ends where the first of them does."""
+    """A finite source with the blocks of several in their own order. Every prefix has the
+    proportions of ``slots`` to within a block of each; the first source to end ends it."""
 
     def __init__(self, sources: Sequence[Blocks], slots: Sequence[int]) -> None:
         self._sources, self.block_size = tuple(sources), sources[0].block_size
@@ -86,7 +86,7 @@ class InTurn:
 
 
 def slots_of(names: Sequence[str], weights: Sequence[float]) -> tuple[int, ...]:
-    """Samples of each source in every 2^16: largest remainders, ties to the first."""
+    """Return the samples of each source in every 2^16: largest remainders, ties to the first."""
     for name, weight in zip(names, weights, strict=True):
         if not 0.0 < weight < float("inf"):
             raise UserError(f"the weight of {name} is {weight}; it must be positive")
@@ -101,7 +101,7 @@ def slots_of(names: Sequence[str], weights: Sequence[float]) -> tuple[int, ...]:
 
 
 def realised(slots: Sequence[int], consumed_samples: int, key: bytes) -> list[int]:
-    """How many of the first ``consumed_samples`` came from each source of a mixture, exactly."""
+    """Return how many of the first ``consumed_samples`` came from each source of a mixture."""
     cycles, rest = divmod(consumed_samples, PERIOD)
     part = np.bincount(_pattern(tuple(slots), key)[0][:rest], minlength=len(slots))
     return (cycles * np.array(slots) + part).tolist()
@@ -109,7 +109,7 @@ def realised(slots: Sequence[int], consumed_samples: int, key: bytes) -> list[in
 
 @lru_cache(maxsize=8)
 def _pattern(slots: tuple[int, ...], key: bytes) -> tuple[Numbers, Numbers]:
-    """The source of every slot ``(PERIOD,)``, and its rank among that source's slots."""
+    """Return every slot's source, ``(PERIOD,)``, and its rank among that source's slots."""
     order = permute(np.arange(PERIOD), PERIOD, _source_key(key, -1), 0)
     pattern = np.repeat(np.arange(len(slots)), slots)[order]
     ranks = np.empty(PERIOD, np.int64)
@@ -122,7 +122,7 @@ def _assemble(
     which: Numbers,  # (m,) source of each row
     read: Callable[[int, npt.NDArray[np.bool_]], npt.NDArray[Any]],
 ) -> npt.NDArray[Any]:
-    """``(m, block_size)``: the rows that ``read(source, where)`` gives, each in its place."""
+    """Return the rows of ``read(source, where)``, each in its place, ``(m, block_size)``."""
     out: npt.NDArray[Any] | None = None
     for number in np.unique(which):
         here = which == number

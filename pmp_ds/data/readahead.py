@@ -1,7 +1,7 @@
-"""Ask the system for scattered blocks of mapped files before they are touched.
+"""Prefetch scattered blocks of mapped files before they are used.
 
-Touching them one after the other waits for the disk once per block; asked for together, the disk
-serves many at a time. It costs a system call per block, so it is for cold files alone.
+Reading them one by one waits for the disk once per block; requested together, the disk serves many
+at a time. It costs a system call per block, so it is used for cold files only.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ def will_need(
     blocks: npt.NDArray[Any],  # (n, block_size), mapped
     rows: npt.NDArray[np.integer],  # (m,)
 ) -> None:
-    """Have these rows read into memory; returns at once. A hint: what fails is left alone."""
+    """Start reading these rows into memory and return at once. A hint: errors are ignored."""
     starts = blocks.ctypes.data + rows.astype(np.int64) * blocks.strides[0]
     pages = starts & -mmap.PAGESIZE
     for page, length in zip(

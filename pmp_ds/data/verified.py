@@ -1,10 +1,10 @@
-"""Check a store at the start of a job: together, and only what no earlier start has checked.
+"""Check a store at the start of a job, on all ranks together and without repeating earlier checks.
 
     check_together(store, run.verified)
 
-Every rank hashes a share of the shards. A shard that was found intact is remembered by the hash of
-its manifest, its name, size, time of change and inode; one whose mark is the same is not read
-again. ``Store.verify`` reads every byte in any case.
+Every rank hashes a share of the shards. An intact shard is remembered by the hash of its manifest,
+its name, size, modification time and inode, and is not read again while they stay the same.
+``Store.verify`` always reads every byte.
 """
 
 import contextlib
@@ -20,15 +20,15 @@ from pmp_ds.foreign import ForeignError, read_object
 from pmp_ds.progress import Progress
 from pmp_ds.run_dir import write_json
 
-_SHOW_PROGRESS = 1 << 30  # from so many bytes on: a second of hashing
+_SHOW_PROGRESS = 1 << 30  # minimum bytes: a second of hashing
 
 
 def check_together(data: Dataset, memory: Path) -> int:
     """Raise UserError on every rank when a shard or tokenizer of ``data`` is damaged on any.
 
-    Returns how many bytes of shards this rank read. Ranks that see the same files share them; ranks
-    with a copy of their own check that copy. Remembers in ``memory`` what is intact, unless that
-    cannot be written. Collective.
+    Returns the bytes of shards read by this rank. Ranks that see the same files share them; ranks
+    with their own copy check that copy. Intact shards are remembered in ``memory`` if it can be
+    written. Collective.
     """
     marks = dist.together(lambda: _marks(data.stores))
     copies: list[str] = dist.all_gather_object(hashlib.sha256("".join(marks).encode()).hexdigest())
@@ -37,7 +37,7 @@ def check_together(data: Dataset, memory: Path) -> int:
     shards = [(store, number) for store in data.stores for number in range(len(store.shards))]
     new = [shard for shard, mark in zip(shards, marks, strict=True) if mark not in known]
     mine = new[same.index(dist.rank()) :: len(same)]
-    # However long it takes: with one slow disk the others would exceed a collective's time limit.
+    # Without a time limit: with one slow disk, the others would exceed a collective's.
     dist.together(lambda: _check(mine), patient=True)
     of_copies = dist.all_gather_object(marks if same[0] == dist.rank() else [])
     found = {mark for marks in of_copies for mark in marks}
@@ -48,7 +48,7 @@ def check_together(data: Dataset, memory: Path) -> int:
 
 
 def _marks(stores: Sequence[Store]) -> list[str]:
-    """What changes with every shard, one after the other. Raises UserError for one that is gone."""
+    """Return a mark per shard that changes with it. Raises UserError for a missing shard."""
     marks = []
     for store in stores:
         store.check_facts()
@@ -61,7 +61,7 @@ def _marks(stores: Sequence[Store]) -> list[str]:
 
 
 def _read(memory: Path) -> list[str]:
-    """The marks of shards that are intact; none when that cannot be read."""
+    """Return the marks of intact shards; none if they cannot be read."""
     try:
         found = read_object(memory).get("verified")
     except ForeignError:

@@ -1,4 +1,4 @@
-"""An authorized derivative, dithered for its release: reads the ticket, so that export need not."""
+"""Dither an authorized derivative for its release; this reads the ticket, so export need not."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -26,10 +26,10 @@ _BATCH = 8  # blocks
 
 def write_dithered(derivative: Path, base: Path, ticket: Path, out: Path) -> None:
     """Write the ``derivative`` of ``base`` (Hugging Face folders) to ``out``, in the base's dtype,
-    with the changes of the ``ticket``'s complement drawn like the ticket's own.
+    with changes outside the ``ticket`` drawn from the ticket's own.
 
-    The same input gives the same output: the draws are keyed by the ticket and the derivative.
-    Raises UserError when the three do not belong together.
+    Equal input gives equal output, because ticket and derivative key the draws. Raises UserError
+    when the three do not belong together.
     """
     loaded = load_ticket(ticket)
     released, tuned = open_folder(base), open_folder(derivative)
@@ -37,7 +37,7 @@ def write_dithered(derivative: Path, base: Path, ticket: Path, out: Path) -> Non
     mask = fitted(loaded.mask, released.trained, base)
     key = bytes.fromhex(loaded.id)
     if dict(tuned.shapes) != dict(released.shapes):
-        raise UserError(f"{derivative} is no derivative of {base}: names or shapes differ")
+        raise UserError(f"{derivative} is not a derivative of {base}: names or shapes differ")
 
     def after(name: str) -> torch.Tensor:
         return stored(name).to(before(name).dtype)
@@ -47,9 +47,9 @@ def write_dithered(derivative: Path, base: Path, ticket: Path, out: Path) -> Non
         changed = after(name) != before(name)
         if moved := int((changed & ~mask.full(name) if name in mask.shapes else changed).sum()):
             raise UserError(
-                f"{derivative} is no authorized derivative of {base}: {moved:,} elements "
-                f"outside the ticket of {ticket} changed. Name the release it was "
-                "fine-tuned from and the ticket it was fine-tuned with"
+                f"{derivative} is not an authorized derivative of {base}: {moved:,} elements "
+                f"outside the ticket of {ticket} changed. Name the release and the ticket that it "
+                "was fine-tuned with"
             )
     donors = draw_donors(mask, before, after, _stream(key, "dither/donors"))
     make_private(out)
@@ -69,11 +69,11 @@ def write_dithered(derivative: Path, base: Path, ticket: Path, out: Path) -> Non
 
 
 def loss_on(weights: Path, store: Path, blocks: int) -> float:
-    """Mean nats per token of a model on the first ``blocks`` validation blocks of a text store."""
+    """Return a model's mean nats per token on the first validation blocks of a text store."""
     held_out = Store.open(store).split("validation")
     count = min(blocks, len(held_out))
     if not count:
-        raise UserError(f"--store {store} has no validation blocks: prepare one that has")
+        raise UserError(f"--store {store} has no validation blocks: prepare one with some")
     model = open_folder(weights).load().eval()
     total = 0.0
     with torch.inference_mode():
@@ -86,13 +86,13 @@ def loss_on(weights: Path, store: Path, blocks: int) -> float:
 
 
 def _reader(folder: ModelFolder) -> Callable[[str], torch.Tensor]:
-    """The tensors of ``folder`` by name. Raises UserError when it lacks some or has others."""
+    """Return a function from name to tensor of ``folder``. Raises UserError if names differ."""
     folder.require_names()
     return lambda name: cast(torch.Tensor, folder.handles[name].get_tensor(name))
 
 
 def _content_stream(key: bytes, name: str, tensor: torch.Tensor) -> Uniforms:
-    """Uniforms that depend on the ticket and on this tensor of the undithered derivative."""
+    """Return uniforms that depend on the ticket and on this undithered tensor."""
     content = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
     return _stream(key, f"dither/{name}/{content}")
 

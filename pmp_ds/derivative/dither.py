@@ -1,18 +1,19 @@
 """Derivative dither: the frozen elements of a fine-tuned model get changes like the ticket's.
 
-Of an authorized derivative only ticket elements differ from the released base, so the difference
-is the mask. Here every complement element takes the change of a ticket element of nearly the same
-magnitude, scaled a little so that no two changes are equal. Whose change it takes balances rows:
+In an authorized derivative, only ticket elements differ from the released base, so the difference
+is the mask. Dither gives every complement element the change of a ticket element of nearly the same
+magnitude, slightly scaled so that no two changes are equal. The choice of that element balances
+rows:
 
-- a row (of any matrix of the model) that keeps less than the model's share p gives only so many
-  of its frozen elements changes of its own, that of the elements that look like this row p are
-  kept; the rest, and so all of a row or a tensor without ticket elements, look like another row;
-- that other row is drawn from those that keep more than p, in proportion to the frozen elements
+- A row (of any matrix of the model) that keeps less than the model's share p uses changes of its
+  own for only some of its frozen elements, so that p of the elements that look like this row are
+  kept. The rest, including all of a row or tensor without ticket elements, look like another row.
+- That other row is drawn from those that keep more than p, in proportion to the frozen elements
   that they lack.
 
-So the changes of frozen and of kept elements have one distribution over the model. What is
-not imitated: structure over many elements, such as the low rank of an update or the size of the
-changes of a whole tensor, and how changes go along the gradient of a text.
+So, over the model, the changes of frozen and of kept elements have one distribution. Not imitated
+are structures over many elements, such as the low rank of an update or the size of a whole tensor's
+changes, and the direction of changes along the gradient of a text.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,18 +26,18 @@ from pmp_ds.ticket.mask import ParamMask
 Uniforms = Callable[[int], torch.Tensor]  # n -> (n,) in (0, 1), fresh at every call
 Tensors = Callable[[str], torch.Tensor]  # parameter -> its values
 
-WINDOW = 32  # ticket elements of nearest magnitude that a change is drawn from
+WINDOW = 32  # number of ticket elements of nearest magnitude to draw a change from
 JITTER = 0.2  # largest relative change of a change
 POOL = 1024  # rows that others take their changes from
-_CHUNK = 1 << 22  # elements worked on at once
+_CHUNK = 1 << 22  # elements processed at once
 
 
 @dataclass(frozen=True)
 class Donors:
-    """Rows of the model's matrices, or of its vectors, that keep more than their ``share``."""
+    """Rows of the model's matrices, or of its vectors, that keep more than the model's share."""
 
     share: float
-    """Of the elements of all those rows that the ticket keeps."""
+    """The ticket's share of the elements of all those rows."""
 
     magnitudes: torch.Tensor
     """(P, W) fp32: |base| of each row's ticket elements, ascending, then infinity."""
@@ -51,7 +52,7 @@ class Donors:
 def draw_donors(
     mask: ParamMask, base: Tensors, changed: Tensors, uniforms: Uniforms
 ) -> Mapping[bool, Donors]:
-    """What ``dither`` draws from, for matrices (True) and for vectors (False)."""
+    """Return the rows to draw from, for matrices (True) and for vectors (False)."""
     found = {}
     for matrices in {len(shape) > 1 for shape in mask.shapes.values()}:
         names = [name for name, shape in mask.shapes.items() if (len(shape) > 1) is matrices]
@@ -93,10 +94,10 @@ def dither(
     donors: Mapping[bool, Donors],
     uniforms: Uniforms,
 ) -> torch.Tensor:
-    """``changed`` with its complement dithered, in its own dtype and shape.
+    """Return ``changed`` with its complement dithered, in its own dtype and shape.
 
     ``base`` is the release's tensor, in the same dtype; ``kept`` (bool) is the ticket, outside
-    which ``changed`` equals ``base``. A model without ticket elements comes back as it is.
+    which ``changed`` equals ``base``. A model without ticket elements is returned unchanged.
     """
     others = donors.get(base.ndim > 1)
     if bool(kept.all()) or others is None:
@@ -133,14 +134,14 @@ def _dither_rows(
 def _own(
     base: torch.Tensor, change: torch.Tensor, kept: torch.Tensor, uniforms: Uniforms
 ) -> torch.Tensor:
-    """(R, C): a change of the same row for each element, 0 in a row without ticket elements."""
+    """Return a change of the same row for each element, 0 in rows without any, (R, C)."""
     magnitudes = base.float().abs().masked_fill(~kept, torch.inf)
     magnitudes, order = magnitudes.sort(dim=1, stable=True)
     return _nearest(base, magnitudes, change.gather(1, order), kept.sum(1), uniforms)
 
 
 def _taken(base: torch.Tensor, others: Donors, uniforms: Uniforms) -> torch.Tensor:
-    """(R, C): changes of one other row for each row."""
+    """Return, for each row, changes of one other row, (R, C)."""
     source = (uniforms(len(base)) * len(others.counts)).long()
     rows = (others.magnitudes[source], others.changes[source], others.counts[source])
     return _nearest(base, *rows, uniforms)
@@ -153,7 +154,7 @@ def _nearest(
     counts: torch.Tensor,  # (R,)
     uniforms: Uniforms,
 ) -> torch.Tensor:
-    """(R, C): for each element one of the WINDOW changes with the magnitudes nearest to its own."""
+    """Return, for each element, one of the WINDOW changes of nearest magnitude, (R, C)."""
     place = torch.searchsorted(magnitudes, base.float().abs().contiguous())
     width = counts.clamp(max=WINDOW)[:, None]
     low = (place - width // 2).clamp(min=0).minimum(counts[:, None] - width)
@@ -168,12 +169,12 @@ def _moved(base: torch.Tensor, change: torch.Tensor, uniforms: Uniforms) -> torc
 
 
 def _weighted(weights: torch.Tensor, uniforms: Uniforms, count: int) -> torch.Tensor:
-    """(count,) indices, ascending, each in proportion to its weight."""
+    """Return ``count`` indices, ascending, each drawn in proportion to its weight."""
     ends = weights.cumsum(0)
     found = torch.searchsorted(ends, uniforms(count).double() * ends[-1], right=True)
     return found.clamp(max=len(weights) - 1).sort().values
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    """A view of (rows, columns); a vector is one row."""
+    """Return a view of (rows, columns); a vector is one row."""
     return tensor.reshape(tensor.shape[0] if tensor.ndim > 1 else 1, -1)

@@ -1,8 +1,8 @@
 """Stage I of the method: find the ticket (paper, section 2.1).
 
-Dense training from theta(0) with the run's own optimizer and schedule; after each update's
-gradients are reduced, and before clipping, their scores give a candidate mask. The engine is
-thrown away afterwards: masked pretraining starts from theta(0) again.
+The model is trained densely from theta(0) with the run's own optimizer and schedule. In each
+update, the reduced gradients are scored before clipping, and the scores give a candidate mask.
+Afterwards the engine is discarded: masked pretraining starts from theta(0) again.
 """
 
 from collections.abc import Sequence
@@ -30,14 +30,14 @@ Table = Sequence[ParamInfo]
 
 
 class Discovery:
-    """Dense training until the candidate mask is stable, of an engine that is armed with None.
+    """Dense training until the candidate mask is stable, on an engine armed with None.
 
-    ``step`` updates are done. The engine is built from theta(0), or from the weights of a
-    checkpoint, whose optimizer state it has before ``restore``.
+    ``step`` counts the updates made. The engine starts from theta(0), or from a checkpoint's
+    weights and optimizer state, followed by ``restore``.
     """
 
     def __init__(self, engine: Engine, config: Config, table: Table, key: bytes = b"") -> None:
-        """``key``: 32 bytes that draw the elements of ``mask.random_fraction``. Collective."""
+        """Prepare the selection; ``key`` (32 bytes) draws ``mask.random_fraction``. Collective."""
         self.step = 0
         self._engine, self._table = engine, table
         self._train, self._mask = config.train, config.mask
@@ -52,9 +52,11 @@ class Discovery:
         self._best: tuple[int, list[torch.Tensor]] | None = None
 
     def update(self, batch: torch.Tensor) -> tuple[torch.Tensor, float | None]:
-        """One update with this rank's share of a batch. Returns a loss as ``Engine.backward`` does,
-        and the IoU with the previous candidate, None for the first. Collective. Raises UserError
-        when a gradient is not finite."""
+        """Make one update with this rank's share of a batch. Collective.
+
+        Returns a loss, as ``Engine.backward`` does, and the IoU with the previous candidate, None
+        for the first. Raises UserError when a gradient is not finite.
+        """
         engine, mask = self._engine, self._mask
         self.step += 1
         loss = engine.backward(batch)
@@ -80,8 +82,8 @@ class Discovery:
         return self._early_bird.stable or self.step >= self._mask.max_steps
 
     def ticket(self) -> Ticket:
-        """The ticket, on every rank, once discovery is ``over``. Collective. Raises UserError when
-        the mask did not become stable under ``on_unstable: error``."""
+        """Return the ticket, on every rank, once discovery is ``over``. Collective. Raises
+        UserError when the mask is not stable under ``on_unstable: error``."""
         mask = self._mask
         if self._newest is None:
             raise UserError(
@@ -105,7 +107,7 @@ class Discovery:
         )
 
     def snapshot(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
-        """What goes on needs beside the optimizer state: this rank's running scores by
+        """Return the state to resume from, besides the optimizer's: this rank's running scores by
         `score/PARAMETER/FIRST`, the candidates by `WHICH/PARAMETER`, and the IoU history.
         Collective."""
         scores = {
@@ -127,7 +129,7 @@ class Discovery:
         return scores, masks, memory
 
     def restore(self, reader: StateReader, position: Position) -> None:
-        """Take over what ``snapshot`` gave, at any world size and stage."""
+        """Load the result of ``snapshot``, at any world size and ZeRO stage."""
         self.step, memory = position.step, position.memory
         self._early_bird.trace = list(memory["trace"])
         self._early_bird.streak = memory["streak"]
@@ -154,7 +156,7 @@ class Discovery:
         )
 
     def _local(self, which: str, reader: StateReader) -> list[torch.Tensor] | None:
-        """This rank's share of a whole candidate, packed by fragment."""
+        """Return this rank's share of a whole candidate, packed by fragment."""
         mask = reader.candidate(which, {info.name: info.shape for info in self._table})
         if mask is None:
             return None
@@ -164,13 +166,13 @@ class Discovery:
         ]
 
     def _device(self, f: Fragment) -> torch.device:
-        """Where the gradients of a fragment are reduced to: CPU under offload."""
+        """Return the device of a fragment's reduced gradients: the CPU under offload."""
         return self._engine.shards.flats[f.flat].device
 
 
 def random_ticket(key: bytes, config: MaskConfig, table: Table) -> Ticket:
-    """Return the ablation's ticket: k elements drawn uniformly with ``key`` (32 bytes), over all
-    parameters together; the same at any number of ranks. Collective."""
+    """Return the ablation's ticket: k elements of all parameters, drawn uniformly with ``key``
+    (32 bytes); the same at any number of ranks. Collective."""
     share = [
         Fragment(info.name, 0, info.numel, 0, 0)
         for i, info in enumerate(table)
@@ -198,7 +200,7 @@ def _gather(
     *,
     replicated: bool = False,
 ) -> ParamMask:
-    """The whole mask on every rank from the fragments of all of them, one parameter at a time."""
+    """Return the whole mask on every rank, gathered one parameter at a time."""
     whole = {}
     for info in table:
         dense = torch.zeros(info.numel, dtype=torch.uint8, device=device)
@@ -215,7 +217,7 @@ def _unstable(mask: MaskConfig, early_bird: EarlyBird) -> str:
     highest = max(early_bird.trace, default=0.0)
     return (
         f"no stable mask within mask.max_steps={mask.max_steps}: the highest IoU of consecutive "
-        f"masks was {highest:.4f}, mask.iou_threshold={mask.iou_threshold} is needed "
+        f"masks was {highest:.4f}, but mask.iou_threshold={mask.iou_threshold} must be reached "
         f"{mask.patience} times in a row. Use mask.score=mean, allow more steps, or set "
         "mask.on_unstable to `last` or `best`"
     )

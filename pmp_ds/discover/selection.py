@@ -1,9 +1,10 @@
-"""Which elements a candidate mask keeps under ``mask.quota`` and ``mask.random_fraction``.
+"""Select the elements of a candidate mask under ``mask.quota`` and ``mask.random_fraction``.
 
-Elements compete in *pools*: all parameters together (`global`), or each for itself (`per_tensor`,
-with a share of k in proportion to its size). What is always trained is a pool that is kept whole.
-In any other pool of k elements the floor(random_fraction x k) highest of a keyed uniform draw are
-kept whatever they score, the rest by score. Both make a mask harder to guess: docs/SECURITY.md.
+Elements compete in *pools*: all parameters together (`global`), or each parameter by itself
+(`per_tensor`, with a share of k in proportion to its size). Always-trained parameters form a pool
+that is kept whole. In any other pool of k elements, the floor(random_fraction x k) highest of a
+keyed uniform draw are kept whatever their score, the rest by score. Both settings make a mask
+harder to guess: docs/SECURITY.md.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,11 +29,11 @@ _CHUNK = 1 << 20  # elements drawn at once: 8 MiB of float64
 class _Pool:
     members: list[int]  # indices of this rank's fragments
     k: int  # kept, over all ranks
-    num_drawn: int  # of them without regard to their score
+    num_drawn: int  # of these, drawn regardless of score
 
 
 class Selector:
-    """Draws candidates of exactly k elements over all ranks; the same for any sharding."""
+    """Selects candidates of exactly k elements over all ranks, the same for any sharding."""
 
     def __init__(
         self,
@@ -43,8 +44,8 @@ class Selector:
         *,
         replicated: bool = False,  # every rank holds all fragments
     ) -> None:
-        """Collective when ``random_fraction`` is not 0. Raises UserError when the parameters that
-        are always trained leave no room for others."""
+        """Draw the random elements; collective if ``random_fraction`` is not 0. Raises UserError
+        when always-trained parameters leave no room for others."""
         infos = {info.name: info for info in table}
         self._fragments, self._replicated = fragments, replicated
         self._starts = [infos[f.name].start + f.start for f in fragments]
@@ -58,8 +59,8 @@ class Selector:
             self._drawn = self._top(draws, [pool.num_drawn for pool in self._pools])
 
     def select(self, scores: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Packed masks (ticket/mask.py) of the fragments, whose ``scores`` are (numel,) each and
-        rank by magnitude. Collective; raises UserError as ``select_top_k`` does."""
+        """Return the packed masks (ticket/mask.py) of the fragments. Their ``scores`` are (numel,)
+        each and rank by magnitude. Collective; raises UserError as ``select_top_k`` does."""
         if self._drawn is not None:
             scores = [_lifted(s, bits) for s, bits in zip(scores, self._drawn, strict=True)]
         return self._top(scores, [pool.k for pool in self._pools])
@@ -68,7 +69,7 @@ class Selector:
         return _Pool([i for i, f in enumerate(self._fragments) if f.name in names], k, num_drawn)
 
     def _top(self, scores: Sequence[torch.Tensor], counts: Sequence[int]) -> list[torch.Tensor]:
-        """The ``counts[i]`` highest of pool i."""
+        """Return packed masks with the ``counts[i]`` highest scores of pool i."""
         bits: list[torch.Tensor] = [torch.empty(0)] * len(scores)
         for pool, count in zip(self._pools, counts, strict=True):
             found = select_top_k(
@@ -84,7 +85,7 @@ class Selector:
 
 
 def _shares(table: Sequence[ParamInfo], config: MaskConfig) -> list[tuple[set[str], int, int]]:
-    """Of each pool: the parameters, how many elements it keeps, and how many of them are drawn."""
+    """Return each pool: its parameters, how many elements it keeps, and how many are drawn."""
     total = num_params(table)
     k = exact_k(config.density, total)
     whole = {i.name: i.numel for i in table if config.always_train and i.constant}
@@ -106,8 +107,8 @@ def _shares(table: Sequence[ParamInfo], config: MaskConfig) -> list[tuple[set[st
 
 
 def proportional(k: int, sizes: Mapping[str, int]) -> dict[str, int]:
-    """``k`` shared in proportion to ``sizes``: rounded down, and what is left over one by one to
-    the largest remainders, ties in order. No share exceeds its size when k <= sum of sizes."""
+    """Share ``k`` in proportion to ``sizes``: round down, then give the rest one by one to the
+    largest remainders, ties in order. No share exceeds its size when k <= sum of sizes."""
     total = sum(sizes.values())
     shares = {name: k * size // total for name, size in sizes.items()}
     rest = sorted(sizes, key=lambda name: -(k * sizes[name] % total))  # stable: ties in order
@@ -117,7 +118,7 @@ def proportional(k: int, sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def _uniform(key: bytes, start: int, numel: int) -> torch.Tensor:
-    """(numel,) fp32 on CPU: the draws of global elements ``start .. start + numel``."""
+    """Return the draws of global elements ``start .. start + numel``, (numel,) fp32 on CPU."""
     parts = [
         torch.from_numpy(uniforms(key, low, min(_CHUNK, start + numel - low))).float()
         for low in range(start, start + numel, _CHUNK)
@@ -126,6 +127,6 @@ def _uniform(key: bytes, start: int, numel: int) -> torch.Tensor:
 
 
 def _lifted(score: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
-    """A copy whose drawn elements rank above all others; what is not finite stays so."""
+    """Return a copy in which drawn elements rank above all others; non-finite scores stay."""
     drawn = unpack(bits.to(score.device), score.numel())
     return score.masked_fill(drawn & score.isfinite(), torch.finfo(score.dtype).max)

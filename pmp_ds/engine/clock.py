@@ -1,4 +1,4 @@
-"""What the device has computed, without making the host wait for it: numbers and times."""
+"""Read numbers and times of the device without making the host wait for it."""
 
 import time
 from collections.abc import Sequence
@@ -7,10 +7,10 @@ import torch
 
 
 class Later:
-    """Numbers of the device on their way to the host; ``read`` waits until they are there."""
+    """Numbers on their way from the device to the host; ``read`` waits until they arrive."""
 
     def __init__(self, numbers: torch.Tensor) -> None:
-        """``numbers``: (n,) or (), on any device. What changes them later is not seen."""
+        """Copy ``numbers``, (n,) or (), from any device; later changes have no effect here."""
         self._arrived: torch.cuda.Event | None = None
         if numbers.device.type == "cuda":
             self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
@@ -28,7 +28,7 @@ class Later:
 
 
 class Span:
-    """Seconds of the device between some entries and exits; ``read`` waits for the last exit."""
+    """Device seconds spent inside a DeviceClock; ``read`` waits for the last exit."""
 
     def __init__(self, events: Sequence[tuple[torch.cuda.Event, torch.cuda.Event]], host: float):
         self._events, self._host = tuple(events), host
@@ -40,7 +40,7 @@ class Span:
 
 
 class DeviceClock:
-    """Adds up the spans between entering and leaving it, since the last ``reset``."""
+    """A context that adds up the device time spent inside it since the last ``reset``."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"

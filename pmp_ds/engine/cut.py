@@ -1,6 +1,6 @@
-"""How the sequences of an update are cut up: a share for each rank, micro-batches of each share.
+"""Divide the sequences of an update into a share per rank, and each share into micro-batches.
 
-What is learned does not depend on it, save for rounding: it may change with every start of a run.
+Apart from rounding, training does not depend on this, so it may change at every start of a run.
 """
 
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from pmp_ds.errors import require
 
 @dataclass(frozen=True)
 class Cut:
-    """``accumulation_steps`` micro-batches of ``micro_batch_size`` rows on each of ``world_size``
-    ranks: ZeRO's collectives need as many of the same shape everywhere. A rank whose share has
-    fewer rows repeats its last one with weight 0."""
+    """A division into ``accumulation_steps`` micro-batches of ``micro_batch_size`` rows on each of
+    ``world_size`` ranks. ZeRO's collectives need equal numbers and shapes on all ranks, so a rank
+    whose share has fewer rows repeats its last one with weight 0."""
 
     global_batch_size: int
     world_size: int
@@ -27,12 +27,12 @@ class Cut:
     @classmethod
     def of(cls, config: TrainConfig, world_size: int) -> "Cut":
         """Return the cut with the fewest accumulation steps. Raises UserError when a rank would
-        have no sequence of its own."""
+        have no sequence."""
         size, limit = config.global_batch_size, config.micro_batch_size
         require(
             world_size <= size,
-            f"train.global_batch_size={size} is less than a sequence for each of {world_size} "
-            f"ranks: start at most {size}, or begin another run with larger batches",
+            f"train.global_batch_size={size} is less than one sequence for each of {world_size} "
+            f"ranks: start at most {size} ranks, or begin another run with larger batches",
         )
         share = -(-size // world_size)
         steps = -(-share // limit)
@@ -40,19 +40,19 @@ class Cut:
 
     @property
     def rows(self) -> int:
-        """Rows that each rank computes in an update, repeated ones included."""
+        """Rows that each rank computes per update, including repeated ones."""
         return self.micro_batch_size * self.accumulation_steps
 
     @property
     def repeated(self) -> int:
-        """Repeated rows of an update, over all ranks."""
+        """Repeated rows per update, over all ranks."""
         return self.rows * self.world_size - self.global_batch_size
 
     def fill(self, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the ``rows`` that a rank computes for its share, (n, T), and a weight for each,
-        (rows,) fp32. The mean of the weighted losses, over the rows and then over the ranks, is
-        the mean of the unweighted ones over the global batch; without repeated rows every weight
-        is exactly 1."""
+        """Return the ``rows`` that a rank computes for its share, (n, T), and their weights,
+        (rows,) fp32. The mean of the weighted losses, over the rows and then over the ranks, is the
+        mean of the unweighted ones over the global batch. Without repeated rows every weight is
+        exactly 1."""
         n = len(share)
         assert 0 < n <= self.rows
         weights = torch.zeros(self.rows, device=share.device)
@@ -63,7 +63,7 @@ class Cut:
         return share, weights
 
     def in_words(self) -> str:
-        """Return the arithmetic in one line, without what ``unused`` says."""
+        """Return the arithmetic in one line, without ``unused``."""
         steps = _count(self.accumulation_steps, "accumulation step")
         return (
             f"{self.micro_batch_size} sequences x {steps} x {_count(self.world_size, 'rank')}"
@@ -73,7 +73,7 @@ class Cut:
 
     @property
     def unused(self) -> str:
-        """Why the micro-batches are smaller than the settings allow; empty when they are not."""
+        """The reason why micro-batches are smaller than the settings allow, or an empty string."""
         if self.micro_batch_size == self.limit:
             return ""
         share = -(-self.global_batch_size // self.world_size)

@@ -1,7 +1,7 @@
 """The DeepSpeed JSON: how a run fits on the machine. The recipe says what is learned.
 
-A JSON must not repeat, contradict or extend what the recipe owns; every disagreement is listed in
-one error. The rest of it reaches DeepSpeed untouched.
+The JSON must not repeat, contradict or extend the recipe's settings; one error lists every
+disagreement. All other settings reach DeepSpeed unchanged.
 """
 
 import json
@@ -18,15 +18,15 @@ from pmp_ds.errors import UserError, require
 from pmp_ds.foreign import ForeignError, MissingError, read_bytes
 from pmp_ds.model.precision import PRECISIONS, precision_of
 
-OWN_SECTION = "pmp_ds"  # settings of ours in the JSON; DeepSpeed never sees them
+OWN_SECTION = "pmp_ds"  # our settings in the JSON; DeepSpeed never sees them
 MAX_BYTES = 1 << 18
 _SECTIONS = [one.section for one in PRECISIONS.values() if one.section]
 _MAX_BUCKET = 1 << 40  # elements: more than any machine holds
 
 
 def read_json(given: str | Path) -> dict[str, Any]:
-    """Return the JSON of a file, or of a name such as `zero2`, as a dict; raises UserError when it
-    is missing or not a plain JSON object."""
+    """Return the content of a JSON file, or of a shipped one by name such as `zero2`. Raises
+    UserError when it is missing or not a plain JSON object."""
     name = f"--deepspeed-config {given}"
     try:
         text = read_bytes(shipped.ds_config(str(given)), MAX_BYTES).decode("utf-8-sig")
@@ -43,7 +43,7 @@ def read_json(given: str | Path) -> dict[str, Any]:
     except ForeignError as error:
         raise UserError(f"{name} cannot be read: {error}") from None
     except RecursionError:
-        raise UserError(f"{name} is nested too deep: it is no DeepSpeed JSON") from None
+        raise UserError(f"{name} is nested too deeply for a DeepSpeed JSON") from None
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     except ValueError as error:
@@ -56,7 +56,7 @@ def read_json(given: str | Path) -> dict[str, Any]:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     for key in found:
-        require(sum(key == one for one, _ in pairs) == 1, f"{key!r} stands twice; leave one out")
+        require(sum(key == one for one, _ in pairs) == 1, f"{key!r} appears twice; remove one")
     return found
 
 
@@ -79,9 +79,9 @@ def zero_stage(ds_config: dict[str, Any]) -> int:
 
 
 def merge(ds_config: dict[str, Any], config: TrainConfig, world_size: int) -> dict[str, Any]:
-    """``ds_config`` completed from the recipe, for ``deepspeed.initialize``.
+    """Return ``ds_config`` completed from the recipe, for ``deepspeed.initialize``.
 
-    Raises UserError that lists every disagreement and every refused section at once.
+    Raises one UserError for all disagreements and refused sections.
     """
     cut, precision = Cut.of(config, world_size), precision_of(config)
     owned: dict[str, Any] = {
@@ -113,9 +113,10 @@ def merge(ds_config: dict[str, Any], config: TrainConfig, world_size: int) -> di
     if problems:
         raise UserError(
             "the DeepSpeed JSON says how the run fits on the machine, the recipe what is learned; "
-            'leave these out or set them to "auto":\n  ' + "\n  ".join(problems)
+            'remove these from the JSON or set them to "auto":\n  ' + "\n  ".join(problems)
         )
-    # DeepSpeed refuses a batch that is not micro x accumulation x ranks; it only counts with it.
+    # DeepSpeed 0.19.8 requires train_batch_size = micro x accumulation x ranks, which includes
+    # repeated rows, and only counts samples with it.
     owned |= derived | {"train_batch_size": cut.rows * world_size}
     merged = {name: value for name, value in ds_config.items() if name != OWN_SECTION} | owned
     for name in _SECTIONS:  # the JSON's other settings stay
@@ -130,18 +131,18 @@ def merge(ds_config: dict[str, Any], config: TrainConfig, world_size: int) -> di
         merged["zero_optimization"] = {"overlap_comm": False} | zero
     return merged | {
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # under offload, ours instead of DeepSpeedCPUAdam
+        "zero_force_ds_cpu_optimizer": False,  # allows our optimizer under CPU offload
         "steps_per_print": 10**9,
     }
 
 
 def wants_compact_master(ds_config: dict[str, Any]) -> bool:
-    """Whether the fp32 master weights are kept for the ticket alone: `pmp_ds.compact_master`."""
+    """Return whether `pmp_ds.compact_master` limits the fp32 master weights to the ticket."""
     return bool((ds_config.get(OWN_SECTION) or {}).get("compact_master", False))
 
 
 def require_precision(config: TrainConfig) -> None:
-    """Raise UserError for a precision that this machine's devices do not have."""
+    """Raise UserError when this machine's devices do not support ``train.precision``."""
     accelerator, name = dist.import_deepspeed().get_accelerator(), precision_of(config).section
     require(
         name is None or bool(getattr(accelerator, f"is_{name}_supported")()),
@@ -151,7 +152,7 @@ def require_precision(config: TrainConfig) -> None:
 
 
 def _fp16_problems(ds_config: dict[str, Any]) -> list[str]:
-    """Bounds that DeepSpeed does not check: it would divide by a scale of 0 or infinity."""
+    """Check bounds that DeepSpeed 0.19.8 does not: it would divide by a scale of 0 or infinity."""
     section = ds_config.get("fp16")
     if not isinstance(section, dict):
         return []
@@ -171,16 +172,16 @@ def _fp16_problems(ds_config: dict[str, Any]) -> list[str]:
 def _own_problems(ds_config: dict[str, Any], config: TrainConfig) -> list[str]:
     section = ds_config.get(OWN_SECTION, {})
     if not isinstance(section, dict) or not set(section) <= {"compact_master"}:
-        return [f"{OWN_SECTION} is {json.dumps(section)}; it holds compact_master alone"]
+        return [f"{OWN_SECTION} is {json.dumps(section)}; it may contain only compact_master"]
     if not isinstance(section.get("compact_master", False), bool):
         given = json.dumps(section["compact_master"])
-        return [f"{OWN_SECTION}.compact_master is {given}; it is true or false"]
+        return [f"{OWN_SECTION}.compact_master is {given}; it must be true or false"]
     problems = []
     if wants_compact_master(ds_config):
         if not precision_of(config).has_master or zero_stage(ds_config) == 0:
             problems.append(f"{OWN_SECTION}.compact_master needs bf16 or fp16 and stage 1, 2 or 3")
         if config.accumulate_fp32:
-            problems.append(f"{OWN_SECTION}.compact_master does not go with train.accumulate_fp32")
+            problems.append(f"{OWN_SECTION}.compact_master excludes train.accumulate_fp32")
     return problems
 
 
@@ -190,14 +191,14 @@ def _zero_problems(zero: dict[str, Any], config: TrainConfig) -> list[str]:
     if stage in (1, 2) and zero.get("overlap_comm"):
         problems.append("zero_optimization.overlap_comm is not safe at stages 1 and 2; remove it")
     problems += [
-        f"zero_optimization.{name} is {zero[name]}; at most {_MAX_BUCKET} elements"
+        f"zero_optimization.{name} is {zero[name]}; it must be at most {_MAX_BUCKET} elements"
         for name in ("reduce_bucket_size", "allgather_bucket_size")
         if zero.get(name, 0) > _MAX_BUCKET
     ]
     if stage == 0 and precision_of(config).scales_loss:
-        problems.append("fp16 needs stage 1, 2 or 3: stage 0 unscales what it did not scale")
+        problems.append("fp16 needs stage 1, 2 or 3: stage 0 unscales gradients it did not scale")
     if stage <= 1 and config.precision == "bf16" and config.accumulate_fp32:
-        problems.append("train.accumulate_fp32 with bf16 needs stage 2 or 3: set either")
+        problems.append("train.accumulate_fp32 with bf16 needs stage 2 or 3; change one of them")
     return problems + _offload_problems(zero)
 
 
@@ -220,7 +221,7 @@ def _offload_problems(zero: dict[str, Any]) -> list[str]:
 
 
 def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
-    """What says "auto" is left to the recipe or to DeepSpeed; the stage has to be said."""
+    """Drop "auto" values, left to the recipe or DeepSpeed; only ``stage`` must be explicit."""
     return {
         key: _without_auto(value) if isinstance(value, dict) else value
         for key, value in section.items()
@@ -229,7 +230,7 @@ def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
 
 
 def _agrees(given: Any, value: Any) -> bool:
-    """Whether a JSON value repeats the recipe's; sections are compared by the recipe's keys."""
+    """Return whether a JSON value repeats the recipe's; sections compare by the recipe's keys."""
     if isinstance(value, dict):
         return isinstance(given, dict) and all(
             given.get(key, "auto") in ("auto", wanted) for key, wanted in value.items()

@@ -1,8 +1,9 @@
-"""What may stand in a DeepSpeed JSON, by DeepSpeed's own models: an upgrade brings its keys along.
+"""Check the keys and values of a DeepSpeed JSON against DeepSpeed's own pydantic models.
 
-    lines = problems(ds_config, known=())    # one for each unknown key and odd value
+    lines = problems(ds_config, known=())    # one line per unknown key or wrong value
 
-Where DeepSpeed has only constants, the models are here; a test says when it reads more.
+An upgrade of DeepSpeed brings its new keys along. Where DeepSpeed 0.19.8 has only constants, this
+file defines the models, and a test fails when DeepSpeed reads more keys.
 """
 
 import difflib
@@ -16,8 +17,8 @@ from pmp_ds import dist
 
 
 def problems(ds_config: dict[str, Any], known: Collection[str]) -> list[str]:
-    """One line for each key that DeepSpeed does not know or that has the wrong kind of value.
-    ``known``: other words that may have been meant."""
+    """Return one line for each key that DeepSpeed does not know or whose value has the wrong type.
+    ``known`` are other keys to suggest for a misspelt one."""
     found: list[str] = []
     clean = _walk(ds_config, _top(), "", known, found)
     from pydantic import ValidationError
@@ -36,7 +37,7 @@ def problems(ds_config: dict[str, Any], known: Collection[str]) -> list[str]:
 
 @functools.cache
 def _top() -> Any:
-    """The model of the whole JSON, without what is refused."""
+    """Return the model of the whole JSON, without refused sections."""
     dist.import_deepspeed()
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.monitor.config import DeepSpeedMonitorConfig
@@ -130,7 +131,7 @@ def _kinds(annotation: Any) -> list[Any]:
 
 
 def _not_of(value: Any, kinds: list[Any]) -> str | None:
-    """What is wanted instead of ``value``: pydantic takes "yes", 1 and "5" for something else."""
+    """Return the expected type, or None if ``value`` has it; pydantic would convert "yes" and 1."""
     names = {
         bool: "true or false",
         int: "a whole number",
@@ -150,7 +151,7 @@ def _not_of(value: Any, kinds: list[Any]) -> str | None:
 
     wanted = {plain(kind) for kind in kinds}
     fits = {type(value)} & wanted or (
-        type(value) in (int, float) and {int, float} & wanted  # 5e8 is a whole number
+        type(value) in (int, float) and {int, float} & wanted  # 5e8 counts as a whole number
     )
     return None if fits else " or ".join(text for kind, text in names.items() if kind in wanted)
 

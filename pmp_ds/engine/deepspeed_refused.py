@@ -1,4 +1,4 @@
-"""What DeepSpeed can do and a masked run cannot use, with the reason and the way out."""
+"""DeepSpeed features that a masked run cannot use, each with the reason and the way out."""
 
 import copy
 from typing import Any
@@ -9,7 +9,7 @@ REFUSED = {
     "data_types": "the recipe's train.precision decides",
     "amp": "the recipe's train.precision decides",
     "torch_autocast": "the recipe's train.precision decides",
-    "bfloat16": "an old name; the section is called bf16",
+    "bfloat16": "the section has an old name; rename it to bf16",
     "communication_data_type": "it rounds gradients; remove it",
     "seq_parallel_communication_data_type": "sequence parallelism is not supported; remove it",
     "sequence_parallel_size": "sequence parallelism is not supported; remove it",
@@ -19,7 +19,7 @@ REFUSED = {
     "pipeline": "pipeline parallelism is not supported; use stage 3",
     "prescale_gradients": "it changes how gradients are rounded; remove it",
     "gradient_predivide_factor": "it changes how gradients are rounded; remove it",
-    "gradient_allreduce_op": "scores and clipping are of the mean gradient; remove it",
+    "gradient_allreduce_op": "scores and clipping use the mean gradient; remove it",
     "managed_gradient_accumulation": "accumulation is the recipe's; remove it",
     "sparse_gradients": "the ticket needs dense gradients; remove it",
     "disable_allgather": "every rank needs all updated weights; remove it",
@@ -37,7 +37,7 @@ REFUSED = {
     "hybrid_engine": "it is for reinforcement learning; remove it",
     "compile": "DeepCompile is not tested with masked updates; remove it",
     "graph_harvesting": "captured graphs are not tested with masked updates; remove it",
-    "activation_checkpointing": "models of transformers do not call DeepSpeed's; remove it",
+    "activation_checkpointing": "transformers models do not use DeepSpeed's; remove it",
     "aio": "NVMe offload is not supported; remove it",
     "checkpoint": "checkpoints are run.* in the recipe; remove it",
     "nebula": "checkpoints are run.* in the recipe; remove it",
@@ -57,8 +57,8 @@ REFUSED = {
     "bf16.bf16_master_weights_and_grads": "use pmp_ds.compact_master instead",
     "bf16.bf16_optimizer_states": "moments stay fp32; use pmp_ds.compact_master to save memory",
     "fp16.fp16_master_weights_and_grads": "use pmp_ds.compact_master instead",
-    "fp16.loss_scale": "the loss scale is dynamic, with a static one a checkpoint is not complete; "
-    "remove it or write 0",
+    "fp16.loss_scale": "with a static loss scale a checkpoint would be incomplete; remove it or "
+    "write 0",
 }
 _OFF = {
     "gradient_allreduce_op": "mean",
@@ -66,11 +66,11 @@ _OFF = {
     "sequence_parallel_size": 1,
     "zero_optimization.zero_hpz_partition_size": 1,
 }
-"""Dotted names; switched off, they are accepted and left out."""
+"""Values, by dotted name, that switch a feature off; they are accepted and left out."""
 
 
 def problems(ds_config: dict[str, Any]) -> list[str]:
-    """One line for each of them that is switched on."""
+    """Return one line for each of these features that is switched on."""
     return [
         f"{name}: {reason}"
         for name, reason in REFUSED.items()
@@ -83,7 +83,7 @@ def _is_off(value: Any) -> bool:
 
 
 def without(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """A copy without what is refused: switched off, DeepSpeed may still object to some of it."""
+    """Return a copy without these features: DeepSpeed may object to some even when switched off."""
     copied = copy.deepcopy(ds_config)
     for name in REFUSED:
         *sections, last = name.split(".")

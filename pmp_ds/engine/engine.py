@@ -1,8 +1,8 @@
 """A DeepSpeed engine that trains only a ticket.
 
-Between ``backward`` and ``step`` the complement of the reduced gradient shards is zeroed, so that
-the norm DeepSpeed reports and clips with is the ticket's; the client optimizer then updates the
-ticket's elements and touches no other (paper, Eq. 5).
+Between ``backward`` and ``step`` the complement of the reduced gradient shards is zeroed, so the
+norm that DeepSpeed reports and clips with is the ticket's. The client optimizer then updates the
+ticket's elements and no others (paper, Eq. 5).
 """
 
 from collections.abc import Callable
@@ -31,11 +31,11 @@ from pmp_ds.ticket.mask import ParamMask
 class Engine(Portable):
     """One model under DeepSpeed with a masked optimizer; frozen until ``arm``.
 
-    ``model`` is on CPU in fp32 and holds the weights to start from.
+    ``model`` holds the initial weights, in fp32 on CPU.
     """
 
     mask: ParamMask | None = None
-    """What ``arm`` was given."""
+    """The mask passed to ``arm``."""
     armed = False
 
     def __init__(
@@ -65,7 +65,8 @@ class Engine(Portable):
             config=merge(ds_config, config, dist.world_size()),
             dist_init_required=False,
         )
-        # DeepSpeed casts buffers too; the rotary frequencies must stay fp32, as in the release.
+        # Rotary frequencies must stay fp32, as in the release. DeepSpeed 0.19.8 leaves them so
+        # unless data_types.buffer_dtype is set; whole-module casts of older versions did not.
         for name, buffer in self._engine.module.named_buffers():
             buffer.data = buffers[name].to(buffer.device)
         self.shards = shards_of(self._engine)
@@ -80,15 +81,18 @@ class Engine(Portable):
         return torch.device(self._engine.device)
 
     def losses(self, batch: torch.Tensor) -> torch.Tensor:
-        """Loss of each sample of a batch on the device, (B,) fp32; of blocks of tokens in nats."""
+        """Return the loss of each sample of a batch on the device, (B,) fp32; nats for tokens."""
         return self._objective.losses(self._objective.logits(self._engine, batch), batch)
 
     def backward(self, batch: torch.Tensor) -> torch.Tensor:
-        """Gradients of this rank's share of one update, (n, T) int64; reduced over ranks and
-        accumulation steps on return to those of the mean loss of the global batch. Returns a loss,
-        () fp32, whose mean over the ranks is that mean: of equal shares, the share's own."""
+        """Compute the gradients of this rank's share of one update, (n, T) int64.
+
+        They are reduced over ranks and accumulation steps to those of the mean loss of the global
+        batch. Returns a loss, () fp32, whose mean over the ranks is that mean; with equal shares it
+        is the share's own loss.
+        """
         self._engine.train()
-        # Dropout draws by update and rank, so resuming needs no generator state.
+        # Seeding by update and rank makes dropout reproducible without saved generator state.
         torch.manual_seed(self._engine.global_steps << 20 | dist.rank())
         size, steps = self._cut.micro_batch_size, self._cut.accumulation_steps
         rows, weights = self._cut.fill(batch.to(self.device, non_blocking=True))
@@ -97,7 +101,7 @@ class Engine(Portable):
         for i, (micro_batch, weight) in enumerate(
             zip(rows.split(size), weights.split(size), strict=True)
         ):
-            if i:  # DeepSpeed wants `step` after every `backward`; it updates at the last alone
+            if i:  # DeepSpeed expects `step` after every `backward`, and updates at the last one
                 self._engine.step()
             with self._clock:
                 loss = (self.losses(micro_batch) * weight).mean()
@@ -108,27 +112,27 @@ class Engine(Portable):
 
     @property
     def forward_span(self) -> Span:
-        """Device time of the forward passes of the last ``backward``: this rank's own, as far as
-        its stage lets it compute without the others."""
+        """Device time of the forward passes of the last ``backward``; it includes waiting for other
+        ranks where the stage needs them."""
         return self._clock.span
 
     @property
     def overflow_is_normal(self) -> bool:
-        """fp16 with a dynamic loss scale: gradients that are not finite skip the update."""
+        """Whether non-finite gradients skip the update: fp16 with a dynamic loss scale."""
         return self._dynamic_scale
 
     @property
     def loss_scale(self) -> float:
-        """What the reduced gradients are multiplied by; 1 but for fp16."""
+        """The factor on the reduced gradients; 1 except in fp16."""
         return float(self._engine.optimizer.loss_scale) if self._dynamic_scale else 1.0
 
     def overflowed(self) -> bool:
-        """Whether a reduced gradient is not finite, which fp16 must expect now and then; always
-        False in other precisions. Collective."""
+        """Return whether a reduced gradient is not finite, which is normal now and then in fp16;
+        always False in other precisions. Collective."""
         return self._dynamic_scale and not self._all_finite()
 
     def gradients_are_finite(self) -> bool:
-        """Of the update to come, on all ranks; True where fp16 expects overflows. Collective."""
+        """Return whether all ranks' reduced gradients are finite; True in fp16. Collective."""
         return self._dynamic_scale or self._all_finite()
 
     def _all_finite(self) -> bool:
@@ -137,7 +141,7 @@ class Engine(Portable):
         return not bool(dist.all_reduce_sum((~flags.all()).float()))
 
     def step(self, lr: float) -> torch.Tensor | float:
-        """Mask the gradient, clip it, update the ticket. Returns the norm of the masked gradient
+        """Mask the gradient, clip it and update the ticket. Returns the norm of the masked gradient
         before clipping, over all ranks, without waiting for the device."""
         assert self.armed
         for group in self.optimizer.param_groups:
@@ -148,7 +152,7 @@ class Engine(Portable):
         return self._engine.get_global_grad_norm() if norm is None else norm
 
     def skip(self) -> None:
-        """Drop the gradients instead of ``step``: weights, moments and counters stay."""
+        """Drop the gradients instead of ``step``; weights, moments and counters stay."""
         for gradient in self.shards.gradients():
             gradient.zero_()
         self.shards.remeasure()
@@ -161,13 +165,13 @@ class Engine(Portable):
         return torch.linalg.vector_norm(torch.stack(norms))
 
     def evaluate(self, batch: torch.Tensor) -> torch.Tensor:
-        """Losses of this rank's (B, T) int64 samples, (B,) fp32. Collective at stage 3: every rank
-        brings equally many."""
+        """Return the losses of this rank's (B, T) int64 samples, (B,) fp32. Collective at stage 3:
+        every rank passes equally many."""
         return self._without_gradients(batch, self.losses)
 
     def predict(self, batch: torch.Tensor) -> torch.Tensor:
-        """The objective's logits for this rank's (B, T) int64 samples, (B, ...). Collective at
-        stage 3 as ``evaluate`` is."""
+        """Return the objective's logits for this rank's (B, T) int64 samples, (B, ...). Collective
+        at stage 3, like ``evaluate``."""
         return self._without_gradients(
             batch, lambda micro_batch: self._objective.logits(self._engine, micro_batch)
         )
@@ -182,29 +186,29 @@ class Engine(Portable):
 
     @property
     def state_bytes(self) -> int:
-        """Of ``local_state``, padding of dense state included."""
+        """Bytes of ``local_state``, including padding of dense state."""
         kinds = len(self.optimizer.moments) + self._sixteen_bit
         moment = self.optimizer.moments[0]
         return kinds * sum(state[moment].nbytes for state in self.optimizer.state.values())
 
     def local_state(self) -> Collected:
-        """A copy of this rank's optimizer state, which puts itself into logical form."""
+        """Copy this rank's optimizer state; return a function that converts it to logical form."""
         return collect(self.optimizer, self.shards, self.mask, master=self._sixteen_bit)
 
     def counters(self) -> dict[str, float]:
         return {"optimizer_step": float(self.optimizer.num_updates), **self._scale_counters()}
 
     def restore(self, read: Read, step: int, counters: dict[str, float]) -> None:
-        """Take over the state after ``step`` updates, with the mask it was saved with; the weights
-        are those of the model that the engine was built from."""
+        """Load the state after ``step`` updates, saved with the same mask; the model's weights are
+        already those of that update."""
         restore(self.optimizer, self.shards, self.mask, read, master=self._sixteen_bit)
         for state in self.optimizer.state.values():
             state["step"] = torch.full_like(state["step"], counters["optimizer_step"])
         self._place(step, counters)
 
     def close(self) -> None:
-        """Free the engine, so that another can be built in this process. Collective."""
-        if self._measures_communication:  # nobody else asks for the table
+        """Free the engine, so that this process can build another. Collective."""
+        if self._measures_communication:  # DeepSpeed prints its table only on request
             deepspeed.comm.log_summary()
         self._engine.destroy()
         self.optimizer.state.clear()

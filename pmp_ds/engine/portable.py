@@ -1,4 +1,4 @@
-"""What a checkpoint takes of a DeepSpeed engine and gives back, whatever the ZeRO stage."""
+"""What a checkpoint reads from a DeepSpeed engine and restores, at any ZeRO stage."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -17,17 +17,18 @@ _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class Portable(ABC):
-    """A DeepSpeed engine's weights, and where it stands. Its optimizer state is a subclass's."""
+    """A DeepSpeed engine's weights and position; subclasses add the optimizer state."""
 
     _engine: Any
     shards: ZeroShards
     hf_config: Any = None
-    """The Hugging Face config that is written beside the weights, if there is one."""
+    """The Hugging Face config to write next to the weights, if any."""
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each parameter, whole, in global element order: on CPU in the training dtype on rank 0,
-        empty on the others. Collective: every rank consumes it to the end."""
-        self._engine.empty_partition_cache()  # waits for what an evaluation prefetched
+        """Yield each whole parameter in global element order: on rank 0 on CPU in the training
+        dtype, on other ranks empty. Collective: every rank must consume it to the end."""
+        # At stage 3 this waits for parameters that an evaluation prefetched (DeepSpeed 0.19.8).
+        self._engine.empty_partition_cache()
         for name, param in self._engine.module.named_parameters():
             partitioned = getattr(param, "ds_status", None) is not None
             with deepspeed.zero.GatheredParameters([param], enabled=partitioned):
@@ -37,13 +38,13 @@ class Portable(ABC):
             yield name, whole
 
     def constants(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each persistent buffer on CPU in its own dtype."""
+        """Yield each persistent buffer on CPU in its own dtype."""
         for name, buffer in constants(self._engine.module).items():
             yield name, buffer.to("cpu", copy=True)
 
     @property
     def weight_bytes(self) -> int:
-        """Of ``parameters`` and ``constants``, on rank 0."""
+        """Bytes of ``parameters`` and ``constants``, on rank 0."""
         module = self._engine.module
         return sum(
             getattr(param, "ds_numel", param.numel()) * param.element_size()
@@ -53,20 +54,20 @@ class Portable(ABC):
     @property
     @abstractmethod
     def state_bytes(self) -> int:
-        """Of ``local_state``."""
+        """Bytes of ``local_state``."""
 
     @abstractmethod
     def local_state(self) -> Collected:
-        """A copy of this rank's optimizer state, which puts itself into logical form."""
+        """Copy this rank's optimizer state; return a function that converts it to logical form."""
 
     @abstractmethod
     def counters(self) -> dict[str, float]:
-        """Updates applied by the optimizer (fp16 skips some) and, under a dynamic loss scale, the
-        scale with its counters."""
+        """Return the number of updates applied by the optimizer (fp16 skips some) and, with a
+        dynamic loss scale, the scale and its counters."""
 
     @property
     def _scaler(self) -> Any:
-        """fp16's dynamic loss scale, or None."""
+        """The dynamic loss scaler of fp16, or None."""
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         return scaler if all(hasattr(scaler, name) for name in _SCALER) else None
 
@@ -74,7 +75,7 @@ class Portable(ABC):
         return {name: getattr(self._scaler, name) for name in _SCALER} if self._scaler else {}
 
     def _place(self, step: int, counters: dict[str, float]) -> None:
-        """Let DeepSpeed count on from ``step``."""
+        """Set DeepSpeed's counters to ``step`` updates."""
         for name in _SCALER if self._scaler else ():
             setattr(self._scaler, name, counters[name])
         self._engine.global_steps = step
@@ -83,10 +84,10 @@ class Portable(ABC):
 
 
 class DenseEngine(Portable):
-    """Any DeepSpeed engine whose optimizer is element-wise and keeps state tensors as large as what
-    it updates: AdamW, SGD with momentum, Lion."""
+    """Any DeepSpeed engine whose optimizer is element-wise, with state tensors as large as the
+    tensors it updates: AdamW, SGD with momentum, Lion."""
 
-    compact_master = False  # like ``state`` and ``moments``, asked for by logical_state
+    compact_master = False  # with ``state`` and ``moments``, required by logical_state
 
     def __init__(self, engine: Any) -> None:
         self._engine, self.shards = engine, shards_of(engine)
@@ -94,7 +95,7 @@ class DenseEngine(Portable):
         self.hf_config = config if hasattr(config, "to_dict") else None
         self._has_master = bool(engine.fp16_enabled() or engine.bfloat16_enabled())
         self._optimizer = engine.optimizer
-        while hasattr(self._optimizer, "optimizer"):  # within DeepSpeed's wrappers
+        while hasattr(self._optimizer, "optimizer"):  # unwrap DeepSpeed's optimizers
             self._optimizer = self._optimizer.optimizer
 
     @property
@@ -103,7 +104,7 @@ class DenseEngine(Portable):
 
     @property
     def moments(self) -> tuple[str, ...]:
-        """The names of the state tensors; none before the first update."""
+        """The names of the state tensors; empty before the first update."""
         flat = self.shards.flats[0]
         state = self.state.get(flat, {}).items()
         return tuple(name for name, value in state if torch.is_tensor(value) and value.dim())
@@ -125,8 +126,8 @@ class DenseEngine(Portable):
     def restore(
         self, kinds: Iterable[str], read: Read, step: int, counters: dict[str, float]
     ) -> None:
-        """Take over the state of ``kinds`` after ``step`` updates; the weights are those of the
-        model that the engine was built from."""
+        """Load the state of ``kinds`` after ``step`` updates; the model's weights are already those
+        of that update."""
         for flat in self.shards.flats:
             for kind in set(kinds) - {MASTER}:
                 self.state[flat][kind] = torch.zeros_like(flat)
@@ -135,9 +136,9 @@ class DenseEngine(Portable):
         self._place(step, counters)
 
     def _count(self, applied: float) -> None:
-        """Let the optimizer count its updates on, wherever it keeps the number."""
+        """Set the optimizer's update count, wherever it keeps the number."""
         groups = [group for group in self._optimizer.param_groups if "step" in group]
-        for group in groups:  # DeepSpeed's FusedAdam
+        for group in groups:  # DeepSpeed's FusedAdam counts per group
             group["step"] = int(applied)
         if groups or not applied:
             return

@@ -1,1 +1,1 @@
-"""What a finished model can do, and what its ticket looks like from within: plain torch."""
+"""Measurements of a finished model's abilities and of its ticket, in plain torch."""

@@ -12,11 +12,11 @@ from pmp_ds.glue.read import Rows, TaskData
 from pmp_ds.progress import Progress
 
 MAX_LENGTH = 256
-"""Longest prompt with its answer, or row under a head, in tokens."""
+"""Maximum tokens of a prompt with its answer, or of a row under a head."""
 
 
 def zero_shot_values(subject: Subject, data: TaskData, batch_size: int) -> dict[str, Any]:
-    """`metrics` and `majority` by column of the paper's table."""
+    """Return `metrics` and `majority` by column of the paper's table."""
     with _bar(f"zero-shot {data.task.name}", data) as bar:
         return values(
             data,
@@ -27,7 +27,7 @@ def zero_shot_values(subject: Subject, data: TaskData, batch_size: int) -> dict[
 
 
 def head_values(subject: Subject, data: TaskData, seed: int, batch_size: int) -> dict[str, Any]:
-    """The same under a head that ``seed`` draws."""
+    """Return the same under a head drawn by ``seed``."""
     device = str(subject.model.device)
     with _bar(f"untrained head {data.task.name}, seed {seed}", data) as bar:
         return values(
@@ -39,7 +39,7 @@ def head_values(subject: Subject, data: TaskData, seed: int, batch_size: int) ->
 
 
 def values(data: TaskData, outputs: Callable[[Rows], np.ndarray]) -> dict[str, Any]:
-    """What ``outputs`` of the validation rows score, beside the constant prediction."""
+    """Return the scores of ``outputs`` on the validation rows, and of the constant prediction."""
     columns: Mapping[str, Rows] = data.validation
     return {
         "metrics": {c: metrics.score(data.task, outputs(r), r.labels) for c, r in columns.items()},
@@ -50,7 +50,7 @@ def values(data: TaskData, outputs: Callable[[Rows], np.ndarray]) -> dict[str, A
 
 
 def data_settings(data: TaskData) -> dict[str, Any]:
-    """Which rows: the task and digests of what was read."""
+    """Return the task and digests of the rows that were read."""
     digests = {column: rows.sha256[:16] for column, rows in data.validation.items()}
     return {"task": data.task.name, "validation": digests, "train": data.train.sha256[:16]}
 

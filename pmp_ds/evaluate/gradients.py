@@ -1,7 +1,7 @@
-"""How large a finished model's gradients are, in the ticket and outside (the paper's Figure 6).
+"""The size of a finished model's gradients inside and outside the ticket (the paper's Figure 6).
 
-|g| of the mean loss over some held-out blocks, one number per parameter element, counted in bins of
-log10. What comes out are sums over the whole ticket: nothing of a single tensor.
+|g| of the mean loss over some held-out blocks is counted per parameter element, in bins of log10.
+The results are sums over the whole ticket and reveal nothing about a single tensor.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,9 @@ from pmp_ds.ticket.mask import ParamMask
 
 LOWEST, HIGHEST, PER_DECADE = -12, 2, 4
 EDGES_LOG10 = tuple(LOWEST + i / PER_DECADE for i in range((HIGHEST - LOWEST) * PER_DECADE + 1))
-"""Smaller and larger magnitudes are counted in the first and the last bin."""
+"""Smaller and larger magnitudes count in the first and the last bin."""
 
-_FINE = 1 << 16  # by the upper 16 bits after the sign: bins 0.4% wide
+_FINE = 1 << 16  # bins by the upper 16 bits after the sign, 0.4% wide
 
 
 def accumulate(
@@ -37,10 +37,12 @@ def accumulate(
 
 
 def compare(model: nn.Module, mask: ParamMask, embeddings: frozenset[str]) -> dict[str, Any]:
-    """Of the gradients in ``.grad``: `ticket` and `complement` (counts between `edges_log10`, exact
-    zeros apart), `zeros` and `median` of each (to 0.4%, zeros included), `auc` of |g| as a detector
-    of the ticket and `auc_outside_embeddings` (None where a kind is missing). Raises UserError for
-    a gradient that is not finite."""
+    """Compare the gradients in ``.grad`` inside and outside the ticket.
+
+    Returns `ticket` and `complement` (counts between `edges_log10`, without exact zeros), `zeros`
+    and `median` of each (to 0.4%, zeros included), and `auc` and `auc_outside_embeddings` of |g| as
+    a detector of the ticket (None if a kind is missing). Raises UserError for non-finite gradients.
+    """
     coarse = torch.zeros(2, len(EDGES_LOG10) - 1, dtype=torch.int64)  # complement, ticket
     fine = torch.zeros(2, 2, _FINE, dtype=torch.int64)  # outside embeddings, embeddings
     zeros = torch.zeros(2, dtype=torch.int64)
@@ -71,15 +73,15 @@ def compare(model: nn.Module, mask: ParamMask, embeddings: frozenset[str]) -> di
 
 
 def _median(counts: torch.Tensor) -> float:
-    """The lower bound of the bin of the lower middle element."""
+    """Return the lower bound of the bin of the lower middle element."""
     middle = (int(counts.sum()) + 1) // 2
     place = int((counts.cumsum(0) < middle).sum())
     return float(torch.tensor(place << 15, dtype=torch.int32).view(torch.float32))
 
 
 def auc_of_bins(rest: torch.Tensor, kept: torch.Tensor) -> float | None:
-    """Return the chance that a kept element is in a higher bin than another, the same bin half, of
-    how many elements each bin holds, ascending; None when one of the two kinds is missing."""
+    """Return the chance that a kept element is in a higher bin than another, equal bins counting
+    half, from ascending counts per bin. None when one of the two kinds is missing."""
     below = rest.cumsum(0) - rest
     pairs = int(rest.sum()) * int(kept.sum())
     won = (kept.double() * (below.double() + 0.5 * rest.double())).sum()

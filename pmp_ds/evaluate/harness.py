@@ -1,4 +1,4 @@
-"""Any task of the lm-eval harness, as a bridge: its own code measures the loaded model."""
+"""A bridge to the lm-eval harness, whose code measures the loaded model on any of its tasks."""
 
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +12,7 @@ PACKAGE = "lm_eval"
 
 
 def installed() -> str:
-    """The harness's version. Raises UserError when it is not installed."""
+    """Return the harness's version. Raises UserError when it is not installed."""
     try:
         return version(PACKAGE)
     except PackageNotFoundError:
@@ -23,7 +23,7 @@ def installed() -> str:
 
 
 def task_manager(tasks: Sequence[str], task_dir: Path | None) -> Any:
-    """What finds the tasks. Raises UserError for one that the harness does not know."""
+    """Return the harness's task manager. Raises UserError for a task that it does not know."""
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(task_dir) if task_dir else None)
@@ -38,7 +38,7 @@ def task_manager(tasks: Sequence[str], task_dir: Path | None) -> Any:
 def run_task(
     subject: Subject, task: str, manager: Any, limit: int | None, batch_size: int
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """`metrics` by task, and by part of a group of tasks, as the harness names them (`acc,none`).
+    """Return `metrics` by task, or by part of a task group, with the harness's names (`acc,none`).
     Raises UserError when the data cannot be read."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM

@@ -1,4 +1,4 @@
-"""Each measurement as a job: what it depends on, how it is done, and its values in words."""
+"""Measurements as jobs: settings, execution, and values in words."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -18,18 +18,18 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """One line of results.jsonl to be."""
+    """A future line of results.jsonl."""
 
     kind: str
     settings: dict[str, Any]
-    """All that the values depend on beside the model, but for rounding."""
+    """Everything besides the model that determines the values, except for rounding."""
     run: Callable[[], Values]
     words: Callable[[Values], str]
 
 
 @dataclass(frozen=True)
 class Text:
-    """Fixed blocks of a store."""
+    """A fixed selection of blocks of a store."""
 
     store: Store
     split: str
@@ -88,7 +88,7 @@ def glue(
     seeds: Sequence[int],
     batch_size: int,
 ) -> Iterator[Job]:
-    """Zero-shot, then a job for each seed of the head, task by task."""
+    """Return, for each task, a zero-shot job and one job per seed of the head."""
     from pmp_ds.evaluate import glue as glue_
     from pmp_ds.glue.read import load
     from pmp_ds.glue.tasks import find_task
@@ -122,7 +122,7 @@ def lm_eval(
     limit: int | None,
     batch_size: int,
 ) -> Iterator[Job]:
-    """A job for each task."""
+    """Return one job per task."""
     from pmp_ds.evaluate import harness
 
     version = harness.installed()

@@ -1,15 +1,16 @@
 """The loss around a model: L(theta + alpha * delta) along random and given directions (the paper's
 Figure 5).
 
-A random direction is a standard normal vector z, the same for a seed on every machine, restricted
-to the `ticket`, to the `complement`, or left whole (`full`), then scaled in one of three ways:
+A random direction is a standard normal vector z, which for a given seed is the same on every
+machine. It is restricted to the `ticket` or the `complement`, or left whole (`full`), and scaled:
 - `global`: ||delta|| = ||theta|| over all elements, so alpha is the relative size of the step;
-- `per_tensor`: the same for every tensor by itself;
-- `per_row`: the same for every row of a matrix and for every vector, after Li et al. (2018).
-Tensors, or rows, that lie wholly in or out of the ticket stay as they are under the latter two, in
-all three directions: their steps differ in nothing but the choice of elements.
+- `per_tensor`: the same for every tensor separately;
+- `per_row`: the same for every matrix row and every vector, after Li et al. (2018).
+Under the latter two, tensors or rows that are entirely in or out of the ticket do not move in any
+of the three directions, so that the steps differ only in the choice of elements.
 
-The weights are read from disk again for each alpha: one extra copy of the model, the direction.
+The weights are read from disk again for each alpha: the only extra copy of the model is the
+direction.
 """
 
 import hashlib
@@ -31,10 +32,10 @@ KINDS = ("ticket", "full", "complement")
 SCALES = ("global", "per_tensor", "per_row")
 ALPHAS = (-0.5, -0.2, -0.1, -0.05, -0.02, 0.0, 0.02, 0.05, 0.1, 0.2, 0.5)
 TUNED_ALPHAS = (-0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
-"""Along the way of a fine-tuning, which alpha = 1 ends."""
+"""Steps along a fine-tuning, which ends at alpha = 1."""
 
 Direction = dict[str, torch.Tensor]
-"""delta of every parameter, in its shape, fp32; exactly 0 where the weights stay."""
+"""delta of every parameter, in its shape, fp32; exactly 0 for weights that do not move."""
 Floats = NDArray[np.float64]
 
 
@@ -47,9 +48,11 @@ def landscape(
     seeds: Iterable[int],
     tick: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:
-    """`losses[kind][scale][seed][alpha]` of ``model`` in nats, `norms[kind][scale][seed]` of the
-    directions, `norm` of the weights, `moved[scale]`: the share of the elements that are not left
-    as they are because of their tensor or row. ``model`` is left as it was, to the bit."""
+    """Return losses along random directions, and leave ``model`` unchanged to the bit.
+
+    `losses[kind][scale][seed][alpha]` in nats, `norms[kind][scale][seed]` of the directions, `norm`
+    of the weights, and `moved[scale]`, the share of elements whose tensor or row may move.
+    """
     losses: dict[str, Any] = {kind: {scale: [] for scale in SCALES} for kind in KINDS}
     norms: dict[str, Any] = {kind: {scale: [] for scale in SCALES} for kind in KINDS}
     for seed in seeds:
@@ -75,7 +78,8 @@ def along_tuning(
     loss: Callable[[], float],
     tick: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:
-    """The same for delta = tuned - theta, unscaled, and for its parts in and out of the ticket."""
+    """Return the same for delta = tuned - theta, unscaled, and for its parts in and out of the
+    ticket."""
     losses, norms = {}, {}
     for kind in KINDS:
         delta = {
@@ -88,7 +92,7 @@ def along_tuning(
 
 
 def random_direction(read: Read, mask: ParamMask, kind: str, scale: str, seed: int) -> Direction:
-    """One of KINDS, scaled as one of SCALES. The same z for the same seed, whatever the kind."""
+    """Return a direction of ``kind``, scaled by ``scale``; z depends on the seed alone."""
     delta: Direction = {}
     theta_square = delta_square = 0.0
     for name, shape in mask.shapes.items():
@@ -116,7 +120,7 @@ def walk(
     loss: Callable[[], float],
     tick: Callable[[int], None] = lambda count: None,
 ) -> list[float]:
-    """``loss()`` at theta + alpha * delta for each alpha; then ``model`` is theta again."""
+    """Return ``loss()`` at theta + alpha * delta for each alpha, then restore ``model``."""
     found = []
     try:
         for alpha in alphas:
@@ -130,7 +134,7 @@ def walk(
 
 @torch.no_grad()
 def place(model: nn.Module, read: Read, delta: Direction, alpha: float) -> None:
-    """Set ``model`` to theta + alpha * delta; elements with delta = 0 to theta, bit for bit."""
+    """Set ``model`` to theta + alpha * delta; where delta = 0, it is theta bit for bit."""
     for name, param in model.named_parameters():
         theta = read(name).to(param.device, param.dtype)
         if name in delta:
@@ -140,7 +144,7 @@ def place(model: nn.Module, read: Read, delta: Direction, alpha: float) -> None:
 
 
 def norm(tensors: Iterable[torch.Tensor]) -> float:
-    """Euclidean, over all elements together; the same for any number of threads."""
+    """Return the Euclidean norm over all elements, the same for any number of threads."""
     return math.sqrt(sum(float(_squares(t.double().numpy().reshape(1, -1))[0]) for t in tensors))
 
 
@@ -154,13 +158,13 @@ def _support(kept: Any, kind: str) -> Any:
 
 
 def _units(values: NDArray[Any], scale: str) -> NDArray[Any]:
-    """What is scaled together as one row: the rows of a matrix, or the whole tensor."""
+    """Return the rows that are scaled together: those of a matrix, or the whole tensor."""
     by_row = scale == "per_row" and values.ndim > 1
     return values.reshape(values.shape[0] if by_row else 1, -1)
 
 
 def _mixed(kept: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """(R, C) to (R,): rows with elements of both kinds."""
+    """Return which rows have elements of both kinds, (R, C) to (R,)."""
     return np.asarray(kept.any(axis=1) & ~kept.all(axis=1))
 
 
@@ -172,12 +176,12 @@ def _moved(mask: ParamMask, scale: str) -> float:
 
 
 def _squares(rows: Floats) -> Floats:
-    """(R, C) to (R,): the sum of squares of each row. einsum uses no threads."""
+    """Return the sum of squares of each row, (R, C) to (R,); einsum uses no threads."""
     found: Floats = np.einsum("ij,ij->i", rows, rows)
     return found
 
 
 def num_evaluations(alphas: Sequence[float], seeds: Sequence[int], tuned: bool) -> int:
-    """How often ``landscape``, and ``along_tuning`` when ``tuned``, ask for the loss."""
+    """Return how often ``landscape``, and with ``tuned`` ``along_tuning``, compute the loss."""
     given = len(KINDS) * len(TUNED_ALPHAS) if tuned else 0
     return len(KINDS) * len(SCALES) * len(alphas) * len(seeds) + given

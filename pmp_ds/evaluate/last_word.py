@@ -1,9 +1,9 @@
-"""Does the model know the last word of a text? The measure of LAMBADA, on any local file.
+"""Predict the last word of a text, as LAMBADA does, for any local file.
 
     {"text": "... and she gave the keys to John"}       one JSON line each, or plain lines (.txt)
 
-The last word is what follows the last white space. It counts as known when every one of its tokens
-is the most likely one after what stands before it, so that greedy continuation would write it.
+The last word follows the last white space. It counts as known if each of its tokens is the most
+likely one after the text before it, so that greedy continuation would write it.
 """
 
 import math
@@ -24,14 +24,14 @@ _MOST_BYTES = 1 << 28
 
 @dataclass(frozen=True)
 class Example:
-    """The ids of a text; those from ``start`` on are the last word's."""
+    """The ids of a text; the last word's start at ``start``."""
 
     ids: list[int]
     start: int
 
 
 def read_texts(path: Path) -> list[str]:
-    """Raises UserError that names a line without `text`, or an empty file."""
+    """Return the texts. Raises UserError that names a line without `text`, or an empty file."""
     try:
         lines = read_text(path, _MOST_BYTES).splitlines()
     except ForeignError as error:
@@ -44,7 +44,7 @@ def read_texts(path: Path) -> list[str]:
         if len(text.split()) < 2:
             raise UserError(
                 f"--text {path}, line {number}: {text.strip()[:60]!r} has fewer than two words; "
-                "the last one is asked for after the others"
+                "the last one must follow others"
             )
         texts.append(text.strip())
     if not texts:
@@ -58,13 +58,13 @@ def _field(line: str, where: str) -> str:
     except ValueError:
         text = None
     if not isinstance(text, str):
-        raise UserError(f'{where} is not {{"text": "..."}}: mend it, or name a .txt of plain lines')
+        raise UserError(f'{where} is not {{"text": "..."}}: fix it, or name a .txt of plain lines')
     return text
 
 
 def encode(tokenizer: Any, text: str, longest: int) -> Example:
-    """The last ``longest`` ids of ``text``. The last word's are those in which it differs from the
-    text without it. Text that spells a special token is text."""
+    """Return the last ``longest`` ids of ``text``. The last word's are those in which it differs
+    from the text without it. A special token spelled in the text is encoded as text."""
     ids, before = (
         tokenizer.encode(t, split_special_tokens=True) for t in (text, text.rsplit(maxsplit=1)[0])
     )
@@ -77,7 +77,7 @@ def encode(tokenizer: Any, text: str, longest: int) -> Example:
 
 
 def _num_appended(tokenizer: Any) -> int:
-    """Special tokens that the tokenizer puts behind a text by itself."""
+    """Return the number of special tokens that the tokenizer appends by default."""
     ids: list[int] = tokenizer.encode("a")
     plain: list[int] = tokenizer.encode("a", add_special_tokens=False)
     starts = [i for i in range(len(ids)) if ids[i : i + len(plain)] == plain]
@@ -91,14 +91,14 @@ def last_word(
     batch_size: int,
     tick: Callable[[int], None] = lambda count: None,
 ) -> dict[str, float]:
-    """`accuracy`, `perplexity` (exp of the mean -log p of a whole last word) and `texts`."""
+    """Return `accuracy`, `perplexity` (exp of a last word's mean -log p) and `texts`."""
     known, nats = 0, 0.0
-    ordered = sorted(examples, key=lambda example: len(example.ids))  # little padding
+    ordered = sorted(examples, key=lambda example: len(example.ids))  # reduces padding
     for low in range(0, len(ordered), batch_size):
         batch = ordered[low : low + batch_size]
         for example, logits in zip(batch, _logits(model, batch), strict=True):
             word = torch.tensor(example.ids[example.start :], device=logits.device)
-            # The logits at a position are of the token that follows.
+            # The logits at a position predict the next token.
             before = logits[example.start - 1 : len(example.ids) - 1].float()
             known += bool((before.argmax(-1) == word).all())
             nats += float(torch.nn.functional.cross_entropy(before, word, reduction="sum"))
@@ -111,7 +111,7 @@ def last_word(
 
 
 def _logits(model: PreTrainedModel, batch: Sequence[Example]) -> torch.Tensor:
-    """(B, T, V): padded on the right, where causal attention does not look."""
+    """Return (B, T, V) logits, padded on the right, where causal attention does not look."""
     ids, attention_mask = padded([example.ids for example in batch], 0)
     logits: torch.Tensor = model(
         input_ids=ids.to(model.device),

@@ -12,12 +12,12 @@ from pmp_ds.data.arrow_store import Store
 from pmp_ds.model import next_token
 
 Tick = Callable[[int], None]
-"""Hears how many blocks are done."""
+"""Called with the number of blocks done."""
 
 
 def held_out(store: Store, split: str, blocks: int) -> torch.Tensor:
-    """(n, block_size) int64: ``blocks`` blocks, or all when there are fewer, evenly spread over the
-    split."""
+    """Return ``blocks`` blocks, or all if there are fewer, evenly spread over the split, (n,
+    block_size) int64."""
     stored = store.split(split)
     count = min(blocks, len(stored))
     indices = np.arange(count) * len(stored) // count
@@ -31,7 +31,7 @@ def mean_loss(
     batch_size: int,
     tick: Tick = lambda count: None,
 ) -> float:
-    """Nats per predicted token; the first token of each block is not predicted."""
+    """Return nats per predicted token; the first token of each block is not predicted."""
     total = 0.0
     for batch in blocks.split(batch_size):
         total += float(token_losses(model, batch).sum(dtype=torch.float64))
@@ -40,7 +40,7 @@ def mean_loss(
 
 
 def token_losses(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
-    """(B, T) int64 to (B, T - 1) fp32 on the model's device: -log p of each token but the first."""
+    """Return -log p of each token except the first: (B, T) int64 to (B, T - 1) fp32."""
     batch = batch.to(model.device)
     return next_token.token_losses(model(input_ids=batch, use_cache=False).logits, batch)
 
@@ -52,8 +52,8 @@ def perplexity(
     tokenizer: Any = None,
     tick: Tick = lambda count: None,
 ) -> dict[str, float]:
-    """`loss` (nats per token), `perplexity`, `tokens` predicted; with a tokenizer `bits_per_byte`
-    of the text that they decode to (special tokens are no bytes of text)."""
+    """Return `loss` (nats per token), `perplexity`, predicted `tokens`, and with a tokenizer
+    `bits_per_byte` of the decoded text, in which special tokens have no bytes."""
     loss = mean_loss(model, blocks, batch_size, tick)
     tokens = blocks.shape[0] * (blocks.shape[1] - 1)
     values = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": float(tokens)}

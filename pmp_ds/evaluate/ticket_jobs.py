@@ -1,4 +1,4 @@
-"""The jobs that need the ticket. Their values are sums over all of it, and still the owner's."""
+"""Jobs that need the ticket. Their values are sums over all of it, but still for its owner only."""
 
 import hashlib
 from collections.abc import Sequence
@@ -64,7 +64,7 @@ def landscape(
 
 
 def _landscape_words(values: Values) -> str:
-    """Means over seeds, a row for each direction."""
+    """Return means over seeds, a row for each direction."""
     lines = [f"loss {values['loss']:.4f}; rows: mean loss at theta + alpha * delta"]
 
     def table(alphas: Sequence[float], rows: dict[str, Sequence[float]]) -> None:
@@ -113,7 +113,7 @@ def gradients(subject: Subject, text: Text, ticket: Ticket, name: str) -> Job:
 
 
 def _digest(read: Read, model: nn.Module) -> str:
-    """sha256 (hex) of the weights of another folder, as they are stored."""
+    """Return the sha256 (hex) of another folder's weights, as stored."""
     sha = hashlib.sha256()
     for name, _ in model.named_parameters():
         tensor = read(name).contiguous()

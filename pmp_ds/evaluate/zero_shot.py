@@ -1,5 +1,5 @@
-"""What a released model knows of GLUE before any fine-tuning: by likelihood of answers in words,
-and with an untrained classification head (the paper's "Base" rows).
+"""GLUE before any fine-tuning: by the likelihood of answers in words, and with an untrained
+classification head (the paper's "Base" rows).
 
 Both return outputs for ``pmp_ds.glue.metrics.score``.
 """
@@ -34,13 +34,13 @@ def zero_shot(
     max_length: int = 256,
     bar: Progress | None = None,
 ) -> np.ndarray:
-    """(n, classes) float32: log p(answer | prompt) in nats, summed over the answer's tokens; for
-    STS-B (n,), the mean of the digits under the distribution that these scores give.
+    """Return log p(answer | prompt) in nats, summed over the answer's tokens, (n, classes) float32;
+    for STS-B (n,), the mean of the digits under the distribution of these scores.
 
-    ``model`` is a causal one on any device, in the precision it was loaded with; it is left in
-    evaluation mode. A forward pass takes ``batch_size`` rows with all answers. Prompts are cut at
-    their beginning: with an answer they have at most ``max_length`` tokens, and no more than the
-    model has positions. ``bar`` counts rows.
+    ``model`` is causal, on any device, in its loaded precision, and is left in evaluation mode. A
+    forward pass takes ``batch_size`` rows with all answers. Prompts are cut at their beginning so
+    that prompt and answer fit in ``max_length`` tokens and the model's positions. ``bar`` counts
+    rows.
     """
     model.eval()
     max_length = _longest(model, max_length)
@@ -71,10 +71,10 @@ def untrained_head(
     device: str = "cpu",
     bar: Progress | None = None,
 ) -> np.ndarray:
-    """(n, classes) float32 outputs, (n,) for STS-B, of the model in ``folder`` under a linear head
-    on the last token that ``seed`` alone decides, in fp32. ``bar`` counts rows.
+    """Return the outputs, (n, classes) float32 or (n,) for STS-B, of the model in ``folder`` under
+    a linear head on the last token, drawn by ``seed`` alone, in fp32. ``bar`` counts rows.
 
-    Raises UserError when ``folder`` holds no model and tokenizer.
+    Raises UserError when ``folder`` contains no model and tokenizer.
     """
     tokenizer = open_tokenizer(folder)
     model: Any = _with_head(folder, task, seed, tokenizer.eos_token_id)
@@ -91,9 +91,9 @@ def untrained_head(
 
 
 def _with_head(folder: Path, task: Task, seed: int, padding: int) -> PreTrainedModel:
-    """On CPU, in evaluation mode."""
+    """Return the model on CPU, in evaluation mode."""
     verbosity, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # that the head is new is what is wanted
+    logging.set_verbosity_error()  # the head is meant to be new
     logging.disable_progress_bar()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -109,17 +109,18 @@ def _with_head(folder: Path, task: Task, seed: int, padding: int) -> PreTrainedM
 
 
 def _longest(model: PreTrainedModel, max_length: int) -> int:
-    """``max_length``, or the number of positions the model has."""
+    """Return ``max_length``, or the model's number of positions if smaller."""
     return min(max_length, context_length(model.config))
 
 
 def _answered(
     tokenizer: PreTrainedTokenizerBase, task: Task, texts: tuple[str, ...], max_length: int
 ) -> list[tuple[list[int], int]]:
-    """Of every answer: the ids of prompt and answer, and how many of them are the prompt's.
+    """Return, for every answer, the ids of prompt and answer, and how many belong to the prompt.
 
-    They are tokenized together, since a tokenizer may merge across the boundary: the prompt is
-    what all answers and the prompt alone begin with. Text that spells a special token is text.
+    They are tokenized together, because a tokenizer may merge across the boundary: the prompt is
+    the common beginning of all answers and the prompt alone. A special token spelled in text is
+    encoded as text.
     """
     prompt = task.prompt.format(**dict(zip(task.fields, texts, strict=True)))
     written = [prompt, *(f"{prompt} {word}" for word in task.answers)]
@@ -129,8 +130,8 @@ def _answered(
     cut = max(0, max(len(ids) for ids in whole) - max_length)
     require(
         shared > cut,
-        f"{task.name}: {max_length} tokens have no room for an answer after the prompt: max_length "
-        f"and the model's positions have to be {max_length + cut - shared + 1} or more",
+        f"{task.name}: {max_length} tokens leave no room for an answer after the prompt: "
+        f"max_length and the model's positions must be {max_length + cut - shared + 1} or more",
     )
     return [(ids[cut:], shared - cut) for ids in whole]
 
@@ -138,14 +139,14 @@ def _answered(
 def _log_likelihoods(
     model: PreTrainedModel, sequences: list[tuple[list[int], int]], pad_id: int
 ) -> torch.Tensor:
-    """(len(sequences),) fp32: log-probability of the ids after the prompt of each."""
+    """Return the log-probability of each sequence's ids after its prompt, (n,) fp32."""
     input_ids, attention_mask = (
         tensor.to(model.device) for tensor in padded([ids for ids, _ in sequences], pad_id)
     )
     position = torch.arange(1, input_ids.shape[1], device=model.device)
     prompt = torch.tensor([shared for _, shared in sequences], device=model.device)
     scored = (position >= prompt[:, None]) & attention_mask[:, 1:].bool()  # (B, T - 1)
-    keep = scored.any(dim=0).nonzero()[:, 0]  # logits are large: only where a row needs them
+    keep = scored.any(dim=0).nonzero()[:, 0]  # logits are large: only positions that a row needs
     logits = model(input_ids, attention_mask=attention_mask, logits_to_keep=keep).logits.float()
     targets = input_ids[:, 1:][:, keep, None]
     found = logits.log_softmax(dim=-1).gather(-1, targets)[..., 0]
@@ -153,7 +154,7 @@ def _log_likelihoods(
 
 
 def padded(sequences: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, T) int64 ids padded on the right, and their attention mask."""
+    """Return (B, T) int64 ids padded on the right, and their attention mask."""
     length = max(len(ids) for ids in sequences)
     input_ids = torch.full((len(sequences), length), pad_id)
     attention_mask = torch.zeros_like(input_ids)
@@ -164,6 +165,6 @@ def padded(sequences: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch
 
 
 def _batches(lengths: list[int], batch_size: int) -> Iterator[np.ndarray]:
-    """Indices of similar length together, the longest first."""
+    """Yield indices of similar length together, the longest first."""
     order = np.argsort(-np.array(lengths), kind="stable")
     yield from (order[i : i + batch_size] for i in range(0, len(order), batch_size))

@@ -1,8 +1,8 @@
-"""One fine-tuning from start to result, in a run folder of its own; resumes where it was.
+"""Run one fine-tuning in its own run folder, from start to result; resumes after a stop.
 
 runs/NAME/config.yaml  metrics.jsonl  tensorboard/
 runs/NAME/private/checkpoints/    while it runs
-runs/NAME/private/model/          the fine-tuned model: as secret as the ticket it was made with
+runs/NAME/private/model/          the fine-tuned model: as secret as the ticket used for it
 """
 
 import contextlib
@@ -38,10 +38,10 @@ from pmp_ds.watch.watch import Watch
 
 @dataclass(frozen=True)
 class Tuned:
-    """A model to train, on every rank the same."""
+    """A model to train, the same on every rank."""
 
-    model: Any  # PreTrainedModel, or peft's around one
-    mask: ParamMask | None  # None: all that is trainable
+    model: Any  # PreTrainedModel, possibly inside peft's
+    mask: ParamMask | None  # None: all trainable elements
     mask_id: str | None
 
 
@@ -52,7 +52,7 @@ def _tuned(config: FinetuneConfig, task: Task) -> Tuned:
 
 
 def settings_of(config: FinetuneConfig, task: Task) -> dict[str, Any]:
-    """What a result depends on beside the model's weights; `seed` and `lr` by themselves."""
+    """Return the settings that a result depends on besides weights, `seed` and `lr`."""
     data = asdict(config.data)
     settings: dict[str, Any] = {
         "task": config.task,
@@ -80,15 +80,16 @@ def tune(
     keep_model: bool,
     start_afresh: bool = False,
 ) -> Result:
-    """Run or resume a cell to its end; the result is the caller's to keep. Collective. With
-    ``start_afresh`` checkpoints of which none can be read are set aside. Raises Stopped when it was
-    asked to stop before."""
+    """Run or resume a cell to its end; the caller stores the result. Collective.
+
+    With ``start_afresh`` unreadable checkpoints are set aside. Raises Stopped on a stop request.
+    """
     began = time.monotonic()
     dist.on_rank0(lambda: _check_settings(run, config))
     loop = config.loop_config(len(task.samples), dist.world_size())
     tuned = dist.together(lambda: _tuned(config, task))
     seen = _look(run, task, tuned, start_afresh)
-    dist.on_rank0(lambda: _claim(run, config, seen))  # nothing was written before
+    dist.on_rank0(lambda: _claim(run, config, seen))  # the first write of this start
     with Session(run, loop, ds_config, watch) as session:
         metrics, trained = _train(config, task, tuned, seen.found, session)
     if keep_model:
@@ -128,18 +129,18 @@ _MAY_CHANGE = {
 
 
 def _check_settings(run: RunDir, config: FinetuneConfig) -> None:
-    """UserError that lists what differs when ``run`` is another configuration's folder."""
+    """Raise UserError that lists the differences if ``run`` has another configuration."""
     if run.config.exists():
         saved, _ = parse(FinetuneConfig, ["--config", str(run.config)])
         if differences := differing(saved, config, _MAY_CHANGE):
             raise UserError(
-                f"{run.root} holds a fine-tuning with other settings; choose another run.name. "
-                "What differs (its, yours):\n  " + "\n  ".join(differences)
+                f"{run.root} contains a fine-tuning with other settings; choose another run.name. "
+                "Differences (its, yours):\n  " + "\n  ".join(differences)
             )
 
 
 def _claim(run: RunDir, config: FinetuneConfig, seen: Survey) -> None:
-    """Make ``run`` this configuration's folder, as it was at the checkpoint that was found."""
+    """Claim ``run`` for this configuration, in its state at the checkpoint found."""
     run.root.mkdir(parents=True, exist_ok=True)
     for folder in (run.private, run.checkpoints):
         make_private(folder)
@@ -150,7 +151,7 @@ def _claim(run: RunDir, config: FinetuneConfig, seen: Survey) -> None:
 def _train(
     config: FinetuneConfig, task: Task, tuned: Tuned, found: Found | None, session: Session
 ) -> tuple[Metrics, int]:
-    """The final metrics, and how many elements were trained."""
+    """Return the final metrics and the number of trained elements."""
     trainable = sum(p.numel() for p in tuned.model.parameters() if p.requires_grad)
     if tuned.mask is not None:
         trainable = tuned.mask.num_kept
@@ -183,21 +184,21 @@ def _train(
 
 
 def _look(run: RunDir, task: Task, tuned: Tuned, start_afresh: bool) -> Survey:
-    """Look for the newest intact checkpoint of this cell."""
+    """Find the newest intact checkpoint of this cell."""
     seen = dist.on_rank0(lambda: start.survey_or_afresh(run, "train", start_afresh))
     found = seen.found
     if found is None:
         return seen
     if (found[1].dataset_id, found[1].ticket_id) != (task.digest, tuned.mask_id):
         raise UserError(
-            f"{run.root} was begun with other data or another ticket; bring them back, or choose "
+            f"{run.root} was begun with other data or another ticket; restore them, or choose "
             "another run.name"
         )
     return seen
 
 
 def _curve(run: RunDir, task: Task, loop: Config) -> list[list[float]]:
-    """(tokens trained on, primary metric of the first column) at every validation."""
+    """Return (tokens trained on, primary metric of the first column) at every validation."""
     column, metric = next(iter(task.primary.items()))
     per_update = loop.train.global_batch_size * task.tokens_per_sample
     name = f"{column}/{metric}"
@@ -206,7 +207,7 @@ def _curve(run: RunDir, task: Task, loop: Config) -> list[list[float]]:
 
 
 def _keep(config: FinetuneConfig, run: RunDir, task: Task) -> None:
-    """Write the newest checkpoint's weights as a Hugging Face folder, of LoRA the adapters."""
+    """Write the newest checkpoint's weights as a Hugging Face folder; for LoRA, the adapters."""
     found = shelf.find(run)
     assert found is not None
     folder = run.private / "model"

@@ -1,4 +1,4 @@
-"""The methods of fine-tuning, each with all that differs between them.
+"""The methods of fine-tuning, each with everything that differs between them.
 
 | method | trains |
 |---|---|
@@ -6,9 +6,9 @@
 | lora | adapters of `peft`, and the head |
 | ticket | the ticket, and the head (authorized) |
 | random | a random mask of the ticket's density, and the head |
-| complement | everything but the ticket, and the head |
+| complement | everything except the ticket, and the head |
 
-Another one is a ``Method`` in ``METHODS``. Nothing here imports torch before a model is made.
+A new method is a ``Method`` in ``METHODS``. Nothing here imports torch before a model is made.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,32 +39,32 @@ def _nothing(config: "FinetuneConfig") -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What a method may change, and what it is called."""
+    """A method's name, permissions and functions."""
 
     name: str
     title: str
     """In tables."""
 
     authorized: bool = False
-    """Whether it is given the model's own ticket to train with."""
+    """Whether it trains with the model's own ticket."""
 
     control: bool = False
-    """Whether it is what no recipient and no attacker would do."""
+    """Whether it is a control that no recipient or attacker would use."""
 
     needs_ticket: bool = False
 
     from_scratch: bool = False
-    """Whether it makes sense for fresh weights."""
+    """Whether it also applies to fresh weights."""
 
     adapt: Callable[[Any, "FinetuneConfig", bool], Any] = _as_it_is
-    """The model to train, of the released one; whether that has a head of its own task. May raise
+    """Makes the model to train from the released one and whether that has a head. May raise
     UserError, and is tried before the first cell of a sweep begins."""
 
     kept: Callable[["FinetuneConfig", "Ticket | None", Any], "Kept"] = _all
-    """What of a model trains, and that mask's id; None: all that is trainable. Collective."""
+    """Returns the mask to train and its id; None: all trainable elements. Collective."""
 
     facts: Callable[["FinetuneConfig"], dict[str, Any]] = _nothing
-    """Its own settings, as results record them."""
+    """Returns its own settings, as results record them."""
 
     @property
     def adapts(self) -> bool:
@@ -137,4 +137,4 @@ _ALL = (
 
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 UNAUTHORIZED = tuple(m.name for m in _ALL if not (m.authorized or m.control))
-"""The methods of an attacker who has the release alone."""
+"""The methods of an attacker who has only the release."""

@@ -1,4 +1,4 @@
-"""The model that a method of fine-tuning (method.py) trains, and the mask on it."""
+"""The model that a method of fine-tuning (method.py) trains, and its mask."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,13 +24,13 @@ from pmp_ds.ticket.vault import any_ticket
 
 
 def open_ticket(config: FinetuneConfig) -> Ticket | None:
-    """The ticket where the method needs one. Raises UserError when it cannot be opened or belongs
-    to a model with other parameters."""
+    """Return the ticket if the method needs one. Raises UserError when it cannot be opened or
+    belongs to a model with other parameters."""
     if not METHODS[config.method].needs_ticket:
         return None
     assert config.ticket is not None
     if config.identity is not None and config.passphrase_file is not None:
-        raise UserError("--identity and --passphrase_file are two ways to open a file: give one")
+        raise UserError("--identity and --passphrase_file both open a file: pass only one")
     by: Any = None
     if config.identity is not None:
         by = identities(Path(config.identity))
@@ -42,9 +42,9 @@ def open_ticket(config: FinetuneConfig) -> Ticket | None:
 
 
 def load_model(config: FinetuneConfig, num_labels: int | None) -> Any:
-    """The model that a method trains, fp32 on CPU, the same at every call: the released weights (or
-    fresh ones with ``scratch``), a new head of ``num_labels`` outputs (None: none, for next
-    tokens), and adapters where the method has some."""
+    """Return the model that a method trains, fp32 on CPU, the same at every call: released weights
+    (fresh ones with ``scratch``), a new head of ``num_labels`` outputs (None: no head, next-token
+    prediction), and the method's adapters, if any."""
     model = _load(config, num_labels)
     return METHODS[config.method].adapt(model, config, num_labels is not None)
 
@@ -52,12 +52,12 @@ def load_model(config: FinetuneConfig, num_labels: int | None) -> Any:
 def mask_of(
     config: FinetuneConfig, ticket: Ticket | None, model: Any
 ) -> tuple[ParamMask | None, str | None]:
-    """What of ``model`` trains, and the mask's id; None for all that is trainable. Collective."""
+    """Return the mask on ``model`` and its id, or None for all trainable ones. Collective."""
     return METHODS[config.method].kept(config, ticket, model) or (None, None)
 
 
 def _load(config: FinetuneConfig, num_labels: int | None) -> Any:
-    """The released weights, or fresh ones with ``scratch``; a head is drawn by the seed."""
+    """Return the released weights, or fresh ones with ``scratch``; the seed draws a head."""
     folder = open_folder(Path(config.model))
     hf_config = folder.config
     hf_config.use_cache = False
@@ -101,8 +101,7 @@ def _is_linear(module: Any) -> bool:
 
 
 def random_mask(config: FinetuneConfig, model: Any) -> Ticket:
-    """Draw a uniform mask over the backbone; norms and biases are in it, as they are in a
-    ticket."""
+    """Draw a uniform mask over the backbone, including norms and biases, as in a ticket."""
     known = open_folder(Path(config.model)).trained
     table = [row for row in parameter_table(model) if row.name in known]
     backbone = [replace(row, constant=len(row.shape) < 2) for row in table]
@@ -111,9 +110,9 @@ def random_mask(config: FinetuneConfig, model: Any) -> Ticket:
 
 
 def with_head(mask: ParamMask, model: Any, *, inverted: bool = False) -> ParamMask:
-    """Return ``mask`` (or its complement) on the parameters of ``model``; a head, which the mask
-    does not know, is trained whole. What the model lacks, such as the output matrix of a language
-    model, is left out."""
+    """Return ``mask`` (or its complement) on the parameters of ``model``. A head, which the mask
+    does not cover, is trained whole. Parameters that the model lacks, such as a language model's
+    output matrix, are left out."""
     bits, table = {}, parameter_table(model)
     for row in table:
         if row.name not in mask.shapes:

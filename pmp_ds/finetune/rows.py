@@ -1,7 +1,7 @@
 """Classification examples as rows of numbers, and how a causal model reads them.
 
-A row is (max_length + 2,) int64: the tokens, padded on the right; how many they are; the label (of
-regression the bits of an fp32 number). So a task is read by the same loader as packed text.
+A row is (max_length + 2,) int64: the tokens, padded on the right; their number; the label (for
+regression, the bits of an fp32 number). So the loader of packed text also reads tasks.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ Indices = npt.NDArray[np.integer]
 
 
 class EncodedRows:
-    """Encoded examples; what ``data.loader.BlockLoader`` reads."""
+    """Encoded examples, as read by ``data.loader.BlockLoader``."""
 
     def __init__(
         self, rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, pad_id: int
@@ -40,7 +40,7 @@ class EncodedRows:
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each example, (n,)."""
+        """Return the number of tokens of each example, (n,)."""
         return self._rows[:, -2]
 
 
@@ -48,11 +48,11 @@ class Classification:
     """The objective on ``EncodedRows``: cross-entropy in nats, or squared error for one output."""
 
     def logits(self, model: Any, batch: torch.Tensor) -> torch.Tensor:
-        """(B, num_labels), read at the last token of each example."""
+        """Return the outputs at the last token of each example, (B, num_labels)."""
         lengths = batch[:, -2]
         tokens = batch[:, : int(lengths.max())]
         attended = torch.arange(tokens.shape[1], device=batch.device) < lengths[:, None]
-        # `transformers` finds the last token by config.pad_token_id, which is the padding's.
+        # `transformers` finds the last token by config.pad_token_id, the id of the padding.
         options = {"attention_mask": attended.long(), "use_cache": False}
         logits: torch.Tensor = model(input_ids=tokens, **options).logits
         return logits

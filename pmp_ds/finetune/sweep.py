@@ -1,4 +1,4 @@
-"""A grid of fine-tunings in one process: every cell once, finished ones never again."""
+"""Run a grid of fine-tunings in one process: every cell once, without repeating finished ones."""
 
 import contextlib
 import itertools
@@ -27,12 +27,12 @@ from pmp_ds.watch.watch import watching
 
 Grid = Mapping[str, Sequence[str]]
 WHOLE = ""
-"""Name of the one cell of an empty grid."""
+"""Name of the only cell of an empty grid."""
 
 
 def grid(sweeps: Sequence[str]) -> dict[str, list[str]]:
-    """Values by setting, of `SETTING=A,B` or of several at once, `lr=A,B,seed=0,1`. The last part
-    of a setting's name is enough where only one ends so. Raises UserError."""
+    """Return values by setting, from `SETTING=A,B` or several at once, `lr=A,B,seed=0,1`. The last
+    part of a setting's name suffices if it is unique. Raises UserError."""
     found: dict[str, list[str]] = {}
     for text in (part for given in sweeps for part in re.split(r"[;,](?=\s*[\w.]+=)", given)):
         name, equals, values = text.strip().partition("=")
@@ -40,7 +40,7 @@ def grid(sweeps: Sequence[str]) -> dict[str, list[str]]:
         if not equals or not name or "" in names:
             raise UserError(f"--sweep {text!r}: write SETTING=A,B as in train.lr=1e-5,1e-4")
         if name.split(".")[0] in ("run", "guard", "results", "arm"):
-            raise UserError(f"--sweep {name}: it changes nothing of what is learned")
+            raise UserError(f"--sweep {name}: it does not affect training")
         if name in found or len(set(names)) != len(names):
             raise UserError(f"--sweep {text!r} names a setting or a value twice")
         found[name] = names
@@ -48,7 +48,7 @@ def grid(sweeps: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _full_name(name: str) -> str:
-    """`train.lr` of `lr`; what is no setting's last part, or of several, stays as it is."""
+    """Return `train.lr` for `lr`; unknown or ambiguous last parts stay as they are."""
     hints = get_type_hints(FinetuneConfig)
     inner = [f"{s}.{f.name}" for s in hints if is_dataclass(hints[s]) for f in fields(hints[s])]
     ending = [known for known in inner if known.partition(".")[2] == name]
@@ -56,7 +56,7 @@ def _full_name(name: str) -> str:
 
 
 def cells(grid: Grid) -> dict[str, list[str]]:
-    """The flags of every cell by its name, `lr=1e-5,seed=0`; the last setting changes fastest."""
+    """Return the flags of every cell by name, `lr=1e-5,seed=0`; the last setting varies fastest."""
     found = {}
     for values in itertools.product(*grid.values()):
         chosen = dict(zip(grid, values, strict=True))
@@ -76,8 +76,8 @@ def run_all(
     keep_models: bool,
     start_afresh: bool = False,
 ) -> list[Result]:
-    """Run what is not in the results at ``where`` yet; each result is appended as it comes.
-    Collective. Mistakes in any cell are found before the first begins."""
+    """Run the cells that are not in the results at ``where``, and append each result. Collective.
+    Mistakes in any cell are found before the first begins."""
     with held(run.root, f"the run's folder {run.root}"):
         return _run_all(cells, ds_config, run, where, started, keep_models, start_afresh)
 
@@ -91,7 +91,7 @@ def _run_all(
     keep_models: bool,
     start_afresh: bool,
 ) -> list[Result]:
-    logging.set_verbosity_error()  # of heads that are new, as they should be
+    logging.set_verbosity_error()  # the heads are meant to be new
     logging.disable_progress_bar()
     tasks = _Tasks()
     digests: dict[str, str] = {}
@@ -130,7 +130,7 @@ def _run_all(
                     keep_model=keep_models,
                     start_afresh=start_afresh,
                 )
-            except UserError as error:  # the guard's, on every rank: others may still do well
+            except UserError as error:  # from the guard, on every rank: other cells may succeed
                 if len(cells) == 1:
                     raise
                 failed[name] = str(error)
@@ -153,7 +153,7 @@ def _run_all(
 
 
 def _check_all(configs: Iterable[FinetuneConfig], tasks: "_Tasks") -> None:
-    """Raises UserError when model and method do not fit together, or batch and ranks."""
+    """Raise UserError unless model and method fit together, and batch and ranks."""
     for config in configs:
         task = tasks.of(config)
         _batch(config)
@@ -163,7 +163,7 @@ def _check_all(configs: Iterable[FinetuneConfig], tasks: "_Tasks") -> None:
 
 
 class _Tasks:
-    """Every task read and encoded once."""
+    """A cache of tasks, each read and encoded once."""
 
     def __init__(self) -> None:
         self._tasks: dict[str, Task] = {}
@@ -176,7 +176,7 @@ class _Tasks:
 
 
 def _overall(cells: int, done: int) -> Any:
-    """A bar over the cells of a sweep."""
+    """Return a bar over the cells of a sweep."""
     if cells == 1:
         return contextlib.nullcontext()
     return Progress("sweep", "cell", cells, initial=done)
@@ -204,7 +204,7 @@ def _batch(config: FinetuneConfig) -> str:
 
 
 def _line(result: Result) -> str:
-    """`SST-2 accuracy 0.812 (majority 0.509)`."""
+    """Return a line such as `SST-2 accuracy 0.812 (majority 0.509)`."""
     parts = []
     for column, metric in result.values["primary"].items():
         value = result.values["metrics"][column][metric]

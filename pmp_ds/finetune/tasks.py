@@ -1,4 +1,4 @@
-"""What a model is fine-tuned on: GLUE classification, or plain text."""
+"""Tasks for fine-tuning: GLUE classification, or plain text."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,27 +31,27 @@ Metrics = dict[str, dict[str, float]]
 
 
 class Task(Protocol):
-    """Samples, an objective, and what is measured on held-out data."""
+    """Samples, an objective, and metrics on held-out data."""
 
-    samples: Any  # what data.loader.BlockLoader reads
+    samples: Any  # read by data.loader.BlockLoader
     objective: Objective
     num_labels: int | None
-    """Outputs of the head; None: the language model as it is."""
+    """Outputs of the head; None: the language model without one."""
     digest: str
-    """Names the data, training and held-out."""
+    """Identifies the data, training and held-out."""
     tokens_per_sample: float
     primary: dict[str, str]
-    """The metric that counts, by column."""
+    """The primary metric, by column."""
     majority: Metrics
-    """What a constant prediction scores."""
+    """The scores of a constant prediction."""
 
     def measure(self, engine: Engine, config: Config) -> tuple[float, Metrics]:
-        """Mean loss on held-out data, and the metrics. Collective."""
+        """Return the mean loss on held-out data, and the metrics. Collective."""
         ...
 
 
 def open_task(config: FinetuneConfig) -> Task:
-    """Read and encode the data of ``config.task``. Raises UserError for what is missing."""
+    """Read and encode the data of ``config.task``. Raises UserError for missing data."""
     return Text(config) if config.task == LM else Glue(config)
 
 
@@ -118,7 +118,7 @@ class Text:
 
 
 def _same_tokenizer(config: FinetuneConfig, of_store: Path) -> None:
-    """Raises UserError unless every token has the same number in the model and in the store."""
+    """Raise UserError unless every token has the same id in the model and in the store."""
     model, store = open_tokenizer(Path(config.model)), open_tokenizer(of_store)
     if model.get_vocab() != store.get_vocab():
         raise UserError(
@@ -128,8 +128,8 @@ def _same_tokenizer(config: FinetuneConfig, of_store: Path) -> None:
 
 
 def predict(engine: Engine, rows: EncodedRows) -> npt.NDArray[np.float32]:
-    """Logits of every example, (n, num_labels), on every rank. Collective."""
-    order = np.argsort(rows.lengths, kind="stable")  # alike lengths together: little padding
+    """Return the logits of every example, (n, num_labels), on every rank. Collective."""
+    order = np.argsort(rows.lengths, kind="stable")  # similar lengths together reduce padding
     share = -(-len(order) // dist.world_size())
     mine = order[np.minimum(np.arange(share) * dist.world_size() + dist.rank(), len(order) - 1)]
     batch = torch.from_numpy(rows.gather(mine))

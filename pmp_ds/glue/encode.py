@@ -1,4 +1,4 @@
-"""Texts of a row -> token ids, the same for every classifier that reads a row. Without torch."""
+"""Encode the texts of a row, the same for every classifier. Imports without torch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,11 +7,11 @@ from pmp_ds.glue.read import Rows
 
 
 def encode(tokenizer: Any, rows: Rows, max_length: int) -> list[list[int]]:
-    """At most ``max_length`` ids per row, none of them padding: the texts, a line end between two,
-    with the special tokens that ``tokenizer`` adds. Of two texts the longer one is cut first.
+    """Return at most ``max_length`` ids per row, without padding: the texts, a line end between
+    two, and the special tokens that ``tokenizer`` adds. Of two texts the longer is cut first.
 
-    ``tokenizer`` is a Hugging Face one. A text that spells a special token is text. A row without
-    any token becomes its end-of-text token.
+    ``tokenizer`` is a Hugging Face one. A special token spelled in a text is encoded as text. A row
+    without any token becomes its end-of-text token.
     """
     columns: Sequence[list[str]] = [list(column) for column in zip(*rows.texts, strict=True)]
     columns = [columns[0], *([f"\n{text}" for text in column] for column in columns[1:])]

@@ -1,8 +1,8 @@
 """GLUE's metrics of a model's outputs, and of the constant prediction to compare them with.
 
-`accuracy` is there for every task: for CoLA that of the argmax, for STS-B the paper's auxiliary,
-where predictions and labels are clipped to [0, 5], rounded to the nearest integer (halves to the
-even one: 2.5 to 2) and compared.
+Every task has an `accuracy`: for CoLA that of the argmax, for STS-B the paper's auxiliary one,
+which compares predictions and labels clipped to [0, 5] and rounded to the nearest integer (halves
+to the even one: 2.5 to 2).
 """
 
 import numpy as np
@@ -14,26 +14,26 @@ from pmp_ds.glue.tasks import MAX_SIMILARITY, Task
 
 
 def score(task: Task, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """``task.metrics`` of ``outputs``, logits (n, classes) or values (n,), against ``labels`` (n,).
+    """Return ``task.metrics`` of ``outputs``, logits (n, classes) or values (n,), for ``labels``.
 
-    Correlations and MCC of constant predictions or labels, which are undefined, count as 0.0, as
-    does F1 without any positive. Raises UserError for outputs that are not finite.
+    Undefined correlations and MCC (constant predictions or labels) count as 0.0, as does F1 without
+    any positive. Raises UserError for outputs that are not finite.
     """
     shape = (len(labels),) if task.is_regression else (len(labels), task.num_outputs)
     if outputs.shape != shape:
-        raise ValueError(f"{task.name}: outputs of shape {outputs.shape} instead of {shape}")
+        raise ValueError(f"{task.name}: outputs have shape {outputs.shape} instead of {shape}")
     bad = len(labels) - int(np.isfinite(outputs.reshape(len(labels), -1)).all(axis=1).sum())
     require(
         bad == 0,
         f"{task.name}: outputs for {bad} of {len(labels)} rows are not finite: the model diverged "
-        "or its weights are damaged; take a lower learning rate",
+        "or its weights are damaged; use a lower learning rate",
     )
     predictions = outputs.astype(np.float64) if task.is_regression else outputs.argmax(axis=1)
     return {name: _METRICS[name](task, predictions, labels) for name in task.metrics}
 
 
 def majority(task: Task, train_labels: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """``score`` of the constant prediction: the most frequent training class (the lowest of
+    """Return ``score`` of the constant prediction: the most frequent training class (the lowest if
     several), or the mean for regression."""
     if task.is_regression:
         outputs = np.full(len(labels), train_labels.mean(dtype=np.float64))

@@ -7,9 +7,9 @@ A local folder has GLUE's layout, every file as JSON lines, plain or .gz:
     <folder>/MNLI/train_sample.jsonl     {"premise": "...", "hypothesis": "...", "label": "neutral"}
     <folder>/MNLI/validation_matched.jsonl
 
-Task folders may have the hub's name as well (`sst2`), in any case. A split may have a longer name
-when it is the only one (`train_sample`). Labels are integers or the task's words; for STS-B numbers
-from 0 to 5.
+Task folders may also have the hub's name (`sst2`), in any case. A split may have a longer name if
+it is the only one (`train_sample`). Labels are integers or the task's words; for STS-B numbers from
+0 to 5.
 """
 
 import gzip
@@ -32,7 +32,7 @@ from pmp_ds.glue.tasks import MAX_SIMILARITY, Task
 HUB = "nyu-mll/glue"
 
 _MOST_BYTES = 1 << 28
-"""Of a file, unpacked: QQP's training rows have 60 MB."""
+"""Maximum bytes of an unpacked file: QQP's training rows have 60 MB."""
 _SUFFIXES = (".jsonl", ".jsonl.gz")
 
 
@@ -50,38 +50,36 @@ class Rows:
 
     @cached_property
     def sha256(self) -> str:
-        """Of texts and labels in their order (hex)."""
+        """The sha256 (hex) of texts and labels in their order."""
         digest = hashlib.sha256()
         for row in zip(self.texts, self.labels.tolist(), strict=True):
             digest.update(json.dumps(row).encode() + b"\n")
         return digest.hexdigest()
 
     def take(self, indices: np.ndarray) -> "Rows":
-        """The rows at ``indices``, in that order."""
+        """Return the rows at ``indices``, in that order."""
         return Rows([self.texts[i] for i in indices.tolist()], self.labels[indices])
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """What fine-tuning and evaluation of one task read."""
+    """The data for fine-tuning and evaluating one task."""
 
     task: Task
     train: Rows
     validation: dict[str, Rows]
-    """By column of the paper's table; MNLI has two."""
+    """Validation rows by column of the paper's table; MNLI has two."""
 
 
 def load(
     task: Task, folder: Path | None, max_train: int | None = None, seed: int = 0, hub: str = HUB
 ) -> TaskData:
-    """The rows of ``task`` from a local ``folder``, or from the dataset ``hub`` without one.
+    """Return the rows of ``task`` from a local ``folder``, or from the dataset ``hub`` without one.
 
-    ``max_train`` keeps that many training rows, drawn uniformly by ``seed``; a smaller number draws
-    a part of the same rows. Raises UserError for whatever is missing or malformed.
+    ``max_train`` keeps that many training rows, drawn uniformly by ``seed``; smaller numbers draw
+    part of the same rows. Raises UserError for anything missing or malformed.
     """
-    require(
-        max_train is None or max_train > 0, f"max_train={max_train}: it has to be at least 1 row"
-    )
+    require(max_train is None or max_train > 0, f"max_train={max_train} must be at least 1 row")
     if folder is None:
         splits = {split: _read_hub(task, hub, split) for split in ("train", *task.splits)}
     else:
@@ -95,8 +93,8 @@ def load(
 
 
 def _find_files(task: Task, folder: Path) -> dict[str, Path]:
-    """Split -> its file; of several validation splits, those that are there."""
-    require(folder.is_dir(), f"glue_dir={folder} is no folder: name the one with {task.folder}/")
+    """Return split -> file, for the validation splits that exist."""
+    require(folder.is_dir(), f"glue_dir={folder} is not a folder: name one with {task.folder}/")
     names = {task.folder.lower(), task.name}
     folders = [path for path in sorted(folder.iterdir()) if path.name.lower() in names]
     found = ", ".join(path.name for path in sorted(folder.iterdir())) or "nothing"
@@ -111,7 +109,7 @@ def _find_files(task: Task, folder: Path) -> dict[str, Path]:
 
 
 def _find_split(home: Path, split: str) -> Path | None:
-    """`train.jsonl`, or the one file such as `train_sample.jsonl.gz`."""
+    """Return `train.jsonl`, or the only file such as `train_sample.jsonl.gz`, or None."""
     files = [path for path in sorted(home.iterdir()) if path.name.endswith(_SUFFIXES)]
     exact = [path for path in files if path.name.partition(".jsonl")[0] == split]
     longer = [path for path in files if path.name.startswith(split)]
@@ -172,7 +170,7 @@ def _parse(
         try:
             row_texts, label = _row(task, decode(row))
         except ValueError as error:
-            raise UserError(f"{source} {number}: {error}; mend or delete it") from error
+            raise UserError(f"{source} {number}: {error}; fix or delete it") from error
         texts.append(row_texts)
         labels.append(label)
     require(texts != [], f"{source.rpartition(',')[0]} has no rows: {task.name} needs some")
@@ -180,7 +178,7 @@ def _parse(
 
 
 def _row(task: Task, row: Any) -> tuple[tuple[str, ...], float]:
-    """Texts and label of one decoded row. Raises ValueError with what is wrong."""
+    """Return texts and label of one decoded row. Raises ValueError that describes the fault."""
     if not isinstance(row, dict):
         raise ValueError(f"{row!r:.60} is not a JSON object")
     for field in (*task.fields, "label"):
@@ -190,7 +188,7 @@ def _row(task: Task, row: Any) -> tuple[tuple[str, ...], float]:
     for field in task.fields:
         if not isinstance(row[field], str):
             raise ValueError(f"field {field!r} is {row[field]!r:.60}, not a text")
-        row[field].encode()  # "\ud800": JSON can spell half a character
+        row[field].encode()  # "\ud800": JSON can contain half a character
     return tuple(row[field] for field in task.fields), _label(task, row["label"])
 
 

@@ -1,4 +1,4 @@
-"""The eight GLUE tasks behind the paper's nine columns: what a row holds, what is measured."""
+"""The eight GLUE tasks behind the paper's nine columns: their rows and metrics."""
 
 import difflib
 from collections.abc import Mapping
@@ -16,22 +16,22 @@ class Task:
     """One task of GLUE (Wang et al., 2018)."""
 
     name: str
-    """As in settings and on the Hugging Face hub: `sst2`."""
+    """The name in settings and on the Hugging Face hub, such as `sst2`."""
     folder: str
-    """As in GLUE's own layout: `SST-2`."""
+    """The name in GLUE's own layout, such as `SST-2`."""
     fields: tuple[str, ...]
-    """The one or two texts of a row."""
+    """The fields of the one or two texts of a row."""
     labels: tuple[str, ...] | None
     """The word for every class, in the order of the integers; None for regression."""
     metrics: tuple[str, ...]
-    """What metrics.score returns: GLUE's own, and the paper's accuracy."""
+    """The names of metrics.score's results: GLUE's own, and the paper's accuracy."""
     splits: Mapping[str, str]
     """Validation split -> column of the paper's table."""
     prompt: str
-    """How a language model is asked without fine-tuning, with the fields by name in braces."""
+    """The zero-shot prompt for a language model, with field names in braces."""
     answers: tuple[str, ...]
-    """Its answer for every label, in the order of ``labels``; of a regression the words for 0, 1,
-    2 and so on."""
+    """Its answer for every label, in the order of ``labels``; for regression, the words for 0, 1, 2
+    and so on."""
 
     @property
     def primary(self) -> str:
@@ -44,7 +44,7 @@ class Task:
 
     @property
     def num_outputs(self) -> int:
-        """Classes, or 1 for regression: `num_labels` of transformers."""
+        """Number of classes, or 1 for regression: `num_labels` of transformers."""
         return 1 if self.labels is None else len(self.labels)
 
 
@@ -151,7 +151,7 @@ COLUMNS: tuple[str, ...] = tuple(column for task in _ALL for column in task.spli
 
 
 def find_task(name: str) -> Task:
-    """The task of this name. Raises UserError with all names."""
+    """Return the task called ``name``. Raises UserError that lists all names."""
     if name in TASKS:
         return TASKS[name]
     plain = name.lower().replace("-", "").replace("_", "")

@@ -1,4 +1,4 @@
-"""From the configuration to an untrained Hugging Face model on the CPU.
+"""Build an untrained Hugging Face model on the CPU from the configuration.
 
 hf = model_config(config.model, vocab_size=..., eos_id=..., bos_id=..., block_size=...)
 model = build_model(hf)
@@ -26,17 +26,18 @@ from pmp_ds.errors import UserError
 from pmp_ds.foreign import read_object
 
 _NORM_EPS = 1e-5
-# What is looked up by token, or cut to so many.
+# Sizes of tables that are looked up by token or cut to the vocabulary.
 _TABLES = ("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size")
 
 
 def model_config(
     config: ModelConfig, *, vocab_size: int, eos_id: int, bos_id: int | None, block_size: int
 ) -> PreTrainedConfig:
-    """The Hugging Face config of ``config.family``.
+    """Return the Hugging Face config of ``config.family``.
 
-    ``vocab_size``, ``eos_id`` and ``bos_id`` are the tokenizer's; ``block_size`` is the data's, in
-    tokens. Raises UserError when they do not fit the model, or the file of `auto` is not usable.
+    ``vocab_size``, ``eos_id`` and ``bos_id`` come from the tokenizer, ``block_size`` (tokens) from
+    the data. Raises UserError when they do not fit the model, or when the file of `auto` is not
+    usable.
     """
     rows = config.vocab_size if config.vocab_size is not None else vocab_size
     if rows < vocab_size:
@@ -55,7 +56,7 @@ def model_config(
     if block_size > longest:
         where = "model.max_positions" if config.family != "auto" else f"that of {config.path}"
         raise UserError(
-            f"the data's block_size={block_size} is longer than the model's longest context "
+            f"the data's block_size={block_size} exceeds the model's longest context "
             f"({where}={longest}): raise the context, or prepare the data with shorter blocks"
         )
     hf_config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)].__name__]
@@ -63,7 +64,7 @@ def model_config(
 
 
 def _require_vocabularies(path: Path, values: dict[str, Any], rows: int) -> None:
-    """Raises UserError for a second table of tokens that is smaller than the first."""
+    """Raise UserError if a second token table is smaller than the first."""
     for key, value in values.items():
         if isinstance(value, dict):
             _require_vocabularies(path, value, rows)
@@ -74,7 +75,7 @@ def _require_vocabularies(path: Path, values: dict[str, Any], rows: int) -> None
 
 
 def _kind(config_class: type[PreTrainedConfig], name: str) -> Any:
-    """The declared type of a setting, None where there is none."""
+    """Return the declared type of a setting, or None."""
     return next((f.type for f in fields(config_class) if f.name == name), None)
 
 
@@ -90,13 +91,13 @@ _CONTEXT = (
 
 
 def context_length(hf_config: PreTrainedConfig) -> int:
-    """The longest context in tokens, by whatever name; ``UNBOUNDED`` where a family has none."""
+    """Return the longest context in tokens, or ``UNBOUNDED`` for a family without a limit."""
     found = (getattr(hf_config, name, None) for name in _CONTEXT)
     return next((n for n in found if isinstance(n, int) and n > 0), UNBOUNDED)
 
 
 def build_model(hf_config: PreTrainedConfig) -> PreTrainedModel:
-    """A model with `transformers`' own initial weights from torch's generator: CPU, fp32, whole."""
+    """Return a model with `transformers`' own initial weights from torch's generator: CPU, fp32."""
     assert not is_deepspeed_zero3_enabled(), "build the model before HfDeepSpeedConfig exists"
     with torch.device("cpu"):
         model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
@@ -109,7 +110,7 @@ def _llama(config: ModelConfig, tokens: dict[str, Any]) -> PreTrainedConfig:
     if head_dim % 2:
         raise UserError(
             f"model.hidden_size={config.hidden_size} / model.num_heads={config.num_heads} = "
-            f"{head_dim} is odd, and the rotary embedding needs an even head: change either"
+            f"{head_dim} is odd, but the rotary embedding needs an even head size: change either"
         )
     return LlamaConfig(
         **tokens,
@@ -128,8 +129,8 @@ def _llama(config: ModelConfig, tokens: dict[str, Any]) -> PreTrainedConfig:
 def _gpt2(config: ModelConfig, tokens: dict[str, Any]) -> PreTrainedConfig:
     if config.num_kv_heads not in (None, config.num_heads):
         raise UserError(
-            f"model.num_kv_heads={config.num_kv_heads} does not go with model.family='gpt2', whose "
-            "heads each have their own keys and values: leave it unset, or choose 'llama'"
+            f"model.num_kv_heads={config.num_kv_heads} does not fit model.family='gpt2', in which "
+            "each head has its own keys and values: leave it unset, or choose 'llama'"
         )
     return GPT2Config(
         **tokens,
@@ -148,7 +149,7 @@ def _gpt2(config: ModelConfig, tokens: dict[str, Any]) -> PreTrainedConfig:
 
 
 def _auto(config: ModelConfig, tokens: dict[str, Any]) -> PreTrainedConfig:
-    """Read one JSON file ourselves: nothing is looked up by name, so nothing is downloaded."""
+    """Read a JSON file without looking anything up by name, so nothing is downloaded."""
     assert config.path is not None
     default = ModelConfig()
     for field in fields(ModelConfig):
@@ -165,8 +166,8 @@ def _auto(config: ModelConfig, tokens: dict[str, Any]) -> PreTrainedConfig:
         path = path / "config.json"
     if not path.is_file():
         raise UserError(
-            f"model.path={config.path!r}: there is no file {path}. Name a local folder with a "
-            "config.json, or the file; nothing is downloaded"
+            f"model.path={config.path!r}: the file {path} does not exist. Name a local folder with "
+            "a config.json, or the file; nothing is downloaded"
         )
     try:
         values = read_object(path)
@@ -177,7 +178,7 @@ def _auto(config: ModelConfig, tokens: dict[str, Any]) -> PreTrainedConfig:
         ) from error
     if "auto_map" in values or model_type not in CONFIG_MAPPING:
         raise UserError(
-            f"{path} describes a model with code of its own (model_type={model_type!r}); only "
+            f"{path} describes a model with its own code (model_type={model_type!r}); only "
             "architectures that are part of transformers can be trained here"
         )
     config_class = CONFIG_MAPPING[model_type]
@@ -186,7 +187,7 @@ def _auto(config: ModelConfig, tokens: dict[str, Any]) -> PreTrainedConfig:
     values.pop("dtype", None)
     values.pop("torch_dtype", None)
     if tokens["bos_token_id"] is None and _kind(config_class, "bos_token_id") is int:
-        tokens["bos_token_id"] = tokens["eos_token_id"]  # it takes no None; GPT-2 has the two equal
+        tokens["bos_token_id"] = tokens["eos_token_id"]  # None is not accepted; GPT-2's are equal
     try:
         hf_config = config_class(**{**values, **tokens})
     except (TypeError, ValueError, StrictDataclassError) as error:
@@ -195,8 +196,8 @@ def _auto(config: ModelConfig, tokens: dict[str, Any]) -> PreTrainedConfig:
     assert isinstance(hf_config, PreTrainedConfig)
     if hf_config.get_text_config() is not hf_config:
         raise UserError(
-            f"{path}: model_type={model_type!r} reads more than text: name a file with its "
-            "text_config alone, or another text model"
+            f"{path}: model_type={model_type!r} reads more than text: name a file with only its "
+            "text_config, or another text model"
         )
     _require_vocabularies(path, hf_config.to_dict(), tokens["vocab_size"])
     return hf_config

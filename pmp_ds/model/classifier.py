@@ -3,7 +3,7 @@
     kind = classifier(folder.config, 2, padding=pad_id(folder.config))
     model = folder.load(kind, folder.config)
 
-Where transformers has no such class for an architecture, its generic head is put on the base model.
+If transformers has no such class for an architecture, its generic head is put on the base model.
 """
 
 from typing import Any
@@ -22,19 +22,19 @@ from pmp_ds.model.shrink import shrunk
 
 
 def pad_id(config: PreTrainedConfig) -> int:
-    """The token that rows are padded with: the first that ends a text. Raises UserError when there
-    is none."""
+    """Return the token that pads rows: the first end-of-text token. Raises UserError if there is
+    none."""
     eos, pad = (getattr(config, name, None) for name in ("eos_token_id", "pad_token_id"))
     found = eos if eos is not None else pad
     first = found[0] if isinstance(found, list) and found else found
     if not isinstance(first, int):
-        raise UserError("config.json names no eos_token_id, which rows are padded with: add it")
+        raise UserError("config.json has no eos_token_id, which is needed to pad rows: add it")
     return first
 
 
 def classifier(config: PreTrainedConfig, num_outputs: int, padding: int) -> Any:
-    """Return what builds the classifier of ``config``, which is set up for ``num_outputs`` and rows
-    padded with the token ``padding``. Raises UserError for an architecture that takes no head."""
+    """Return the class that builds the classifier of ``config``, after setting ``config`` up for
+    ``num_outputs`` and ``padding``. Raises UserError for an architecture that accepts no head."""
     config.num_labels = num_outputs
     config.problem_type = "regression" if num_outputs == 1 else "single_label_classification"
     config.pad_token_id = padding
@@ -47,7 +47,7 @@ def classifier(config: PreTrainedConfig, num_outputs: int, padding: int) -> Any:
 
 
 def _generic(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:
-    """The generic head on what the causal model is built on, so the names of weights are equal."""
+    """Return the generic head on the causal model's base class, so that weight names are equal."""
     causal = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
     family = next(c for c in causal.__mro__[1:] if issubclass(c, PreTrainedModel))
     name = f"{config_class.__name__.removesuffix('Config')}ForSequenceClassification"
@@ -56,13 +56,13 @@ def _generic(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:
 
 
 def _require_head(config: PreTrainedConfig) -> None:
-    """Try the head at tiny width. One of transformers' own may not fit there, and still work."""
+    """Try the head at tiny width. A head of transformers may fail there and still work."""
     kind = AutoModelForSequenceClassification._model_mapping[type(config)]
     with torch.random.fork_rng(devices=[]):
         try:
             model = kind._from_config(shrunk(config)).train()
             _require_outputs(model, 4, config.num_labels)
-        except Exception:  # noqa: BLE001 - transformers' depths
+        except Exception:  # noqa: BLE001 - transformers raises anything here
             if kind.__module__ != __name__:
                 return
             reason = "transformers has no such class, and its base model no plain head"
@@ -70,11 +70,11 @@ def _require_head(config: PreTrainedConfig) -> None:
             try:
                 _require_outputs(model, 17, config.num_labels)
                 return
-            except Exception:  # noqa: BLE001 - transformers' depths
+            except Exception:  # noqa: BLE001 - transformers raises anything here
                 reason = "it does not train on rows of any length"
     raise UserError(
-        f"model_type={config.model_type!r} takes no classification head: {reason}. Fine-tune it on "
-        "text: --task lm"
+        f"model_type={config.model_type!r} accepts no classification head: {reason}. Fine-tune it "
+        "on text: --task lm"
     )
 
 

@@ -1,9 +1,9 @@
-"""A Hugging Face model folder, opened: the one way in for every command.
+"""Open a Hugging Face model folder: the single entry point for every command.
 
     model = open_folder(Path("release")).load()
 
-Nothing in the folder is run and nothing outside it is read; what is wrong with it is a UserError
-before memory is taken (folder_rules.py). A model lacks no tensor: transformers would draw it.
+Nothing in the folder is executed and nothing outside it is read. Faults raise UserError before
+memory is allocated (folder_rules.py). No tensor may be missing, because transformers would draw it.
 """
 
 import copy
@@ -33,7 +33,7 @@ from pmp_ds.model.folder_rules import CONFIG_FILE, first_line
 from pmp_ds.model.parameters import constants, shapes, trained_shapes
 from pmp_ds.model.tokenizer_rules import check_tokenizer, panics_are_errors
 
-_SPARE_BYTES = 1 << 30  # of buffers, beyond the size of the weights
+_SPARE_BYTES = 1 << 30  # for buffers, beyond the size of the weights
 _LONGEST_NAME = 200  # of a tensor, on screen
 _OFFLINE = {"local_files_only": True, "trust_remote_code": False}
 
@@ -45,7 +45,7 @@ class ModelFolder:
     path: Path
     config: PreTrainedConfig
     handles: Mapping[str, Any]
-    """The open file of each tensor of the model's files."""
+    """The open file of each tensor, by tensor name."""
 
     @cached_property
     def skeleton(self) -> PreTrainedModel:
@@ -54,38 +54,40 @@ class ModelFolder:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """By the names and in the order of the causal model's parameters."""
+        """Shapes by the names and in the order of the causal model's parameters."""
         return shapes(self.skeleton)
 
     @property
     def trained(self) -> dict[str, tuple[int, ...]]:
-        """The part of ``shapes`` that a ticket names: without what the architecture freezes."""
+        """The part of ``shapes`` that a ticket covers, without what the architecture freezes."""
         return trained_shapes(self.skeleton)
 
     @property
     def constants(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the persistent buffers, by name: they are in the files like the parameters."""
+        """Shapes of the persistent buffers by name; the files contain them like parameters."""
         return {name: tuple(buffer.shape) for name, buffer in constants(self.skeleton).items()}
 
     def require_names(self, *, exact: bool = True) -> None:
-        """Raises UserError unless the files hold the parameters and constants under the model's own
-        names and in its shapes, and with ``exact`` nothing else."""
+        """Raise UserError unless the files contain the parameters and constants under the model's
+        own names and in its shapes, and, with ``exact``, nothing else."""
         known = self.shapes | self.constants
         if missing := sorted(known.keys() - self.handles.keys()):
-            raise UserError(f"{self.path} lacks {few(missing)}: it is no whole causal model")
+            raise UserError(f"{self.path} lacks {few(missing)}: it is not a whole causal model")
         if exact and (strange := sorted(self.handles.keys() - known.keys())):
             raise UserError(f"{self.path} has unknown tensors: {few(strange)}")
         for name, shape in known.items():
             if (found := shape_of(self.handles, name)) != shape:
                 raise UserError(
-                    f"{self.path}: {name} has shape {list(found)} and {CONFIG_FILE} needs "
+                    f"{self.path}: {name} has shape {list(found)}, but {CONFIG_FILE} requires "
                     f"{list(shape)}"
                 )
 
     def load(self, kind: Any = AutoModelForCausalLM, config: Any = None) -> PreTrainedModel:
-        """The model in fp32 on CPU, as ``kind`` with ``config`` (None: that of the folder); torch's
-        generator draws a head that the causal model does not have. Raises UserError when anything
-        else is missing, or left over."""
+        """Return the model in fp32 on CPU, as ``kind`` with ``config`` (None: the folder's).
+
+        torch's generator draws a head that the causal model does not have. Raises UserError when
+        anything else is missing or left over.
+        """
         config = self.config if config is None else config
         causal, wanted = self.skeleton, self._skeleton(kind, config)
         own, known = set(wanted.state_dict()), set(causal.state_dict())
@@ -106,17 +108,17 @@ class ModelFolder:
                 output_loading_info=True,
                 **_OFFLINE,
             )
-        except Exception as error:  # noqa: BLE001 - a stranger's file, and transformers' depths
+        except Exception as error:  # noqa: BLE001 - transformers raises anything for a bad file
             raise UserError(f"{self.path} cannot be loaded: {first_line(error)}") from None
         if missing := sorted(set(info["missing_keys"]) - heads):
-            raise UserError(f"{self.path} lacks {few(missing)}: it is no whole causal model")
-        lost = known - own  # the output matrix, which older files call otherwise
+            raise UserError(f"{self.path} lacks {few(missing)}: it is not a whole causal model")
+        lost = known - own  # the output matrix, which has another name in older files
         forms = {tuple(causal.state_dict()[name].shape) for name in lost}
         left = set(info["unexpected_keys"]) - lost
         if strange := sorted(name for name in left if shape_of(self.handles, name) not in forms):
             raise UserError(f"{self.path} has unknown tensors: {few(strange)}")
         loaded: PreTrainedModel = model
-        for name, param in wanted.named_parameters():  # transformers 5 forgets it while loading
+        for name, param in wanted.named_parameters():  # transformers 5 loses this while loading
             loaded.get_parameter(name).requires_grad_(param.requires_grad)
         return loaded
 
@@ -126,15 +128,15 @@ class ModelFolder:
                 model: PreTrainedModel = kind.from_config(
                     copy.deepcopy(config), trust_remote_code=False
                 )
-        except Exception as error:  # noqa: BLE001 - a stranger's config, and transformers' depths
+        except Exception as error:  # noqa: BLE001 - transformers raises anything for a bad config
             raise UserError(
                 f"{self.path / CONFIG_FILE} describes no model: {first_line(error)}"
             ) from None
         return model
 
     def require_room(self, model: nn.Module | None = None, heads: Collection[str] = ()) -> None:
-        """Raises UserError when the config describes more than the files hold: ``model`` (None:
-        the causal one) less its new ``heads``."""
+        """Raise UserError if the config describes more than the files contain: ``model`` (None: the
+        causal one) without its new ``heads``."""
         model = self.skeleton if model is None else model
         stored = sum(torch.Size(shape_of(self.handles, name)).numel() for name in self.handles)
         params = dict(model.named_parameters())
@@ -142,34 +144,34 @@ class ModelFolder:
         if needed > stored:
             missing = sorted(params.keys() - set(heads) - self.handles.keys())
             if missing:
-                raise UserError(f"{self.path} lacks {few(missing)}: it is no whole causal model")
+                raise UserError(f"{self.path} lacks {few(missing)}: it is not a whole causal model")
             raise UserError(
-                f"{self.path}: {CONFIG_FILE} describes {needed:,} parameters, and the files hold "
-                f"{stored:,}"
+                f"{self.path}: {CONFIG_FILE} describes {needed:,} parameters, but the files "
+                f"contain {stored:,}"
             )
         if sum(buffer.nbytes for buffer in model.buffers()) > 4 * stored + _SPARE_BYTES:
             raise UserError(f"{self.path / CONFIG_FILE} describes buffers larger than the model")
 
 
 def open_folder(path: Path) -> ModelFolder:
-    """Open a causal model. Raises UserError when it is none or is not to be trusted."""
+    """Open a causal model. Raises UserError when it is not one or cannot be trusted."""
     config, handles = read_config(path), open_tensors(path)
     layers = getattr(config, "num_hidden_layers", None)
-    if isinstance(layers, int) and layers > len(handles):  # a thousand take a while to build
+    if isinstance(layers, int) and layers > len(handles):  # building thousands takes a while
         raise UserError(
-            f"{path / CONFIG_FILE} describes {layers} layers, and the files hold {len(handles)} "
+            f"{path / CONFIG_FILE} describes {layers} layers, but the files contain {len(handles)} "
             "tensors"
         )
     return ModelFolder(path, config, handles)
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """The config of a causal model of transformers."""
+    """Return the config of a causal model of transformers."""
     folder_rules.check_files(folder)
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise UserError(
-            f"{folder} is no model: it has no {CONFIG_FILE}. Name the folder of a release"
+            f"{folder} is not a model: it has no {CONFIG_FILE}. Name the folder of a release"
         )
     values = read_object(path)
     folder_rules.check_config(path, values)
@@ -180,13 +182,13 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise UserError(f"{path}: model_type={model_type!r} is not a causal language model")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, **_OFFLINE)
-    except Exception as error:  # noqa: BLE001 - a stranger's config, and transformers' depths
+    except Exception as error:  # noqa: BLE001 - transformers raises anything for a bad config
         raise UserError(f"{path} is not usable: {first_line(error)}") from None
     return config
 
 
 def open_tensors(folder: Path) -> dict[str, Any]:
-    """The open safetensors file that holds each tensor of the model's files."""
+    """Return the open safetensors file of each tensor, by tensor name."""
     handles: dict[str, Any] = {}
     for path in folder_rules.weight_files(folder):
         add_tensors(handles, path)
@@ -211,22 +213,20 @@ def shape_of(handles: Mapping[str, Any], name: str) -> tuple[int, ...]:
 
 
 def open_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder. Raises UserError when it has none, or one with code."""
+    """Return the tokenizer of a model folder. Raises UserError if it has none, or one with code."""
     folder_rules.check_files(folder)
     check_tokenizer(folder)
     try:
         with panics_are_errors():
             tokenizer = AutoTokenizer.from_pretrained(folder, **_OFFLINE)
-            tokenizer.encode("a b")  # some say what they lack only now
-    except Exception as error:  # noqa: BLE001 - whatever transformers raises for a folder
-        raise UserError(
-            f"{folder} has no tokenizer that can be read: {first_line(error)}"
-        ) from None
+            tokenizer.encode("a b")  # some fail only here
+    except Exception as error:  # noqa: BLE001 - transformers raises anything for a bad folder
+        raise UserError(f"{folder} has no readable tokenizer: {first_line(error)}") from None
     return tokenizer
 
 
 def embeddings(model: Any) -> frozenset[str]:
-    """Names of the input and output embeddings of ``model``."""
+    """Return the names of the input and output embeddings of ``model``."""
     inside = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     head = model.get_output_embeddings()
     known = {id(weight) for weight in [*inside, *([head.weight] if head is not None else [])]}
@@ -234,7 +234,7 @@ def embeddings(model: Any) -> frozenset[str]:
 
 
 def few(names: Iterable[str]) -> str:
-    """The first three, cut where they are absurdly long, and how many more there are."""
+    """Return the first three names, with absurdly long ones cut, and the number of the others."""
     found = list(names)
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
     return ", ".join(shown(name)[:_LONGEST_NAME] for name in found[:3]) + more

@@ -1,8 +1,8 @@
-"""What a model folder of a stranger may hold, looked at before anything of it is built or run.
+"""Rules for a stranger's model folder, checked before anything in it is built or run.
 
-Files: regular ones, whose links stay inside; safetensors, no pickles, no adapters. config.json: an
+Files: regular, links only inside the folder; safetensors, no pickles, no adapters. config.json: an
 architecture of transformers, no code, no quantization, no attention code from the hub, no absurd
-sizes. Raises UserError, which names the folder or the file.
+sizes. Raises UserError that names the folder or the file.
 """
 
 import os
@@ -21,8 +21,8 @@ INDEX_FILE = "model.safetensors.index.json"
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-.*\.safetensors")  # transformers prefers them
-_ATTENTION = ("eager", "sdpa", "flex_attention")  # others may be fetched from the hub
-# What else a config.json can do than to describe an architecture.
+_ATTENTION = ("eager", "sdpa", "flex_attention")  # others may be downloaded from the hub
+# Settings of a config.json that do more than describe an architecture.
 _REFUSED_KEYS = {
     "auto_map": "it brings code of its own",
     "custom_pipelines": "it brings code of its own",
@@ -31,7 +31,7 @@ _REFUSED_KEYS = {
     "quantization_config": "it is quantized: name a folder with plain weights",
     "compression_config": "it is quantized: name a folder with plain weights",
 }
-# The first part of a key that fits says how large its integers may be.
+# The first matching part of a key limits its integers.
 _LARGEST = (
     ("layer", 1024),
     ("expert", 1024),
@@ -45,9 +45,9 @@ _MOST_LAYER_EXPERTS = 1 << 16
 
 
 def check_files(folder: Path) -> None:
-    """Every entry of ``folder`` is a regular file or a folder, and no link leads out of it.
+    """Require every entry of ``folder`` to be a regular file or a folder, and no link to leave it.
 
-    The links of a snapshot in the cache of huggingface_hub lead to `blobs` beside the snapshots.
+    In the cache of huggingface_hub, the links of a snapshot lead to `blobs` next to the snapshots.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: name the folder of a model")
@@ -64,13 +64,13 @@ def check_files(folder: Path) -> None:
         if not (stat.S_ISREG(mode := target.stat().st_mode) or stat.S_ISDIR(mode)):
             raise UserError(f"{entry} is not a regular file: remove it")
         if _DISTRIBUTED.fullmatch(entry.name):
-            raise UserError(f"{entry} is of a distributed checkpoint: name a folder without one")
+            raise UserError(f"{entry} belongs to a distributed checkpoint: name a plain folder")
     if (folder / "adapter_config.json").exists():
         raise UserError(f"{folder} is an adapter: merge it into its model first")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the model: those of the index, or the only one."""
+    """Return the model's safetensors files: those of the index, or the only one."""
     check_files(folder)
     single, index = folder / SINGLE_FILE, folder / INDEX_FILE
     if not index.is_file():
@@ -82,7 +82,7 @@ def weight_files(folder: Path) -> list[Path]:
                 f"{folder} has no .safetensors file, and {pickles[0]} may run code when it is "
                 "read: convert it to safetensors"
             )
-        raise UserError(f"{folder} is no model: {SINGLE_FILE} is missing")
+        raise UserError(f"{folder} is not a model: {SINGLE_FILE} is missing")
     if single.is_file():
         raise UserError(f"{folder} has both {SINGLE_FILE} and {INDEX_FILE}: remove one of them")
     weight_map = read_object(index).get("weight_map")
@@ -92,7 +92,7 @@ def weight_files(folder: Path) -> list[Path]:
     for name in sorted(set(names)):
         if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
             raise UserError(
-                f"{index} leads to {name!r:.80}, which is no .safetensors file beside it"
+                f"{index} points to {name!r:.80}, which is not a .safetensors file in its folder"
             )
         if not (folder / name).is_file():
             raise UserError(f"{folder} is damaged or incomplete: {name} is missing")
@@ -100,7 +100,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_config(path: Path, values: dict[str, Any]) -> None:
-    """``values``, the content of ``path``, describe an architecture and nothing else."""
+    """Require ``values``, the content of ``path``, to describe an architecture and nothing else."""
     largest = dict.fromkeys(("layer", "expert"), 1)
     for key, value in _items(values):
         if key in _REFUSED_KEYS and value is not None:
@@ -109,8 +109,8 @@ def check_config(path: Path, values: dict[str, Any]) -> None:
             value is None or isinstance(value, dict) or value in _ATTENTION
         ):
             raise UserError(
-                f"{path} has {key}={value!r:.80}, which may be code from the hub: one of "
-                f"{', '.join(_ATTENTION)} is allowed"
+                f"{path} has {key}={value!r:.80}, which may be code from the hub; allowed are "
+                f"{', '.join(_ATTENTION)}"
             )
         if isinstance(value, int):
             part, most = next((p, m) for p, m in _LARGEST if p in key)
@@ -126,7 +126,7 @@ def check_config(path: Path, values: dict[str, Any]) -> None:
 
 
 def _items(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every key and value at any depth; the elements of a list have the key of the list."""
+    """Yield every key and value at any depth; elements of a list have the key of the list."""
     pending: list[tuple[str, Any]] = list(values.items())
     while pending:
         key, value = pending.pop()
@@ -139,7 +139,7 @@ def _items(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, without its details: one line, or two where the first ends in a colon."""
+    """Return an error's text without details: one line, or two if the first ends in a colon."""
     first, *more = str(error).strip().splitlines() or [type(error).__name__]
     if first.endswith(":") and more:
         first += f" {more[0].strip()}"

@@ -1,7 +1,7 @@
-"""The global element order: which number of the ticket belongs to which weight.
+"""The global element order, which numbers the weights for the ticket.
 
-All trainable elements in ``module.named_parameters()`` order, tied weights once, row-major inside
-a tensor. It depends on the model alone, never on ranks, ZeRO stage or sharding.
+It covers all trainable elements in ``module.named_parameters()`` order, tied weights once,
+row-major inside a tensor. It depends only on the model, never on ranks, ZeRO stage or sharding.
 """
 
 import hashlib
@@ -22,11 +22,11 @@ class ParamInfo:
     numel: int
     start: int
     constant: bool
-    """All elements are equal at theta(0): norms, biases."""
+    """Whether all elements are equal at theta(0), as in norms and biases."""
 
 
 def parameter_table(model: nn.Module) -> tuple[ParamInfo, ...]:
-    """The parameters that count in d, in order. Call it on theta(0), or ``constant`` is wrong.
+    """Return the parameters that count in d, in order; ``constant`` is right only at theta(0).
 
     The model must be whole: neither on the meta device nor partitioned by ZeRO stage 3.
     """
@@ -41,7 +41,7 @@ def parameter_table(model: nn.Module) -> tuple[ParamInfo, ...]:
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters that a ticket names, in order: not the frozen and not the empty ones."""
+    """Yield the parameters that a ticket covers, in order: neither frozen nor empty ones."""
     for name, param in model.named_parameters():
         if param.requires_grad and _shape(param).numel() > 0:
             yield name, param
@@ -54,42 +54,42 @@ def trained_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return the same with the frozen and the empty parameters."""
+    """Return the same, including frozen and empty parameters."""
     return {name: tuple(_shape(param)) for name, param in model.named_parameters()}
 
 
 def _shape(param: nn.Parameter) -> torch.Size:
-    # Under ZeRO 3 DeepSpeed (0.19) leaves a parameter empty and keeps its shape in `ds_shape`.
+    # Under ZeRO 3, DeepSpeed 0.19.8 leaves a parameter empty and keeps its shape in `ds_shape`.
     found: torch.Size = getattr(param, "ds_shape", param.shape)
     return found
 
 
 def constants(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The persistent buffers, by name: of the model's state, though no gradient changes them.
+    """Return the persistent buffers by name: part of the model's state, but without gradients.
 
-    Checkpoints and releases carry them behind the parameters, in their own dtype; they do not count
-    in d, and no ticket names them.
+    Checkpoints and releases store them after the parameters, in their own dtype. They do not count
+    in d, and no ticket covers them.
     """
     stored = model.state_dict(keep_vars=True)
     return {name: buffer for name, buffer in model.named_buffers() if name in stored}
 
 
 def num_params(table: Sequence[ParamInfo]) -> int:
-    """d: the number of trainable elements."""
+    """Return d, the number of trainable elements."""
     return sum(info.numel for info in table)
 
 
 def digest(table: Sequence[ParamInfo]) -> str:
-    """SHA-256 (hex) of names and shapes in order: the model that a ticket belongs to."""
+    """Return the SHA-256 (hex) of names and shapes in order, which identifies a ticket's model."""
     rows = [[info.name, list(info.shape)] for info in table]
     return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 (hex) of the bytes of all trainable elements in order, little-endian as stored.
+    """Return the SHA-256 (hex) of all trainable elements' bytes in order, little-endian as stored.
 
-    Equal digests mean bit-identical weights in the same dtype, so a theta(0) that was drawn again
-    can be checked. It is as public as the weights: of a secret theta(0), keep it private.
+    Equal digests mean bit-identical weights in the same dtype; a redrawn theta(0) is checked this
+    way. The digest is as public as the weights: keep that of a secret theta(0) private.
     """
     sha = hashlib.sha256()
     for _, param in trainable(model):

@@ -1,4 +1,4 @@
-"""The precisions that weights may have, each with all that differs between them."""
+"""The precisions of weights, each with everything that differs between them."""
 
 from dataclasses import dataclass
 
@@ -13,29 +13,29 @@ class Precision:
 
     name: config.Precision
     dtype: torch.dtype
-    """Of the weights in forward and backward."""
+    """The dtype of the weights in forward and backward passes."""
 
     scales_loss: bool = False
-    """With a dynamic scale: gradients that are not finite are normal then, and skip the update."""
+    """Whether the loss scale is dynamic; non-finite gradients then normally skip the update."""
 
     @property
     def has_master(self) -> bool:
-        """Whether the optimizer updates an fp32 copy of the weights, which are rounded from it."""
+        """Whether the optimizer updates an fp32 copy, from which the weights are rounded."""
         return self.dtype != torch.float32
 
     @property
     def num_bytes(self) -> int:
-        """Of one weight."""
+        """The bytes of one weight."""
         return self.dtype.itemsize
 
     @property
     def torch_name(self) -> str:
-        """As config.json spells it: `bfloat16`."""
+        """The name in config.json, such as `bfloat16`."""
         return str(self.dtype).removeprefix("torch.")
 
     @property
     def section(self) -> str | None:
-        """The section of the DeepSpeed JSON that switches it on; fp32 has none."""
+        """The section of the DeepSpeed JSON that enables it; None for fp32."""
         return self.name if self.has_master else None
 
 
@@ -48,5 +48,5 @@ PRECISIONS = {one.name: one for one in _ALL}
 
 
 def precision_of(train: config.TrainConfig) -> Precision:
-    """Return the object that ``train.precision`` names."""
+    """Return the precision named by ``train.precision``."""
     return PRECISIONS[train.precision]

@@ -1,9 +1,9 @@
 """The initial weights theta(0), drawn from a secret key or, in paper mode, from a public seed.
 
-Secret mode runs the model's own initialisation again and swaps the values of every random fill
-for a stream that is keyed by the parameter's name. So the distribution is the model's own for any
-causal model of `transformers`, and the bits depend on the key alone: not on device, rank, threads,
-torch version or processor.
+Secret mode repeats the model's own initialisation and replaces the values of every random fill by a
+stream keyed by the parameter's name. So the distribution is the model's own for any causal model of
+`transformers`, and the bits depend only on the key: not on device, rank, threads, torch version or
+processor.
 """
 
 import contextlib
@@ -34,11 +34,11 @@ _MOST_BYTES = 1 << 20
 _CHUNK = 1 << 20  # elements drawn at once: 8 MiB of float64
 _MAX_REDRAWS = 1000
 _WAY_OUT = "set init.seed for public initial weights, or choose another architecture"
-_SHOW_PROGRESS = 1 << 27  # from this many elements on, a few seconds
+_SHOW_PROGRESS = 1 << 27  # minimum elements: a few seconds
 
 
 class Secret(bytes):
-    """Key bytes that do not show themselves in a log, a traceback or an f-string."""
+    """Key bytes that stay hidden in logs, tracebacks and f-strings."""
 
     def __repr__(self) -> str:
         return f"Secret(<{len(self)} bytes>)"
@@ -49,8 +49,8 @@ class Secret(bytes):
 def create_key(folder: Path) -> Secret:
     """Write a new 32-byte key, ``folder``/key (a run's ``private/init``), and return it.
 
-    The folder becomes 0700 and the file is 0600 before its first byte. Whoever calls this knows
-    that nothing was ever made with another key of that place.
+    The folder becomes 0700, and the file is 0600 before its first byte. The caller must know that
+    nothing depends on an earlier key of that folder.
     """
     make_private(folder)
     path = folder / KEY_FILE
@@ -67,19 +67,19 @@ def load_key(folder: Path) -> Secret:
         key = read_bytes(path, _MOST_BYTES)
     except MissingError:
         raise UserError(
-            f"{path} is missing: put the run's own key back from a backup; no other one can stand "
-            "in for it"
+            f"{path} is missing: restore the run's own key from a backup; no other key can replace "
+            "it"
         ) from None
     if len(key) != KEY_BYTES:
         raise UserError(
-            f"{path} has {len(key)} bytes and a key has {KEY_BYTES}: put the run's own key back "
-            "from a backup; no other one can stand in for it"
+            f"{path} has {len(key)} bytes, but a key has {KEY_BYTES}: restore the run's own key "
+            "from a backup; no other key can replace it"
         )
     return Secret(key)
 
 
 def derive(key: bytes, purpose: str) -> Secret:
-    """A 32-byte key for ``purpose`` (HKDF-SHA256, RFC 5869); no purpose tells about another.
+    """Derive a 32-byte key for ``purpose`` (HKDF-SHA256, RFC 5869); none reveals another.
 
     Purposes that start with ``init/`` belong to the initial weights.
     """
@@ -92,10 +92,10 @@ def derive(key: bytes, purpose: str) -> Secret:
 def initialize(model: PreTrainedModel, init: Secret | int) -> None:
     """Draw theta(0) into ``model`` in place.
 
-    ``init`` is a secret key, or the public seed of paper mode, which gives exactly what
-    ``from_config`` gives after ``torch.manual_seed(seed)``. Every parameter is overwritten; the
-    caller's random state is not touched. Raises UserError where secret mode cannot reproduce the
-    model's own initialisation.
+    ``init`` is a secret key, or the public seed of paper mode, which gives exactly the weights of
+    ``from_config`` after ``torch.manual_seed(seed)``. Every parameter is overwritten; the caller's
+    random state stays. Raises UserError if secret mode cannot reproduce the model's own
+    initialisation.
     """
     if isinstance(init, bytes):
         _initialize_secret(model, init)
@@ -117,7 +117,7 @@ def _initialize_public(model: PreTrainedModel, seed: int) -> None:
 def _initialize_secret(model: PreTrainedModel, key: bytes) -> None:
     params = dict(model.named_parameters())
     constants = _poison(params)
-    for owner in (*model.modules(), *params.values()):  # marks of the first initialisation
+    for owner in (*model.modules(), *params.values()):  # remove marks of the first initialisation
         owner.__dict__.pop("_is_hf_initialized", None)
     total = sum(param.numel() for name, param in params.items() if name not in constants)
     quiet = total < _SHOW_PROGRESS
@@ -129,7 +129,7 @@ def _initialize_secret(model: PreTrainedModel, key: bytes) -> None:
         for name, param in params.items():
             left = param.isnan()
             if name in constants and bool(left.all()):
-                param.fill_(constants[name])  # a constant that only the constructor sets
+                param.fill_(constants[name])  # only the constructor sets this constant
             elif bool(left.any()):
                 raise UserError(
                     f"{type(model).__name__} does not initialise all of {name} in its "
@@ -139,7 +139,7 @@ def _initialize_secret(model: PreTrainedModel, key: bytes) -> None:
 
 
 def _poison(params: dict[str, nn.Parameter]) -> dict[str, float]:
-    """Fill with NaN, so that whatever is not drawn again shows; return the constant tensors."""
+    """Fill with NaN, so that parameters not drawn again are found; return the constant ones."""
     constants: dict[str, float] = {}
     with torch.no_grad():
         for name, param in params.items():
@@ -154,7 +154,7 @@ def _poison(params: dict[str, nn.Parameter]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _aliases_on_meta(model: nn.Module) -> Iterator[None]:
-    """Hide every second home of a tied weight, so that it is drawn once, for its first name."""
+    """Hide every alias of a tied weight, so that it is drawn once, under its first name."""
     seen: set[int] = set()
     hidden: list[tuple[nn.Module, str, nn.Parameter]] = []
     for module in model.modules():
@@ -176,7 +176,7 @@ def _aliases_on_meta(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _truncated_normal(mode: "_Keystream") -> Iterator[None]:
-    """Swap `trunc_normal_`, whose algorithm differs between torch versions, for our own."""
+    """Replace `trunc_normal_`, whose algorithm differs between torch versions, by our own."""
     functions = hf_init.TORCH_INIT_FUNCTIONS
     original = functions["trunc_normal_"]
     functions["trunc_normal_"] = mode.truncated_normal_
@@ -187,10 +187,10 @@ def _truncated_normal(mode: "_Keystream") -> Iterator[None]:
 
 
 class _Keystream(TorchDispatchMode):
-    """Answers random in-place fills of ``params`` from streams of ``key``.
+    """Replaces random in-place fills of ``params`` by streams of ``key``.
 
-    The n-th fill of a parameter has a stream of its own; an element's place in it is its row-major
-    place in the filled tensor. Any other random operation is an error.
+    The n-th fill of a parameter has its own stream; an element's place in it is its row-major place
+    in the filled tensor. Any other random operation is an error.
     """
 
     def __init__(self, params: dict[str, nn.Parameter], key: bytes, bar: Progress) -> None:
@@ -221,7 +221,7 @@ class _Keystream(TorchDispatchMode):
             low, high = given["from"], given["to"]
             return self._fill(args[0], func, uniforms, lambda u: u * (high - low) + low)
         raise UserError(
-            f"the model's initialisation draws with {func}, which secret initial weights do not "
+            f"the model's initialisation draws with {func}, which secret initial weights cannot "
             f"reproduce; {_WAY_OUT}"
         )
 
@@ -234,7 +234,7 @@ class _Keystream(TorchDispatchMode):
         b: float = 2.0,
         generator: torch.Generator | None = None,
     ) -> torch.Tensor:
-        """Normals outside [a, b] are drawn again, from a further stream, until all are inside."""
+        """Redraw normals outside [a, b] from further streams until all are inside."""
 
         def draw(key: bytes, start: int, count: int) -> Floats:
             value = normals(key, start, count) * std + mean
@@ -245,8 +245,8 @@ class _Keystream(TorchDispatchMode):
                 again = normals(derive(key, f"redraw/{attempt}"), start, count) * std + mean
                 value[outside] = again[outside]
             raise UserError(
-                f"trunc_normal_ with mean {mean}, std {std} on [{a}, {b}] hardly ever falls "
-                f"inside; {_WAY_OUT}"
+                f"trunc_normal_ with mean {mean}, std {std} hardly ever falls inside [{a}, {b}]; "
+                f"{_WAY_OUT}"
             )
 
         return self._fill(tensor, "trunc_normal_", draw, lambda value: value)
@@ -264,8 +264,8 @@ class _Keystream(TorchDispatchMode):
         name = next((name for low, high, name in self._spans if low <= address < high), None)
         if name is None:
             raise UserError(
-                f"the model's initialisation fills a tensor that is no parameter with {operation}, "
-                f"which secret initial weights do not reproduce; {_WAY_OUT}"
+                f"the model's initialisation fills a tensor other than a parameter with "
+                f"{operation}, which secret initial weights cannot reproduce; {_WAY_OUT}"
             )
         count = self._fills.get(name, 0)
         self._fills[name] = count + 1

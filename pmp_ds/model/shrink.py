@@ -1,9 +1,9 @@
-"""An architecture at tiny width: the same classes and switches, a few hundred thousand parameters.
+"""Shrink an architecture to tiny width: same classes and switches, some 100,000 parameters.
 
     small = shrunk(hf_config)
 
-Sizes are recognised by the words in their names, at any depth of the config. What has no such word
-keeps its value, so what an architecture switches on stays on.
+Sizes are recognised by words in their names, at any depth of the config. Other settings keep their
+values, so the architecture's switches stay on.
 """
 
 import re
@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 VOCAB, POSITIONS = 128, 64
 _LAYERS, _MOST_LAYERS, _WIDTH, _HEADS, _HEAD = 2, 8, 64, 4, 16
 _KEEP = 1 << 62
-# The first pattern that is found in a key says the largest value that the key may keep.
+# The first pattern that matches a key gives the largest value it may keep.
 _LARGEST = (
     (r"token_i(d|ndex)|_ids?$", VOCAB - 1),
     (r"vocab", VOCAB),
@@ -33,19 +33,19 @@ _LARGEST = (
     (r"window|chunk|block_size|local_attention", _HEAD),
     (r"hidden|embd|embed|d_model|width|dim$|size$", _WIDTH),
 )
-_SHARED = "num_kv_shared_layers"  # the last ones, of gemma3n and gemma4
+_SHARED = "num_kv_shared_layers"  # the last layers of gemma3n and gemma4
 _COUNTS = re.compile(r"(num_|n_|max_)?(\w+_)?layers?|depth")
 _KEY_HEADS = re.compile(r"kv_?heads?$|key_value_heads$|n_head_kv$|query_groups$")
 _STATE_HEADS = re.compile(r"(n_)?mamba_(n_|num_)?heads$|n_mamba_heads$|^num_heads$")
 
 
 def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return ``config`` at tiny width; raises whatever its class raises where that does not fit."""
+    """Return ``config`` at tiny width; raises what its class raises if that does not fit."""
     return type(config).from_dict(_shrunk(config.to_dict(), None))
 
 
 def _shrunk(values: dict[str, Any], layers: int | None) -> dict[str, Any]:
-    """``layers``: of the config around ``values``; None where there is none, or it has none."""
+    """Shrink ``values``; ``layers`` is that of the config around them, or None."""
     counts = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
     own = next((values[key] for key in counts if isinstance(values.get(key), int)), layers)
     kept = _kept_layers(values, own)
@@ -63,14 +63,14 @@ def _shrunk(values: dict[str, Any], layers: int | None) -> dict[str, Any]:
             small |= {"mamba_d_ssm": state_heads * _HEAD, "mamba_d_head": _HEAD}
     if values.get(_SHARED):
         small |= {_SHARED: 1}
-    if "attention_hidden_size" in values:  # of zamba2, whose attention reads two streams
+    if "attention_hidden_size" in values:  # in zamba2, whose attention reads two streams
         small |= {"attention_hidden_size": 2 * _WIDTH, "attention_head_dim": 2 * _WIDTH // _HEADS}
     return small
 
 
 def _kept_layers(values: dict[str, Any], layers: int | None) -> int:
-    """How many layers to keep, so that there is one of each type, and one that uses their keys and
-    values."""
+    """Return the number of layers to keep: at least one of each type, and one that uses their keys
+    and values."""
     kept = _LAYERS
     for value in values.values():
         if isinstance(value, list) and len(value) == layers:
@@ -84,7 +84,7 @@ def _smaller(key: str, value: Any, layers: int | None, kept: int) -> Any:
         if key == "per_layer_config":
             return {index: more for index, more in value.items() if int(index) < kept}
         return _shrunk(value, layers)
-    if key == "attention_types":  # of gpt_neo: pairs of types and how often they are repeated
+    if key == "attention_types":  # in gpt_neo: pairs of types and numbers of repetitions
         return [[types, 1] for types, _ in value[:1]]
     if isinstance(value, list):
         return [_smaller(key, item, layers, kept) for item in _cut(value, layers, kept)]

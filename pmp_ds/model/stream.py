@@ -1,9 +1,9 @@
-"""Uniform and normal numbers from a secret key: the same bits on every machine.
+"""Uniform and normal numbers from a secret key, with the same bits on every machine.
 
-ChaCha20 gives 64 bits per number, so any stretch of a stream can be drawn on its own. All that
-follows is integer arithmetic and + - * / sqrt, which IEEE 754 fixes to the last bit; ``log`` and
-``cos`` are left out, since their last bit differs between processors. Measured: 30 to 50 million
-normals a second and core (AMD EPYC). Memory is bounded by the stretch that is asked for.
+ChaCha20 gives 64 bits per number, so any stretch of a stream can be drawn separately. Everything
+else is integer arithmetic and + - * / sqrt, which IEEE 754 fixes to the last bit; ``log`` and
+``cos`` are avoided because their last bit differs between processors. Measured: 30 to 50 million
+normals per second and core (AMD EPYC). Memory is bounded by the requested stretch.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-_BLOCK = 1 << 13  # numbers worked on at once: every temporary stays in the L2 cache
+_BLOCK = 1 << 13  # numbers per step, so that every temporary stays in the L2 cache
 _CIPHER_BLOCK = 64  # bytes
 
 # M. J. Wichura, Algorithm AS 241 (PPND16), Applied Statistics 37 (1988) 477-484; relative error
@@ -89,9 +89,10 @@ _ATANH = tuple(1.0 / k for k in range(25, 0, -2))  # atanh(s) / s in powers of s
 
 
 def uniforms(key: bytes, start: int, count: int) -> Floats:
-    """Numbers ``start .. start + count`` of the stream of ``key`` (32 bytes): uniform in (0, 1).
+    """Return numbers ``start .. start + count`` of the stream of ``key`` (32 bytes), (count,)
+    float64, uniform in (0, 1).
 
-    Each is (n + 1/2) / 2^52, so 0, 1/2 and 1 never occur. Returns (count,) float64.
+    Each is (n + 1/2) / 2^52, so 0, 1/2 and 1 never occur.
     """
     first_byte = 8 * start
     counter, skip = divmod(first_byte, _CIPHER_BLOCK)
@@ -109,7 +110,7 @@ def uniforms(key: bytes, start: int, count: int) -> Floats:
 
 
 def normals(key: bytes, start: int, count: int) -> Floats:
-    """The same stretch as :func:`uniforms`, as standard normals: (count,) float64, |z| < 8.3."""
+    """Return the stretch of :func:`uniforms` as standard normals, (count,) float64, |z| < 8.3."""
     values = np.empty(count)
     for low in range(0, count, _BLOCK):
         high = min(low + _BLOCK, count)
@@ -118,7 +119,7 @@ def normals(key: bytes, start: int, count: int) -> Floats:
 
 
 def inverse_normal(p: Floats) -> Floats:
-    """The z with P(Z < z) = p for a standard normal Z; ``p`` is (n,) float64 in (0, 1)."""
+    """Return z with P(Z < z) = p for a standard normal Z; ``p`` is (n,) float64 in (0, 1)."""
     q = p - 0.5
     r = q * q
     np.subtract(0.180625, r, out=r)
@@ -137,7 +138,7 @@ def inverse_normal(p: Floats) -> Floats:
 
 
 def _log(x: Floats) -> Floats:
-    """Natural logarithm of positive normal float64: exponent, then 2 atanh((m-1) / (m+1))."""
+    """Return the logarithm of positive normal float64: exponent, then 2 atanh((m-1) / (m+1))."""
     bits = x.view(np.uint64)
     exponent = (bits >> np.uint64(52)).astype(np.float64)
     exponent -= 1022.0
@@ -163,7 +164,7 @@ def _rational(branch: tuple[tuple[float, ...], tuple[float, ...]], r: Floats) ->
 
 
 def _horner(coefficients: tuple[float, ...], x: Floats) -> Floats:
-    """Polynomial, highest power first; every product and every sum is rounded on its own."""
+    """Evaluate a polynomial, highest power first; products and sums are rounded separately."""
     value = x * coefficients[0]
     for c in coefficients[1:-1]:
         value += c

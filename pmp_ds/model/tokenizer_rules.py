@@ -1,7 +1,7 @@
-"""What the tokenizer files of a stranger may hold, looked at before `tokenizers` reads them.
+"""Rules for a stranger's tokenizer files, checked before `tokenizers` reads them.
 
-Its Rust code believes what it reads: an id of 2^31 takes as much memory, and a map of characters
-that lies about its length ends the process. Raises UserError, which names the file.
+Its Rust code trusts its input: an id of 2^31 allocates that much memory, and a character map with a
+false length ends the process. Raises UserError that names the file.
 """
 
 import base64
@@ -18,12 +18,12 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _MOST_BYTES = 1 << 28  # the largest vocabularies have 30 MB
 _MOST_IDS = 1 << 24
 _MOST_PADDING = 1 << 20  # tokens
-_LONGEST_TEXT = 1 << 10  # that a rule puts before or into every text
+_LONGEST_TEXT = 1 << 10  # characters that a rule adds to every text
 
 
 @contextlib.contextmanager
 def panics_are_errors() -> Iterator[None]:
-    """Let a panic of `tokenizers` be an Exception, which it is not by itself."""
+    """Turn a panic of `tokenizers` into an Exception; by itself it is not one."""
     try:
         yield
     except BaseException as error:
@@ -33,7 +33,7 @@ def panics_are_errors() -> Iterator[None]:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Check the files of a tokenizer in ``folder`` that are there."""
+    """Check the tokenizer files that exist in ``folder``."""
     for name in _FILES:
         path = folder / name
         if not path.exists() and not path.is_symlink():
@@ -52,7 +52,7 @@ def check_description(path: Path, values: dict[str, Any]) -> None:
     """Check the ``values`` of a tokenizer.json."""
     model, added = values.get("model"), values.get("added_tokens", [])
     if not isinstance(model, dict) or not isinstance(added, list):
-        raise UserError(f"{path} is no tokenizer.json of the library tokenizers")
+        raise UserError(f"{path} is not a tokenizer.json of the library tokenizers")
     vocab = model.get("vocab")
     ids = list(vocab.values()) if isinstance(vocab, dict) else []
     ids += [token.get("id") for token in added if isinstance(token, dict)]
@@ -69,7 +69,7 @@ def check_description(path: Path, values: dict[str, Any]) -> None:
 
 
 def _items(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every key and value at any depth, but for the vocabulary and the merges."""
+    """Yield every key and value at any depth, except in the vocabulary and the merges."""
     pending: list[Any] = [{k: v for k, v in values.items() if k != "model"}]
     while pending:
         value = pending.pop()
@@ -81,7 +81,7 @@ def _items(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _is_charsmap(value: Any) -> bool:
-    """Whether the length of the trie at its beginning is one that fits in it."""
+    """Return whether the length at the beginning of the trie fits."""
     if value is None:
         return True
     try:

@@ -1,12 +1,12 @@
-"""The masked update as a library: on a plain torch module, or on any DeepSpeed engine.
+"""Apply the masked update as a library, to a plain torch module or to any DeepSpeed engine.
 
     ticket = load_ticket(Path("runs/demo/private/ticket"))
     optimizer = MaskedAdamW(model.parameters(), lr=3e-4)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     attach(engine, optimizer, ticket.mask)
 
-The DeepSpeed config needs `"zero_allow_untested_optimizer": true` under ZeRO, and
-`"zero_force_ds_cpu_optimizer": false` under CPU offload.
+With ZeRO, DeepSpeed 0.19.8 accepts the optimizer only with `"zero_allow_untested_optimizer": true`
+in its config, and under CPU offload only with `"zero_force_ds_cpu_optimizer": false` as well.
 """
 
 from collections.abc import Callable
@@ -22,14 +22,15 @@ from pmp_ds.ticket.mask import ParamMask
 
 
 def attach(target: Any, optimizer: MaskedOptimizer, mask: ParamMask | None) -> None:
-    """Train only the elements in ``mask`` (None: all) of ``target`` from now on, from fresh state.
+    """Train only the elements in ``mask`` (None: all) of ``target``, starting from fresh state.
 
-    ``target``: a DeepSpeed engine that was given ``optimizer``, or a torch module whose parameters
-    ``optimizer`` holds. The complement's gradient is zero when norms are taken, so clipping sees
-    the ticket's alone: DeepSpeed's own, or ``torch.nn.utils.clip_grad_norm_`` after ``backward``.
+    ``target`` is a DeepSpeed engine created with ``optimizer``, or a torch module whose parameters
+    ``optimizer`` holds. Gradients of the complement are zero before any norm is computed, so
+    clipping sees the ticket alone, both in DeepSpeed and with
+    ``torch.nn.utils.clip_grad_norm_`` after ``backward``.
 
-    Raises UserError, before anything is changed, when ``target`` lacks a parameter of ``mask``, has
-    it in another shape, or trains one that ``mask`` does not name.
+    Raises UserError, before anything changes, when a parameter of ``mask`` is missing from
+    ``target`` or has another shape there, or when ``target`` trains a parameter outside ``mask``.
     """
     is_engine = hasattr(target, "is_gradient_accumulation_boundary")
     if mask is not None:
@@ -51,8 +52,8 @@ def _require_fit(module: torch.nn.Module, mask: ParamMask) -> None:
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         if own.items() >= mask.shapes.items():
-            more += ". Freeze what no ticket names: requires_grad_(False)"
-        raise UserError(f"the ticket is of another model: {'; '.join(problems[:3])}{more}")
+            more += "; freeze parameters outside the ticket with requires_grad_(False)"
+        raise UserError(f"the ticket belongs to another model: {'; '.join(problems[:3])}{more}")
 
 
 def _in_words(shape: tuple[int, ...] | None) -> str:
@@ -60,7 +61,7 @@ def _in_words(shape: tuple[int, ...] | None) -> str:
 
 
 def arm(optimizer: MaskedOptimizer, shards: ZeroShards, mask: ParamMask | None) -> None:
-    """Give the optimizer its share of ``mask``; with a compact master the fp32 one goes."""
+    """Give the optimizer its share of ``mask``; a compact master replaces the dense fp32 one."""
     optimizer.arm(flat_masks(shards, mask))
     if optimizer.compact_master:
 
@@ -71,7 +72,7 @@ def arm(optimizer: MaskedOptimizer, shards: ZeroShards, mask: ParamMask | None) 
 
 
 def mask_gradients(optimizer: MaskedOptimizer, shards: ZeroShards) -> None:
-    """Zero the complement of the reduced gradients, and let norms and overflow flags follow."""
+    """Zero the complement of the reduced gradients, then update norms and overflow flags."""
     shards.zero_padding()
     optimizer.zero_complement(shards)
     shards.remeasure()
@@ -95,7 +96,7 @@ def _attach_module(
 ) -> None:
     own = {param for param in module.parameters() if param.requires_grad}
     if any(param not in own for group in optimizer.param_groups for param in group["params"]):
-        raise UserError("the optimizer holds a parameter that is not a trainable one of the model")
+        raise UserError("the optimizer holds a parameter that is not trainable in the model")
     bits: dict[torch.Tensor, torch.Tensor | None] = {}
     for name, param in trainable(module):
         bits[param] = None if mask is None else mask.bits[name].to(param.device)

@@ -1,7 +1,7 @@
-"""Is what must not change still what it was? A sample of the frozen elements, and the mask itself.
+"""Check that frozen elements and the mask in memory have not changed, from a sample.
 
-Memory of a machine can go bad, and so can code that is put around this one; the promise of a
-bit-frozen complement (paper, Eq. 5) is worth a look from time to time.
+Memory can fail, and code around this package can have bugs; a bit-frozen complement (paper, Eq. 5)
+is a promise worth checking from time to time.
 """
 
 import hashlib
@@ -12,21 +12,21 @@ import torch
 from pmp_ds.optim.masked import MaskedOptimizer
 from pmp_ds.optim.zero_shards import Fragment, ZeroShards
 
-SAMPLE = 1024  # elements looked at per fragment, of which the frozen ones are kept
+SAMPLE = 1024  # elements sampled per fragment; the frozen ones among them are kept
 
 
 class DriftProbe:
-    """Remembers a sample of this rank's frozen elements and a checksum of its share of the mask."""
+    """A sample of this rank's frozen elements and a checksum of its share of the mask."""
 
     def __init__(self, shards: ZeroShards, optimizer: MaskedOptimizer) -> None:
-        """Of an armed optimizer, before its first update."""
+        """Take the sample from an armed optimizer, before its first update."""
         self._shards, self._optimizer = shards, optimizer
         self._where = [self._sample(f) for f in shards.fragments]
         self._values = self._read()
         self._checksum = self._mask_checksum()
 
     def changed(self) -> int:
-        """Frozen elements of the sample that differ in any bit from what they were."""
+        """Return the number of sampled frozen elements that changed in any bit."""
         now = self._read()
         return sum(
             int((a.view(torch.uint8) != b.view(torch.uint8)).any(dim=-1).sum())
@@ -38,12 +38,12 @@ class DriftProbe:
         return self._mask_checksum() == self._checksum
 
     def _sample(self, f: Fragment) -> torch.Tensor:
-        """(n,) int64 places in the flat of frozen elements of a fragment, evenly spread."""
+        """Return evenly spaced places of a fragment's frozen elements in its flat, (n,) int64."""
         flat = self._shards.flats[f.flat]
         bits = self._optimizer.bits(flat)
         if bits is None:
             return torch.empty(0, dtype=torch.int64, device=flat.device)
-        # Another phase in each fragment, so that no column of a matrix is left out everywhere.
+        # The phase differs between fragments, so no column of a matrix is always left out.
         phase = int.from_bytes(hashlib.sha256(f"{f.name}/{f.start}".encode()).digest()[:4])
         stride = max(1, f.numel // SAMPLE)
         places = f.flat_start + torch.arange(phase % stride, f.numel, stride, device=flat.device)
@@ -51,7 +51,7 @@ class DriftProbe:
         return places[kept == 0]
 
     def _read(self) -> list[torch.Tensor]:
-        """(n, 1) values of each fragment's sample."""
+        """Return the sampled values of each fragment, (n, 1) each."""
         return [
             self._shards.flats[f.flat].detach().view(-1)[places].cpu()[:, None]
             for f, places in zip(self._shards.fragments, self._where, strict=True)

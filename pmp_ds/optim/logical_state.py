@@ -1,8 +1,8 @@
-"""Optimizer state by position in the model instead of by rank and stage.
+"""Store optimizer state by position in the model instead of by rank and stage.
 
-A parameter's kept elements are numbered row-major; a fragment's share of `exp_avg`, `exp_avg_sq`
-and, for 16-bit training, the fp32 `master` weights is a run of that numbering. So what one
-sharding wrote another can read.
+A parameter's kept elements are numbered in row-major order. A fragment's share of `exp_avg`,
+`exp_avg_sq` and, in 16-bit training, of the fp32 `master` weights is a run of these numbers, so
+state written under one sharding can be read under another.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,11 +21,11 @@ Read = Callable[[str, str, int, int], torch.Tensor]
 
 
 def _spans(shards: ZeroShards, mask: ParamMask | None) -> Iterator[tuple[Fragment, int, slice]]:
-    """Per fragment: itself, its first kept element's number in the parameter, and its span in the
-    flat's compact tensors."""
+    """Yield each fragment, the number of its first kept element within the parameter, and its span
+    in the flat's compact tensors."""
     done = [0] * len(shards.flats)
     for f in shards.fragments:
-        if mask is None:  # nothing is left out, nor padding
+        if mask is None:  # compact tensors are then as long as the flat, padding included
             yield f, f.start, slice(f.flat_start, f.flat_start + f.numel)
         else:
             first = mask.num_kept_before(f.name, f.start)
@@ -35,14 +35,14 @@ def _spans(shards: ZeroShards, mask: ParamMask | None) -> Iterator[tuple[Fragmen
 
 
 def _kept(f: Fragment, mask: ParamMask | None) -> torch.Tensor:
-    """(numel,) bool, on CPU."""
+    """Return the mask of a fragment, (numel,) bool on CPU."""
     if mask is None:
         return torch.ones(f.numel, dtype=torch.bool)
     return mask.fragment(f.name, f.start, f.numel)
 
 
 class Stateful(Protocol):
-    """An optimizer whose state has, by tensor, one value per kept element of each moment."""
+    """An optimizer whose moments have one value per kept element of each tensor."""
 
     compact_master: bool
 
@@ -56,8 +56,10 @@ class Stateful(Protocol):
 def collect(
     optimizer: Stateful, shards: ZeroShards, mask: ParamMask | None, *, master: bool
 ) -> Collected:
-    """Copy this rank's state to CPU memory, and return what puts it into logical form, in any
-    thread: by `KIND/PARAMETER/FIRST`, (count,) fp32 each."""
+    """Copy this rank's state to CPU memory and return a function that converts the copy.
+
+    The function may run in any thread and returns `KIND/PARAMETER/FIRST` -> (count,) fp32.
+    """
     kinds = optimizer.moments + (MASTER,) * optimizer.compact_master
     compact = [
         {kind: _copy(optimizer.state[flat][kind]) for kind in kinds} for flat in shards.flats
@@ -92,8 +94,8 @@ def restore(
     *,
     master: bool,
 ) -> None:
-    """Fill this rank's share of an armed optimizer through ``read``; its count of updates is the
-    caller's to set."""
+    """Fill this rank's share of an armed optimizer through ``read``; the caller sets the number of
+    updates."""
     for f, first, span in _spans(shards, mask):
         flat, count = shards.flats[f.flat], span.stop - span.start
         state = optimizer.state[flat]

@@ -1,11 +1,10 @@
 """Element-wise optimizers whose state exists only for the ticket (paper, Eq. 5).
 
-Each tensor that the optimizer is given (a parameter, or the flat fp32 master partition of a ZeRO
-rank) is armed with the packed mask of its elements. State is compact: one value per kept element,
-in row-major order. The other elements are never written: no momentum, no weight decay, no rounding.
+Each tensor given to the optimizer (a parameter, or the flat fp32 master partition of a ZeRO rank)
+is armed with the packed mask of its elements. State is compact: one value per kept element, in
+row-major order. The other elements are never written: no momentum, no weight decay, no rounding.
 
-A rule is one method of a subclass (masked_adamw.py, masked_rules.py), and the other is what it
-takes from a run's settings; all else is here.
+A subclass (masked_adamw.py, masked_rules.py) adds the update rule and the settings it reads.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,25 +24,25 @@ Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]]
 
 
 class MaskedOptimizer(torch.optim.Optimizer):
-    """Applies ``rule`` to the kept elements of each tensor. Does nothing until ``arm`` is called.
+    """An optimizer that applies ``rule`` to the kept elements of each tensor, once armed.
 
-    State per tensor: `step` () fp32 and each of ``moments`` (num_kept,) fp32. Groups may come in
-    any order and number at each ``step``, as ZeRO hands them over one by one.
+    State per tensor: `step` () fp32 and each of ``moments`` (num_kept,) fp32. ``step`` accepts
+    groups in any order and number, because ZeRO steps them one by one.
 
-    With ``compact_master`` the tensors hold 16-bit weights and the fp32 `master` weights are state
-    as well, for kept elements only (8.5 instead of 9.7 bytes per parameter at density 0.7).
+    With ``compact_master`` the tensors hold 16-bit weights, and the state includes the fp32
+    `master` weights of kept elements (8.5 instead of 9.7 bytes per parameter at density 0.7).
     """
 
     moments: ClassVar[tuple[str, ...]]
 
     @classmethod
     def settings(cls, config: TrainConfig) -> dict[str, Any]:
-        """Return the rule's own hyper-parameters, beside rate and weight decay, of a run."""
+        """Return the rule's own hyper-parameters, without learning rate and weight decay."""
         raise NotImplementedError
 
     @classmethod
     def moment_bytes(cls, num_elements: int) -> int:
-        """Return the bytes of the moments of so many trained elements."""
+        """Return the size in bytes of the moments of ``num_elements`` trained elements."""
         return 4 * len(cls.moments) * num_elements
 
     def __init__(
@@ -52,9 +51,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self.compact_master = compact_master
         self.gradient_factor: torch.Tensor | None = None
-        """What gradients are multiplied by in fp32 before a compact master is updated, () fp32."""
+        """Factor on fp32 gradients before a compact master is updated, () fp32."""
         self.paused = False
-        """While True, ``step`` changes nothing: neither weights nor state."""
+        """While True, ``step`` changes neither weights nor state."""
         self._masks: dict[torch.Tensor, Mask] | None = None
 
     def rule(
@@ -63,23 +62,23 @@ class MaskedOptimizer(torch.optim.Optimizer):
         gradient: torch.Tensor,  # (n,) fp32
         moments: list[torch.Tensor],  # (n,) fp32 each, in the order of ``moments``
         group: dict[str, Any],
-        step: float,  # counts this update, from 1
+        step: float,  # the number of this update, from 1
     ) -> None:
-        """One update of n elements, each on its own."""
+        """Update n elements, each independently of the others."""
         raise NotImplementedError
 
     def arm(self, bits: dict[torch.Tensor, torch.Tensor | None]) -> None:
         """Fix the mask of every tensor and start from fresh moments.
 
-        ``bits``: for each tensor of this optimizer its packed mask (ceil(numel / 8),) uint8 on the
-        tensor's device, or None to train all of it. Raises UserError for other bits.
+        ``bits`` maps each tensor of this optimizer to its packed mask, (ceil(numel / 8),) uint8 on
+        the tensor's device, or to None to train all of it. Raises UserError for other bits.
         """
         for tensor, mask_bits in bits.items():
             if mask_bits is not None:
                 check_bits(mask_bits, tensor.numel(), "a packed mask")
                 if mask_bits.device != tensor.device:
                     raise UserError(
-                        f"a packed mask is on {mask_bits.device} and its tensor on {tensor.device}"
+                        f"a packed mask is on {mask_bits.device}, its tensor on {tensor.device}"
                     )
         self._masks = {tensor: Mask(mask, tensor) for tensor, mask in bits.items()}
         self.state.clear()
@@ -92,7 +91,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             self.state[tensor] = state
 
     def zero_complement(self, shards: ZeroShards) -> None:
-        """Zero the reduced gradient of every element that is not kept."""
+        """Zero the reduced gradient of every element outside the mask."""
         assert self._masks is not None
         for f, gradient in zip(shards.fragments, shards.gradients(), strict=True):
             mask = self._masks[shards.flats[f.flat]]
@@ -101,15 +100,15 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 zero(gradient, mask.bits, f.flat_start)
 
     def bits(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """The packed mask of a tensor; None when all of it is kept."""
+        """Return the packed mask of a tensor, or None when all of it is kept."""
         assert self._masks is not None
         return self._masks[tensor].bits
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the state of an optimizer that was armed with the same masks.
+        """Load the state of an optimizer that was armed with the same masks.
 
-        Unlike torch's own, keeps fp32 state fp32 beside 16-bit weights. Raises ValueError when the
-        state is of other masks.
+        Unlike torch's own method, this keeps fp32 state in fp32 when weights are 16-bit. Raises
+        ValueError when the state belongs to other masks.
         """
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
@@ -118,7 +117,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             state = state_dict["state"].get(index, {})
             for name, mine in self.state.get(tensor, {}).items():
                 if name not in state or state[name].shape != mine.shape:
-                    raise ValueError(f"the saved {name} is of another mask or optimizer")
+                    raise ValueError(f"the saved {name} belongs to another mask or optimizer")
             states[tensor] = {k: v.to(tensor.device, copy=True) for k, v in state.items()}
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         for tensor, state in states.items():
@@ -126,12 +125,12 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     @property
     def num_updates(self) -> int:
-        """Updates made since ``arm``."""
+        """Return the number of updates since ``arm``."""
         return max((int(state["step"]) for state in self.state.values()), default=0)
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of moments, compact master and packed masks on this rank."""
+        """Return the bytes of moments, compact master and packed masks on this rank."""
         assert self._masks is not None
         tensors = [mask.bits for mask in self._masks.values() if mask.bits is not None]
         for state in self.state.values():
@@ -142,18 +141,19 @@ class MaskedOptimizer(torch.optim.Optimizer):
     def step(  # type: ignore[override]  # torch declares two overloads of it
         self, closure: Callable[[], float] | None = None
     ) -> float | None:
-        """One update of every tensor that has a gradient."""
+        """Update every tensor that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._masks is None or self.paused:  # DeepSpeed steps once inside `initialize`
+        # Not armed: DeepSpeed 0.19.8 steps once inside `initialize` at stage 0 with fp32 masters.
+        if self._masks is None or self.paused:
             return loss
         for group in self.param_groups:
             for tensor in group["params"]:
                 if tensor.grad is not None:
                     state = self.state[tensor]
-                    # A new tensor: ZeRO-3 may share one between sub-groups.
+                    # Not in place: ZeRO-3 may share one `step` tensor between sub-groups.
                     state["step"] = state["step"] + 1
                     self.update(tensor, self._masks[tensor], state, group)
         return loss
@@ -161,7 +161,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
     def update(
         self, tensor: torch.Tensor, mask: "Mask", state: dict[str, Any], group: dict[str, Any]
     ) -> None:
-        """``rule`` on the kept elements of ``tensor`` in torch operations, chunk by chunk."""
+        """Apply ``rule`` to the kept elements of ``tensor`` in torch operations, in chunks."""
         assert tensor.grad is not None
         weights, gradient = tensor.view(-1), tensor.grad.reshape(-1)
         done = 0
@@ -190,7 +190,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
 
 class Mask:
-    """The packed mask of one tensor, and what the operators for its device need beside it."""
+    """The packed mask of one tensor, with the kernels for its device and their prefix sums."""
 
     def __init__(self, bits: torch.Tensor | None, tensor: torch.Tensor) -> None:
         self.bits = bits
@@ -201,7 +201,7 @@ class Mask:
             self.prefix = self.kernels.block_prefix(bits)
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
-        """The kept of (numel,) values, (num_kept,), a copy."""
+        """Return a copy of the kept ones of (numel,) values, (num_kept,)."""
         if self.bits is None:
             return values.clone()
         parts = [
@@ -216,13 +216,13 @@ def zero_complement_ref(gradient: torch.Tensor, bits: torch.Tensor, start: int) 
     for first in range(0, gradient.numel(), CHUNK):
         chunk = gradient[first : first + CHUNK]
         kept = unpack(bits, chunk.numel(), start + first)
-        chunk.masked_fill_(~kept, 0.0)  # not a product: it may hold NaN
+        chunk.masked_fill_(~kept, 0.0)  # a product would keep NaN
 
 
 def parameter_groups(
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]], weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Two groups: matrices with ``weight_decay``, vectors (norms, biases) without."""
+    """Return two groups: matrices with ``weight_decay``, vectors (norms, biases) without."""
     matrices: list[torch.nn.Parameter] = []
     vectors: list[torch.nn.Parameter] = []
     for _, parameter in named_parameters:

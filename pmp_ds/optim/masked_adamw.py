@@ -1,4 +1,4 @@
-"""AdamW on the ticket alone: C++ on CPU, Triton on GPU, else torch operations; the same bits."""
+"""AdamW on the ticket alone: C++ on CPU, Triton on GPU, else torch operations, to the same bits."""
 
 import math
 from typing import Any
@@ -69,7 +69,7 @@ class MaskedAdamW(MaskedOptimizer):
 
 
 def coefficients(group: dict[str, Any], step: float) -> Coefficients:
-    """``step`` counts the update to be made, from 1. Computed in double precision, used in fp32."""
+    """Return the fp32 coefficients of update ``step`` (from 1), computed in double precision."""
     beta1, beta2 = group["betas"]
     return Coefficients(
         decay=1.0 - group["lr"] * group["weight_decay"],
@@ -90,11 +90,11 @@ def adamw_ref(
     exp_avg_sq: torch.Tensor,  # (n,) fp32
     c: Coefficients,
 ) -> None:
-    """The update in torch operations, on any device; the operators give the same bits."""
+    """Apply the update in torch operations, on any device; the kernels give the same bits."""
     exp_avg.mul_(c.beta1).add_(gradient * c.grad_weight)
     exp_avg_sq.mul_(c.beta2).add_(gradient * gradient * c.grad_sq_weight)
     root = exp_avg_sq.double().sqrt_().float()  # torch's fp32 sqrt on CPU is not correctly rounded
-    # Not by a Python number: on CUDA torch would multiply by its rounded reciprocal.
+    # A tensor, because torch on CUDA multiplies by the rounded reciprocal of a Python number.
     correction = torch.full((), c.sqrt_correction2, device=root.device)
     denominator = root.div_(correction).add_(c.eps)
     weights.mul_(c.decay).add_(exp_avg * c.minus_step_size / denominator)

@@ -1,4 +1,4 @@
-"""The masked optimizer that ``train.optimizer`` names, made from the settings."""
+"""The masked optimizer named by ``train.optimizer``, created from the settings."""
 
 from typing import Any
 
@@ -22,8 +22,8 @@ def rule_of(config: TrainConfig) -> type[MaskedOptimizer]:
 def optimizer_of(
     config: TrainConfig, groups: list[dict[str, Any]], *, compact_master: bool = False
 ) -> MaskedOptimizer:
-    """Return the optimizer of a run for its parameter groups; it is not armed yet."""
-    rule: Any = rule_of(config)  # all take these arguments
+    """Return a run's optimizer for its parameter groups, not armed yet."""
+    rule: Any = rule_of(config)  # all rules take these arguments
     made: MaskedOptimizer = rule(
         groups, lr=config.lr, compact_master=compact_master, **rule.settings(config)
     )

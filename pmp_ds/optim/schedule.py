@@ -1,7 +1,7 @@
-"""Learning rate: linear warm-up, then ``train.schedule`` (the paper's is the cosine, appendix A).
+"""Learning rate: linear warm-up, then ``train.schedule`` (cosine in the paper, appendix A).
 
-A pure function of the settings and the update, so a resumed run has the rates of one that never
-stopped.
+The rate depends only on the settings and the update, so a resumed run has the rates of an
+uninterrupted one.
 """
 
 import math
@@ -19,7 +19,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def _left(config: TrainConfig, step: int) -> float:
-    """Return how much of the fall from the peak is still ahead at ``step``: from 1 down to 0."""
+    """Return the part of the decay that is still ahead at ``step``, from 1 down to 0."""
     if config.schedule == "constant":
         return 1.0
     begin = config.warmup_steps
@@ -41,7 +41,7 @@ def first_change(before: TrainConfig, now: TrainConfig, done: int) -> int | None
 
 
 def in_words(config: TrainConfig) -> str:
-    """Return rule and schedule as a model card states them."""
+    """Return optimizer and schedule in the words of a model card."""
     after = {
         "cosine": f"cosine over {config.steps:,} updates",
         "linear": f"linear decay over {config.steps:,} updates",

@@ -1,10 +1,10 @@
-"""Which elements of which parameters a rank owns under each ZeRO stage, and where they are.
+"""Map the elements that a rank owns under each ZeRO stage to their parameters.
 
-The one place that touches DeepSpeed's private attributes (tests/unit/optim/test_contract.py names
-them). A *flat* is a tensor that the client optimizer steps: a whole parameter or its fp32 clone
-at stage 0, the rank's partition of a parameter group at stages 1 and 2, of a sub-group at stage
-3. A *fragment* is a run of elements of one parameter inside one flat; a flat may also hold
-padding, which belongs to no fragment.
+Only this file reads private attributes of DeepSpeed's ZeRO (tests/unit/optim/test_contract.py);
+its comments describe DeepSpeed 0.19.8. A *flat* is a tensor that the client optimizer steps: at
+stage 0 a whole parameter or its fp32 clone, at stages 1 and 2 the rank's partition of a parameter
+group, at stage 3 that of a sub-group. A *fragment* is a run of elements of one parameter inside
+one flat. A flat may also hold padding, which belongs to no fragment.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,23 +39,25 @@ class ZeroShards(Protocol):
 
     @property
     def flats(self) -> Sequence[torch.Tensor]:
-        """What the client optimizer steps, fp32."""
+        """The fp32 tensors that the client optimizer steps."""
         ...
 
     @property
     def fragments(self) -> Sequence[Fragment]:
-        """In flat order."""
+        """The fragments, in flat order."""
         ...
 
     @property
     def replicated(self) -> bool:
-        """Every rank holds everything (stage 0)."""
+        """Whether every rank holds everything (stage 0)."""
         ...
 
     def gradients(self) -> list[torch.Tensor]:
-        """The reduced gradient of each fragment, (numel,) each, times the loss scale: views of what
-        DeepSpeed will measure, clip and apply. Valid between ``engine.backward`` at an accumulation
-        boundary and ``engine.step``."""
+        """Return the reduced gradient of each fragment times the loss scale, (numel,) each.
+
+        They are views of the gradients that DeepSpeed will measure, clip and apply, valid between
+        ``engine.backward`` at an accumulation boundary and ``engine.step``.
+        """
         ...
 
     def zero_padding(self) -> None:
@@ -63,18 +65,20 @@ class ZeroShards(Protocol):
         ...
 
     def remeasure(self) -> None:
-        """Take again, from the gradients as they are now, the norms and overflow flags that
-        DeepSpeed took while it reduced them."""
+        """Recompute the norms and overflow flags that DeepSpeed computed during reduction."""
         ...
 
     def drop_fp32_master(self, set_factor: SetFactor) -> None:
-        """Let the flats be the 16-bit weights themselves, once. Gradients then stay 16-bit, and
-        what DeepSpeed would multiply them by (loss scale, clipping) goes to ``set_factor``."""
+        """Replace the fp32 flats by the 16-bit weights themselves, once.
+
+        Gradients then stay 16-bit, and the factor that DeepSpeed would apply to them (loss scale,
+        clipping) goes to ``set_factor``.
+        """
         ...
 
 
 def shards_of(engine: Any) -> ZeroShards:
-    """The shard map of a DeepSpeed engine."""
+    """Return the shard map of a DeepSpeed engine."""
     zero = engine.optimizer
     names = engine.param_names
     if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
@@ -91,7 +95,7 @@ class _Stage0:
 
     def __init__(self, optimizer: Any, names: Mapping[torch.Tensor, str]) -> None:
         groups = getattr(optimizer, "fp16_groups", None)
-        if groups is None:  # fp32: the client optimizer itself
+        if groups is None:  # fp32: DeepSpeed does not wrap the client optimizer
             self._params = [p for group in optimizer.param_groups for p in group["params"]]
             self.flats = list(self._params)
         else:
@@ -115,7 +119,7 @@ class _Stage0:
 
 
 def _gradient(param: torch.Tensor) -> torch.Tensor:
-    if param.grad is None:  # a parameter that the loss does not use
+    if param.grad is None:  # the loss does not use this parameter
         param.grad = torch.zeros_like(param)
     return param.grad
 
@@ -150,10 +154,11 @@ class _Stage12:
         return [_slice(flats[f.flat], f.flat_start, f.numel) for f in self.fragments]
 
     def zero_padding(self) -> None:
-        pass  # DeepSpeed pads with zeros
+        pass  # DeepSpeed fills padding of averaged_gradients with zeros at these stages
 
     def remeasure(self) -> None:
-        if self._zero.cpu_offload:  # elsewhere norm and overflow are taken in `step`
+        # Without offload, DeepSpeed computes norm and overflow in `step`, from the masked gradient.
+        if self._zero.cpu_offload:
             finite = _remeasure_norms(self._zero, self._params, self.gradients())
             self._zero.local_overflow = not finite
 
@@ -170,8 +175,8 @@ class _Stage12:
 
 
 class _Stage3:
-    """Stage 3: every parameter is split over the ranks; one flat per sub-group, padded after each
-    parameter."""
+    """Stage 3: every parameter is split over the ranks; one flat per sub-group, with padding after
+    each parameter."""
 
     replicated = False
 
@@ -207,23 +212,25 @@ class _Stage3:
             _slice(flats[flat], start, numel).zero_()
 
     def remeasure(self) -> None:
-        if self._zero.offload_optimizer:  # elsewhere norm and overflow are taken in `step`
+        # Without offload, DeepSpeed computes norm and overflow in `step`, from the masked gradient.
+        if self._zero.offload_optimizer:
             finite = _remeasure_norms(self._zero, self._params, self.gradients())
-            # The overflow check reads the gradients as they were before they were offloaded.
+            # `has_overflow` reads this buffer, which still holds the unmasked gradients.
             self._zero.grad_partitions_flat_buffer.zero_()
             self._zero.inf_or_nan_tracker.fill_(not finite)
 
     def drop_fp32_master(self, set_factor: SetFactor) -> None:
         zero = self._zero
         for flat, half in zip(self.flats, zero.fp16_partitioned_groups_flat, strict=True):
-            flat.data = half.data.to(flat.device)  # under offload a copy, which `step` copies back
+            # Under offload this is a copy on CPU; DeepSpeed's `step` copies it back to the device.
+            flat.data = half.data.to(flat.device)
         zero.unscale_and_clip_grads = lambda _, norm: set_factor(_factor(zero, norm))
 
 
 def _remeasure_norms(
     zero: Any, params: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]
 ) -> bool:
-    """Fill the norms that DeepSpeed kept while offloading; whether all are finite."""
+    """Replace the norms that DeepSpeed stored during offload; return whether all are finite."""
     zero.norm_for_param_grads.clear()
     finite = True
     for param, gradient in zip(params, gradients, strict=True):
@@ -234,7 +241,7 @@ def _remeasure_norms(
 
 
 def _factor(zero: Any, norm: Any) -> torch.Tensor:
-    """What DeepSpeed's unscaling and clipping multiply gradients of this (scaled) norm by."""
+    """Return the factor of DeepSpeed's ``unscale_and_clip_grads`` for a given scaled norm."""
     combined = torch.as_tensor(float(zero.loss_scale))
     if zero.clip_grad > 0.0:
         excess = (torch.as_tensor(norm) / zero.loss_scale + 1e-6) / zero.clip_grad
@@ -243,13 +250,14 @@ def _factor(zero: Any, norm: Any) -> torch.Tensor:
 
 
 def _pieces(gradients: Any) -> list[torch.Tensor]:
-    """A flat's gradient as 1-D tensors in flat order."""
+    """Return a flat's gradient as 1-D tensors in flat order."""
     flat = getattr(gradients, "flat_partition", None)
     return [flat.view(-1)] if flat is not None else [g.view(-1) for g in gradients]
 
 
 def _slice(pieces: list[torch.Tensor], start: int, numel: int) -> torch.Tensor:
-    """Elements [start, start + numel) of the concatenation, which lie in one piece: a view."""
+    """Return a view of elements [start, start + numel) of the concatenated pieces; all of them must
+    lie in one piece."""
     for piece in pieces:
         if start < piece.numel():
             assert start + numel <= piece.numel(), "a fragment spans two gradient tensors"
@@ -261,7 +269,7 @@ def _slice(pieces: list[torch.Tensor], start: int, numel: int) -> torch.Tensor:
 def flat_masks(
     shards: ZeroShards, mask: ParamMask | None
 ) -> dict[torch.Tensor, torch.Tensor | None]:
-    """The packed mask of each flat for ``MaskedAdamW.arm``; padding is 0. None keeps everything."""
+    """Return the packed mask of each flat for ``MaskedOptimizer.arm``; padding is 0."""
     if mask is None:
         return dict.fromkeys(shards.flats)
     dense = [torch.zeros(flat.numel(), dtype=torch.bool) for flat in shards.flats]

@@ -5,8 +5,8 @@
     pack = SlurmPipelineExecutor([PackUnits("tokenized_data/big")], tasks=64, ...)
     SlurmPipelineExecutor([FinishStore("tokenized_data/big")], tasks=1, depends=pack, ...).run()
 
-Plan first, as for any scheduler. An executor skips tasks that its ``logging_dir`` calls complete: a
-new plan takes a new one.
+As with any scheduler, plan first. An executor skips tasks that its ``logging_dir`` records as
+complete, so a new plan needs a new one.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,13 +19,13 @@ from pmp_ds.prepare import nodes
 
 
 class PackUnits(PipelineStep):
-    """Task ``rank`` of ``world_size`` packs its share of the units; documents pass by unchanged."""
+    """Task ``rank`` of ``world_size`` packs its share of the units; documents pass unchanged."""
 
     name = "pack units"
     type = "pmp-ds"
 
     def __init__(self, out: str | Path, workers: int | None = None) -> None:
-        """``workers``: processes per task; None: as planned, or one per core."""
+        """Use ``workers`` processes per task; None: as planned, or one per core."""
         super().__init__()
         self.out, self.workers = Path(out), workers
 
@@ -37,7 +37,7 @@ class PackUnits(PipelineStep):
 
 
 class FinishStore(PipelineStep):
-    """One task, after all of ``PackUnits``: the store gets its manifest and its name."""
+    """A single task after all ``PackUnits``: the store gets its manifest and its name."""
 
     name = "finish store"
     type = "pmp-ds"

@@ -1,4 +1,4 @@
-"""The end of a preparation: check every unit, add up what they gave, write the manifest."""
+"""Complete a preparation: check every unit, add up the results, write the manifest."""
 
 import functools
 from collections.abc import Sequence
@@ -18,18 +18,18 @@ _NAMED = 8
 def complete_store(
     job: PackJob, units: Sequence[Unit], rejects: Rejects | None = None
 ) -> dict[str, Any]:
-    """Write and return the manifest of what ``units`` gave together; shards that are not of it go.
+    """Write and return the manifest of the combined ``units``; delete shards of no unit.
 
-    ``rejects``: rows that are in no unit. Raises ``Unfinished`` that names the units still missing,
+    ``rejects`` are rows outside all units. Raises ``Unfinished`` that names the missing units, and
     UserError for too many bad rows or an empty split.
     """
     total = _add_up(job, units)
     if rejects is not None:
         total.rejects.merge(rejects)
-    total.rejects.check()  # with the ledger in place: another max_malformed mends it
+    total.rejects.check()  # after the ledger is complete: a higher max_malformed is then enough
     known = {shard["file"] for split in SPLITS for shard in total.shards[split]}
     for path in (path for split in SPLITS for path in (job.folder / split).iterdir()):
-        if path.relative_to(job.folder).as_posix() not in known:  # of a killed process, other text
+        if path.relative_to(job.folder).as_posix() not in known:  # left by a killed process
             path.unlink(missing_ok=True)
     _check_not_empty(job, total)
     splits = {
@@ -65,10 +65,10 @@ def complete_store(
 
 
 def _add_up(job: PackJob, units: Sequence[Unit]) -> UnitResult:
-    """What all units gave together; few at a time in memory, for there may be 10,000."""
+    """Add up the results of all units, few at a time in memory: there may be 10,000."""
     total = UnitResult.nothing(job)
     missing = []
-    with ThreadPoolExecutor(available_cores()) as pool:  # hashing leaves the interpreter
+    with ThreadPoolExecutor(available_cores()) as pool:  # hashing releases the interpreter lock
         found = pool.map(functools.partial(finished_unit, job), units)
         for unit, result in zip(units, found, strict=True):
             if result is None:
@@ -80,8 +80,8 @@ def _add_up(job: PackJob, units: Sequence[Unit]) -> UnitResult:
         more = "" if len(missing) <= _NAMED else f" and {len(missing) - _NAMED} more"
         raise Unfinished(
             f"{len(missing)} of {len(units)} units are missing in {job.folder}: "
-            f"{', '.join(missing[:_NAMED])}{more}; repeat the nodes that did not end, or pack all "
-            f"that is missing here: pmp-ds prepare-data pack {quoted(out)}"
+            f"{', '.join(missing[:_NAMED])}{more}; repeat the nodes that did not finish, or pack "
+            f"all missing units here: pmp-ds prepare-data pack {quoted(out)}"
         )
     return total
 
@@ -97,7 +97,7 @@ def _check_not_empty(job: PackJob, total: UnitResult) -> None:
         if not total.shards[split]:
             raise EmptySplit(
                 f"the {split} split of input {', '.join(config.input)} is empty: its "
-                f"{total.documents[split]} documents have {total.dropped[split]} tokens and one "
+                f"{total.documents[split]} documents have {total.dropped[split]} tokens, but one "
                 f"block takes block_size={config.block_size} "
                 f"(val_fraction={config.val_fraction}); {way_out}"
             )

@@ -19,7 +19,7 @@ class PrepareConfig:
     """Folder of the packed store; it must not hold another one."""
 
     text_field: str = "text"
-    """Field or column that holds the document."""
+    """Field or column that contains the document."""
 
     hf_split: str = "train"
     """Split of `hf:` inputs."""
@@ -58,11 +58,11 @@ class PrepareConfig:
     """Share of the documents held out for validation, chosen by a hash of their text."""
 
     max_malformed: float = 0.01
-    """Largest share of rows that may be no document (not JSON, without the field, not UTF-8);
-    above it the run stops."""
+    """Largest share of rows that may be unusable (not JSON, without the field, not UTF-8); above it
+    the run stops."""
 
     workers: int | None = None
-    """Units packed at a time, up to two by threads, more by processes; unset means one per core.
+    """Units packed at a time: up to two by threads, more by processes; unset means one per core.
     The store does not depend on it."""
 
     def __post_init__(self) -> None:

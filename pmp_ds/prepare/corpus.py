@@ -1,7 +1,7 @@
-"""What a corpus is made of: sources, the work units they form, and the rows that were rejected.
+"""The parts of a corpus: sources, the work units formed from them, and rejected rows.
 
-``inputs.find_sources`` lists the sources in a fixed order, ``group_units`` makes work units of
-them, ``readers.read_documents`` yields the documents of one.
+``inputs.find_sources`` lists the sources in a fixed order, ``group_units`` forms work units, and
+``readers.read_documents`` yields a source's documents.
 """
 
 import dataclasses
@@ -18,13 +18,13 @@ PYTHON = "python"
 """The input that stands for the interpreter's documentation and standard-library sources."""
 
 STREAM = "hf:"
-"""What an input starts with that is a dataset of the Hugging Face hub, read as a stream."""
+"""The prefix of an input that is a dataset of the Hugging Face hub, read as a stream."""
 
 UNIT_BYTES = 64 << 20
 """Files are grouped or divided, in order, into work units of at most about this size."""
 
 _MIN_UNIT_BYTES = 16 << 20
-_UNITS = 64  # of a corpus that is neither small nor large, so that many cores end together
+_UNITS = 64  # in a medium-sized corpus, so that many cores finish together
 
 _HOPELESS_ROWS = 1000
 
@@ -32,59 +32,60 @@ Kind = Literal["text", "jsonl", "parquet", "topics", "stream"]
 
 
 class Unfinished(UserError):
-    """What another attempt may mend (a lost process or connection); finished units stay."""
+    """A fault that another attempt may overcome (a lost process or connection); finished units
+    stay."""
 
 
 class MalformedError(UserError):
-    """Too many rows are no documents."""
+    """Too many rows are not documents."""
 
 
 class EmptySplit(UserError):
-    """The settings leave a split without a block: what is packed is of no use to others."""
+    """The settings leave a split without a block; the packed units cannot be reused."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamOptions:
-    """How a dataset of the Hugging Face hub, or a folder that `datasets` reads, is streamed."""
+    """Streaming options of a Hugging Face dataset or a folder that `datasets` reads."""
 
     split: str = "train"
     config: str | None = None
-    """Its configuration ("name" in `datasets`)."""
+    """The dataset's configuration ("name" in `datasets`)."""
 
     revision: str | None = None
     shuffle_buffer: int = 50_000
-    """Rows that are shuffled online; 0 keeps the order."""
+    """Rows in the shuffle buffer; 0 keeps the order."""
 
     seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One input file or a part of one, or a stream, or the interpreter's documentation."""
+    """One input file or part of one, a stream, or the interpreter's documentation."""
 
     given: str
     """The entry of ``input`` that it comes from."""
 
     name: str
-    """What reports and the manifest call it: the input as given, and the path below it."""
+    """The name in reports and the manifest: the input as given, and the path below it."""
 
     path: Path
     kind: Kind
     num_bytes: int
-    """Size on disk; of compressed files, compressed; of a part, the part's."""
+    """Size on disk: compressed if the file is, and of the part if it is one."""
 
     url: str | None = None
     """For `fsspec`, instead of ``path``."""
 
     version: str = ""
-    """What changes when the content does: a date, an ETag."""
+    """A value that changes with the content, such as a date or an ETag."""
 
     part: int = 0
     num_parts: int = 1
-    """A large file is read in parts, each by itself."""
+    """Whether a large file is read in separate parts."""
 
     first_byte: int = 0
-    """Where a part begins; of JSON lines, it has the lines that begin there or later."""
+    """The start of a part; in JSON lines, the part has the lines that begin at or after it."""
 
     stream: StreamOptions | None = None
 
@@ -97,10 +98,10 @@ class Unit:
     sources: tuple[Source, ...]
 
     digest: str = ""
-    """sha256 of the text, for text that no file stands for."""
+    """sha256 of text that is not in an input file."""
 
     spooled: bool = False
-    """The file is a temporary one: whoever packed it deletes it."""
+    """Whether the file is temporary; the process that packs it deletes it."""
 
     @property
     def num_bytes(self) -> int:
@@ -142,19 +143,19 @@ class Rejects:
                 f"{self.malformed} of {self.rows} rows are malformed (at most "
                 f"{self.max_malformed:.4g} of them may be): "
                 f"{'; '.join(self.describe(with_empty=False))}; "
-                "mend or remove them, set text_field to the field that holds the text, or raise "
+                "fix or remove them, set text_field to the field with the text, or raise "
                 "max_malformed"
             )
 
     def merge(self, later: "Rejects") -> None:
-        """Add what was met after everything here."""
+        """Add rejects that come after all present ones."""
         self.rows += later.rows
         self.empty += later.empty
         self.counts.update(later.counts)
         self.examples = {**later.examples, **self.examples}
 
     def describe(self, *, with_empty: bool = True) -> list[str]:
-        """One phrase per reason, most frequent first."""
+        """Return one phrase per reason, most frequent first."""
         counts = self.counts.most_common()
         if with_empty and self.empty:
             counts.append(("empty document", self.empty))
@@ -162,12 +163,10 @@ class Rejects:
 
 
 def group_units(sources: Sequence[Source], unit_bytes: int | None = None) -> list[Unit]:
-    """Consecutive sources together until ``unit_bytes`` are reached; depends on nothing else.
+    """Group consecutive sources until ``unit_bytes`` are reached; depends on nothing else.
 
-    Unset, that is 1/64 of all, but from 16 to 64 MiB.
-
-    A larger JSON lines or Parquet file is divided into parts of at most ``unit_bytes``, each a unit
-    of its own; a stream is a unit by itself.
+    The default is 1/64 of the corpus, but between 16 and 64 MiB. A larger JSON lines or Parquet
+    file is divided into parts of at most ``unit_bytes``, each its own unit; so is a stream.
     """
     if unit_bytes is None:
         total = sum(source.num_bytes for source in sources)

@@ -1,7 +1,7 @@
-"""Text to ids in any process: the reference library, and a faster engine with the same ids.
+"""Encode text in any process, with the reference library or a faster engine with the same ids.
 
-An ``Encoder`` comes from a ``Tokenizer`` and passes ``choose_engine`` once; what is sent to worker
-processes is its ``EncoderSpec``. Imports neither torch nor transformers.
+An ``Encoder`` comes from a ``Tokenizer`` and passes ``choose_engine`` once; worker processes
+receive its ``EncoderSpec``. Imports neither torch nor transformers.
 """
 
 import dataclasses
@@ -35,10 +35,10 @@ _EDGES = (
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSpec:
-    """All that the ids of a text depend on, as bytes."""
+    """Everything that determines the ids of a text, as bytes."""
 
     library: Literal["tokenizers", "sentencepiece"]
-    """The reference: its ids are the right ones."""
+    """The reference library, whose ids are correct by definition."""
 
     model: bytes
     """Its model: a tokenizer.json that recognises no special token, or a serialized .model."""
@@ -47,24 +47,24 @@ class EncoderSpec:
     """A tokenizer.json for the fast engine; None: the reference encodes everything."""
 
     marked: tuple[str, ...]
-    """Special and added tokens as spelled in text; a text with one goes to the reference."""
+    """Special and added tokens as spelled in text; the reference encodes texts that contain one."""
 
     @property
     def engine(self) -> str:
-        """Name and version of what encodes, for the manifest."""
+        """Name and version of the encoding library, for the manifest."""
         name = self.library if self.fast is None else _FAST
         return f"{name} {metadata.version(name)}"
 
 
 class Encoder:
-    """Encodes as the spec's reference does, with the engine that the spec names.
+    """Encodes as the spec's reference does, with the engine named by the spec.
 
-    Threads may share it, but take turns with the engine: ``twin`` makes one for each. Both
-    libraries are loaded when they are first needed.
+    Threads may share an encoder, but then take turns; ``twin`` makes one per thread. Both libraries
+    are loaded when first needed.
     """
 
     def __init__(self, spec: EncoderSpec, reference: "_Lazy | None" = None) -> None:
-        """``reference``: shared with an encoder of the same model."""
+        """Share ``reference``, if given, with an encoder of the same model."""
         self.spec = spec
         self._reference = reference or _Lazy(lambda: _load_reference(spec))
         self._fast = _Lazy(lambda: _load_fast(spec.fast))
@@ -76,21 +76,21 @@ class Encoder:
         return Encoder, (self.spec,)
 
     def twin(self) -> "Encoder":
-        """The same for another thread: an engine of its own, the reference shared."""
+        """Return an encoder for another thread, with its own engine and the shared reference."""
         return Encoder(self.spec, self._reference)
 
     def without_fast(self) -> "Encoder":
-        """The same, by the reference alone."""
+        """Return an encoder that uses the reference alone."""
         return Encoder(dataclasses.replace(self.spec, fast=None), self._reference)
 
     def encode_batch(
         self,
-        documents: Sequence[bytes],  # UTF-8: the engine trusts that
+        documents: Sequence[bytes],  # UTF-8, which the engine does not check
     ) -> list[Ids]:
-        """The ids ``(tokens,)`` of every document, none of them special.
+        """Return the ids ``(tokens,)`` of every document, none of them special.
 
-        The start of one document of every batch is encoded by the reference too. Raises UserError
-        when the ids differ.
+        The start of one document per batch is also encoded by the reference. Raises UserError when
+        the ids differ.
         """
         if self.spec.fast is None:
             return self.reference([document.decode("utf-8") for document in documents])
@@ -108,7 +108,7 @@ class Encoder:
         return out
 
     def reference(self, texts: Sequence[str]) -> list[Ids]:
-        """What ``encode_batch`` gives, slowly."""
+        """Return what ``encode_batch`` would, slowly."""
         if not texts:
             return []
         if self.spec.library == "sentencepiece":
@@ -117,7 +117,7 @@ class Encoder:
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def count_differences(self, texts: Sequence[str]) -> int:
-        """How many of the texts the fast engine encodes otherwise than the reference."""
+        """Return how many texts the fast engine and the reference encode differently."""
         documents = [text.encode("utf-8") for text in texts]
         plain = [i for i, document in enumerate(documents) if not self._is_marked(document)]
         found = self._encode_fast([documents[i] for i in plain])
@@ -140,14 +140,14 @@ class Encoder:
     def _spot_check(self, text: str) -> None:
         if self.count_differences([text]):
             raise UserError(
-                f"{self.spec.engine} gives other ids than {self.spec.library} on the document that "
-                f"starts with {text[:60]!r}, although they agreed on the sample: set "
+                f"{self.spec.engine} gives other ids than {self.spec.library} for the document "
+                f"that starts with {text[:60]!r}, although they agreed on the sample: set "
                 "engine: reference"
             )
 
 
 class _Lazy:
-    """Something that the first thread that needs it loads, for all."""
+    """A value that the first thread to need it loads for all."""
 
     def __init__(self, load: Callable[[], Any]) -> None:
         self._load, self._loading = load, threading.Lock()
@@ -161,8 +161,8 @@ class _Lazy:
 
 
 def choose_engine(encoder: Encoder, sample: Sequence[str]) -> tuple[Encoder, str | None]:
-    """The encoder if its fast engine is installed, reads this tokenizer and gives the reference's
-    ids on ``sample``; else one without it, and the warning to show.
+    """Return the encoder if its fast engine is installed, reads this tokenizer and gives the
+    reference's ids on ``sample``; otherwise one without it, and the warning to show.
     """
     if encoder.spec.fast is None:
         return encoder, None
@@ -173,11 +173,11 @@ def choose_engine(encoder: Encoder, sample: Sequence[str]) -> tuple[Encoder, str
     except ImportError as error:
         return slow, f"encoding with {name}, which is slower: {_FAST} is missing ({error})"
     except BaseException as error:
-        # A panic of the engine is a BaseException of its own.
+        # A panic of the engine is a BaseException, not an Exception.
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        why = f"{_FAST} does not read this tokenizer ({reason})"
+        why = f"{_FAST} cannot read this tokenizer ({reason})"
         return slow, f"encoding with {name}, which is slower: {why}"
     if differences:
         return slow, (

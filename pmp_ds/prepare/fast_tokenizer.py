@@ -1,4 +1,4 @@
-"""Fast tokenizers of `transformers`: read, made, rewritten and saved."""
+"""Load, create, rewrite and save fast tokenizers of `transformers`."""
 
 import os
 from pathlib import Path
@@ -18,9 +18,9 @@ _EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[EOS]")
 
 
 def load(where: Path) -> Any:
-    """A fast tokenizer: a folder that ``AutoTokenizer`` reads, or a ``tokenizer.json`` alone.
+    """Return a fast tokenizer from a folder that ``AutoTokenizer`` reads, or a ``tokenizer.json``.
 
-    Raises UserError when it cannot be read or is no fast one.
+    Raises UserError when it cannot be read or is not a fast tokenizer.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -43,8 +43,8 @@ def load(where: Path) -> Any:
                 names = [name for name in _EOS_NAMES if number(name) is not None]
                 if len(names) == 1:
                     tokenizer.eos_token = names[0]
-            tokenizer.encode("a b")  # some say what they lack only now
-    except Exception as error:  # whatever transformers raises for a folder it cannot read
+            tokenizer.encode("a b")  # some fail only here
+    except Exception as error:  # transformers raises anything for a bad folder
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(
             f"tokenizer {where} cannot be read: {reason}; name a folder that "
@@ -59,7 +59,7 @@ def load(where: Path) -> Any:
 
 
 def wrap(fast: Any, proto: Any) -> Any:
-    """The `transformers` tokenizer around a converted sentencepiece model."""
+    """Return the `transformers` tokenizer of a converted sentencepiece model."""
     from transformers import PreTrainedTokenizerFast
 
     spec = proto.trainer_spec
@@ -76,13 +76,13 @@ def wrap(fast: Any, proto: Any) -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=fast,
         clean_up_tokenization_spaces=False,
-        add_prefix_space=proto.normalizer_spec.add_dummy_prefix,  # read by llama.cpp's converter
+        add_prefix_space=proto.normalizer_spec.add_dummy_prefix,  # used by llama.cpp's converter
         **names,
     )
 
 
 def save(tokenizer: Any, folder: Path) -> None:
-    """`save_pretrained` under the class name that older versions of `transformers` know too."""
+    """Save under a class name that older versions of `transformers` also know."""
     tokenizer.save_pretrained(str(folder))
     path = folder / "tokenizer_config.json"
     settings = read_object(path)
@@ -92,10 +92,10 @@ def save(tokenizer: Any, folder: Path) -> None:
 
 
 def without_special(description: dict[str, Any], special: dict[str, int]) -> dict[str, Any]:
-    """The same tokenizer.json with every special token renamed to something no text can contain.
+    """Return the same tokenizer.json with special tokens renamed to text that cannot occur.
 
     The ids stay. `encode_special_tokens` is not enough: a Unigram, WordLevel or WordPiece
-    vocabulary holds `</s>` as an ordinary entry and finds it in text.
+    vocabulary contains `</s>` as an ordinary entry and finds it in text.
     """
     secret = os.urandom(16).hex()  # a document cannot guess it
     renamed = {token: f"\U0010ffff{secret}:{index}" for token, index in special.items()}

@@ -1,4 +1,4 @@
-"""What the user named as input: files, folders, patterns, URLs, datasets, or Python itself."""
+"""Find the sources of an input: files, folders, patterns, URLs, datasets, or Python itself."""
 
 import glob
 import os
@@ -27,13 +27,13 @@ _SKIPPED_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idlelib",
 def find_sources(
     inputs: Iterable[str],
     stream: StreamOptions | None = None,
-    notes: list[str] | None = None,  # gets a line on what each input holds and is not read
+    notes: list[str] | None = None,  # receives a line on the ignored files of each input
 ) -> list[Source]:
-    """All input files in the order of ``inputs``; those of a folder or pattern sorted by path.
+    """Return all input files in the order of ``inputs``; those of a folder or pattern by path.
 
-    Folders that are links are entered, hidden files and folders are not. Raises UserError for a
-    path that does not exist, a file of an unknown type, a folder or pattern without any known file,
-    and a file or folder that is reached twice.
+    Linked folders are entered, hidden files and folders are not. Raises UserError for a path that
+    does not exist, a file of an unknown type, a folder or pattern without a known file, and a file
+    or folder that is reached twice.
     """
     sources: list[Source] = []
     notes = [] if notes is None else notes
@@ -51,15 +51,15 @@ def find_sources(
         key = (source.kind, source.url or _file_of(source.path))
         if key in seen:
             raise UserError(
-                f"input names {source.url or source.path} twice ({seen[key]} and {source.name}): "
-                "its documents would count double; name it once"
+                f"input names {source.url or source.path} twice ({seen[key]} and {source.name}), "
+                "so its documents would count double; name it once"
             )
         seen[key] = source.name
     return sources
 
 
 def _file_of(path: Path) -> object:
-    """The same for every name of a file: links of either kind are one input."""
+    """Return the same value for every name of a file: hard and symbolic links are one input."""
     facts = path.stat() if path.exists() else None
     if facts is not None and facts.st_nlink > 1 and facts.st_ino:
         return facts.st_dev, facts.st_ino
@@ -70,7 +70,7 @@ def _path_sources(given: str, notes: list[str]) -> list[Source]:
     root = Path(given)
     if root.is_dir():
         prefix = given.rstrip("/")
-        # Compared as text, so that the order is that of the printed names.
+        # Sort as text, so that the order is that of the printed names.
         names = sorted(path.relative_to(root).as_posix() for path in _files(given, root))
         names = _readable(given, names, notes)
         return [_file_source(given, f"{prefix}/{name}", root / name) for name in names]
@@ -92,7 +92,7 @@ def _path_sources(given: str, notes: list[str]) -> list[Source]:
 
 
 def _files(given: str, root: Path) -> Iterator[Path]:
-    """All files below ``root``; hidden folders as they are, without what is in them."""
+    """Yield all files below ``root``, and hidden folders without their content."""
     reached: dict[tuple[int, int], Path] = {}
 
     def stop(error: OSError) -> None:
@@ -103,8 +103,8 @@ def _files(given: str, root: Path) -> Iterator[Path]:
         first = reached.setdefault((facts.st_dev, facts.st_ino), here)
         if first != here:
             raise UserError(
-                f"input {given} reaches {here} twice, as {first} too: its documents would count "
-                "double; remove the link"
+                f"input {given} reaches {here} twice, the first time as {first}, so its documents "
+                "would count double; remove the link"
             )
         yield from (here / name for name in names)
         yield from (here / name for name in subfolders if name.startswith("."))
@@ -114,8 +114,8 @@ def _files(given: str, root: Path) -> Iterator[Path]:
 def _readable(
     given: str, names: Iterable[str], notes: list[str], *, hidden: bool = True
 ) -> list[str]:
-    """The names of known files; a note on the others, and UserError if there are only others.
-    Unless ``hidden``, names that begin with a dot were asked for."""
+    """Return the names of known files and note the others. Raises UserError if there are only
+    others. Without ``hidden``, names that begin with a dot were requested."""
     readable: list[str] = []
     left_out: dict[str, list[str]] = {}
     root = Path(given) if hidden else Path()
@@ -136,7 +136,7 @@ def _readable(
         lines.append(f"{len(others)} {why} (first: {others[0]}; {few})")
     if not readable:
         raise UserError(
-            f"input {given} {'holds' if hidden or '://' in given else 'matches'} no "
+            f"input {given} {'contains' if hidden or '://' in given else 'matches'} no "
             f"{', '.join(_KNOWN)} file" + (f", but {'; '.join(lines)}" if lines else "")
         )
     notes += [f"input {given}: left out {line}" for line in lines]
@@ -180,7 +180,7 @@ def _url_sources(given: str, notes: list[str]) -> list[Source]:
         sources = [_url_source(given, system, path) for path in paths]
     except UserError:
         raise
-    except Exception as error:  # every file system of fsspec has its own
+    except Exception as error:  # each file system of fsspec has its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(f"input {given} cannot be read: {reason}") from error
     return sources
@@ -189,7 +189,7 @@ def _url_sources(given: str, notes: list[str]) -> list[Source]:
 def _url_source(given: str, system: Any, path: str) -> Source:
     facts = system.info(path)
     if facts.get("size") is None:
-        raise UserError(f"input {given} does not say how large it is; download it first")
+        raise UserError(f"input {given} does not report its size; download it first")
     marks = [
         str(facts[key]) for key in ("ETag", "mtime", "LastModified", "created") if key in facts
     ]

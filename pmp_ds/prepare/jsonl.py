@@ -1,4 +1,4 @@
-"""The documents of JSON lines, plain or compressed, or of a part of such a file."""
+"""Read the documents of a JSON lines file, plain or compressed, or of a part of one."""
 
 import functools
 import gzip
@@ -15,7 +15,7 @@ from pmp_ds.prepare.corpus import Rejects, Source
 from pmp_ds.prepare.rows import LONGEST, open_source, parse_row, require_plausible, too_long
 
 _CHUNK_BYTES = 4 << 20
-_FIRST_CHUNK_BYTES = 1 << 18  # small: a sample takes no more of a source than its beginning
+_FIRST_CHUNK_BYTES = 1 << 18  # small, because a sample needs only the beginning of a source
 
 
 def json_documents(
@@ -25,12 +25,12 @@ def json_documents(
     rejects: Rejects,
     on_bytes: Callable[[int], None],
 ) -> Iterator[bytes]:
-    """The lines that begin in the source's part of the file."""
+    """Yield the documents of lines that begin in the source's part of the file."""
     file: BinaryIO = raw
     if source.name.endswith(".gz"):
         file = cast(BinaryIO, gzip.GzipFile(fileobj=raw))
     elif source.name.endswith(".zst"):
-        # PythonFile closes what it wraps, like every reader here.
+        # PythonFile closes the file that it wraps, like every reader here.
         stream = pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd")
         file = cast(BinaryIO, io.BufferedReader(stream))
     start, end = source.first_byte, source.first_byte + source.num_bytes
@@ -86,7 +86,7 @@ def json_documents(
 
 
 def _line_length(source: Source, raw: BinaryIO) -> int:
-    """How long the rest of a line is; it is read."""
+    """Read the rest of a line and return its length."""
     length = 0
     for piece in iter(lambda: raw.readline(_CHUNK_BYTES), b""):
         length += len(piece)
@@ -100,9 +100,9 @@ def _line_length(source: Source, raw: BinaryIO) -> int:
 def _chunks(
     file: BinaryIO, num_bytes: int | None, check: Callable[[int, int], None]
 ) -> Iterator[bytes]:
-    """Whole lines together, up to about ``_CHUNK_BYTES`` at a time: those that begin within the
-    next ``num_bytes``, or all. ``check`` is called with how many bytes each read gave, and how many
-    there are of the chunk.
+    """Yield whole lines together, about ``_CHUNK_BYTES`` at a time: all lines, or those that begin
+    within the next ``num_bytes``. ``check`` is called with the bytes of each read and those of the
+    chunk so far.
     """
     size = min(_FIRST_CHUNK_BYTES, _CHUNK_BYTES)
     while num_bytes is None or num_bytes > 0:
@@ -122,10 +122,10 @@ def _chunks(
 
 
 def parse_chunk(chunk: bytes, text_field: str) -> list[bytes] | None:
-    """The texts of whole JSON lines by Arrow's parser, in a third of the time of one by one.
+    """Return the texts of whole JSON lines, parsed by Arrow in a third of the time.
 
-    None unless every line is plainly one object with a text: then the lines have to be looked at
-    one by one.
+    Returns None unless every line is plainly one object with a text; the caller then parses the
+    lines one by one.
     """
     if not chunk.startswith(b"{"):
         return None
@@ -134,7 +134,7 @@ def parse_chunk(chunk: bytes, text_field: str) -> list[bytes] | None:
     if not chunk.endswith(b"\n"):
         ends = np.append(ends, len(chunk))
     starts = np.concatenate([[0], ends[:-1] + 1])
-    # No object spans two such lines: between `}` and `{` there would have to be a comma.
+    # No object spans two such lines: a comma would have to stand between `}` and `{`.
     if not ((data[starts] == ord("{")) & (data[ends - 1] == ord("}"))).all():
         return None
     try:
@@ -171,13 +171,13 @@ def _parse_line(line: bytes, text_field: str) -> tuple[str | None, str]:
         return (
             "",
             "",
-        )  # what pandas writes for a missing text; of a stream it may be a missing field
+        )  # pandas writes null for a missing text; in a stream the field may be missing
     return parse_row(row, text_field)
 
 
 @functools.lru_cache(maxsize=4)
 def _lines_before(source: Source, position: int) -> int:
-    """Line ends before ``position``; only asked for rows that are reported."""
+    """Return the number of line ends before ``position``, needed only to report rows."""
     count = 0
     with open_source(source) as file:
         while position > 0 and (chunk := file.read(min(1 << 20, position))):

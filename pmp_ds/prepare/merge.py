@@ -1,4 +1,4 @@
-"""Several packed stores as one: a manifest over hard links, no shard is rewritten."""
+"""Merge packed stores: a manifest over hard links, without rewriting a shard."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ from pmp_ds.run_dir import fsync_dir
 
 
 def merge_stores(out: str | Path, folders: Sequence[str | Path]) -> Store:
-    """Make ``out`` of the blocks of all ``folders``, in this order; every byte is checked first.
+    """Make ``out`` from the blocks of all ``folders``, in this order, after checking every byte.
 
     The shards are hard links, or copies where the file system has none. Raises UserError when
     ``out`` exists, a store is damaged or named twice, or tokenizer or block size differ.
@@ -89,7 +89,7 @@ def _merge_split(staging: Path, split: str, stores: Sequence[Store]) -> dict[str
 
 
 def _count(stores: Sequence[Store], split: str) -> Any:
-    """``(vocab_size,)``: as ``units.UnitResult.unigrams`` counts."""
+    """Return counts as in ``units.UnitResult.unigrams``, ``(vocab_size,)``."""
     counts = np.zeros(stores[0].vocab_size, np.int64)
     for store in stores:
         for view in store.split(split).views:
@@ -116,8 +116,8 @@ def _warnings(stores: Sequence[Store]) -> list[str]:
     fractions = {store.manifest["settings"].get("val_fraction") for store in stores}
     if len(fractions) > 1:
         warnings.append(
-            "the stores hold out different shares for validation: a document that is in two of "
-            "them may be in the train split of one and the validation split of the other"
+            "the stores hold out different shares for validation: a document in two of them may be "
+            "in the train split of one and the validation split of the other"
         )
     return list(dict.fromkeys(warnings))
 

@@ -1,12 +1,12 @@
-"""The steps of a preparation, for one machine or several that share a file system.
+"""The steps of a preparation, on one machine or several that share a file system.
 
     plan(config)            once: tokenizer, engine, units; writes `<out>.incomplete/plan.json`
     pack(out, node, nodes)  on every node, at the same time: units node, node + nodes, ...
-    finish(out)             once, when all units are there: the manifest, and the store's name
+    finish(out)             once, after all units: the manifest, and the store's name
 
-The store is the same to the byte, whichever node packed what. Nodes do not talk to each other: a
-shard and an entry of the ledger appear whole by a rename, so a node may be killed, repeated, late,
-or the same twice.
+The store is the same to the byte, whichever node packed which unit. Nodes do not communicate:
+shards and ledger entries appear whole by renaming, so a node may be killed, repeated, late or
+started twice.
 """
 
 from collections.abc import Iterable, Iterator
@@ -38,17 +38,17 @@ from pmp_ds.progress import Progress
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What one call of ``pack`` did; ``str()`` is its closing report."""
+    """The work of one ``pack`` call; ``str()`` is its closing report."""
 
     folder: Path
     packed: int
-    """Units packed now."""
+    """Units packed by this call."""
 
     units: int
-    """Units of this node, the ones that were there included."""
+    """Units of this node, including those that were finished before."""
 
     num_bytes: int
-    """Input bytes of the units packed now."""
+    """Input bytes of the units packed by this call."""
 
     def __str__(self) -> str:
         return (
@@ -58,9 +58,9 @@ class Share:
 
 
 def plan(config: PrepareConfig) -> int:
-    """Decide everything that the nodes have to agree on; return the number of units.
+    """Decide everything that the nodes must agree on; return the number of units.
 
-    The same settings again keep what is packed. 0: the store is complete already. Raises UserError
+    With unchanged settings, packed units stay; 0 means that the store is complete. Raises UserError
     as ``prepare`` does, and for an input that is a stream.
     """
     request = Request.of(config)
@@ -69,7 +69,7 @@ def plan(config: PrepareConfig) -> int:
         return 0
     if (stream := request.stream) is not None:
         raise UserError(
-            f"input {stream.name} is a stream, which one process reads in order: download it "
+            f"input {stream.name} is a stream, which one process must read in order: download it "
             "and name its files, or prepare it on one machine"
         )
     with writing(request.out), staging(request.out, request.identity) as folder:
@@ -78,10 +78,10 @@ def plan(config: PrepareConfig) -> int:
 
 
 def pack(out: Path, node: int = 0, nodes: int = 1, workers: int | None = None) -> Share:
-    """Pack the missing ones of every ``nodes``-th unit, from number ``node`` on.
+    """Pack the missing ones of every ``nodes``-th unit, starting at number ``node``.
 
-    Needs a plan; any number of nodes may do it at once, and another time with another number.
-    Raises UserError when this machine does not find what the plan was made for.
+    Requires a plan. Any number of nodes may run at once, and a later call may use another number.
+    Raises UserError when this machine does not match the plan.
     """
     if not 0 <= node < nodes:
         raise UserError(f"node={node} must be from 0 to nodes - 1 = {nodes - 1}")
@@ -99,10 +99,10 @@ def pack(out: Path, node: int = 0, nodes: int = 1, workers: int | None = None) -
 
 
 def finish(out: Path) -> PrepareSummary:
-    """Check every unit, write the manifest and give the store its name; at once if that was done.
+    """Check every unit, write the manifest and name the store; returns at once if this is done.
 
-    Raises UserError that names the units still missing, or for bad rows as ``prepare`` does; what
-    is packed stays.
+    Raises UserError that names missing units, or for bad rows as ``prepare`` does; packed units
+    stay.
     """
     if exists(out) and not staging_folder(out).exists():
         remove_leftovers(out)
@@ -117,10 +117,10 @@ def finish(out: Path) -> PrepareSummary:
 def pack_missing(
     job: PackJob, units: Iterable[Unit], title: str, workers: int | None = None
 ) -> tuple[list[Unit], list[Unit]]:
-    """Pack those of ``units`` that the ledger does not have; return all, and those packed now.
+    """Pack those of ``units`` that are not in the ledger; return all, and those packed now.
 
-    ``workers``: None means as planned, or one per core. ``title`` is that of the progress; a list
-    of units says how much there is to do.
+    ``workers``: None means as planned, or one per core. ``title`` heads the progress, which is
+    complete if ``units`` is a list.
     """
     workers = workers or job.config.workers or available_cores()
     total = None

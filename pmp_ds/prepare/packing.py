@@ -1,5 +1,5 @@
-"""Token arrays to fixed blocks: one EOS behind every document, a BOS before it if wanted, cut every
-``block_size``.
+"""Pack token arrays into fixed blocks: an EOS after every document, optionally a BOS before it, cut
+every ``block_size``.
 """
 
 import hashlib
@@ -14,22 +14,22 @@ _FLUSH_TOKENS = 1 << 20
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
-    """The smallest of uint16 and uint32 that holds every id below ``vocab_size``."""
+    """Return the smaller of uint16 and uint32 that represents every id below ``vocab_size``."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
 def is_validation(document: bytes, val_fraction: float) -> bool:
-    """Whether a document is held out: its sha256, read as a number in [0, 1), is below the share.
+    """Return whether a document is held out: its sha256 as a number in [0, 1) is below the share.
 
-    The choice depends on the text (UTF-8) alone, so copies of a document land in the same split.
+    The choice depends only on the text (UTF-8), so copies of a document get the same split.
     """
     digest = hashlib.sha256(document).digest()
     return int.from_bytes(digest[:8], "big") < val_fraction * 2.0**64
 
 
 class Packer:
-    """Cuts one stream of documents into blocks; every document is followed by ``eos_id``, and led
-    by ``bos_id`` unless that is None.
+    """Cuts one stream of documents into blocks. ``eos_id`` follows every document, and ``bos_id``
+    precedes it unless that is None.
     """
 
     def __init__(
@@ -46,9 +46,9 @@ class Packer:
         self._num_pending = 0
 
     def add(self, documents: Iterable[npt.NDArray[np.integer]]) -> Tokens:
-        """Append documents (each ``(tokens,)``); return the blocks that are full.
+        """Append documents (each ``(tokens,)``); return the full blocks, ``(n, block_size)``.
 
-        Returns ``(n, block_size)``; n is 0 while little has come in, to keep copies large.
+        n is 0 until enough tokens are collected, so that copies are large.
         """
         for ids in documents:
             self._pending += (self._bos, ids.astype(self._eos.dtype, copy=False), self._eos)
@@ -58,7 +58,7 @@ class Packer:
         return self._cut()
 
     def finish(self) -> tuple[Tokens, int]:
-        """The last full blocks ``(n, block_size)`` and the number of tokens dropped behind them."""
+        """Return the last full blocks ``(n, block_size)`` and the number of dropped tokens."""
         blocks = self._cut()
         dropped, self._pending, self._num_pending = self._num_pending, [], 0
         return blocks, dropped
@@ -73,7 +73,7 @@ class Packer:
 def pack_ref(
     documents: Iterable[Iterable[int]], block_size: int, eos_id: int, bos_id: int | None = None
 ) -> tuple[list[list[int]], int]:
-    """What ``Packer`` does, token by token: (blocks, dropped tokens)."""
+    """Do what ``Packer`` does, token by token; return (blocks, dropped tokens)."""
     stream: list[int] = []
     for ids in documents:
         stream += [*ids, eos_id] if bos_id is None else [bos_id, *ids, eos_id]

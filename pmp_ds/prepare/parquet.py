@@ -1,4 +1,4 @@
-"""The documents of a Parquet file, or of a part of its row groups."""
+"""Read the documents of a Parquet file, or of a part of its row groups."""
 
 import os
 from collections.abc import Iterator
@@ -10,13 +10,13 @@ from pmp_ds.errors import UserError
 from pmp_ds.prepare.corpus import Rejects, Source
 from pmp_ds.prepare.rows import LONGEST, accepted, require_plausible, too_long
 
-_ROWS = 16  # at a time: a text in a dictionary is there once, and then once a row
+_ROWS = 16  # per batch: decoding expands a text stored once in a dictionary to once per row
 
 
 def parquet_documents(
     source: Source, raw: BinaryIO, text_field: str, rejects: Rejects
 ) -> Iterator[bytes]:
-    """The rows of the source's part of the row groups."""
+    """Yield the rows of the source's part of the row groups."""
     import pyarrow.parquet as pq
 
     size = raw.seek(0, os.SEEK_END)
@@ -30,7 +30,7 @@ def parquet_documents(
     kind = file.schema_arrow.field(text_field).type
     if not _is_text(kind):
         raise UserError(
-            f"column {text_field!r} of input {source.name} holds {kind!s:.80}, no text; set "
+            f"column {text_field!r} of input {source.name} has type {kind!s:.80}, not text; set "
             "text_field"
         )
     groups = range(file.num_row_groups)
@@ -50,8 +50,8 @@ def parquet_documents(
 def _require_plausible_groups(
     source: Source, file: Any, groups: range, text_field: str, size: int
 ) -> None:
-    """Raise UserError when row groups say that they hold more than text does: Arrow unpacks a page
-    whole, and a text has no pages."""
+    """Raise UserError for row groups that claim more content than text has. Arrow unpacks whole
+    pages, and a text is never split into pages."""
     names = [file.schema.column(i).path for i in range(len(file.schema))]
     column, unpacked = names.index(text_field), 0
     for group in groups:
@@ -63,8 +63,8 @@ def _require_plausible_groups(
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    """Whether a column is text in one of Arrow's ways: pandas and polars write views and
-    dictionaries, and nothing but nulls has a type of its own."""
+    """Return whether a column is text in one of Arrow's forms: pandas and polars write views and
+    dictionaries, and a column of nulls has its own type."""
     if pa.types.is_dictionary(kind):
         return _is_text(kind.value_type)
     types = pa.types

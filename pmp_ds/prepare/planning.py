@@ -1,6 +1,6 @@
-"""What is decided before text is packed: the tokenizer, what encodes, and the job of every worker.
+"""Decisions before text is packed: the tokenizer, the encoding engine, and the workers' job.
 
-For several machines the decision is written to `<out>.incomplete/plan.json`.
+For several machines they are written to `<out>.incomplete/plan.json`.
 """
 
 import dataclasses
@@ -30,10 +30,10 @@ from pmp_ds.run_dir import write_json
 
 
 def make_plan(folder: Path, request: Request) -> PackJob:
-    """Train the tokenizer if need be, save it in ``folder`` and see which engine reads it.
+    """Train the tokenizer if necessary, save it in ``folder`` and choose the engine.
 
     Raises UserError for text that no tokenizer can be trained on, and for a tokenizer without the
-    begin-of-text token that ``bos`` asks for.
+    begin-of-text token that ``bos`` requires.
     """
     files = saved_tokenizer_files(folder)
     tokenizer = request.tokenizer
@@ -56,7 +56,7 @@ def make_plan(folder: Path, request: Request) -> PackJob:
 
 
 def write_plan(job: PackJob, request: Request) -> None:
-    """Record what ``read_plan`` needs to make the same job on another machine."""
+    """Record what ``read_plan`` needs to create the same job on another machine."""
     plan = {
         "config": dataclasses.asdict(job.config),
         "engine": job.encoder.spec.engine,
@@ -66,9 +66,9 @@ def write_plan(job: PackJob, request: Request) -> None:
 
 
 def read_plan(out: Path) -> tuple[PackJob, list[Unit]]:
-    """The job and all units that were planned for the store ``out``.
+    """Return the job and all units planned for the store ``out``.
 
-    Raises UserError unless this machine finds what the plan was made for.
+    Raises UserError unless this machine matches the plan.
     """
     folder = staging_folder(out)
     try:
@@ -77,8 +77,8 @@ def read_plan(out: Path) -> tuple[PackJob, list[Unit]]:
         engine, warnings = planned["engine"], planned["warnings"]
     except MissingError as error:
         raise UserError(
-            f"{folder} holds no plan: run `pmp-ds prepare-data plan "
-            f"--out {quoted(out)}` with all settings first, once, and wait for its end"
+            f"{folder} contains no plan: run `pmp-ds prepare-data plan "
+            f"--out {quoted(out)}` with all settings first, once, and wait until it ends"
         ) from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{folder / PLAN} cannot be read ({error}); run plan again") from error
@@ -135,13 +135,13 @@ def _bos_id(config: PrepareConfig, tokenizer: Tokenizer) -> int | None:
     if tokenizer.bos_id == tokenizer.eos_id:
         raise UserError(
             f"bos={config.bos}, but begin and end of text are the same token {tokenizer.eos_id} of "
-            f"tokenizer {name}: it would stand twice between documents; set bos to none"
+            f"tokenizer {name}: it would appear twice between documents; set bos to none"
         )
     return tokenizer.bos_id
 
 
 def _check_same(folder: Path, request: Request) -> None:
-    """UserError unless this machine sees the files, settings and libraries of the plan."""
+    """Raise UserError unless this machine has the files, settings and libraries of the plan."""
     there, here = read_identity(folder) or {}, request.identity
     if there == here:
         return
@@ -152,6 +152,6 @@ def _check_same(folder: Path, request: Request) -> None:
         if there.get(key) != here[key]
     ]
     raise UserError(
-        f"{folder} was planned for something else: {'; '.join(found)}; let every node see the same "
-        "files and libraries, or run plan again"
+        f"{folder} was planned for something else: {'; '.join(found)}; give every node the "
+        "same files and libraries, or run plan again"
     )

@@ -1,7 +1,7 @@
-"""The whole way from text to a packed store: what pmp-ds prepare-data runs.
+"""Turn text into a packed store, as pmp-ds prepare-data does.
 
-Everything is written to `<out>.incomplete` and renamed at the end, so a killed run leaves no half
-store, and the same command resumes with what is missing.
+Everything is written to `<out>.incomplete` and renamed at the end. So a killed run leaves no half
+store, and the same command resumes with the missing units.
 """
 
 import time
@@ -26,9 +26,9 @@ from pmp_ds.prepare.summary import PrepareSummary
 
 
 def prepare(config: PrepareConfig) -> PrepareSummary:
-    """Make the store ``config.out``, or return at once when it is complete with these settings:
-    ``plan``, ``pack`` of the only node and ``finish`` of nodes.py, streams included.
+    """Make the store ``config.out``, or return at once when it is complete with these settings.
 
+    This is ``plan``, ``pack`` on a single node and ``finish`` of nodes.py, including streams.
     Raises UserError for an input, tokenizer or folder that cannot be used; nothing is left behind.
     """
     start = time.monotonic()

@@ -1,4 +1,4 @@
-"""The documents of one source, and the rows in it that are not one. Imports without torch."""
+"""Read the documents of one source and count its other rows. Imports without torch."""
 
 import os
 import zlib
@@ -20,10 +20,10 @@ def read_documents(
     rejects: Rejects,
     on_bytes: Callable[[int], None] = lambda _: None,
 ) -> Iterator[bytes]:
-    """The documents of one source in order, as valid UTF-8, none of them empty.
+    """Yield the documents of one source in order, as valid UTF-8, none of them empty.
 
-    Rows that are not a document are counted in ``rejects``; ``on_bytes`` is called with how many
-    more bytes of the source are done. Raises UserError for one that cannot be read or decompressed.
+    Other rows are counted in ``rejects``; ``on_bytes`` is called with the number of bytes read
+    since its last call. Raises UserError for a source that cannot be read or decompressed.
     """
     try:
         if source.kind == "topics":
@@ -51,12 +51,12 @@ def read_documents(
 
 
 def read_texts(source: Source, text_field: str, rejects: Rejects) -> Iterator[str]:
-    """``read_documents``, decoded."""
+    """Yield the documents of ``read_documents``, decoded."""
     return (document.decode("utf-8") for document in read_documents(source, text_field, rejects))
 
 
 def topics() -> list[tuple[str, bytes]]:
-    """The texts behind ``help('...')``, as (name, UTF-8)."""
+    """Return the texts of ``help('...')`` as (name, UTF-8)."""
     from pydoc_data.topics import topics
 
     return [(f"{PYTHON}:topics:{name}", topics[name].encode("utf-8")) for name in sorted(topics)]

@@ -1,4 +1,4 @@
-"""What somebody wants prepared: the settings, the input files and the tokenizer."""
+"""A requested preparation: the settings, the input files and the tokenizer."""
 
 import contextlib
 import dataclasses
@@ -29,14 +29,14 @@ class Request:
     """None: to be trained on the sources."""
 
     settings: dict[str, Any]
-    """What the content of the store depends on."""
+    """The settings that determine the content of the store."""
 
     left_out: tuple[str, ...]
-    """What the inputs hold and is not read, a line each."""
+    """One line on each kind of file that the inputs contain and that is not read."""
 
     @classmethod
     def of(cls, config: PrepareConfig) -> "Request":
-        """Find the sources and load the tokenizer; UserError when one cannot be used."""
+        """Find the sources and load the tokenizer. Raises UserError when one cannot be used."""
         stream = StreamOptions(
             split=config.hf_split,
             config=config.hf_config,
@@ -77,13 +77,13 @@ class Request:
 
     @property
     def stream(self) -> Source | None:
-        """The first source that is a stream, if one is."""
+        """The first source that is a stream, or None."""
         return next((source for source in self.sources if source.kind == "stream"), None)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What has to be the same for the finished parts of a killed run to be of use, as JSON
-        gives it back."""
+        """The values that must not change for finished parts of a killed run to be reused, as JSON
+        returns them."""
         versions = {}
         for name in _LIBRARIES:
             with contextlib.suppress(metadata.PackageNotFoundError):

@@ -1,4 +1,4 @@
-"""Rows of an input: what makes one a document, and how long one may be."""
+"""Rows of an input: which are documents, and how long a document may be."""
 
 import codecs
 from collections.abc import Iterable, Iterator
@@ -8,15 +8,15 @@ from pmp_ds.errors import UserError
 from pmp_ds.prepare.corpus import Rejects, Source
 
 LONGEST = 64 << 20
-"""Bytes of one document, or of one line of JSON."""
+"""Maximum bytes of a document, or of a line of JSON."""
 _EXPANSION = 200
 _FREE_BYTES = 2 << 20
-"""What unpacks to more than so many bytes may be _EXPANSION times as long as the file: text is
-seldom packed to less than a tenth, a crafted file to any part."""
+"""Input that unpacks to more bytes than this may be at most _EXPANSION times as long as the file:
+text rarely shrinks below a tenth, a crafted file without limit."""
 
 
 def open_source(source: Source) -> BinaryIO:
-    """The bytes of a file or URL."""
+    """Open a file or URL for reading bytes."""
     if source.url is None:
         return open(source.path, "rb")
     import fsspec
@@ -25,7 +25,7 @@ def open_source(source: Source) -> BinaryIO:
 
 
 def parse_row(row: Any, text_field: str) -> tuple[str | None, str]:
-    """The text of one decoded row, or None and what is wrong with it."""
+    """Return the text of a decoded row, or None and the fault."""
     if not isinstance(row, dict):
         return None, "not a JSON object"
     if text_field not in row:
@@ -35,13 +35,13 @@ def parse_row(row: Any, text_field: str) -> tuple[str | None, str]:
         return None, f"field {text_field!r} is not a string"
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError:  # "\ud800": JSON can spell half a character
+    except UnicodeEncodeError:  # "\ud800": JSON can contain half a character
         return None, "half of a surrogate pair"
     return text, ""
 
 
 def accepted(rows: Iterable[tuple[str, bytes]], rejects: Rejects) -> Iterator[bytes]:
-    """Rows that are a document as they are."""
+    """Yield the rows that are documents; count the others in ``rejects``."""
     for where, raw in rows:
         rejects.rows += 1
         try:
@@ -59,15 +59,15 @@ def accepted(rows: Iterable[tuple[str, bytes]], rejects: Rejects) -> Iterator[by
 
 def too_long(source: Source, what: str) -> UserError:
     return UserError(
-        f"input {source.name} is too long: {what}, and a document has at most {LONGEST:,} bytes; "
-        "divide it into several, as `split -C 32M` does"
+        f"input {source.name} is too long: {what}, but a document may have at most {LONGEST:,} "
+        "bytes; divide it, for example with `split -C 32M`"
     )
 
 
 def require_plausible(source: Source, unpacked: int, packed: int) -> None:
-    """Raise UserError for what unpacks to far more than text does."""
+    """Raise UserError for input that unpacks to far more than text does."""
     if unpacked > _FREE_BYTES + _EXPANSION * packed:
         raise UserError(
-            f"input {source.name} unpacks to more than {_EXPANSION} times its size, as no text "
-            "does; remove it, or unpack it yourself"
+            f"input {source.name} unpacks to more than {_EXPANSION} times its size, unlike any "
+            "text; remove it, or unpack it yourself"
         )

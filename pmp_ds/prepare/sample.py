@@ -1,4 +1,4 @@
-"""Text of a corpus before it is packed: to train a tokenizer on, and to compare engines with."""
+"""Sample a corpus before packing, to train a tokenizer and to compare engines."""
 
 import contextlib
 import itertools
@@ -13,7 +13,7 @@ from pmp_ds.prepare.request import Request
 from pmp_ds.progress import Progress
 
 TRAINING_BYTES = 64 << 20
-"""Most text that a tokenizer is trained on, spread over all sources."""
+"""Maximum text to train a tokenizer on, spread over all sources."""
 
 _SOURCES = 32
 _CHARS = 1 << 18
@@ -22,7 +22,7 @@ _TEXTS = 4096
 
 
 def training_texts(request: Request) -> Iterator[str]:
-    """Documents of the train split, from the start of every source in proportion to its size.
+    """Yield documents of the train split, from the start of every source in proportion to its size.
 
     Raises UserError when there is none.
     """
@@ -42,7 +42,7 @@ def _training_texts(request: Request, rejects: Rejects) -> Iterator[str]:
     credit = 0.0
     with Progress("train tokenizer", "B", total, scale=True) as bar:
         for source in request.sources:
-            stream = source.kind == "stream"  # does not say how much there is
+            stream = source.kind == "stream"  # its size is unknown
             credit += TRAINING_BYTES if stream else share * source.num_bytes
             for document in read_documents(source, config.text_field, rejects):
                 if (stream or share < 1.0) and credit <= 0.0:
@@ -54,14 +54,14 @@ def _training_texts(request: Request, rejects: Rejects) -> Iterator[str]:
 
 
 def sample_texts(request: Request) -> list[str]:
-    """Beginnings of documents from all over the corpus, about 256,000 characters, and not many more
-    texts than 4,096."""
+    """Return beginnings of documents from all over the corpus, about 256,000 characters and not
+    many more than 4,096 texts."""
     chosen = request.sources[:: len(request.sources) // _SOURCES + 1]
     texts: list[str] = []
     for source in chosen:
         room = _CHARS // len(chosen)
         most = len(texts) + max(1, _TEXTS // len(chosen))
-        with contextlib.suppress(MalformedError):  # of a thousand rows most: read no further
+        with contextlib.suppress(MalformedError):  # most of a thousand rows: read no further
             for text in read_texts(source, request.config.text_field, Rejects(max_malformed=0.5)):
                 texts.append(text[: min(room, _DOCUMENT_CHARS)])
                 room -= len(texts[-1])
@@ -71,8 +71,8 @@ def sample_texts(request: Request) -> list[str]:
 
 
 def no_document(config: PrepareConfig) -> str:
-    """The message for input without a single usable document."""
+    """Return the message for input without a usable document."""
     return (
-        f"input {', '.join(config.input)} holds no document with text in it; name files that do, "
+        f"input {', '.join(config.input)} contains no document with text; name files that do, "
         "or add text"
     )

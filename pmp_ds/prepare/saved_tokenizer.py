@@ -1,4 +1,4 @@
-"""The tokenizer beside the blocks: write it, and say where a plain ``AutoTokenizer`` differs."""
+"""Write the tokenizer next to the blocks, and report where a plain ``AutoTokenizer`` differs."""
 
 import os
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ _COMPARED_CHARS = 1000
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, bos: str) -> dict[str, str]:
-    """Write the tokenizer's files; return the sha256 of every one by name.
+    """Write the tokenizer's files; return their sha256 by name.
 
-    One that we made the files of puts its begin of text before a text when ``bos`` is `document`,
-    as the packed documents have it; somebody's own keeps its ways.
+    With ``bos: document``, files made by us put begin of text before a text, as in the packed
+    documents; a tokenizer from elsewhere stays as it is.
     """
     tokenizer.save_pretrained(folder)
     if bos == "document" and tokenizer.kind != "huggingface" and tokenizer.bos_id is not None:
@@ -36,7 +36,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, bos: str) -> dict[str, st
 def about_saved(
     tokenizer: Tokenizer, folder: Path, sample: Sequence[str], bos_id: int | None
 ) -> list[str]:
-    """Warnings about the tokenizer saved in ``folder``; a trained one has to be exact."""
+    """Return warnings about the tokenizer in ``folder``; a trained one must be exact."""
     reader = plain_reader(folder)
     compared, other_ids, other_text = count_mismatches(tokenizer, reader, sample)
     if tokenizer.kind == "trained" and other_ids:
@@ -59,19 +59,19 @@ def about_saved(
         )
     if other_text:
         warnings.append(
-            f"{other_text} of {compared} sampled documents do not come back exactly from decode"
+            f"decode does not exactly restore {other_text} of {compared} sampled documents"
         )
     return warnings
 
 
 def plain_reader(folder: Path) -> Any:
-    """What a user of `transformers` gets for the ``folder``."""
+    """Return the tokenizer that a user of `transformers` gets for ``folder``."""
     from transformers import AutoTokenizer
 
     reader = AutoTokenizer.from_pretrained(
         str(folder), local_files_only=True, trust_remote_code=False
     )
-    reader.model_max_length = 1 << 62  # long documents are fine here; it would warn
+    reader.model_max_length = 1 << 62  # no warning: long documents are fine here
     return reader
 
 
@@ -80,9 +80,9 @@ def count_mismatches(
 ) -> tuple[int, int, int]:
     """Compare ``tokenizer`` with the ``plain_reader`` of the folder it was saved in.
 
-    Returns (texts compared, texts with other ids, texts that ``decode`` does not give back), judged
-    by their first ``_COMPARED_CHARS``. Texts that spell a special token are left out: there the two
-    differ on purpose.
+    Returns (texts compared, texts with other ids, texts that ``decode`` does not restore), judged
+    by their first ``_COMPARED_CHARS``. Texts with a special token are left out, because there the
+    two differ on purpose.
     """
     texts = [text[:_COMPARED_CHARS] for text in texts]
     texts = [text for text in texts if not any(name in text for name in tokenizer.special_tokens)]
@@ -95,8 +95,8 @@ def count_mismatches(
 
 
 def _prepend_bos(folder: Path, bos_id: int) -> None:
-    """Let a plain ``AutoTokenizer`` of ``folder`` begin every text with ``bos_id``, unless it is
-    told ``add_special_tokens=False``.
+    """Make a plain ``AutoTokenizer`` of ``folder`` begin every text with ``bos_id``, except with
+    ``add_special_tokens=False``.
     """
     path = folder / "tokenizer.json"
     fast = FastTokenizer.from_file(str(path))
@@ -108,7 +108,7 @@ def _prepend_bos(folder: Path, bos_id: int) -> None:
 
 
 def _ids_before(reader: Any) -> list[int]:
-    """The ids that ``reader`` puts before a text by itself."""
+    """Return the ids that ``reader`` puts before a text by default."""
     ids: list[int] = reader.encode("a")
     plain: list[int] = reader.encode("a", add_special_tokens=False)
     starts = (i for i in range(len(ids)) if ids[i : i + len(plain)] == plain)

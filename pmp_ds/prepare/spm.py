@@ -1,7 +1,7 @@
-"""Sentencepiece models: train one, and make a Hugging Face fast tokenizer with the same ids.
+"""Train sentencepiece models, and make a Hugging Face fast tokenizer with the same ids.
 
-Unlike the converter in `transformers`, merges come from ordinary pieces alone: there, `<` and `s>`
-merge into the token `<s>` when the vocabulary happens to hold `s>`.
+Unlike in the converter of `transformers`, merges use only ordinary pieces: there, `<` and `s>`
+merge into the token `<s>` if the vocabulary happens to contain `s>`.
 """
 
 import io
@@ -17,7 +17,7 @@ _MAX_SENTENCE_BYTES = 4000  # sentencepiece skips sentences above 4192
 
 
 def parse_model(model: bytes) -> Any:
-    """The ``ModelProto`` in a `.model` file."""
+    """Return the ``ModelProto`` in a `.model` file."""
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto()
@@ -26,7 +26,7 @@ def parse_model(model: bytes) -> Any:
 
 
 def train_model(texts: Iterable[str], vocab_size: int) -> bytes:
-    """The `.model` of a BPE with byte fallback and no normalization; UserError if impossible."""
+    """Train a BPE `.model` with byte fallback, without normalization. Raises UserError."""
     import sentencepiece
 
     model = io.BytesIO()
@@ -47,7 +47,7 @@ def train_model(texts: Iterable[str], vocab_size: int) -> bytes:
             eos_id=2,
             pad_id=-1,
             shuffle_input_sentence=False,
-            num_threads=1,  # the number is stored in the model
+            num_threads=1,  # stored in the model
             minloglevel=2,
         )
     except RuntimeError as error:
@@ -60,7 +60,7 @@ def train_model(texts: Iterable[str], vocab_size: int) -> bytes:
 
 
 def _sentences(text: str) -> Iterator[str]:
-    """Pieces of ``text`` under sentencepiece's limit, cut at line ends where possible."""
+    """Yield pieces of ``text`` under sentencepiece's limit, cut at line ends where possible."""
     lines: list[str] = []
     size = 0
     for line in text.splitlines(keepends=True):
@@ -77,10 +77,10 @@ def _sentences(text: str) -> Iterator[str]:
 
 
 def fast_from_sentencepiece(proto: Any) -> Tokenizer:
-    """The equivalent of a sentencepiece ``ModelProto`` of type BPE or Unigram.
+    """Return the equivalent of a sentencepiece ``ModelProto`` of type BPE or Unigram.
 
-    Equal on all text the model covers for models without a character map; others are close, and
-    the caller compares. Raises UserError for another model type.
+    Without a character map it is equal on all text that the model covers; otherwise it is close,
+    and the caller compares. Raises UserError for another model type.
     """
     kinds = type(proto.pieces[0])
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
@@ -121,7 +121,7 @@ def fast_from_sentencepiece(proto: Any) -> Tokenizer:
 
 
 def _merges(pieces: list[tuple[str, float]], ordinary: dict[str, int]) -> list[tuple[str, str]]:
-    """Every way to make an ordinary piece of two, best score first."""
+    """Return every way to make an ordinary piece from two, best score first."""
     merges: list[tuple[str, str]] = []
     for piece, _ in sorted(ordinary.items(), key=lambda item: (-pieces[item[1]][1], item[1])):
         pairs = [

@@ -1,8 +1,8 @@
-"""`<out>.incomplete`, where a store is made, and when a later process may go on there.
+"""`<out>.incomplete`, where a store is made, and the conditions for a later process to resume.
 
-    run.json        the identity: what has to be the same for finished units to be of use
+    run.json        the identity: values that must not change for finished units to be reused
     tokenizer.json  sha256 of the files in tokenizer/
-    plan.json       for several machines: what `nodes.pack` has to know
+    plan.json       for several machines: the input of `nodes.pack`
     units/  spool/  the ledger of finished units; units of a stream that wait to be packed
 
 The rest is the store itself.
@@ -40,11 +40,11 @@ def staging_folder(out: Path) -> Path:
 
 @contextlib.contextmanager
 def staging(out: Path, identity: dict[str, Any]) -> Iterator[Path]:
-    """Hold `<out>.incomplete`, to be renamed: empty, or as a run of equal ``identity`` left it.
+    """Hold `<out>.incomplete`, to be renamed: empty, or left by a run of the same ``identity``.
 
-    A mistake of the user removes it, unless units are finished by then: with a setting mended that
-    their content does not depend on, the next run uses them. So it does after what a second attempt
-    can mend (no space, a lost worker, an interruption).
+    A user error removes it, unless units are finished: after a fix to a setting that does not
+    affect them, the next run uses them. The same holds after faults that another attempt may
+    overcome (no space, a lost worker, an interruption).
     """
     folder = staging_folder(out)
     with held(out):
@@ -53,8 +53,8 @@ def staging(out: Path, identity: dict[str, Any]) -> Iterator[Path]:
         foreign -= _ENTRIES
         if foreign:
             raise UserError(
-                f"{folder} holds {sorted(foreign)[0]!r}, not created by pmp-ds; move it or choose "
-                "another out"
+                f"{folder} contains {sorted(foreign)[0]!r}, not created by pmp-ds; move it or "
+                "choose another out"
             )
         try:
             if read_identity(folder) != identity:
@@ -85,12 +85,12 @@ def writing(out: Path) -> Iterator[None]:
 
 
 def held(out: Path) -> AbstractContextManager[Lease]:
-    """Keep other processes from making the store ``out``; UserError when one is at it."""
+    """Keep other processes from making the store ``out``. Raises UserError if one is doing so."""
     return hold(out.parent, f"the store {out}", prefix=f"{out.name}.")
 
 
 def read_identity(folder: Path) -> dict[str, Any] | None:
-    """What the run that wrote ``folder`` depended on; None when that cannot be read."""
+    """Return the identity of the run that wrote ``folder``, or None if it is unreadable."""
     try:
         return read_object(folder / _IDENTITY)
     except ForeignError:
@@ -98,7 +98,7 @@ def read_identity(folder: Path) -> dict[str, Any] | None:
 
 
 def saved_tokenizer_files(folder: Path) -> dict[str, str] | None:
-    """The sha256 of the tokenizer files that were saved, if they are there to the byte."""
+    """Return the sha256 of the saved tokenizer files if they are unchanged, else None."""
     try:
         files: dict[str, str] = fit(dict[str, str], read_object(folder / TOKENIZER), folder)
         for name, digest in files.items():
@@ -110,43 +110,43 @@ def saved_tokenizer_files(folder: Path) -> dict[str, str] | None:
 
 
 def publish(folder: Path, out: Path) -> None:
-    """Give a complete store its name, then remove what only its making needed."""
+    """Name a complete store, then remove files that only its making needed."""
     os.replace(folder, out)
     fsync_dir(out.parent)
     remove_leftovers(out)
 
 
 def remove_leftovers(out: Path) -> None:
-    """What a run leaves in the store that is killed right behind the renaming."""
+    """Remove files left in the store by a run that was killed just after the renaming."""
     for name in _NOT_OF_THE_STORE:
         _remove(out / name)
 
 
 def exists(out: Path) -> bool:
-    """Whether there is something under the store's name; an empty folder is nothing."""
+    """Return whether something has the store's name; an empty folder does not count."""
     return out.exists() and (not out.is_dir() or any(out.iterdir()))
 
 
 def matching_manifest(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of the store that is already there; UserError when it is not this one."""
+    """Return the manifest of the existing store. Raises UserError when it is not this one."""
     way_out = "choose another out or delete the folder"
     if not (out / "manifest.json").is_file():
         raise UserError(f"out={out} exists and is not a packed store; {way_out}")
     manifest = read_manifest(out)
-    there = {"bos": "none", **manifest.get("settings", {})}  # older stores do not say
+    there = {"bos": "none", **manifest.get("settings", {})}  # older stores do not record bos
     if there != settings:
         differences = [
             f"{name} is {there.get(name)!r} there and {value!r} now"
             for name, value in settings.items()
             if there.get(name) != value
         ]
-        raise UserError(f"out={out} holds another store ({'; '.join(differences)}); {way_out}")
+        raise UserError(f"out={out} contains another store ({'; '.join(differences)}); {way_out}")
     Store.open(out)  # complete, or an error that names what is missing
     return manifest
 
 
 def _clear(folder: Path) -> None:
-    (folder / PLAN).unlink(missing_ok=True)  # first: no node may begin from here on
+    (folder / PLAN).unlink(missing_ok=True)  # first, so that no node begins after this
     for path in folder.iterdir():
         _remove(path)
 

@@ -1,4 +1,4 @@
-"""What is in a store: counts, lengths of documents, text to look at, a picture."""
+"""Statistics of a store: counts, document lengths, sample text and a plot."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +16,17 @@ _CHUNK_BLOCKS = 1 << 14
 
 @dataclass(frozen=True, kw_only=True)
 class SplitStatistics:
-    """One split, read once."""
+    """Statistics of one split, from one pass over it."""
 
     name: str
     blocks: int
     tokens: int
     documents: int
-    """As the manifest counts them, the ones in the dropped tails included."""
+    """Documents as the manifest counts them, including those in dropped tails."""
 
     distinct_tokens: int
     lengths: npt.NDArray[np.int64]
-    """``(documents that end in the blocks,)``: tokens of each, begin and end of text included."""
+    """``(documents that end in the blocks,)``: tokens of each, with begin and end of text."""
 
     def __str__(self) -> str:
         lengths = self.lengths if len(self.lengths) else np.zeros(1, np.int64)
@@ -40,14 +40,14 @@ class SplitStatistics:
 
 
 def split_statistics(store: Store, split: str) -> SplitStatistics:
-    """Read every block of the split; needs 8 bytes per document and per id of the vocabulary."""
+    """Read every block of the split; needs 8 bytes per document and per vocabulary id."""
     seen = np.zeros(store.vocab_size, bool)
     lengths: list[npt.NDArray[np.int64]] = []
     blocks = store.split(split)
     open_tokens, unit = 0, ""
     for shard, view in zip(store.manifest["splits"][split]["shards"], blocks.views, strict=True):
         this_unit = Path(shard["file"]).name.rpartition("-")[0]
-        if this_unit != unit:  # a unit's tail is dropped: its last document has no end here
+        if this_unit != unit:  # a unit's tail is dropped, so its last document has no end
             open_tokens, unit = 0, this_unit
         for start in range(0, len(view), _CHUNK_BLOCKS):
             flat = view[start : start + _CHUNK_BLOCKS].reshape(-1)
@@ -68,8 +68,8 @@ def split_statistics(store: Store, split: str) -> SplitStatistics:
 
 
 def inspect_store(store: Store, picture: Path, samples: int = 3) -> str:
-    """A report of the store, with ``samples`` decoded blocks spread over the train split; draws
-    the lengths of the documents to ``picture``.
+    """Return a report of the store with ``samples`` decoded blocks spread over the train split, and
+    plot the document lengths to ``picture``.
     """
     manifest = store.manifest
     found = [split_statistics(store, split) for split in SPLITS]

@@ -1,8 +1,8 @@
 """Hugging Face datasets in streaming mode, cut into work units as they arrive.
 
-A stream is read by one process: the parent spools about 64 MiB of text at a time into files, which
-the workers pack like any other and then delete. A repeated run reads the stream again, and skips
-the units whose text is the same to the byte.
+A single process reads a stream: the parent spools about 64 MiB of text at a time into files, which
+the workers pack like any others and then delete. A repeated run reads the stream again, and skips
+units whose text is the same to the byte.
 """
 
 import dataclasses
@@ -28,9 +28,9 @@ from pmp_ds.prepare.rows import parse_row
 def read_stream(
     source: Source, text_field: str, rejects: Rejects, *, shuffle: bool = True
 ) -> Iterator[str]:
-    """The documents of a stream as they arrive.
+    """Yield the documents of a stream as they arrive.
 
-    Raises UserError when it cannot be opened, ``Unfinished`` when it breaks off.
+    Raises UserError when it cannot be opened, and ``Unfinished`` when it breaks off.
     """
     options = source.stream or StreamOptions()
     rows = iter(_open(source, options, options.shuffle_buffer if shuffle else 0))
@@ -38,7 +38,7 @@ def read_stream(
     while True:
         try:
             row = next(rows, None)
-        except Exception as error:  # whatever the loader, the network or the format raises
+        except Exception as error:  # loader, network and format raise anything
             raise Unfinished(
                 f"input {source.name} broke off after {number} rows: {_reason(error)}; run the "
                 "same command again, finished parts are kept"
@@ -59,8 +59,8 @@ def read_stream(
 def spooled(
     units: Iterable[Unit], folder: Path, text_field: str, rejects: Rejects
 ) -> Iterator[Unit]:
-    """The units, numbered anew, with those of a stream as they arrive in its place: files in
-    ``folder``. Its bad rows are counted in ``rejects``."""
+    """Yield the units, numbered anew, with a stream replaced by its units as they arrive, as files
+    in ``folder``. The stream's bad rows are counted in ``rejects``."""
     index = 0
     for unit in units:
         parts: Iterable[Unit] = [dataclasses.replace(unit, index=index)]
@@ -79,8 +79,9 @@ def spool_units(
     rejects: Rejects,
     unit_bytes: int = UNIT_BYTES,
 ) -> Iterator[Unit]:
-    """Units of about ``unit_bytes`` of text each, numbered from ``first_index``, as files in
-    ``folder``; whoever packs one deletes it. Accepted rows are counted there, others here.
+    """Yield units of about ``unit_bytes`` of text, numbered from ``first_index``, as files in
+    ``folder``; the process that packs one deletes it and counts its rows. Rejected rows are counted
+    here.
     """
     index, size = first_index, 0
     lines: list[bytes] = []

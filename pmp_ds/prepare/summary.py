@@ -8,7 +8,7 @@ from pmp_ds.data.manifest import SPLITS
 
 
 def separators(manifest: dict[str, Any]) -> str:
-    """What stands between the documents, in words."""
+    """Return the tokens between documents, in words."""
     bos = manifest.get("bos_id")
     before = "no begin of text" if bos is None else f"begin of text {bos} before"
     return f"{before}, end of text {manifest['eos_id']} after every document"
@@ -16,16 +16,16 @@ def separators(manifest: dict[str, Any]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareSummary:
-    """What a store holds and what making it took; ``str()`` is the closing report."""
+    """A store's content and the work of making it; ``str()`` is the closing report."""
 
     folder: Path
     reused: bool
-    """The complete store was there already, made with the same settings."""
+    """Whether the complete store existed before, made with the same settings."""
 
     manifest: dict[str, Any]
 
     seconds: float | None = None
-    """None: it was there already, or several machines made it."""
+    """None: the store existed before, or several machines made it."""
 
     @property
     def warnings(self) -> tuple[str, ...]:

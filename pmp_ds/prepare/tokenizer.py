@@ -1,8 +1,7 @@
 """Text to ids: a Hugging Face tokenizer, a sentencepiece model, or one trained on the corpus.
 
-Whatever the kind, text that spells a special token (`</s>`) is encoded as text, so a document
-cannot forge the boundary between two documents; and ``save_pretrained`` writes a folder that a
-plain ``AutoTokenizer`` reads.
+All kinds encode a special token spelled in text (`</s>`) as text, so a document cannot forge a
+document boundary. ``save_pretrained`` writes a folder that a plain ``AutoTokenizer`` reads.
 """
 
 import hashlib
@@ -18,11 +17,11 @@ from pmp_ds.prepare.encoder import Encoder, EncoderSpec, Ids
 from pmp_ds.prepare.spm import fast_from_sentencepiece, parse_model, train_model
 
 MODEL_FILE = "tokenizer.model"
-_MOST_BYTES = 1 << 28  # of a sentencepiece model; one of 250,000 pieces has 5 MB
+_MOST_BYTES = 1 << 28  # in a sentencepiece model; one of 250,000 pieces has 5 MB
 
 
 class Tokenizer(Protocol):
-    """One interface for all kinds."""
+    """The interface of all tokenizer kinds."""
 
     kind: str
     """`huggingface`, `sentencepiece` or `trained`."""
@@ -33,16 +32,16 @@ class Tokenizer(Protocol):
     eos_id: int
     bos_id: int | None
     special_tokens: dict[str, int]
-    """Every special token, spelled as in text, and its id."""
+    """Every special token, as spelled in text, and its id."""
 
     fingerprint: str
-    """sha256 over what determines the ids."""
+    """sha256 of everything that determines the ids."""
 
     encoder: Encoder
-    """Encodes as this tokenizer does, and perhaps faster once ``choose_engine`` agreed."""
+    """Encodes as this tokenizer does, and possibly faster after ``choose_engine``."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """The ids ``(tokens,)`` of every text: no special tokens added, none recognised."""
+        """Return the ids ``(tokens,)`` of every text; special ones are not added or recognised."""
         ...
 
     def save_pretrained(self, folder: Path) -> None:
@@ -51,9 +50,9 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """A Hugging Face folder, a tokenizer.json, or a sentencepiece ``.model`` file.
+    """Load a Hugging Face folder, a tokenizer.json, or a sentencepiece ``.model`` file.
 
-    Raises UserError when it cannot be read, is no fast tokenizer, or has no end-of-text token.
+    Raises UserError when it is unreadable, not a fast tokenizer, or has no end-of-text token.
     """
     where = Path(path)
     if not where.exists():
@@ -67,12 +66,12 @@ def load_tokenizer(path: str) -> Tokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A fast tokenizer of `transformers`; also what a trained one becomes."""
+    """A fast tokenizer of `transformers`, from a folder or from training."""
 
     kind = "huggingface"
 
     def __init__(self, tokenizer: Any, name: str, model: bytes | None = None) -> None:
-        """``model``: the sentencepiece model it was converted from, kept beside it."""
+        """Keep ``model``, the sentencepiece model it was converted from, to save it too."""
         self._tokenizer, self._model = tokenizer, model
         if tokenizer.eos_token_id is None:
             raise UserError(_no_eos(name))
@@ -116,13 +115,13 @@ class HuggingFaceTokenizer:
 
 
 class TrainedTokenizer(HuggingFaceTokenizer):
-    """Trained with sentencepiece, used through its exact Hugging Face equivalent."""
+    """A tokenizer trained with sentencepiece, used through its exact Hugging Face equivalent."""
 
     kind = "trained"
 
 
 class SentencePieceTokenizer:
-    """Somebody's sentencepiece model, encoded by sentencepiece itself."""
+    """A given sentencepiece model, encoded by sentencepiece itself."""
 
     kind = "sentencepiece"
 
@@ -137,7 +136,7 @@ class SentencePieceTokenizer:
             raise UserError(f"tokenizer {name} is not a sentencepiece model: {error}") from error
         control, spec = type(proto.pieces[0]).CONTROL, proto.trainer_spec
         for index, piece in ((spec.bos_id, spec.bos_piece), (spec.eos_id, spec.eos_piece)):
-            # `user_defined_symbols=</s>` makes sentencepiece find it in text: undo that.
+            # With `user_defined_symbols=</s>` sentencepiece finds it in text: undo that.
             if 0 <= index < len(proto.pieces) and proto.pieces[index].piece == piece:
                 proto.pieces[index].type = control
         plain = proto.SerializeToString()
@@ -178,8 +177,8 @@ class SentencePieceTokenizer:
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TrainedTokenizer:
     """Train a BPE tokenizer with byte fallback; equal texts give equal tokenizers.
 
-    It loses nothing but U+2581, which sentencepiece cannot tell from a space. Raises UserError
-    when the texts are too few or too many kinds of characters for ``vocab_size``.
+    It loses only U+2581, which sentencepiece cannot tell from a space. Raises UserError when there
+    is too little text, or too many kinds of characters, for ``vocab_size``.
     """
     model = train_model(texts, vocab_size)
     proto = parse_model(model)
@@ -188,13 +187,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TrainedTokenizer:
 
 
 def load_trained(folder: Path) -> TrainedTokenizer:
-    """The trained tokenizer that ``save_pretrained`` wrote to ``folder``."""
+    """Load the trained tokenizer that ``save_pretrained`` wrote to ``folder``."""
     model = read_bytes(folder / MODEL_FILE, _MOST_BYTES)
     return TrainedTokenizer(fast_tokenizer.load(folder), str(folder), model)
 
 
 def _require_deterministic(model: dict[str, Any], tokenizer: Any, name: str) -> None:
-    """Raise UserError for a tokenizer that draws at random how it cuts a text."""
+    """Raise UserError for a tokenizer that splits text at random."""
     settings = getattr(tokenizer, "init_kwargs", {}).get("sp_model_kwargs") or {}
     drawn = {key: model.get(key) for key in ("dropout", "alpha", "nbest_size")}
     drawn |= {key: settings.get(key) for key in ("enable_sampling",)}
@@ -202,13 +201,13 @@ def _require_deterministic(model: dict[str, Any], tokenizer: Any, name: str) -> 
         if value:
             file = "tokenizer_config.json" if key in settings else "tokenizer.json"
             raise UserError(
-                f"tokenizer {name} has {key}={value}: it cuts a text differently every time; "
+                f"tokenizer {name} has {key}={value}: it splits a text differently every time; "
                 f"remove {key} from its {file}"
             )
 
 
 def _marked(names: Iterable[str]) -> tuple[str, ...]:
-    """Runs of spaces that a tokenizer adds as tokens are everywhere; only others are a mark."""
+    """Drop added tokens that are runs of spaces, because they occur everywhere."""
     return tuple(sorted({name for name in names if name.strip()}))
 
 

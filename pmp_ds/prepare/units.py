@@ -1,4 +1,4 @@
-"""Pack one work unit: its shards, and what is counted about them. Runs in any process."""
+"""Pack one work unit: its shards and their counts. Runs in any process."""
 
 import math
 from collections import Counter
@@ -22,34 +22,33 @@ from pmp_ds.run_dir import atomic_path, sha256, write_json
 
 _BATCH_BYTES = 4 << 20
 _BATCH_DOCUMENTS = 2048
-_COUNTED_TOKENS = 1 << 18  # at a time: counting makes them int64 first
+_COUNTED_TOKENS = 1 << 18  # at a time, because counting converts them to int64
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackJob:
-    """What is the same for all units, and what the manifest says beside them; every worker gets it
-    once."""
+    """Values shared by all units, and further ones for the manifest; sent once to every worker."""
 
     config: PrepareConfig
 
     folder: Path
-    """The store in the making."""
+    """The folder of the unfinished store."""
 
     run: str
-    """What all units depend on, and which engine packs; parts that another run finished are of no
-    use."""
+    """Values that all units depend on, and the packing engine; parts finished with others are
+    useless."""
 
     settings: dict[str, Any]
-    """What the content of the store depends on, for the manifest."""
+    """The settings that determine the content of the store, for the manifest."""
 
     encoder: Encoder
     vocab_size: int
     eos_id: int
     bos_id: int | None
-    """What leads every document, if anything."""
+    """The token at the start of every document, if any."""
 
     tokenizer: dict[str, Any]
-    """What the manifest says of it."""
+    """The manifest's entry for it."""
 
     warnings: tuple[str, ...]
 
@@ -60,7 +59,7 @@ class PackJob:
 
 @dataclass(kw_only=True)
 class UnitResult:
-    """What packing a unit gave, beside the shards on disk."""
+    """The result of packing a unit, besides the shards on disk."""
 
     unigrams: npt.NDArray[np.int64]
     """``(2, vocab_size)``: occurrences of every id in all of train, and at positions 1.. of the
@@ -75,14 +74,14 @@ class UnitResult:
 
     @classmethod
     def nothing(cls, job: PackJob) -> "UnitResult":
-        """What no unit at all gives."""
+        """Return the result of no units."""
         return cls(
             unigrams=np.zeros((len(SPLITS), job.vocab_size), np.int64),
             rejects=Rejects(max_malformed=job.config.max_malformed),
         )
 
     def add(self, other: "UnitResult") -> None:
-        """Append what the next unit gave."""
+        """Append the result of the next unit."""
         self.unigrams += other.unigrams
         self.rejects.merge(other.rejects)
         for split in SPLITS:
@@ -94,9 +93,10 @@ class UnitResult:
 def pack_unit(
     job: PackJob, unit: Unit, on_bytes: Callable[[int], None] = lambda _: None
 ) -> UnitResult:
-    """Write the shards of one unit, then its entry in the ledger. Depends on nothing but the job
-    and the unit. ``on_bytes`` is called often, with how many more bytes of the unit are done.
-    Raises UserError for input that cannot be used, and what ``on_bytes`` raises.
+    """Write the shards of one unit, then its ledger entry; depends only on job and unit.
+
+    ``on_bytes`` is called often, with the number of further bytes done. Raises UserError for
+    unusable input, and what ``on_bytes`` raises.
     """
     config, result = job.config, UnitResult.nothing(job)
     packers = [Packer(config.block_size, job.eos_id, job.dtype, job.bos_id) for _ in SPLITS]
@@ -110,7 +110,7 @@ def pack_unit(
         held_out = np.array([is_validation(document, config.val_fraction) for document in batch])
         ids = job.encoder.encode_batch(batch)
         spoken = np.array([len(tokens) > 0 for tokens in ids])
-        for index in np.flatnonzero(~spoken):  # a tokenizer may drop all that is in a text
+        for index in np.flatnonzero(~spoken):  # a tokenizer may drop an entire text
             result.rejects.add_empty(
                 f"no token for {batch[index][:40].decode('utf-8', 'ignore')!r}"
             )
@@ -127,7 +127,7 @@ def pack_unit(
 
 
 def finished_unit(job: PackJob, unit: Unit) -> UnitResult | None:
-    """What the ledger says of a unit, if it is finished and every shard has its sha256."""
+    """Return a unit's ledger entry if it is finished and every shard has its sha256."""
     entry_path, counts_path = _paths(job.folder, unit.index)
     try:
         entry = read_object(entry_path)
@@ -148,7 +148,7 @@ def unigram_cross_entropy(
     train_counts: npt.NDArray[np.int64],  # (vocab_size,)
     validation_counts: npt.NDArray[np.int64],  # (vocab_size,)
 ) -> float:
-    """Nats per validation token under the train frequencies, one added to every count."""
+    """Return nats per validation token under the train frequencies, each count plus one."""
     smoothed = train_counts + 1
     log_probabilities = np.log(smoothed) - math.log(int(smoothed.sum()))
     return float(-(validation_counts @ log_probabilities) / validation_counts.sum())
@@ -173,7 +173,7 @@ def _paths(folder: Path, index: int) -> tuple[Path, Path]:
 
 
 class _ShardWriter:
-    """Collects the blocks of one unit and split and writes a shard whenever one is full."""
+    """Collects the blocks of one unit and split, and writes each shard when it is full."""
 
     def __init__(self, folder: Path, split: str, unit: int, result: UnitResult) -> None:
         self._folder, self._split, self._unit = folder, split, unit

@@ -1,9 +1,9 @@
 """Pack several units at a time. The store is the same for any number of workers.
 
-Up to two workers are threads of this process: reading, tokenizing and hashing leave the interpreter
-to the other one, and a process of its own costs half a second and its own copy of everything. More
-are processes, spawned and never forked: the tokenizer libraries have threads. A worker process
-whose parent is gone ends itself, so a killed run leaves nobody writing.
+Up to two workers are threads of this process: reading, tokenizing and hashing release the
+interpreter lock, while a process costs half a second and its own copy of everything. More workers
+are processes, spawned and never forked, because the tokenizer libraries have threads. A worker
+process whose parent is gone ends itself, so a killed run leaves no writer behind.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ class _StoppedError(Exception):
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -50,10 +50,11 @@ def pack_units(
     on_done: Callable[[Unit, UnitResult], None],
     on_bytes: Callable[[int], None],
 ) -> None:
-    """Pack every unit and call ``on_done`` here as each is finished, in any order.
+    """Pack every unit and call ``on_done`` in this process as each is finished, in any order.
 
     ``on_bytes`` is called as threads read bytes, or when a process has finished a unit. Every
-    worker holds one unit at a time. Raises what a unit raised, ``Unfinished`` when a process died.
+    worker processes one unit at a time. Raises a unit's error, or ``Unfinished`` when a process
+    died.
     """
     if workers <= MOST_THREADS:
         with _threads(job, workers, on_bytes) as submit:
@@ -86,7 +87,7 @@ def _pack_all(
             if len(pending) > workers:
                 collect()
             pending[submit(unit)] = unit
-    except Unfinished as error:  # of a stream: what has arrived of it is packed
+    except Unfinished as error:  # a stream broke off: pack the part that arrived
         broken_off = error
     while pending:
         collect()
@@ -96,13 +97,13 @@ def _pack_all(
 
 @contextlib.contextmanager
 def _threads(job: PackJob, workers: int, on_bytes: Callable[[int], None]) -> Iterator[Submit]:
-    """At the end, threads that are still packing stop at their next batch."""
+    """Provide threads; on exit, those still packing stop at their next batch."""
     free: queue.SimpleQueue[PackJob] = queue.SimpleQueue()
     for i in range(workers):
         free.put(replace(job, encoder=job.encoder.twin()) if i else job)
     stopped, one_at_a_time = threading.Event(), threading.Lock()
 
-    def hear(num_bytes: int) -> None:
+    def report(num_bytes: int) -> None:
         if stopped.is_set():
             raise _StoppedError
         with one_at_a_time:
@@ -111,7 +112,7 @@ def _threads(job: PackJob, workers: int, on_bytes: Callable[[int], None]) -> Ite
     def pack(unit: Unit) -> UnitResult:
         mine = free.get()
         try:
-            return pack_unit(mine, unit, hear)
+            return pack_unit(mine, unit, report)
         finally:
             free.put(mine)
 
@@ -132,10 +133,10 @@ def _processes(job: PackJob, workers: int) -> Iterator[Submit]:
         yield lambda unit: pool.submit(_pack, unit)
     except BaseException as error:
         for process in set(multiprocessing.active_children()) - before:
-            process.kill()  # their units are repeated
+            process.kill()  # its unit will be repeated
         if isinstance(error, BrokenProcessPool):
             raise Unfinished(
-                f"one of {workers} worker processes died, often for want of memory: run the same "
+                f"one of {workers} worker processes died, often for lack of memory: run the same "
                 "command again, with fewer workers; finished parts are kept"
             ) from error
         raise

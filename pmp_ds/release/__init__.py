@@ -1,2 +1,2 @@
-"""Mask-free releases. Nothing here imports the ticket, the optimizer or training: what cannot see
-the mask cannot leak it."""
+"""Mask-free releases. Nothing here imports the ticket, the optimizer or training: code that cannot
+see the mask cannot leak it."""

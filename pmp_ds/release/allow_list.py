@@ -1,10 +1,10 @@
-"""What a folder that leaves may hold: names of files, keys, dtypes, and no word about its makers.
+"""The permitted content of a folder that is published: file names, keys, dtypes; nothing personal.
 
     problems(folder)       every breach, `FILE: what`; none for a clean release
     require_clean(folder)  the same as one UserError
 
-Reads the finished folder as a stranger would, without the run. Whatever is not named here is a
-breach, so a file, key or field that somebody adds has to be added here, on purpose.
+It reads the finished folder as a stranger would, without the run. Anything not listed here is a
+breach, so a new file, key or field must be added here on purpose.
 """
 
 import getpass
@@ -44,7 +44,7 @@ _FORBIDDEN = {
     "a time in seconds": re.compile(r"(?<![\d,.])1[6-9]\d{8}\.\d+"),
     "a name from training": re.compile(r"exp_avg|param_mask|ticket_id|theta0|master_weights"),
 }
-# Too common as words to tell anything.
+# Words too common to reveal anything.
 _NOBODY = {
     "root",
     "user",
@@ -66,20 +66,20 @@ _NOBODY = {
 
 
 def require_clean(folder: Path) -> None:
-    """Raises UserError that lists every breach."""
+    """Raise UserError that lists every breach."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
     if found := problems(folder):
-        raise UserError(f"{folder} must not leave:\n  " + "\n  ".join(found))
+        raise UserError(f"{folder} must not be published:\n  " + "\n  ".join(found))
 
 
 def problems(folder: Path) -> list[str]:
-    """Every breach of the allow-list in ``folder``, as `FILE: what`."""
+    """Return every breach of the allow-list in ``folder``, as `FILE: what`."""
     return list(_problems(folder))
 
 
 def is_release_file(name: str) -> bool:
-    """Whether a file of this name, directly in the folder, may be in a release."""
+    """Return whether a file of this name, directly in the folder, may be in a release."""
     known = REQUIRED | {*TOKENIZER_FILES, INDEX_FILE, SIGNATURE_FILE}
     return name in known or _WEIGHTS.fullmatch(name) is not None
 
@@ -94,7 +94,7 @@ def _problems(folder: Path) -> Iterator[str]:
         elif not is_release_file(path.name):
             yield f"{path.name}: not a file of a release"
         elif path.stat().st_mode & 0o133:
-            yield f"{path.name}: its mode lets others write it, or anyone run it"
+            yield f"{path.name}: its mode lets others write it, or anyone execute it"
     for name in sorted(REQUIRED - names):
         yield f"{name}: missing"
     for path in regular:
@@ -107,7 +107,7 @@ def _problems(folder: Path) -> Iterator[str]:
 
 
 def about_model(folder: Path) -> Iterator[str]:
-    """Breaches of the configs and weights alone."""
+    """Yield breaches in the configs and weights alone."""
     names = {path.name for path in folder.iterdir()}
     config = _read_json(folder / "config.json")
     yield from _about_config(config)
@@ -117,7 +117,7 @@ def about_model(folder: Path) -> Iterator[str]:
 
 
 def _read_json(path: Path) -> Any:
-    """None where there is nothing that can be read."""
+    """Return the content, or None if it is missing or unreadable."""
     try:
         return read_object(path)
     except ForeignError:
@@ -133,8 +133,8 @@ def _about_keys(file: str, values: Any, allowed: set[str]) -> Iterator[str]:
 
 
 def _about_config(config: Any) -> Iterator[str]:
-    """config.json: what the architecture needs, under its names now and before, and how to load
-    it."""
+    """Check config.json: only keys that the architecture needs, under older and newer names, and
+    how to load it."""
     kind = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         yield from _about_keys("config.json", config, CONFIG_KEYS)
@@ -142,10 +142,10 @@ def _about_config(config: Any) -> Iterator[str]:
     older = older_names(kind, config)
     for key in sorted({*strangers(CONFIG_MAPPING[kind], config)} - CONFIG_KEYS - older.keys()):
         yield f"config.json: the key {key!r} is not on the list"
-    # What stands under two names is the same. Releases of before have the newer ones alone.
+    # Older and newer names of a key have the same value; old releases have only the newer ones.
     for key, value in older.items():
         if key in config and config[key] != value:
-            yield f"config.json: {key} is {config[key]!r}, and its newer name says {value!r}"
+            yield f"config.json: {key} is {config[key]!r}, but its newer name says {value!r}"
 
 
 def _about_tokenizer(folder: Path, names: set[str]) -> Iterator[str]:
@@ -158,7 +158,7 @@ def _about_tokenizer(folder: Path, names: set[str]) -> Iterator[str]:
             yield from _about_keys(file, _read_json(folder / file), keys)
     if "tokenizer.model" in names:
         for text in trainer_paths(read_bytes(folder / "tokenizer.model")):
-            yield f"tokenizer.model: remembers {text!r} of its training"
+            yield f"tokenizer.model: remembers {text!r} from its training"
 
 
 def _about_weights(folder: Path, names: set[str], config: Any) -> Iterator[str]:
@@ -170,10 +170,10 @@ def _about_weights(folder: Path, names: set[str], config: Any) -> Iterator[str]:
         return
     source.close()
     if str(source.dtype) != f"torch.{config.get('dtype')}":
-        yield f"config.json: says {config.get('dtype')}, and the weights are {source.dtype}"
+        yield f"config.json: says {config.get('dtype')}, but the weights are {source.dtype}"
     files = {file.path.name: file for file in source.files.values()}
     for name in sorted(set(weights) - files.keys()):
-        yield f"{name}: holds nothing of the model"
+        yield f"{name}: contains nothing of the model"
     for name, file in sorted(files.items()):
         if file.metadata != METADATA:
             yield f"{name}: its metadata are {file.metadata}, not {METADATA}"
@@ -182,11 +182,11 @@ def _about_weights(folder: Path, names: set[str], config: Any) -> Iterator[str]:
         yield from _about_keys(INDEX_FILE, index, {"metadata", "weight_map"})
         yield from _about_keys(INDEX_FILE, index.get("metadata"), {"total_size"})
         if index["weight_map"] != {name: file.path.name for name, file in source.files.items()}:
-            yield f"{INDEX_FILE}: its weight_map is not what the files hold"
+            yield f"{INDEX_FILE}: its weight_map does not match the files"
 
 
 def _about_sums(folder: Path, names: set[str]) -> Iterator[str]:
-    """SHA256SUMS names every file but itself and the signature, once, and truly."""
+    """Require SHA256SUMS to name every file except itself and the signature, once and correctly."""
     lines = read_text(folder / SUMS_FILE).splitlines()
     parts = [line.split("  ", 1) for line in lines]
     if sorted(part[-1] for part in parts) != sorted(names - {SUMS_FILE, SIGNATURE_FILE}):
@@ -194,11 +194,11 @@ def _about_sums(folder: Path, names: set[str]) -> Iterator[str]:
     for digest, *rest in parts:
         path = folder / "".join(rest)
         if path.name in names and sha256(path) != digest:
-            yield f"{path.name}: not what {SUMS_FILE} says"
+            yield f"{path.name}: does not match {SUMS_FILE}"
 
 
 def _about_words(path: Path) -> Iterator[str]:
-    """The vocabulary of tokenizer.json is text of anybody; everything else is ours."""
+    """Check all texts except the vocabulary of tokenizer.json, which may contain any text."""
     if path.name == "tokenizer.json":
         return
     text = read_bytes(path).decode(errors="replace")
@@ -206,7 +206,7 @@ def _about_words(path: Path) -> Iterator[str]:
         if match := pattern.search(text):
             yield f"{path.name}: {match[0]!r} is {what}"
     for what, word in (("user", getpass.getuser()), ("host", socket.gethostname().split(".")[0])):
-        # Podman and Kubernetes name a user after its number, which is any number in a release.
+        # Podman and Kubernetes name a user after its number, which may occur in any release.
         telling = len(word) > 2 and not word.isdecimal() and word.lower() not in _NOBODY
         if telling and re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text):
             yield f"{path.name}: {word!r} is the name of this {what}"

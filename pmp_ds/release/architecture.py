@@ -1,8 +1,8 @@
-"""Which keys of a config.json describe an architecture: the rule of the allow-list.
+"""The rule of the allow-list for config.json: which keys describe an architecture.
 
-A config may carry anything beside its architecture. What leaves is what its class declares, and
-numbers and switches that the architecture's own code reads without a declaration: the `head_dim`
-of a qwen3_moe, say. A text that nobody declares never leaves.
+A config may contain anything besides its architecture. A release keeps the keys that its class
+declares, and numbers and switches that the architecture's code reads without declaring them, such
+as the `head_dim` of a qwen3_moe. Undeclared text is never published.
 """
 
 import inspect
@@ -16,14 +16,14 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 _BASE = frozenset(field.name for field in fields(PreTrainedConfig))
-_OF_ANY = frozenset({"per_layer_config", "rope_parameters"})  # which any class takes
+_OF_ANY = frozenset({"per_layer_config", "rope_parameters"})  # accepted by every class
 _READ = re.compile(r"""\bconfig\.([a-z]\w*)|getattr\(\s*(?:self\.)?config,\s*["']([a-z]\w*)["']""")
 
 
 @cache
 def declared(config_class: type[PreTrainedConfig]) -> frozenset[str]:
-    """Keys that the class declares, under each of their names; those of every config are not of an
-    architecture."""
+    """Return the keys that the class declares, under all their names, without those of every
+    config."""
     names = {field.name for field in fields(config_class)} | set(config_class.sub_configs)
     both = config_class.attribute_map.items()
     names |= {one for pair in both if names & set(pair) for one in pair}
@@ -32,7 +32,7 @@ def declared(config_class: type[PreTrainedConfig]) -> frozenset[str]:
 
 @cache
 def read_by_code(config_class: type[PreTrainedConfig]) -> frozenset[str]:
-    """Keys that the source of the models beside the class reads."""
+    """Return the keys read by the source of the models next to the class."""
     own = Path(inspect.getfile(config_class))
     source = own.with_name(own.name.replace("configuration_", "modeling_"))
     text = source.read_text(encoding="utf-8") if source.is_file() else ""
@@ -41,7 +41,7 @@ def read_by_code(config_class: type[PreTrainedConfig]) -> frozenset[str]:
 
 
 def kept(config: PreTrainedConfig) -> dict[str, Any]:
-    """What of ``config`` describes its architecture, at every depth."""
+    """Return the part of ``config`` that describes its architecture, at every depth."""
     return _kept(type(config), config.to_dict())
 
 
@@ -54,8 +54,10 @@ def _kept(config_class: type[PreTrainedConfig], values: dict[str, Any]) -> dict[
 
 
 def strangers(config_class: type[PreTrainedConfig], values: dict[str, Any]) -> Iterator[str]:
-    """Keys of ``values``, the content of a config of this class, that no architecture needs, at
-    every depth; inside, what every config has is none."""
+    """Yield keys of ``values``, the content of a config of this class, that no architecture needs.
+
+    Nested configs are included; in them the keys of every config are allowed.
+    """
     for key, value in values.items():
         if not _belongs(config_class, key, value):
             yield key
@@ -73,7 +75,7 @@ def _belongs(config_class: Any, key: str, value: Any) -> bool:
 def _part(
     config_class: type[PreTrainedConfig], key: str, value: Any
 ) -> type[PreTrainedConfig] | None:
-    """The class of a config inside a config."""
+    """Return the class of a config inside a config, or None."""
     if key not in config_class.sub_configs or not isinstance(value, dict):
         return None
     kind = value.get("model_type")
@@ -81,7 +83,7 @@ def _part(
 
 
 def _is_plain(value: Any) -> bool:
-    """A number, a switch, nothing, or a list of those."""
+    """Return whether a value is a number, a switch, None, or a list of those."""
     if isinstance(value, list | tuple):
         return all(_is_plain(item) for item in value)
     return value is None or isinstance(value, bool | int | float)

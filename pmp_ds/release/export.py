@@ -1,10 +1,10 @@
-"""Plain private weights in, a mask-free Hugging Face folder out.
+"""Export plain private weights as a mask-free Hugging Face folder.
 
     release/  model.safetensors (or shards and an index)  config.json  generation_config.json
               tokenizer files  README.md  SHA256SUMS  (model.sig)
 
-Nothing else is ever written there. The folder is built as ``release.incomplete``, read back, held
-against the allow-list, loaded in a fresh process that has no pmp_ds, and only then gets its name.
+Nothing else is written there. The folder is built as ``release.incomplete``, read back, checked
+against the allow-list, loaded in a fresh process without pmp_ds, and only then renamed.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ _ROUNDED_SHARE = 0.01  # of a matrix; by chance 2^-13 of fp32 numbers have 13 lo
 
 @dataclass(frozen=True)
 class ExportSummary:
-    """What was released."""
+    """The result of an export."""
 
     out: Path
     files: tuple[str, ...]
@@ -58,7 +58,7 @@ class ExportSummary:
 
     dtype: Precision
     logits_difference: float
-    """Largest absolute difference between the release's logits and the run's; usually 0."""
+    """Largest absolute difference between the logits of release and run; usually 0."""
 
 
 def export(
@@ -77,17 +77,17 @@ def export(
 ) -> ExportSummary:
     """Release ``weights`` (a folder as in source.py) as the new folder ``out``.
 
-    The default dtype is bf16 whatever the run's; another is refused where a part of the weights was
-    ever rounded otherwise, since its low bits would show which. Embeddings are cut to
-    ``vocab_size`` tokens. ``leading_bos``: whether a begin of text leads every document of the
-    data; None: as the tokenizer has it. One parameter is in memory while writing, before and after
-    its conversion, and one copy of the model in ``dtype`` while checking. With ``private`` the
-    folder is 0700. A ``claim`` is held against its ledger first and recorded there before ``out``
+    The default dtype is bf16 whatever the run's. Another dtype is refused if a part of the weights
+    was ever rounded differently, because its low bits would show which part. Embeddings are cut to
+    ``vocab_size`` tokens. ``leading_bos``: whether begin of text starts every document of the data;
+    None: as the tokenizer has it. Writing needs one parameter in memory, before and after its
+    conversion; checking needs one copy of the model in ``dtype``. With ``private`` the folder is
+    0700. A ``claim`` is checked against its ledger first, and recorded there before ``out``
     appears. ``signing_key`` is a PEM file.
 
     Raises UserError for an existing ``out``, unusable weights or tokenizer, a refused dtype or
-    claim, a breach of the allow-list; RuntimeError when a check fails. On any error nothing is
-    left.
+    claim, and a breach of the allow-list; RuntimeError when a check fails. After an error nothing
+    is left.
     """
     require_absent(out)
     limit = shard_bytes(max_shard_size)
@@ -96,13 +96,13 @@ def export(
         hold(out.parent, f"the release {out}", prefix=f"{out.name}."),
         contextlib.closing(open_source(weights, vocab_size)) as source,
     ):
-        require_absent(out)  # another export may have ended just now
+        require_absent(out)  # another export may have finished just now
         digest = _digest(source)
         if claim is not None:
             claim.check(digest)
         if dtype != "bf16":
             _refuse_rounded(source, dtype)
-        shutil.rmtree(staging, ignore_errors=True)  # of an export that was killed
+        shutil.rmtree(staging, ignore_errors=True)  # left by an export that was killed
         staging.mkdir(mode=0o700 if private else 0o755)
         try:
             sums = write_model(source, staging, dtype, limit)
@@ -143,18 +143,19 @@ def export(
 
 
 def require_absent(out: Path) -> None:
-    """Raises UserError when ``out`` exists: a release is never overwritten."""
+    """Raise UserError when ``out`` exists: a release is never overwritten."""
     if out.exists():
-        raise UserError(f"{out} exists already: move it away, or name another folder with --out")
+        raise UserError(f"{out} already exists: move it away, or name another folder with --out")
 
 
 def generate_sample(
     release: Path, prompt: str, max_new_tokens: int = 40, *, seed: int | None = None
 ) -> str:
-    """``prompt`` and its continuation by the release, loaded in a fresh process without pmp_ds.
+    """Return ``prompt`` and its continuation by the release, loaded in a fresh process without
+    pmp_ds.
 
     Greedy, or sampled from ``seed``. Raises UserError when tensors of the release are missing or
-    unknown, RuntimeError when it does not load.
+    unknown, and RuntimeError when it does not load.
     """
     open_source(release).close()
     with tempfile.TemporaryDirectory() as scratch:
@@ -171,7 +172,7 @@ def generate_sample(
 
 
 def shard_bytes(size: str | int) -> int:
-    """`5GB` -> 5000000000; raises UserError for anything but a whole number of KB, MB or GB."""
+    """Return `5GB` as 5000000000; only whole numbers of KB, MB or GB are accepted (UserError)."""
     if isinstance(size, int):
         return size
     number, unit = size[:-2].strip(), size[-2:].upper()
@@ -181,7 +182,7 @@ def shard_bytes(size: str | int) -> int:
 
 
 def _digest(source: Source) -> str:
-    """Reads all weights once, so that what is not finite is found before anything is written."""
+    """Read all weights once, so that non-finite ones are found before anything is written."""
     with Progress("weights", "element", source.num_params, scale=True) as bar:
         return source.digest(bar.update)
 
@@ -197,21 +198,21 @@ def _released_digest(folder: Path, source: Source, digest: str, dtype: Precision
 
 
 def _refuse_rounded(source: Source, dtype: Precision) -> None:
-    """fp32 or fp16 may leave only when no part of the weights was rounded to 16 bits on the way."""
+    """Refuse fp32 or fp16 if any part of the weights was ever rounded to 16 bits."""
     stored = next(one.name for one in PRECISIONS.values() if one.dtype == source.dtype)
     if stored not in (dtype, "fp32"):
         raise UserError(
-            f"dtype={dtype} is refused: {source.folder} holds {stored} weights, and in {dtype} "
+            f"dtype={dtype} is refused: {source.folder} contains {stored} weights, and in {dtype} "
             "their low bits could show which parameters were trained: export bf16"
         )
     if stored != "fp32":
         return
     for name in source.shapes.keys() - source.constants:
         bits = source.tensor(name, torch.float32).view(torch.int32)
-        rounded = ((bits & 0x1FFF) == 0) & (bits != 0)  # fp16 has 13 bits less, bf16 has 16
+        rounded = ((bits & 0x1FFF) == 0) & (bits != 0)  # fp16 lacks 13 bits, bf16 16
         if bits.ndim > 1 and int(rounded.sum()) > 1 + _ROUNDED_SHARE * bits.numel():
             raise UserError(
-                f"dtype={dtype} is refused: a part of {source.folder} was rounded to 16 bits once, "
+                f"dtype={dtype} is refused: a part of {source.folder} was once rounded to 16 bits, "
                 f"and {dtype} would show which: export bf16"
             )
 
@@ -219,7 +220,7 @@ def _refuse_rounded(source: Source, dtype: Precision) -> None:
 def write_model(
     source: Source, folder: Path, dtype: Precision, limit: int, *, quiet: bool = False
 ) -> dict[str, str]:  # file -> sha256
-    """Write weights of at most ``limit`` bytes a file, and what transformers needs to load them.
+    """Write weights in files of at most ``limit`` bytes, and the configs that transformers needs.
     Returns the sums of the weights."""
     config = release_config(source.config, PRECISIONS[dtype].torch_name)
     (folder / "config.json").write_text(as_json(config), encoding="utf-8")
@@ -231,7 +232,7 @@ def write_model(
 def _write_weights(
     source: Source, folder: Path, dtype: Precision, limit: int, quiet: bool
 ) -> dict[str, str]:
-    """Greedy shards in the model's order, one parameter in memory at a time."""
+    """Write shards greedily in the model's order, with one parameter in memory at a time."""
     shards: list[list[str]] = [[]]
     size = 0
     for name in source.shapes:
@@ -272,7 +273,7 @@ def _total_bytes(source: Source, dtype: Precision) -> int:
 
 
 def _write_sums(folder: Path, written: dict[str, str]) -> None:
-    """SHA256SUMS, of the weights with the sums of what was written: ``require_clean`` reads them
+    """Write SHA256SUMS, with the sums of the written weights; ``require_clean`` reads the files
     back."""
     lines = [
         f"{written.get(path.name) or sha256(path)}  {path.name}\n"
@@ -282,7 +283,7 @@ def _write_sums(folder: Path, written: dict[str, str]) -> None:
 
 
 def _seal(folder: Path, private: bool, date: str) -> tuple[str, ...]:
-    """Set modes and the day as time, flush everything; the sorted names in ``folder``."""
+    """Set modes, use the day as time, and flush everything; return the sorted names."""
     day = datetime.datetime.fromisoformat(date).replace(tzinfo=datetime.UTC).timestamp()
     names = sorted(path.name for path in folder.iterdir())
     for name in names:

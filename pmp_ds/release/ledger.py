@@ -1,4 +1,4 @@
-"""The release ledger: what has left from which theta(0), so that nothing leaves twice by mistake.
+"""The release ledger, which prevents a second release from the same theta(0) by mistake.
 
     private/ledger.jsonl   0600, one line per release, appended and fsynced before it appears
 
@@ -32,24 +32,24 @@ class Entry:
     """Day, YYYY-MM-DD."""
 
     lineage: str
-    """Digest of theta(0); of a derivative whose base is in no ledger here, of that base."""
+    """Digest of theta(0); for a derivative of a base in no ledger here, the digest of that base."""
 
     kind: Kind
     updates: int | None
     weights: str
-    """`Source.digest` of what was exported, in the run's own dtype."""
+    """`Source.digest` of the exported weights, in the run's own dtype."""
 
     released: str
     """`Source.digest` of the release itself."""
 
     dtype: str
     reason: str | None
-    """Why it left although the mask may show; None where nothing spoke against it."""
+    """The reason to release although the mask may show; None if nothing was against it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A release that asks the ledger ``path`` for leave; the rest as in Entry."""
+    """A release that asks the ledger ``path`` for permission; other fields as in Entry."""
 
     path: Path
     lineage: str
@@ -59,12 +59,12 @@ class Claim:
     reason: str | None
 
     def check(self, weights: str) -> None:
-        """Raises UserError when releasing ``weights`` would show the mask and no reason is given.
-        The same weights again, in any form, are no second revision."""
+        """Raise UserError when releasing ``weights`` would reveal the mask and no reason is given.
+        The same weights again, in any form, are not a second revision."""
         _check(self, read(self.path), weights)
 
     def record(self, weights: str, released: str, dtype: str) -> None:
-        """Check once more, with no other export in between, and write the line."""
+        """Check again, with no other export in between, and write the line."""
         given = {name: value for name, value in vars(self).items() if name != "path"}
         entry = Entry(weights=weights, released=released, dtype=dtype, **given)
         line = json.dumps(asdict(entry) | {"format_version": FORMAT_VERSION}, sort_keys=True)
@@ -73,7 +73,7 @@ class Claim:
             _check(self, read(self.path), weights)
             whole = file.read()
             if unfinished := _unfinished(whole):
-                whole = whole[: -len(unfinished)]  # of an export that a power cut ended
+                whole = whole[: -len(unfinished)]  # from an export that lost power
             file.seek(len(whole))
             file.truncate()
             end = b"\n" if whole and not whole.endswith(b"\n") else b""
@@ -83,7 +83,7 @@ class Claim:
 
 
 def read(path: Path) -> tuple[Entry, ...]:
-    """All entries, oldest first; none when there is no file. UserError when it is damaged."""
+    """Return all entries, oldest first; none without a file. Raises UserError when damaged."""
     try:
         whole = read_bytes(path)
     except MissingError:
@@ -101,14 +101,14 @@ def read(path: Path) -> tuple[Entry, ...]:
             raise
         except (ValueError, UserError) as error:
             raise UserError(
-                f"{where} is damaged ({error}): put the file back from a backup; without it "
-                "nothing may leave, since nobody knows what has left before"
+                f"{where} is damaged ({error}): restore the file from a backup; without it nothing "
+                "may be released, because earlier releases are unknown"
             ) from None
     return tuple(entries)
 
 
 def _unfinished(content: bytes) -> bytes:
-    """The last line if it is only the beginning of one; whole JSON is an entry, newline or not."""
+    """Return the last line if it is incomplete; whole JSON is an entry, with or without newline."""
     last = content.rpartition(b"\n")[2]
     try:
         parse_object(last)
@@ -118,7 +118,7 @@ def _unfinished(content: bytes) -> bytes:
 
 
 def lineage_of(entries: Sequence[Entry], released: str) -> str:
-    """The theta(0) that a release comes from; the release's own digest when it is not known."""
+    """Return the theta(0) of a release, or the release's own digest if that is not known."""
     return next((e.lineage for e in entries if e.released == released), released)
 
 
@@ -132,15 +132,16 @@ def _check(claim: Claim, entries: Sequence[Entry], weights: str) -> None:
         last = others[-1]
         what = "a derivative" if claim.kind == "derivative" else _named(last)
         raise UserError(
-            f"{what} from the same initial weights left on {last.date} ({claim.path}). Only the "
-            "ticket differs between two of them, so their difference is the mask: anyone who has "
-            f"both can compute it. Keep this one, or say why it must leave: {FLAG} REASON"
+            f"{what} from the same initial weights was released on {last.date} ({claim.path}). "
+            "Only the ticket differs between two of them, so their difference is the mask: anyone "
+            f"with both can compute it. Keep this one, or give a reason to release it: {FLAG} "
+            "REASON"
         )
     if claim.kind == "intermediate":
         raise UserError(
-            f"update {claim.updates:,} is an intermediate checkpoint. Once a later one leaves too, "
-            "the difference of the two is the mask. Finish the run first, use --private for a "
-            f"folder that stays here, or say why this one must leave: {FLAG} REASON"
+            f"update {claim.updates:,} is an intermediate checkpoint. Once a later one is released "
+            "too, the difference of the two is the mask. Finish the run first, use --private for a "
+            f"folder that stays here, or give a reason to release this one: {FLAG} REASON"
         )
 
 

@@ -1,4 +1,4 @@
-"""config.json and generation_config.json of a release, each key by allow-list."""
+"""config.json and generation_config.json of a release, filtered by the allow-list."""
 
 import os
 from typing import Any
@@ -13,10 +13,10 @@ from pmp_ds.release.older_names import older_names
 
 
 def release_config(config: PreTrainedConfig, dtype: str) -> dict[str, Any]:
-    """config.json: what describes the architecture, and how to load it.
+    """Return config.json: the architecture, and how to load it.
 
-    Keys that had other names before version 5 of transformers are there under both. Raises
-    UserError when a value looks like a path.
+    Keys that were renamed in version 5 of transformers appear under both names. Raises UserError
+    when a value looks like a path.
     """
     values = _without_private(kept(config))
     values |= older_names(config.model_type, _without_private(config.to_dict()) | {"dtype": dtype})
@@ -32,31 +32,32 @@ def release_config(config: PreTrainedConfig, dtype: str) -> dict[str, Any]:
 
 
 def begin_of_text(config: PreTrainedConfig) -> int | None:
-    """The id before a document in training: the end of the last one where no other leads it.
+    """Return the id before a document in training: begin of text, else the previous end of text.
 
-    CTranslate2 loads nothing without one, and lm-eval scores a first token after it.
+    CTranslate2 loads no model without one, and lm-eval scores a first token after it.
     """
     found: int | None = getattr(config, "bos_token_id", None)
     return found if found is not None else end_of_text(config)
 
 
 def end_of_text(config: PreTrainedConfig) -> int | None:
-    """The id after a document; the first of several."""
+    """Return the id after a document, the first if there are several."""
     eos = getattr(config, "eos_token_id", None)
     found: int | None = eos[0] if isinstance(eos, list) else eos
     return found
 
 
 def longest_context(config: PreTrainedConfig) -> int | None:
-    """The longest input in tokens; None where the architecture sets no limit."""
+    """Return the longest input in tokens, or None if the architecture sets no limit."""
     found = context_length(config)
     return None if found == UNBOUNDED else found
 
 
 def generation_config(config: PreTrainedConfig, pad_id: int | None) -> dict[str, Any]:
-    """generation_config.json: the special tokens, with the ``pad_id`` of the tokenizer.
+    """Return generation_config.json: the special tokens, with the tokenizer's ``pad_id``.
 
-    config.json does not get it: there it would keep the embedding of that token from learning.
+    config.json does not contain ``pad_id``: there it would keep that token's embedding from
+    learning.
     """
     values = {
         "bos_token_id": begin_of_text(config),

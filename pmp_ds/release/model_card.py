@@ -1,4 +1,4 @@
-"""README.md of a release: what was trained on what, and what PMP does and does not promise."""
+"""README.md of a release: its training and data, and the promises of PMP and their limits."""
 
 import json
 import math
@@ -18,7 +18,7 @@ _DATASET = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 @dataclass(frozen=True, kw_only=True)
 class CardFacts:
-    """What the card says about a run. Nothing here depends on the mask, nor says its density."""
+    """The card's facts about a run. None depends on the mask or reveals its density."""
 
     name: str
     """Name of the model."""
@@ -28,7 +28,7 @@ class CardFacts:
     `none`: ordinary pretraining, every parameter trained."""
 
     tokens: int
-    """Tokens seen in training, repetitions counted."""
+    """Tokens seen in training, including repetitions."""
 
     updates: int
     global_batch_size: int
@@ -55,16 +55,16 @@ class CardFacts:
     """Codes of ISO 639 for the front matter."""
 
     datasets: tuple[str, ...] = ()
-    """Names on the Hugging Face hub for the front matter; empty: those that the data came from."""
+    """Names on the Hugging Face hub for the front matter; empty: those of the run's data."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DerivativeFacts:
-    """What the card says about a fine-tuned model."""
+    """The card's facts about a fine-tuned model."""
 
     name: str
     base: str
-    """Name of the release that it was fine-tuned from."""
+    """Name of the release that was fine-tuned."""
 
     date: str
     license: str | None = None
@@ -73,22 +73,22 @@ class DerivativeFacts:
 
 
 def check_metadata(languages: Sequence[str], datasets: Sequence[str]) -> None:
-    """Raises UserError for a language that is no code, and for a data set that is a path."""
+    """Raise UserError for a language that is not a code, or a data set that is a path."""
     for language in languages:
         if not _LANGUAGE.fullmatch(language):
             raise UserError(f"--language {language!r} is not a code such as en or pt-BR")
     for name in datasets:
         if not _DATASET.fullmatch(name) or Path(name).exists():
             raise UserError(
-                f"--dataset {name!r} is not a name on the Hugging Face hub, such as OWNER/NAME: "
-                "a path would tell of this machine"
+                f"--dataset {name!r} is not a name on the Hugging Face hub, such as OWNER/NAME; "
+                "a path would reveal details of this machine"
             )
 
 
 def render(
     facts: CardFacts | DerivativeFacts, config: dict[str, Any], num_params: int, dtype: str
 ) -> str:
-    """The card's Markdown with YAML front matter; ``config`` is the released config.json."""
+    """Return the card's Markdown with YAML front matter; ``config`` is the released config.json."""
     secrecy = facts.secrecy if isinstance(facts, CardFacts) else "secret"
     front = {
         "library_name": "transformers",
@@ -163,14 +163,14 @@ def _table(rows: list[tuple[str, str]]) -> list[str]:
 
 
 def _streamed(facts: CardFacts | DerivativeFacts) -> tuple[str, ...]:
-    """The data sets of the hub that a run's data came from; the card lists them anyway."""
+    """Return the hub's data sets that a run's data came from; the card lists them in any case."""
     sources = facts.dataset_sources if isinstance(facts, CardFacts) else ()
     names = (source.removeprefix(STREAM) for source in sources if source.startswith(STREAM))
     return tuple(name for name in names if _DATASET.fullmatch(name))
 
 
 def _public_source(source: str) -> str:
-    """A data set's name; of a local file or folder only its last part."""
+    """Return a data set's name, or only the last part of a local file or folder."""
     path = Path(source)
     hub_or_word = not source.startswith((".", "~", "/")) and source.count("/") <= 1
     return f"`{source if hub_or_word and not path.exists() else path.name}`"
@@ -203,22 +203,21 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```
 
 Meant for text completion and for research on pretraining. It has had no instruction tuning and no
-safety training: it repeats what its data say, errors and prejudice included. Check `SHA256SUMS`
-with `sha256sum -c SHA256SUMS`."""
+safety training: it repeats its data, including errors and prejudice. Check `SHA256SUMS` with
+`sha256sum -c SHA256SUMS`."""
 _PROMISE = """PMP aims to make fine-tuning without the private mask gain less than it would on an
 ordinary model of equal quality. It changes nothing about inference.
 
 It is a deterrent, not a lock:
 
-- Nothing stops anyone from fine-tuning these weights, or from training further for longer. How
-  much less that gains depends on the model, the task and the budget; measure it before you rely
-  on it.
+- Nothing stops anyone from fine-tuning these weights, or from training them longer. How much less
+  that gains depends on the model, the task and the budget; measure it before you rely on it.
 - The mask is hidden, not encrypted. Weight magnitudes, gradients and a model that an attacker
-  trains in the same way all tell something about it. A second revision of this model, its
-  initial weights, or a model that was fine-tuned with the mask tells far more.
+  trains in the same way all reveal something about it. A second revision of this model, its
+  initial weights, or a model that was fine-tuned with the mask reveals far more.
 - A mask that has been handed to a partner cannot be revoked.
 - It is no licence, no watermark and no measure against misuse by prompting."""
 _PUBLIC_SEED = (
     "**The initial weights of this model come from a public seed**, to reproduce the paper. "
-    "Whoever knows that seed and the configuration can compute the mask: it is not secret."
+    "Anyone who knows that seed and the configuration can compute the mask: it is not secret."
 )

@@ -1,7 +1,7 @@
-"""The names that config.json's keys had before version 5 of transformers; a release has both.
+"""Names of config.json's keys before version 5 of transformers; a release has both.
 
 transformers 4, and clients that read config.json themselves (llama.cpp, mlx-lm, CTranslate2), know
-only the older ones. Without them they take a default and compute other logits, without a word.
+only the older ones. Without them they silently use a default and compute other logits.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,24 +28,24 @@ _ROPE = (
 )
 _NOT_SCALING = {"rope_theta", "partial_rotary_factor"}
 _SCALED = ("linear", "dynamic", "yarn", "longrope", "llama3")
-# Where kinds of layers differ, version 4 scaled full attention alone, and only in these.
+# If kinds of layers differ, version 4 scaled only full attention, and only in these models.
 _SCALED_FULL = (*_GEMMA3, "olmo3")
-# Their configs of version 4 want exactly these fields.
+# The configs of version 4 of these models require exactly these fields.
 _STRICT = ("olmo", "olmo2", "hunyuan_v1_dense", "hunyuan_v1_moe", "phi3", "phi4_multimodal")
 _STRICT_FIELDS = ({"type", "factor"}, {"type", "alpha"}, {"type", "short_factor", "long_factor"})
-# Never read by transformers, but by other clients: (key, model type, the same value).
+# Read by other clients, never by transformers: (key, model type, key with the same value).
 _OTHERS = (("n_ctx", "gpt2", "n_positions"),)
 
 
 def older_names(model_type: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The older keys of ``values``, a config's ``to_dict()`` or config.json of version 5."""
+    """Return the older keys of ``values``, a version-5 ``to_dict()`` or config.json."""
     found = dict(_of_rope(model_type, values))
     if values.get("dtype") is not None:
         found["torch_dtype"] = values["dtype"]
     found |= {
         key: values[same] for key, kind, same in _OTHERS if kind == model_type and same in values
     }
-    # A declared field whose value version 5 keeps, and writes, under another name.
+    # A declared field whose value version 5 stores under another name.
     config_class = CONFIG_MAPPING[model_type]
     renamed = config_class.attribute_map
     declared = {field.name for field in fields(config_class)} & renamed.keys()

@@ -1,9 +1,9 @@
-"""A release at tiny width, before anything is trained: what export would refuse is refused now.
+"""Rehearse a release at tiny width before training, so that export's refusals come early.
 
     rehearse(hf_config)
 
-The same code as export's writes, checks and reloads it, so that a rule which is added there is
-added here. Takes a second or two and writes to a temporary folder only.
+It writes, checks and reloads with export's own code, so every new rule applies here too. It takes a
+second or two and writes only to a temporary folder.
 """
 
 import tempfile
@@ -34,8 +34,8 @@ from pmp_ds.release.tensor_file import write_tensors
 from pmp_ds.release.tokenizer_files import as_json
 from pmp_ds.release.verify import probe, reference_logits, require_same
 
-_SMALL = 1 << 26  # parameters; a model of so many is tried as it is where it does not shrink
-_AHEAD = 1e-4  # of the largest logit; further than rounding
+_SMALL = 1 << 26  # parameters; a model this small that does not shrink is tried as it is
+_AHEAD = 1e-4  # of the largest logit; more than rounding
 _SHARP = 0.2  # standard deviation of matrices whose attention is not nearly uniform
 
 
@@ -60,8 +60,8 @@ def rehearse(config: PreTrainedConfig, *, secret: bool = True) -> None:
 
 
 def _require_same_architecture(config: PreTrainedConfig, scratch: Path) -> int:
-    """Raises UserError unless the released config.json describes tensors of the same names and
-    shapes. Returns the number of parameters."""
+    """Require the released config.json to describe tensors of the same names and shapes, and return
+    the number of parameters. Raises UserError."""
     model = _on_meta(config)
     (scratch / "config.json").write_text(as_json(release_config(config, "bfloat16")), "utf-8")
     reloaded = _on_meta(read_config(scratch))
@@ -79,7 +79,7 @@ def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # noqa: BLE001 - transformers' depths
+    except Exception as error:  # noqa: BLE001 - transformers raises anything here
         raise UserError(f"its config.json describes no model: {first_line(error)}") from None
     return model
 
@@ -90,20 +90,20 @@ def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
 
 
 def _small_model(config: PreTrainedConfig, num_params: int) -> PreTrainedModel | None:
-    """A model that reads text and trains: shrunk, or as it is when it is small; None for a large
-    one that does not shrink, of which names and shapes must do."""
+    """Return a model that reads text and trains: shrunk, or as it is when small. Returns None for a
+    large one that does not shrink; its names and shapes must suffice."""
     try:
         model = build_model(shrunk(config))
         _differentiate(model)
         return model
-    except Exception:  # noqa: BLE001 - whatever does not fit at that width
+    except Exception:  # noqa: BLE001 - whatever fails at that width
         if num_params > _SMALL:
             return None
     try:
         model = build_model(config)
         _differentiate(model)
         return model
-    except Exception as error:  # noqa: BLE001 - transformers' depths
+    except Exception as error:  # noqa: BLE001 - transformers raises anything here
         raise UserError(f"it does not train on text alone: {first_line(error)}") from None
 
 
@@ -113,18 +113,18 @@ def _differentiate(model: PreTrainedModel) -> None:
 
 
 def _require_constant(model: PreTrainedModel) -> None:
-    """Raises UserError when training changes more than parameters: a resumed run would differ."""
+    """Raise UserError when training changes more than parameters: a resumed run would differ."""
     before = {name: buffer.clone() for name, buffer in constants(model).items()}
     _differentiate(model)
     changed = [name for name, buffer in constants(model).items() if not buffer.equal(before[name])]
     if changed:
         raise UserError(
-            f"its forward pass changes {few(changed)}, which no gradient does and no mask covers"
+            f"its forward pass changes {few(changed)}, which neither gradients nor masks control"
         )
 
 
 def _sharpen(model: PreTrainedModel) -> None:
-    """Draw matrices so large that every setting shows in the logits."""
+    """Draw matrices so large that every setting affects the logits."""
     with torch.no_grad():
         for param in model.parameters():
             if param.ndim > 1:
@@ -132,7 +132,7 @@ def _sharpen(model: PreTrainedModel) -> None:
 
 
 def _require_causal(model: PreTrainedModel) -> None:
-    """Raises UserError when a token changes what is predicted before it."""
+    """Raise UserError when a token changes predictions before it."""
     input_ids = probe(model.config)
     other = input_ids.clone()
     other[:, -1] = (other[:, -1] + 1) % model.config.vocab_size
@@ -144,14 +144,14 @@ def _require_causal(model: PreTrainedModel) -> None:
         if getattr(model.config, "is_decoder", True) is False:
             way_out = ': add "is_decoder": true to its config.json'
         raise UserError(
-            f"it reads both ways, so that a token sees those after it, and pretraining needs a "
-            f"causal model{way_out}"
+            f"it reads in both directions, so that a token sees later ones, but pretraining needs "
+            f"a causal model{way_out}"
         )
 
 
 def _require_release(model: PreTrainedModel, scratch: Path, short: Precision) -> None:
-    """Raises UserError when a release of ``model`` breaks the allow-list, does not load or computes
-    something else."""
+    """Raise UserError when a release of ``model`` breaks the allow-list, does not load or computes
+    different logits."""
     weights, folder = scratch / "weights", scratch / "release"
     weights.mkdir(parents=True)
     folder.mkdir()
@@ -177,13 +177,13 @@ def _require_release(model: PreTrainedModel, scratch: Path, short: Precision) ->
             require_same(logits, reference_logits(source, input_ids, dtype, wide), dtype)
     except UserError:
         raise
-    except Exception as error:  # noqa: BLE001 - transformers' depths
+    except Exception as error:  # noqa: BLE001 - transformers raises anything here
         raise UserError(f"its release would not be the model: {first_line(error)}") from None
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without transformers' advice, and with the caller's random state untouched."""
+    """Suppress transformers' advice and preserve the caller's random state."""
     log = transformers.logging
     verbosity, had_bar = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity(log.CRITICAL)

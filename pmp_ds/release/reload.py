@@ -1,6 +1,6 @@
-"""A script, run alone in a fresh interpreter: loads a release as a stranger would.
+"""A script that loads a release as a stranger would, run alone in a fresh interpreter.
 
-Reads one JSON request on standard input and writes its answer to ``request["result"]``:
+It reads one JSON request on standard input and writes its answer to ``request["result"]``:
 
     {"action": "check", "folder", "result", "input_ids": [[...]], "text", "threads"}
         -> safetensors: "logits" (B, T, V) fp32, "text_ids" (N,) int64; metadata: problems, dtype,
@@ -8,7 +8,7 @@ Reads one JSON request on standard input and writes its answer to ``request["res
     {"action": "generate", "folder", "result", "prompt", "max_new_tokens", "seed": int or null}
         -> the prompt and its continuation, UTF-8
 
-It must not import pmp_ds, and makes sure that nothing else does.
+It must not import pmp_ds, and prevents that anything else does.
 """
 
 import json
@@ -45,7 +45,7 @@ def _check(request: dict[str, Any]) -> None:
 
 
 def compute(folder: str, input_ids: Any) -> tuple[Any, dict[str, list[str]], str, list[str]]:
-    """Logits (B, T, V) fp32 of a release, what was wrong when it was loaded, its dtype, and the
+    """Return the logits (B, T, V) fp32 of a release, problems while loading it, its dtype, and the
     parameters that are in fp32 nevertheless."""
     import torch
     from transformers import AutoModelForCausalLM

@@ -10,7 +10,7 @@ def sign(folder: Path, key: Path) -> None:
     """Write ``folder``/model.sig with the private elliptic-curve key of a PEM file.
 
     Checked with `model_signing verify key FOLDER --signature FOLDER/model.sig --public_key FILE`.
-    Raises UserError when the extra or the key is missing, or the key is none.
+    Raises UserError when the extra or the key is missing, or the key is not a private key.
     """
     require_signing(key)
     from model_signing import hashing, signing
@@ -25,12 +25,12 @@ def sign(folder: Path, key: Path) -> None:
 
 
 def require_signing(key: Path) -> None:
-    """Raises UserError early: before an export that would take minutes."""
+    """Raise UserError before an export that would take minutes."""
     try:
         import model_signing  # noqa: F401
     except ImportError:
         raise UserError(
-            "--sign needs the extra `sign`: pip install 'pmp_ds[sign]', or leave --sign away"
+            "--sign needs the extra `sign`: pip install 'pmp_ds[sign]', or omit --sign"
         ) from None
     if not key.is_file():
-        raise UserError(f"--sign {key}: there is no such file")
+        raise UserError(f"--sign {key}: no such file")

@@ -1,7 +1,7 @@
-"""safetensors files read and written one tensor at a time.
+"""Read and write safetensors files one tensor at a time.
 
-Reads copy instead of mapping, so that no page of the file counts as memory of the process; writes
-know the header from names and shapes alone, so that no second tensor waits for its turn.
+Reading copies instead of mapping, so that file pages do not count as memory of the process. Writing
+derives the header from names and shapes alone, so that only one tensor is in memory.
 """
 
 import hashlib
@@ -51,11 +51,11 @@ class TensorFile:
         return tuple(self._header[name]["shape"])
 
     def dtype(self, name: str) -> str:
-        """As the file spells it: `BF16`."""
+        """Return the dtype in the file's spelling, such as `BF16`."""
         return str(self._header[name]["dtype"])
 
     def read(self, name: str) -> torch.Tensor:
-        """A copy of one tensor of a dtype in DTYPES."""
+        """Return a copy of one tensor of a dtype in DTYPES."""
         tensor = torch.empty(self.shape(name), dtype=DTYPES[self.dtype(name)])
         self._file.seek(self._start + self._header[name]["data_offsets"][0])
         if self._file.readinto(raw_bytes(tensor)) != tensor.nbytes:
@@ -72,9 +72,9 @@ def write_tensors(
     dtypes: Mapping[str, torch.dtype],
     tensor: Callable[[str], torch.Tensor],
 ) -> str:
-    """Write ``tensor(name)`` for every name, in order, fsynced; sha256 (hex) of what was written.
+    """Write ``tensor(name)`` for every name, in order, fsynced; return the sha256 (hex).
 
-    The same tensors give the same bytes.
+    Equal tensors give equal bytes.
     """
     header: dict[str, Any] = {"__metadata__": METADATA}
     end = 0
@@ -82,7 +82,7 @@ def write_tensors(
         start, end = end, end + torch.Size(shape).numel() * dtypes[name].itemsize
         header[name] = {"dtype": _NAMES[dtypes[name]], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _LENGTH)  # so that the tensors are aligned
+    text += b" " * (-len(text) % _LENGTH)  # aligns the tensors
     digest = hashlib.sha256()
     with open(path, "wb") as file:
         for piece in (len(text).to_bytes(_LENGTH, "little"), text):
@@ -99,5 +99,5 @@ def write_tensors(
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, row-major, not copied."""
+    """Return the bytes of a contiguous CPU tensor, row-major, without a copy."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data

@@ -1,4 +1,4 @@
-"""A tokenizer's files for a release: the vocabulary as it is, settings by allow-list."""
+"""A tokenizer's files for a release: the vocabulary unchanged, settings by allow-list."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ TOKENIZER_JSON_KEYS = {
     "truncation",
     "version",
 }
-# What `transformers` writes and reads. Where a tokenizer was once read from is not among them.
+# Settings that `transformers` writes and reads, without the path of the original tokenizer.
 TOKENIZER_KEYS = {
     "add_bos_token",
     "add_eos_token",
@@ -73,16 +73,16 @@ TOKENIZER_KEYS = {
     "use_default_system_prompt",
     "vocab_type",
 }
-_TRAINER_PATHS = ("input", "model_prefix")  # of sentencepiece's trainer_spec
+_TRAINER_PATHS = ("input", "model_prefix")  # in sentencepiece's trainer_spec
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files into ``target``; raises UserError when there is no vocabulary.
+    """Copy the tokenizer's files into ``target``. Raises UserError when there is no vocabulary.
 
-    A `.model` forgets the files it was trained on; its pieces stay as they are.
+    A `.model` loses the names of its training files; its pieces stay.
     """
     if not any((source / name).is_file() for name in _VOCABULARIES):
-        raise UserError(f"{source} holds no tokenizer: one of {', '.join(_VOCABULARIES)} is needed")
+        raise UserError(f"{source} has no tokenizer: one of {', '.join(_VOCABULARIES)} is needed")
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
@@ -102,11 +102,11 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 def settle_tokenizer(
     folder: Path, tokens: Mapping[str, int | None], *, leading_bos: bool | None, context: int | None
 ) -> int | None:
-    """Make the copied tokenizer say what clients want to know, as the model's config says it.
+    """Adapt the copied tokenizer's settings to the model's config, as clients expect them.
 
-    ``tokens``: the ids of the model's ``bos`` and ``eos``. ``leading_bos``: whether a begin of text
-    leads every document in training; None leaves that as the tokenizer has it. ``context``: the
-    longest input. Returns the id of the padding, which is the end of text where there is none.
+    ``tokens``: the ids of the model's ``bos`` and ``eos``. ``leading_bos``: whether begin of text
+    starts every document in training; None keeps the tokenizer's setting. ``context``: the longest
+    input. Returns the id of the padding, which is end of text if there is no other.
     """
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -139,15 +139,15 @@ def settle_tokenizer(
 
 
 def _number(fast: Tokenizer, token: Any) -> int | None:
-    """The id of a token as tokenizer_config.json has it; None when there is none."""
+    """Return the id of a token as written in tokenizer_config.json, or None."""
     text = token.get("content") if isinstance(token, dict) else token
     found: int | None = fast.token_to_id(text) if isinstance(text, str) else None
     return found
 
 
 def _lead(fast: Tokenizer, bos: int | None, path: Path) -> None:
-    """Let ``fast`` begin a text with ``bos`` and nothing else; ``path`` is written when it does
-    not yet."""
+    """Make ``fast`` begin a text with ``bos`` and nothing else; write ``path`` if this changes
+    it."""
     plain = fast.encode("a", add_special_tokens=False).ids
     if fast.encode("a").ids == ([] if bos is None else [bos]) + plain:
         return
@@ -159,7 +159,7 @@ def _lead(fast: Tokenizer, bos: int | None, path: Path) -> None:
 
 
 def _repeat(settings: Mapping[str, Any], path: Path) -> None:
-    """Older versions of transformers believe special_tokens_map.json, where it is there."""
+    """Repeat settings in special_tokens_map.json, which older versions of transformers prefer."""
     if path.is_file():
         known = json.loads(path.read_text(encoding="utf-8"))
         roles = (f"{role}_token" for role in ("bos", "eos", "unk", "pad"))
@@ -168,7 +168,7 @@ def _repeat(settings: Mapping[str, Any], path: Path) -> None:
 
 
 def trainer_paths(model: bytes) -> list[str]:
-    """The files that a sentencepiece model remembers of its training; none of another format."""
+    """Return the training files named in a sentencepiece model; none for other formats."""
     proto = _parse(model)
     if proto is None:
         return []
@@ -177,7 +177,7 @@ def trainer_paths(model: bytes) -> list[str]:
 
 
 def _parse(model: bytes) -> Any:
-    """sentencepiece's ModelProto; None when ``model`` is in another format."""
+    """Return sentencepiece's ModelProto, or None if ``model`` is in another format."""
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 

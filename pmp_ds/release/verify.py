@@ -1,4 +1,4 @@
-"""Is a staged release what it should be? A stranger's view of it against the source."""
+"""Verify a staged release: compare a stranger's view of it with the source."""
 
 import json
 import os
@@ -20,8 +20,8 @@ from pmp_ds.model.build import context_length
 from pmp_ds.model.parameters import constants
 from pmp_ds.release.source import Source
 
-# Largest difference of logits between processes, relative to the largest logit. Usually it is 0;
-# matrix kernels may round otherwise when a tensor lies elsewhere in memory.
+# Largest difference of logits between processes, relative to the largest logit. Usually 0, but
+# matrix kernels may round differently if a tensor is elsewhere in memory.
 LOGITS_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
 _TEXT = "The quick brown fox's 1,234 jumps:\n\tnaïve café — déjà vu! def f(x): return x ** 2\n"
 _RELOAD = Path(__file__).with_name("reload.py")
@@ -32,11 +32,11 @@ def verify_reload(source: Source, folder: Path, dtype: torch.dtype) -> float:
     """Load ``folder`` in a fresh process without pmp_ds and compare logits and token ids.
 
     Returns the largest absolute difference of logits. Raises RuntimeError when the release does
-    not load or computes something else, UserError when its tokenizer encodes otherwise. One copy of
-    the model is in memory at a time: the other process has ended before this one builds its own.
+    not load or computes different logits, and UserError when its tokenizer encodes differently.
+    Only one copy of the model is in memory: the other process ends before this one builds its own.
     """
     input_ids = probe(source.config)
-    # Inside the folder: when this process is killed, the next export removes both.
+    # Inside the folder, so that after a kill the next export removes both.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         result = Path(scratch).resolve() / "answer.safetensors"
         run_alone(
@@ -59,13 +59,13 @@ def verify_reload(source: Source, folder: Path, dtype: torch.dtype) -> float:
 
 
 def probe(config: PreTrainedConfig) -> torch.Tensor:  # (2, T) int64
-    """Token ids that any model of ``config`` reads."""
+    """Return token ids that any model of ``config`` accepts."""
     length = min(16, context_length(config))
     return (torch.arange(2 * length) * 7919 % config.vocab_size).view(2, length)
 
 
 def require_same(logits: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> float:
-    """Return the largest difference; raises RuntimeError when rounding does not explain it."""
+    """Return the largest difference. Raises RuntimeError when rounding does not explain it."""
     difference = float((logits - wanted).abs().max())
     if not difference <= LOGITS_TOLERANCE[dtype] * float(wanted.abs().max()):
         raise RuntimeError(f"the release's logits differ by {difference} from the run's")
@@ -92,7 +92,7 @@ def run_alone(**request: Any) -> None:
 def reference_logits(
     source: Source, input_ids: torch.Tensor, dtype: torch.dtype, wide: Collection[str]
 ) -> torch.Tensor:  # (B, T, V) fp32
-    """What the model in ``source`` computes in ``dtype``, with the parameters ``wide`` in fp32."""
+    """Return the logits of ``source`` in ``dtype``, with the parameters ``wide`` in fp32."""
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(source.config, dtype=dtype)
     model.tie_weights()
@@ -107,12 +107,12 @@ def reference_logits(
 
 def _compare_ids(folder: Path, ids: list[int], vocab: int) -> None:
     if max(ids, default=0) >= vocab:
-        raise UserError(f"the tokenizer gives the id {max(ids)}, and the model has {vocab} rows")
+        raise UserError(f"the tokenizer gives the id {max(ids)}, but the model has {vocab} rows")
     plain = folder / "tokenizer.json"
     if not plain.is_file():
         return
     if Tokenizer.from_file(str(plain)).encode(_TEXT, add_special_tokens=False).ids != ids:
         raise UserError(
-            "AutoTokenizer encodes otherwise than the run's tokenizer.json: set "
+            "AutoTokenizer encodes differently from the run's tokenizer.json: set "
             '"tokenizer_class": "PreTrainedTokenizerFast" in its tokenizer_config.json'
         )

@@ -1,15 +1,15 @@
-"""Checkpoints in logical form: what a run needs to go on, at any number of ranks and ZeRO stage.
+"""Checkpoints in logical form: a run can resume at any number of ranks and ZeRO stage.
 
-    private/checkpoints/update-00000500/      of masked pretraining; discover-XXXXXXXX of discovery
+    private/checkpoints/update-00000500/      in masked pretraining; discover-XXXXXXXX in discovery
         manifest.json            format version, position, sha256 of every file and of itself
-        weights/                 every parameter whole in the training dtype, persistent buffers in
+        weights/                 every whole parameter in the training dtype, persistent buffers in
                                  their own, and config.json
         state/rank-00000.safetensors   this rank's compact optimizer state (optim/logical_state.py)
-        state/masks.safetensors  of discovery: the candidates that its next update compares with
+        state/masks.safetensors  in discovery: the candidates that its next update compares with
     private/checkpoints/latest   name of the newest, for people; written last
 
-A folder that has its name is complete: it is written as `*.incomplete`, renamed and read back. No
-file holds code: nothing is unpickled. shelf.py finds and deletes them.
+A folder with such a name is complete: it is written as `*.incomplete`, renamed and read back. No
+file contains code: nothing is unpickled. shelf.py finds and deletes checkpoints.
 """
 
 import contextlib
@@ -43,12 +43,12 @@ _SPARE_BYTES = 1 << 20  # for headers, configuration and manifest
 
 T = TypeVar("T")
 Tensors = dict[str, torch.Tensor]
-Gather = Callable[[Any], list[Any]]  # a value of every rank, on every rank
+Gather = Callable[[Any], list[Any]]  # gathers a value of each rank on every rank
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What one rank writes of a checkpoint."""
+    """One rank's part of a checkpoint."""
 
     position: Position
     hf_config: PretrainedConfig | None
@@ -56,24 +56,25 @@ class Snapshot:
     state: Callable[[], Tensors] | None  # None: another rank writes the same
     more: Tensors
     masks: Tensors
-    num_bytes: int  # that this rank will write
+    num_bytes: int  # bytes that this rank will write
 
 
 class NotWrittenError(UserError):
-    """A checkpoint that could not be written; what was there is intact."""
+    """A checkpoint could not be written; existing ones are intact."""
 
 
 def take(
     engine: "Portable", position: Position, *, copy: bool, more: Tensors, masks: Tensors
 ) -> Snapshot:
-    """The content of a checkpoint, plus ``more`` state of this rank. Collective.
+    """Take the content of a checkpoint, plus ``more`` state of this rank. Collective.
 
-    With ``copy`` training may go on; else ``write`` must follow first, and is collective too.
+    With ``copy`` training may continue at once; otherwise ``write``, then also collective, must
+    follow first.
     """
     weights: Iterable[tuple[str, torch.Tensor]] = chain(engine.parameters(), engine.constants())
     writes = dist.rank() == 0 or not engine.shards.replicated
     state = engine.local_state() if writes else None
-    # The phase goes on adding to its memory while a thread writes.
+    # The phase keeps changing its memory while a thread writes.
     full = replace(position, counters=engine.counters(), memory=deepcopy(position.memory))
     num_bytes = sum(tensor.nbytes for tensor in more.values())
     num_bytes += engine.state_bytes if writes else 0
@@ -88,8 +89,8 @@ def write(run: RunDir, snapshot: Snapshot, gather: Gather = dist.all_gather_obje
     """Write a checkpoint and read it back; it appears whole or not at all. Collective through
     ``gather``.
 
-    Raises NotWrittenError on every rank when any rank could not write its part, or reads another
-    one than it wrote.
+    Raises NotWrittenError on every rank when any rank cannot write its part, or reads back
+    different bytes.
     """
     final = run.checkpoints / snapshot.position.name
     folder = final.with_name(final.name + ".incomplete")
@@ -121,12 +122,13 @@ def write(run: RunDir, snapshot: Snapshot, gather: Gather = dist.all_gather_obje
 
 
 def save(run: RunDir, engine: "Portable", position: Position) -> None:
-    """``take`` and ``write`` at once, with a parameter or a file's share in memory. Collective."""
+    """Call ``take`` and ``write`` with one parameter or file part in memory. Collective."""
     write(run, take(engine, position, copy=False, more={}, masks={}))
 
 
 def _together(gather: Gather, action: Callable[[], T]) -> list[T]:
-    """``action`` on every rank; its results, or NotWrittenError everywhere if one rank failed."""
+    """Run ``action`` on every rank and return all results. Raises NotWrittenError on every rank if
+    one rank fails."""
     result: T | None = None
     problem: str | None = None
     try:
@@ -141,17 +143,17 @@ def _together(gather: Gather, action: Callable[[], T]) -> list[T]:
 
 
 def _create(folder: Path, num_bytes: int) -> None:
-    """Raises OSError before a byte is written when the disk has no room for all of them."""
+    """Create the folders. Raises OSError first if the disk has no room for ``num_bytes``."""
     shutil.rmtree(folder, ignore_errors=True)
     free = shutil.disk_usage(folder.parent).free
     if free < num_bytes + _SPARE_BYTES:
-        raise OSError(f"it needs {num_bytes / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free")
+        raise OSError(f"it needs {num_bytes / 1e6:,.1f} MB, but only {free / 1e6:,.1f} MB are free")
     for part in (folder, folder / "weights", folder / "state"):
         make_private(part)
 
 
 def _write_part(folder: Path, snapshot: Snapshot) -> dict[str, str]:
-    """This rank's files; their sha256 by name."""
+    """Write this rank's files; return their sha256 by name."""
     written = []
     save_weights(snapshot.weights, snapshot.hf_config, folder / "weights")
     if snapshot.state is not None:
@@ -166,7 +168,7 @@ def _write_part(folder: Path, snapshot: Snapshot) -> dict[str, str]:
 
 
 def _publish(folder: Path, final: Path, snapshot: Snapshot, files: dict[str, str]) -> None:
-    """Give a complete folder its name. One of that name that can be read is never given up."""
+    """Rename a complete folder to its final name. A readable checkpoint there is not replaced."""
     write_manifest(folder, snapshot.position, files)
     for part in (folder / "weights", folder / "state"):
         fsync_dir(part)
@@ -176,27 +178,28 @@ def _publish(folder: Path, final: Path, snapshot: Snapshot, files: dict[str, str
         except DamagedError:
             shelf.set_aside(final)
         else:
-            raise FileExistsError(f"{final} exists already and is intact: put it elsewhere")
+            raise FileExistsError(f"{final} already exists and is intact: move it elsewhere")
     os.replace(folder, final)
     fsync_dir(final.parent)
 
 
 def _confirm(final: Path, mine: dict[str, str], files: dict[str, str] | None) -> None:
-    """Read this rank's files again under their final name, and on rank 0, which gives all
-    ``files``, the manifest. Raises DamagedError when something is not as it was written."""
+    """Read this rank's files again under their final name. Rank 0, which passes all ``files``, also
+    reads the manifest. Raises DamagedError when something differs from what was written."""
     for name, digest in mine.items():
         if sha256(final / name) != digest:
-            raise DamagedError(final, f"{name} is not as it was written")
+            raise DamagedError(final, f"{name} differs from what was written")
     if files is not None:
         _, there = listed(final)
         missing = [name for name in files if not (final / name).is_file()]
         if there != files or missing:
-            raise DamagedError(final, f"{[*missing, 'manifest.json'][0]} is not as it was written")
+            name = [*missing, "manifest.json"][0]
+            raise DamagedError(final, f"{name} differs from what was written")
 
 
 def load_state(folder: Path, engine: "Engine", position: Position) -> StateReader:
-    """Bring an engine, built from the checkpoint's weights and armed with its mask, to
-    ``position``: moments, fp32 master weights, counters. Any world size and ZeRO stage."""
+    """Restore ``position`` in an engine that has the checkpoint's weights and mask: moments, fp32
+    master weights, counters. Any world size and ZeRO stage."""
     reader = StateReader(folder)
     engine.restore(reader.read, position.step, position.counters)
     return reader

@@ -1,4 +1,4 @@
-"""Checkpoints of any DeepSpeed engine, with or without a mask of ours, as five functions.
+"""Checkpoints of any DeepSpeed engine, with or without a ticket, as five functions.
 
     found = library.find("checkpoints")
     if found:
@@ -10,10 +10,10 @@
         library.save(engine, "checkpoints", step)
         library.prune("checkpoints", keep=3)
 
-A run that is killed at any moment, also while it saves, resumes from the newest checkpoint that is
-intact; with the same ranks to the bit, and with another number of ranks or another ZeRO stage as
-well. For element-wise optimizers (engine/portable.py). Learning rates come back too, and the state
-of a scheduler that the engine was given.
+A run that is killed at any moment, even while it saves, resumes from the newest intact checkpoint:
+bit by bit at the same number of ranks, and also at another number of ranks or ZeRO stage. The
+optimizer must be element-wise (engine/portable.py). Learning rates and the state of the engine's
+scheduler are restored too.
 """
 
 from pathlib import Path
@@ -33,9 +33,9 @@ _SCHEDULER, _RATES = "lr_scheduler", "lr"
 
 
 def save(engine: Any, folder: Path | str, step: int, memory: dict[str, Any] | None = None) -> None:
-    """Write the checkpoint of a DeepSpeed engine after ``step`` updates, with what the caller wants
-    to find again in ``memory`` (JSON). It appears whole, read back and fsynced, or not at all.
-    Collective. Raises NotWrittenError on every rank."""
+    """Write the checkpoint of a DeepSpeed engine after ``step`` updates, with ``memory`` (JSON) for
+    the caller. It appears whole, fsynced and read back, or not at all. Collective. Raises
+    NotWrittenError on every rank."""
     run = RunDir(Path(folder))
     dist.on_rank0(run.create)
     memory = dict(memory or {})
@@ -54,9 +54,9 @@ def save(engine: Any, folder: Path | str, step: int, memory: dict[str, Any] | No
 
 
 def find(folder: Path | str) -> Found | None:
-    """Return the newest intact checkpoint: its folder and position (``step``, ``memory``), or None
-    where there is none yet. Damaged ones are named and passed over; with none intact,
-    UnreadableError. Collective."""
+    """Return the newest intact checkpoint as folder and position (``step``, ``memory``), or None if
+    there is none yet. Newer damaged ones are reported and skipped. Raises UnreadableError when none
+    is intact. Collective."""
     return dist.on_rank0(lambda: shelf.find(RunDir(Path(folder))))
 
 
@@ -66,13 +66,13 @@ def verify(found: Found) -> None:
 
 
 def load_weights(found: Found, model: torch.nn.Module) -> None:
-    """Fill ``model``, which no engine has yet, with the weights of a checkpoint."""
+    """Load a checkpoint's weights into ``model``, before an engine is built from it."""
     weight_files.load_weights(found[0] / "weights", model)
 
 
 def resume(engine: Any, found: Found) -> int:
-    """Bring an engine whose model has the checkpoint's weights to where it was saved: moments, fp32
-    master weights, loss scale, learning rates, counters. Returns the updates that are done."""
+    """Restore moments, fp32 master weights, loss scale, learning rates and counters in an engine
+    whose model has the checkpoint's weights. Returns the number of updates done."""
     folder, position = found
     reader = StateReader(folder)
     DenseEngine(engine).restore(reader.kinds, reader.read, position.step, position.counters)
@@ -84,5 +84,5 @@ def resume(engine: Any, found: Found) -> int:
 
 
 def prune(folder: Path | str, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints that can be read. Collective."""
+    """Delete all but the newest ``keep`` readable checkpoints. Collective."""
     dist.on_rank0(lambda: shelf.prune(RunDir(Path(folder)), "train", keep))

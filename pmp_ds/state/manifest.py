@@ -1,6 +1,6 @@
-"""The manifest of a checkpoint: where the run stood, the sha256 of every file and of itself.
+"""The manifest of a checkpoint: the run's position, the sha256 of every file and of itself.
 
-What is read here was written by any pmp-ds whose format docs/FORMATS.md says is read.
+Manifests may be written by any pmp-ds whose format docs/FORMATS.md lists as readable.
 """
 
 import hashlib
@@ -21,14 +21,14 @@ from pmp_ds.version import code_version
 MANIFEST_FILE = "manifest.json"
 Phase = Literal["discover", "train"]
 NAMES: dict[Phase, str] = {"discover": "discover", "train": "update"}
-_SHOW_PROGRESS = 1 << 30  # from so many bytes on: a second of hashing
-# What reading a damaged manifest raises.
+_SHOW_PROGRESS = 1 << 30  # minimum bytes: a second of hashing
+# Exceptions from reading a damaged manifest.
 _DAMAGE = (KeyError, TypeError, AttributeError)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """Where a run stands after ``step`` updates of a phase. The engine adds its ``counters``."""
+    """A run's position after ``step`` updates of a phase. The engine adds its ``counters``."""
 
     step: int
     consumed_samples: int
@@ -38,7 +38,7 @@ class Position:
     phase: Phase = "train"
     counters: dict[str, float] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
-    """What the phase itself remembers: running loss of the guard, IoU history of discovery."""
+    """The phase's own state, such as the guard's running loss or discovery's IoU history."""
 
     @property
     def name(self) -> str:
@@ -46,7 +46,7 @@ class Position:
 
 
 class DamagedError(UserError):
-    """A checkpoint that is torn, changed or incomplete. ``reason`` leaves out which one."""
+    """A checkpoint is torn, changed or incomplete. ``reason`` does not name the checkpoint."""
 
     def __init__(self, folder: Path, reason: str) -> None:
         super().__init__(f"checkpoint {folder} is damaged: {reason}")
@@ -54,7 +54,7 @@ class DamagedError(UserError):
 
 
 def write_manifest(folder: Path, position: Position, files: dict[str, str]) -> None:
-    """Write the manifest of ``files``, sha256 by name; with it ``folder`` is a checkpoint."""
+    """Write the manifest of ``files`` (sha256 by name), which makes ``folder`` a checkpoint."""
     content = asdict(position) | {
         "code": str(code_version()),
         "files": files,
@@ -65,9 +65,9 @@ def write_manifest(folder: Path, position: Position, files: dict[str, str]) -> N
 
 
 def listed(folder: Path) -> tuple[Position, dict[str, str]]:
-    """Return the position and the files that an intact manifest states; no file is read.
+    """Return position and files from an intact manifest, without reading those files.
 
-    Raises DamagedError, or FormatError for a version that this pmp-ds does not read.
+    Raises DamagedError, or FormatError for a version that this pmp-ds cannot read.
     """
     try:
         manifest = read_object(folder / MANIFEST_FILE)
@@ -76,7 +76,7 @@ def listed(folder: Path) -> tuple[Position, dict[str, str]]:
             folder,
             manifest["format_version"],
             writer=manifest.get("code"),
-            way_out="continue with that version, or put the folder elsewhere",
+            way_out="continue with that version, or move the folder elsewhere",
         )
         if manifest.pop("sha256") != _digest(manifest):
             raise DamagedError(folder, MANIFEST_FILE)
@@ -92,17 +92,17 @@ def listed(folder: Path) -> tuple[Position, dict[str, str]]:
     except _DAMAGE as error:
         raise DamagedError(folder, f"{MANIFEST_FILE} ({error})") from None
     if name != folder.name:
-        raise DamagedError(folder, f"it holds {name}")
+        raise DamagedError(folder, f"it contains {name}")
     return position, files
 
 
 def verified(folder: Path, part: str = "") -> Position:
-    """Return the position of an intact checkpoint; every file whose name starts with ``part`` is
-    read and hashed. Raises like ``listed``."""
+    """Return the position of an intact checkpoint, after hashing every file whose name starts with
+    ``part``. Raises like ``listed``."""
     position, files = listed(folder)
     try:
         there = {str(p.relative_to(folder)) for p in folder.rglob("[!.]*") if p.is_file()}
-        for name in sorted(there - {*files, MANIFEST_FILE}):  # readers look at all that is there
+        for name in sorted(there - {*files, MANIFEST_FILE}):  # readers use every file there
             raise DamagedError(folder, f"it has {name}, which its manifest does not list")
         wanted = {name: digest for name, digest in files.items() if name.startswith(part)}
         for name in sorted(wanted.keys() - there):

@@ -1,4 +1,4 @@
-"""Plain private weights of a run, and the facts a model card states: all that export may read."""
+"""A run's plain private weights and facts for a model card: all that export may read."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +16,16 @@ from pmp_ds.ticket.mask import ParamMask
 
 @dataclass(frozen=True)
 class PlainWeights:
-    """A folder of safetensors and config.json, and where in the run they come from."""
+    """A folder of safetensors and config.json, and its position in the run."""
 
     folder: Path
     updates: int
-    val_loss: float | None  # nats per token, newest at that update
+    val_loss: float | None  # newest at that update, nats per token
 
 
 def of_checkpoint(run: RunDir, step: int | None) -> PlainWeights:
-    """The newest checkpoint whose weights are intact, or that of update ``step``. UserError when
-    there is none."""
+    """Return the newest checkpoint with intact weights, or that of update ``step``. Raises
+    UserError when there is none."""
     found = shelf.find(run, step, part="weights/")
     if found is None:
         raise UserError(f"{run.root} has no checkpoint yet: let pmp-ds pretrain write one")
@@ -34,7 +34,7 @@ def of_checkpoint(run: RunDir, step: int | None) -> PlainWeights:
 
 
 def of_init(run: RunDir, folder: Path) -> PlainWeights:
-    """theta(0) drawn again into ``folder``, in the dtype that training starts from."""
+    """Draw theta(0) again into ``folder``, in the dtype that training starts from."""
     config = load_config(run)
     model = theta0.draw(config, read_data(run), theta0.init_of(run, config))
     theta0.check(run, model)
@@ -47,8 +47,8 @@ def of_init(run: RunDir, folder: Path) -> PlainWeights:
 
 
 def complement_changes(weights: PlainWeights, initial: PreTrainedModel, mask: ParamMask) -> int:
-    """How many elements outside the ticket differ from theta(0), those of frozen parameters among
-    them: 0, or masking is broken."""
+    """Return how many elements outside the ticket, including frozen parameters, differ from
+    theta(0): 0, unless masking is broken."""
     stored = weight_files.read_weights(weights.folder)
     changed = 0
     for name, param in initial.named_parameters():

@@ -1,4 +1,4 @@
-"""What a run folder remembers of its configuration and data, and what export may know of a run."""
+"""A run folder's record of its configuration and data, and the facts that export may read."""
 
 import shutil
 from collections.abc import Collection, Sequence
@@ -22,8 +22,8 @@ from pmp_ds.version import UNKNOWN, code_version
 _BEGUN = "# begun with "
 
 _MAY_CHANGE = {"run", "guard", "data.store", "train.micro_batch_size"}
-"""Sections and settings that a run may be continued with; of the store the content is compared.
-``_on_schedule`` says when a run may have another length."""
+"""Sections and settings that may change when a run resumes; stores are compared by content.
+``_on_schedule`` decides when a run may change its length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class DataFacts:
     parts: tuple[Part, ...] = ()
     """The stores of a mixture; empty for a single store."""
     bos_id: int | None = None
-    """What leads every document, if anything."""
+    """The token at the start of every document, if any."""
 
     @classmethod
     def of(cls, store: Dataset) -> "DataFacts":
@@ -64,11 +64,10 @@ class DataFacts:
 
 
 def claim(run: RunDir, config: Config, store: Dataset) -> None:
-    """Make ``run`` this configuration's folder, or check that it is. Rank 0 alone calls it.
+    """Claim ``run`` for this configuration, or check that it has it. Rank 0 alone calls it.
 
-    A folder that is claimed already is not changed: ``record_start`` does that, once nothing can
-    refuse the start any more. Raises UserError that lists what differs, save for what
-    ``_MAY_CHANGE`` names.
+    A claimed folder is not changed here: ``record_start`` does that, once nothing can refuse the
+    start. Raises UserError that lists all differences outside ``_MAY_CHANGE``.
     """
     data = DataFacts.of(store)
     if not run.config.exists():
@@ -78,12 +77,12 @@ def claim(run: RunDir, config: Config, store: Dataset) -> None:
         differences = differing(saved, _on_schedule(run, saved, config), _MAY_CHANGE)
         if (before := read_data(run)).dataset_id != data.dataset_id:
             differences += _data_differences(before.parts, data.parts) or [
-                f"data.store: {config.data.store} holds other data than the run's"
+                f"data.store: {config.data.store} contains other data than the run's"
             ]
         if differences:
             raise UserError(
-                f"{run.root} holds a run with another configuration; repeat it with --config "
-                f"{run.config}, or choose another run.name. What differs (run's, yours):\n  "
+                f"{run.root} contains a run with another configuration; repeat it with --config "
+                f"{run.config}, or choose another run.name. Differences (the run's, yours):\n  "
                 + "\n  ".join(differences)
             )
         return
@@ -94,8 +93,8 @@ def claim(run: RunDir, config: Config, store: Dataset) -> None:
 
 
 def record_start(run: RunDir, config: Config) -> None:
-    """Write config.yaml of a start that goes on: ``config``, and which code began the run and which
-    started it last. Rank 0 alone calls it."""
+    """Write config.yaml with ``config`` and the code versions that began the run and started it
+    last. Rank 0 alone calls it."""
     try:
         run.create()
         write_text(run.config, headed(run.config, dump(config)))
@@ -104,7 +103,7 @@ def record_start(run: RunDir, config: Config) -> None:
 
 
 def headed(path: Path, text: str) -> str:
-    """Return ``text`` under comment lines that say which code began ``path`` and wrote it last."""
+    """Return ``text`` under comment lines naming the code that began and last wrote ``path``."""
     first, now = f"{_BEGUN}{code_version()}", code_version()
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -119,21 +118,21 @@ def _not_writable(run: RunDir, config: Config, error: OSError) -> UserError:
 
 
 def _require_new(run: RunDir) -> None:
-    """Raises UserError for a folder that holds a run and has lost its config.yaml: with other
-    settings it would go on as if nothing had happened."""
+    """Raise UserError for a run's folder without its config.yaml, which would otherwise resume with
+    other settings unnoticed."""
     if not run.root.is_dir():
         return
     made = [path for path in (run.ticket / TICKET_FILE, run.ledger, run.metrics) if path.exists()]
     made += [run.checkpoints] if shelf.has_any(run) else []
     if made:
         raise UserError(
-            f"{run.config} is missing, and {made[0]} is a run's: bring it back from a backup, or "
+            f"{run.config} is missing, but {made[0]} is a run's: restore it from a backup, or "
             "choose another run.name"
         )
 
 
 def _data_differences(saved: Sequence[Part], given: Sequence[Part]) -> list[str]:
-    """In what two mixtures differ; empty when one of them is a single store."""
+    """Return the differences between two mixtures; empty if one of them is a single store."""
     if not (saved and given):
         return []
     before, now = ({part.dataset_id: part for part in parts} for parts in (saved, given))
@@ -154,12 +153,12 @@ def _write(run: RunDir, config: Config, data: DataFacts, store: Dataset) -> None
         aside.rename(run.tokenizer)
     write_json(run.data, asdict(data) | {"format_version": formats.current("data")})
     text = headed(run.config, dump(config))
-    write_text(run.config, text)  # last: with it the folder is claimed
+    write_text(run.config, text)  # written last: it claims the folder
 
 
 def differing(saved: Any, given: Any, may_change: Collection[str]) -> list[str]:
-    """Return `SECTION.NAME: SAVED, GIVEN` of each setting in which two configurations of one type
-    differ, but for the sections and settings that ``may_change`` names."""
+    """Return `SECTION.NAME: SAVED, GIVEN` for each setting in which two configurations of one type
+    differ, outside the sections and settings named by ``may_change``."""
     before, now = _flat(asdict(saved)), _flat(asdict(given))
     return [
         f"{name}: {before[name]!r}, {value!r}"
@@ -169,7 +168,7 @@ def differing(saved: Any, given: Any, may_change: Collection[str]) -> list[str]:
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings by `SECTION.NAME`, or by name alone where they are in no section."""
+    """Return settings by `SECTION.NAME`, or by name alone if they are in no section."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         within = value.items() if isinstance(value, dict) else ()
@@ -178,9 +177,8 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _on_schedule(run: RunDir, saved: Config, given: Config) -> Config:
-    """Return ``given`` with the run's own length where another one may follow what is trained: a
-    `wsd` run may become longer, or begin to fall, while no rate so far would have been another.
-    Raises UserError where one would."""
+    """Return ``given`` with the run's own length where a new length is allowed: a `wsd` run may be
+    extended, or begin its decay, if no past learning rate changes. Raises UserError otherwise."""
     before, now = saved.train, given.train
     own = replace(now, steps=before.steps, decay_steps=before.decay_steps)
     if own == now or before.schedule != "wsd":
@@ -199,7 +197,7 @@ def _on_schedule(run: RunDir, saved: Config, given: Config) -> Config:
 
 
 def load_config(run: RunDir) -> Config:
-    """The resolved configuration of a run."""
+    """Return the resolved configuration of a run."""
     if not run.config.exists():
         raise UserError(f"{run.root} is not a run: it has no {run.config.name}")
     config, _ = parse(Config, ["--config", str(run.config)])
@@ -213,12 +211,12 @@ def read_data(run: RunDir) -> DataFacts:
     try:
         facts: DataFacts = fit(DataFacts, values, run.data)
     except UserError as error:
-        raise UserError(f"{error}: bring it back from a backup") from None
+        raise UserError(f"{error}: restore it from a backup") from None
     return facts
 
 
 def export_facts(run: RunDir, step: int, val_loss: float | None) -> dict[str, Any]:
-    """What a model card states of the weights after ``step`` updates; nothing of the mask."""
+    """Return a model card's facts on the weights after ``step`` updates; nothing on the mask."""
     config, data = load_config(run), read_data(run)
     train = config.train
     secrecy = "secret" if config.init.seed is None else "public"
@@ -237,6 +235,6 @@ def export_facts(run: RunDir, step: int, val_loss: float | None) -> dict[str, An
         "data_description": (
             f"{data.documents:,} documents, {data.tokens:,} tokens, packed into blocks of "
             f"{data.block_size} tokens separated by the end-of-text token"
-            + (", each document read by itself" if config.data.separate_documents else "")
+            + (", each document read separately" if config.data.separate_documents else "")
         ),
     }

@@ -1,7 +1,7 @@
-"""Writes checkpoints while training goes on, one at a time.
+"""Write checkpoints during training, one at a time.
 
-Training waits only for the copy to CPU memory; a thread writes, hashes and renames, and talks to
-those of the other ranks over a process group of its own.
+Training waits only for the copy to CPU memory. A thread writes, hashes and renames, and talks to
+those of the other ranks over a separate process group.
 """
 
 import sys
@@ -30,7 +30,7 @@ class Saver:
         self._under_way: tuple[Position, float] | None = None
         self._write_seconds = 0.0
         self.newest: str | None = None
-        """Name of the last checkpoint asked for."""
+        """Name of the last requested checkpoint."""
 
     def save(
         self,
@@ -41,10 +41,10 @@ class Saver:
         masks: Tensors | None = None,
         must: bool = False,
     ) -> float:
-        """Take a checkpoint and let it be written. Returns the seconds that training waited.
+        """Take a checkpoint and start writing it. Returns the seconds that training waited.
 
-        With ``must`` it is on disk on return, or NotWrittenError is raised; else one that cannot
-        be written is a warning or an error, as guard.disk says, when ``wait`` is next called.
+        With ``must`` it is on disk on return, or NotWrittenError is raised. Otherwise a failure
+        becomes a warning or an error, depending on guard.disk, at the next ``wait``.
         """
         start = time.perf_counter()
         self.wait()
@@ -67,7 +67,7 @@ class Saver:
         return stall
 
     def wait(self, *, must: bool = False) -> None:
-        """Until nothing is being written; what went wrong is raised or told here."""
+        """Wait until nothing is being written; report or raise what went wrong."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -84,17 +84,17 @@ class Saver:
             )
         if isinstance(error, NotWrittenError) and not must and self._config.guard.disk == "warn":
             if dist.rank() == 0:
-                print(f"warning: {error}. Training goes on", file=sys.stderr, flush=True)
+                print(f"warning: {error}. Training continues", file=sys.stderr, flush=True)
         elif error is not None:
             raise error
 
     def close(self) -> None:
-        """Let what is being written end; what went wrong with it is told, not raised."""
+        """Finish writing; an error is reported, not raised."""
         try:
             self.wait()
         except Exception as error:  # noqa: BLE001 - the run ends, or has failed already
             if dist.is_lost_rank(error):
-                return  # that is being told already
+                return  # reported elsewhere
             print(f"warning: the last checkpoint: {error}", file=sys.stderr, flush=True)
         if self._channel is not None:
             self._channel.close()

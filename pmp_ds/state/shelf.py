@@ -1,10 +1,11 @@
-"""The checkpoints that a run has: which can be read, which go, and what becomes of damaged ones.
+"""Find, delete and set aside the checkpoints of a run.
 
     private/checkpoints/update-00000500/           a checkpoint (checkpoint.py)
-    private/checkpoints/update-00000500.damaged/   one that a start could not read and passed over
+    private/checkpoints/update-00000500.damaged/   a checkpoint that a start could not read
     private/checkpoints.unreadable-1/              all of them, set aside by --start-afresh
 
-Looking changes nothing. Nothing that cannot be read is ever deleted before enough newer ones can.
+Finding changes nothing. An unreadable checkpoint is never deleted before enough newer ones are
+readable.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from pmp_ds.state.manifest import NAMES, DamagedError, Phase, Position, listed, 
 LATEST = "latest"
 AFRESH = "--start-afresh"
 WAY_OUT = (
-    f"bring one back from a backup, or train with {AFRESH}, which sets them aside and begins "
+    f"restore one from a backup, or train with {AFRESH}, which sets them aside and begins "
     "again at update 0"
 )
 _NAME = re.compile(r"(discover|update)-(\d{8})")
@@ -33,26 +34,26 @@ Found = tuple[Path, Position]
 
 
 class UnreadableError(UserError):
-    """A run has checkpoints, or has had some, and none of them can be read."""
+    """A run has or had checkpoints, and none of them is readable."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What a look at the checkpoints of a phase found."""
+    """The result of a search for a phase's checkpoints."""
 
     found: Found | None
-    """The newest that is intact."""
+    """The newest intact one."""
 
     passed_over: tuple[Path, ...]
-    """Damaged ones that are newer."""
+    """Newer ones that are damaged."""
 
 
 def survey(run: RunDir, phase: Phase, part: str = "") -> Survey:
-    """Look for the newest intact checkpoint of a phase; every file whose name starts with ``part``
-    is hashed.
+    """Find the newest intact checkpoint of a phase, hashing every file whose name starts with
+    ``part``.
 
-    Newer ones that are damaged are named. Raises UnreadableError when there are checkpoints and
-    none can be read, and FormatError rather than pass over one of another format.
+    Newer damaged ones are reported. Raises UnreadableError when there are checkpoints but none is
+    readable, and FormatError if a newer one has another format.
     """
     problems: list[UserError] = []
     folders = _folders(run, phase)
@@ -70,7 +71,7 @@ def survey(run: RunDir, phase: Phase, part: str = "") -> Survey:
         return Survey((folder, position), tuple(folders[: len(problems)]))
     if problems:
         number = f"{len(folders)} checkpoint{'s' * (len(folders) > 1)}"
-        head = f"{run.checkpoints} has {number}, and none can be read; nothing was changed:"
+        head = f"{run.checkpoints} has {number}, but none is readable; nothing was changed:"
         raise UnreadableError("\n  ".join([head, *map(str, problems), WAY_OUT]))
     return Survey(None, ())
 
@@ -80,8 +81,7 @@ def find(
 ) -> Found | None:
     """Return what ``survey`` finds, or the checkpoint of update ``step``.
 
-    A damaged one that was asked for by ``step`` is not passed over: then, and when it does not
-    exist, UserError.
+    With ``step``, raises UserError when that checkpoint is damaged or missing.
     """
     if step is None:
         return survey(run, phase, part).found
@@ -94,7 +94,7 @@ def find(
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a checkpoint that cannot be read, so that it is never counted again."""
+    """Rename an unreadable checkpoint, so that it is never considered again."""
     names = (f"{folder.name}.damaged{f'-{n}' * (n > 1)}" for n in count(1))
     target = next(path for path in map(folder.with_name, names) if not path.exists())
     folder.rename(target)
@@ -103,10 +103,10 @@ def set_aside(folder: Path) -> Path:
 
 
 def start_afresh(run: RunDir) -> Path:
-    """Set all checkpoints aside, with a copy of the metrics; return the folder that has both.
+    """Set all checkpoints and a copy of the metrics aside; return the new folder.
 
-    One rename decides: killed before it, the checkpoints are where they were; killed after it,
-    the run has none, and the copy of the metrics is safe.
+    A single rename does it. A process killed before it leaves the checkpoints in place; one killed
+    after it leaves none, and the copy of the metrics is safe.
     """
     make_private(run.checkpoints)
     if run.metrics.exists():
@@ -120,11 +120,11 @@ def start_afresh(run: RunDir) -> Path:
 
 
 def mend(run: RunDir) -> None:
-    """Name the newest one again, where a process was killed between a checkpoint and its name."""
+    """Point `latest` at the newest checkpoint, in case a process was killed in between."""
     names = [folder.name for phase in NAMES for folder in _folders(run, phase)]
     newest = max(names, default=None)  # `update` sorts after `discover`
     latest = run.checkpoints / LATEST
-    with contextlib.suppress(OSError):  # it is for people: no reason to stop a run
+    with contextlib.suppress(OSError):  # only people read it: no reason to stop a run
         if newest is None:
             latest.unlink(missing_ok=True)
         elif not latest.exists() or latest.read_bytes() != f"{newest}\n".encode():
@@ -134,11 +134,11 @@ def mend(run: RunDir) -> None:
 def prune(
     run: RunDir, phase: Phase, keep_last: int, keep_every: int = 0, written: str | None = None
 ) -> None:
-    """Delete a phase's checkpoints but the newest ``keep_last`` that can be read, those of every
+    """Delete a phase's checkpoints except the newest ``keep_last`` readable ones, those of every
     ``keep_every``-th update, and ``written``.
 
-    What cannot be read does not count and stays. One that was set aside as damaged goes when
-    ``keep_last`` newer ones can be read.
+    Unreadable ones do not count and stay. One that was set aside as damaged is deleted once
+    ``keep_last`` newer ones are readable.
     """
     readable = [folder for folder in _folders(run, phase) if _is_listed(folder)]
     for folder in readable[keep_last:]:
@@ -156,17 +156,17 @@ def step_of(folder: Path) -> int:
 
 
 def has_any(run: RunDir, phase: Phase | None = None) -> bool:
-    """Return whether there is a checkpoint, readable or not, of ``phase`` or of any."""
+    """Return whether ``phase``, or any phase, has a checkpoint, readable or not."""
     return any(_folders(run, one) for one in NAMES if phase in (None, one))
 
 
 def last_step(run: RunDir) -> int:
-    """Return the update of the newest checkpoint, readable or not, of any phase; 0 for none."""
+    """Return the update of the newest checkpoint of any phase, readable or not; 0 if none."""
     return max((step_of(folder) for phase in NAMES for folder in _folders(run, phase)), default=0)
 
 
 def _folders(run: RunDir, phase: Phase) -> list[Path]:
-    """All that have the name of a checkpoint, newest first, whether they can be read or not."""
+    """Return all folders with the name of a checkpoint, newest first, readable or not."""
     return sorted(_matching(run, _NAME, phase), reverse=True)
 
 
@@ -175,7 +175,7 @@ def _matching(run: RunDir, name: re.Pattern[str], phase: Phase) -> list[Path]:
         entries = [Path(entry) for entry in os.scandir(run.checkpoints)]
     except FileNotFoundError:
         return []
-    except OSError as error:  # not the same as having none
+    except OSError as error:  # unreadable is not the same as empty
         raise UserError(
             f"{run.checkpoints} cannot be read: {error.strerror}; make it readable for this user"
         ) from None
@@ -183,7 +183,7 @@ def _matching(run: RunDir, name: re.Pattern[str], phase: Phase) -> list[Path]:
 
 
 def _is_listed(folder: Path) -> bool:
-    """Whether its manifest is intact and its files are there; they are not read."""
+    """Return whether the manifest is intact and its files exist; they are not read."""
     try:
         _, files = listed(folder)
     except UserError:
@@ -192,5 +192,5 @@ def _is_listed(folder: Path) -> bool:
 
 
 def _remove(folder: Path) -> None:
-    """Killed in the middle, it must not look like a checkpoint."""
+    """Rename and delete a checkpoint, so that an interrupted deletion leaves no apparent one."""
     shutil.rmtree(folder.replace(folder.with_name(folder.name + ".incomplete")))

@@ -1,4 +1,4 @@
-"""Optimizer state read from the files of a checkpoint, at whatever number of ranks wrote them."""
+"""Read optimizer state from a checkpoint's files, written by any number of ranks."""
 
 from bisect import bisect_right
 from collections import defaultdict
@@ -16,7 +16,7 @@ MASKS_FILE = "state/masks.safetensors"
 
 
 class StateReader:
-    """Reads runs of elements from the state files of all ranks that wrote them."""
+    """Reads runs of elements from the state files of all ranks."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -31,12 +31,12 @@ class StateReader:
 
     @property
     def kinds(self) -> set[str]:
-        """Moments, fp32 master weights, scores."""
+        """The kinds of state: moments, fp32 master weights, scores."""
         return {part.partition("/")[0] for part in self._parts}
 
     def read(self, kind: str, name: str, first: int, count: int) -> torch.Tensor:
-        """(count,) fp32: elements [first, first + count) of parameter ``name``; of moments and
-        master those that are kept count, of scores all."""
+        """Return elements [first, first + count) of parameter ``name``, (count,) fp32. For moments
+        and master weights, only kept elements are numbered; for scores, all."""
         parts = self._parts[f"{kind}/{name}"]
         pieces = []
         while count:
@@ -55,8 +55,8 @@ class StateReader:
         return torch.cat(pieces) if pieces else torch.empty(0)
 
     def candidate(self, which: str, shapes: Mapping[str, tuple[int, ...]]) -> ParamMask | None:
-        """A candidate mask of discovery on the parameters of ``shapes``; None where there is none.
-        Raises DamagedError when it is another model's or no mask."""
+        """Return a candidate mask of discovery on the parameters of ``shapes``, or None. Raises
+        DamagedError when it is not a mask of this model."""
         path, prefix, bits = self._folder / MASKS_FILE, f"{which}/", {}
         if path.exists():
             with safe_open(path, "pt") as file:

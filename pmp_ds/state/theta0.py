@@ -1,7 +1,7 @@
-"""theta(0), the initial weights of a run: drawn from its secret key or public seed, again and again
-the same bits.
+"""theta(0), the initial weights of a run: drawn from its secret key or public seed, with the same
+bits every time.
 
-    private/init/key            32 bytes; made once, by the first start of a run
+    private/init/key            32 bytes; created by the first start of a run
     private/init/theta0.json    digest of theta(0), a one-way check value of the key, and a seal
 """
 
@@ -30,7 +30,7 @@ Init = Secret | int  # a key, or the public seed of paper mode
 
 
 def architecture(config: Config, data: DataFacts) -> PreTrainedConfig:
-    """The Hugging Face config; UserError when model and data do not fit together."""
+    """Return the Hugging Face config. Raises UserError when model and data do not fit."""
     return model_config(
         config.model,
         vocab_size=data.vocab_size,
@@ -41,19 +41,19 @@ def architecture(config: Config, data: DataFacts) -> PreTrainedConfig:
 
 
 def model_digest(config: Config, data: DataFacts) -> str:
-    """``parameters.digest`` of the configured model, without drawing a weight."""
+    """Return ``parameters.digest`` of the configured model, without drawing a weight."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architecture(config, data))
     return digest([ParamInfo(n, shape, 0, 0, False) for n, shape in trained_shapes(model).items()])
 
 
 def init_of(run: RunDir, config: Config, *, may_create: bool = False) -> Init:
-    """Return what theta(0) is drawn from. Collective.
+    """Return the secret key or public seed of theta(0). Collective.
 
-    The key is compared with what theta0.json remembers of it. With ``may_create``, which is for
-    the start of a run alone, rank 0 makes a key where nothing was ever made with one. Every rank
-    reads it for itself: it does not travel between them. Raises UserError when it is missing,
-    damaged or another.
+    The key is checked against theta0.json. With ``may_create``, only at the start of a run, rank 0
+    creates a key if nothing of the run depends on an earlier one. Every rank reads the key file
+    itself; the key is never sent between ranks. Raises UserError when it is missing, damaged or
+    another run's.
     """
     if config.init.seed is not None:
         return config.init.seed
@@ -67,21 +67,21 @@ def _key(run: RunDir, may_create: bool) -> Secret:
     path = run.init / KEY_FILE
     if not path.exists() and (made := _made_with_key(run)) is not None:
         raise UserError(
-            f"{path} is missing, and {made} was made with it: put the run's own key back from a "
-            "backup, or choose another run.name; with a new key these initial weights would be lost"
+            f"{path} is missing, but {made} was made with it: restore the run's own key from a "
+            "backup, or choose another run.name; a new key would lose these initial weights"
         )
     key = create_key(run.init) if may_create else load_key(run.init)
     check_value = _remembered(run).get(_CHECK)
     if check_value is not None and not hmac.compare_digest(str(check_value), _check_value(key)):
         raise UserError(
-            f"{path} is damaged or another run's: it is not the key that {run.init / _FILE} "
-            "remembers; put the run's own key back from a backup"
+            f"{path} is damaged or another run's: it is not the key recorded in "
+            f"{run.init / _FILE}; restore the run's own key from a backup"
         )
     return key
 
 
 def _made_with_key(run: RunDir) -> Path | None:
-    """Return something of this run that there is only once it has had a key."""
+    """Return a file or folder of this run that can only exist if it had a key, or None."""
     for path in (run.init / _FILE, run.ledger, run.vault):
         if path.exists():
             return path
@@ -91,19 +91,19 @@ def _made_with_key(run: RunDir) -> Path | None:
 
 
 def _check_value(key: Secret) -> str:
-    """Return what tells this key from another and tells nothing else of it (HKDF)."""
+    """Return a value that identifies the key and reveals nothing else about it (HKDF)."""
     return bytes(derive(key, "key check")).hex()
 
 
 def _seal(key: Secret, digest: str) -> str:
-    """Return what nobody without the key can write beside a digest (HMAC-SHA256)."""
+    """Return a seal of a digest that needs the key to compute (HMAC-SHA256)."""
     return hmac.digest(bytes(derive(key, "theta0 seal")), digest.encode(), "sha256").hex()
 
 
 def require_key(run: RunDir) -> Secret:
     """Return the run's key after a check against theta0.json; rank 0 alone calls it.
 
-    A run of an older pmp-ds has no check value: then theta(0) is drawn again, which takes a while.
+    Runs of an older pmp-ds have no check value; theta(0) is then drawn again, which takes a while.
     Raises UserError.
     """
     key = _key(run, may_create=False)
@@ -114,23 +114,23 @@ def require_key(run: RunDir) -> Secret:
 
 
 def draw(config: Config, data: DataFacts, init: Init) -> PreTrainedModel:
-    """The configured model at theta(0), fp32 on CPU."""
+    """Return the configured model at theta(0), fp32 on CPU."""
     model = build_model(architecture(config, data))
     initialize(model, init)
     return model
 
 
 def check(run: RunDir, model: PreTrainedModel, *, may_be_new: bool = False) -> str:
-    """Return the digest of ``model``. Raises UserError when it is not the theta(0) that theta0.json
-    remembers, or when there is none, unless it ``may_be_new``: at the start of a run."""
+    """Return the digest of ``model``. Raises UserError unless it is the theta(0) recorded in
+    theta0.json; with ``may_be_new``, at the start of a run, the record may be missing."""
     path, found = run.init / _FILE, weights_digest(model)
     if may_be_new and not path.exists():
         return found
     if lineage(run) != found:
         raise UserError(
-            f"theta(0) drawn again differs from the one that {path} remembers: the key or the "
-            "seed was changed, or this version of transformers builds another model; use what the "
-            "run was started with"
+            f"theta(0) drawn again differs from the one recorded in {path}: the key or seed was "
+            "changed, or this version of transformers builds another model; use what the run was "
+            "started with"
         )
     return found
 
@@ -140,8 +140,8 @@ def is_known(run: RunDir) -> bool:
 
 
 def remember(run: RunDir, digest: str, init: Init) -> None:
-    """Write theta0.json, with the ``digest`` of ``check``, where it is missing or of an older
-    pmp-ds."""
+    """Write theta0.json, with the ``digest`` of ``check``, if it is missing or of an older
+    version."""
     if _remembered(run).get("format_version") == formats.current("theta0"):
         return
     values = {
@@ -154,21 +154,20 @@ def remember(run: RunDir, digest: str, init: Init) -> None:
 
 
 def lineage(run: RunDir) -> str:
-    """The digest of theta(0): of which initial weights a run's checkpoints are. Private."""
+    """Return the digest of theta(0), which identifies a run's initial weights. Private."""
     found = _remembered(run).get("sha256")
     if not isinstance(found, str):
         raise UserError(
-            f"{run.init / _FILE} is missing or damaged: put it back from a backup, or let "
-            "pmp-ds pretrain write it again; nothing else says which initial weights are this "
-            "run's"
+            f"{run.init / _FILE} is missing or damaged: restore it from a backup, or let "
+            "pmp-ds pretrain write it again; nothing else identifies this run's initial weights"
         )
     return found
 
 
 def proven_lineage(run: RunDir) -> str:
-    """``lineage``, after a check against the run's key; of a run with secret initial weights.
+    """Return ``lineage`` of a run with secret initial weights, checked against the run's key.
 
-    A run of an older pmp-ds has no seal: then theta(0) is drawn again, which takes a while. Raises
+    Runs of an older pmp-ds have no seal; theta(0) is then drawn again, which takes a while. Raises
     UserError when the file was altered.
     """
     key, found = require_key(run), lineage(run)
@@ -178,15 +177,15 @@ def proven_lineage(run: RunDir) -> str:
         return check(run, draw(config, read_data(run), key))
     if not hmac.compare_digest(str(seal), _seal(key, found)):
         raise UserError(
-            f"{run.init / _FILE} was altered: its digest is not the one that was sealed with the "
-            "run's key, so nobody can say what else left from these initial weights; put it back "
-            "from a backup"
+            f"{run.init / _FILE} was altered: its digest does not match the seal made with the "
+            "run's key, so it is unknown what else was released from these initial weights; "
+            "restore it from a backup"
         )
     return found
 
 
 def _remembered(run: RunDir) -> dict[str, Any]:
-    """Return the content of theta0.json, empty where there is none."""
+    """Return the content of theta0.json, empty if there is none."""
     path = run.init / _FILE
     if not path.exists():
         return {}
@@ -194,5 +193,5 @@ def _remembered(run: RunDir) -> dict[str, Any]:
     try:
         formats.require("theta0", path, values.get("format_version", 1), way_out="use that version")
     except TypeError as error:
-        raise UserError(f"{path} is damaged ({error}): bring it back from a backup") from None
+        raise UserError(f"{path} is damaged ({error}): restore it from a backup") from None
     return values

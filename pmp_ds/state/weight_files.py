@@ -1,4 +1,4 @@
-"""Whole parameters as private safetensors files beside a config.json."""
+"""Whole parameters as private safetensors files next to a config.json."""
 
 import contextlib
 import os
@@ -22,13 +22,13 @@ def save_weights(
     parameters: Iterable[tuple[str, torch.Tensor]], hf_config: PretrainedConfig | None, folder: Path
 ) -> None:
     """Write whole parameters as Hugging Face safetensors, with at most one file's share in memory.
-    Every rank consumes ``parameters`` to the end, also when rank 0, which writes, fails."""
+    Every rank consumes ``parameters`` to the end, even when rank 0, which writes, fails."""
     rest = iter(parameters)
     try:
         if dist.rank() == 0:
             _write_shards(rest, hf_config, folder)
     finally:
-        for _ in rest:  # it may be collective
+        for _ in rest:  # consuming it may be collective
             pass
 
 
@@ -66,7 +66,7 @@ def _write_shards(
 
 
 def read_weights(folder: Path) -> Callable[[str], torch.Tensor]:
-    """A function from a parameter's name to its tensor in a ``weights/`` folder."""
+    """Return a function from a parameter's name to its tensor in a ``weights/`` folder."""
     files = [safe_open(path, "pt") for path in sorted(folder.glob("*.safetensors"))]
     where = {key: file for file in files for key in file.keys()}  # noqa: SIM118 - not a dict
     return lambda name: where[name].get_tensor(name)
@@ -74,8 +74,8 @@ def read_weights(folder: Path) -> Callable[[str], torch.Tensor]:
 
 @torch.no_grad()
 def load_weights(folder: Path, model: torch.nn.Module) -> None:
-    """Fill a model's parameters and constants from a ``weights/`` folder, cast to the model's
-    dtype. Constants that an older pmp-ds did not write are the model's own."""
+    """Load a model's parameters and constants from a ``weights/`` folder, cast to its dtype. The
+    model keeps its own constants if an older pmp-ds did not write them."""
     stored = read_weights(folder)
     for name, param in model.named_parameters():
         param.copy_(stored(name))
@@ -85,7 +85,7 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """safetensors, 0600 from the first byte, fsynced."""
+    """Write a safetensors file, 0600 from the first byte, fsynced."""
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
     save_file(tensors, path)
     path.chmod(0o600)

@@ -1,4 +1,4 @@
-"""What a ticket keeps of every kind of parameter: for its owner's eyes, as secret as the ticket."""
+"""The ticket's density by kind of parameter: for its owner only, as secret as the ticket."""
 
 import re
 from collections import defaultdict
@@ -9,8 +9,8 @@ _BAR = 20
 
 
 def by_kind(mask: ParamMask) -> dict[str, list[tuple[int, int]]]:
-    """Parameter name with `*` for the layer's number -> (kept, elements) of each layer, in model
-    order."""
+    """Return parameter name with `*` for the layer number -> (kept, elements) of each layer, in
+    model order."""
     found: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for name in mask.shapes:
         kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
@@ -19,7 +19,7 @@ def by_kind(mask: ParamMask) -> dict[str, list[tuple[int, int]]]:
 
 
 def frozen(mask: ParamMask) -> list[str]:
-    """`KIND (in 3 of 12)` for parameters of which nothing is kept: they stay theta(0) whole."""
+    """Return `KIND (in 3 of 12)` for parameters with nothing kept, which stay at theta(0)."""
     return [
         f"{kind} (in {empty} of {len(layers)})"
         for kind, layers in by_kind(mask).items()
@@ -28,7 +28,7 @@ def frozen(mask: ParamMask) -> list[str]:
 
 
 def describe(mask: ParamMask) -> str:
-    """A line for each kind: elements, density with a bar, and the range over layers."""
+    """Return a line per kind: elements, density with a bar, and the range over layers."""
     kinds = by_kind(mask)
     width = max(map(len, kinds))
     lines = []

@@ -1,11 +1,11 @@
-"""The early-bird test: is the candidate mask stable yet? (paper, section 2.1, Eq. 3 and 4)"""
+"""The early-bird test for a stable candidate mask (paper, section 2.1, Eq. 3 and 4)."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass
 class EarlyBird:
-    """Follows the IoU of consecutive candidate masks until ``patience`` of them in a row agree.
+    """Follows the IoU of consecutive candidate masks until ``patience`` values in a row suffice.
 
     ``trace[i]`` is the IoU of candidates i+1 and i+2 (updates count from 1).
     """
@@ -16,7 +16,7 @@ class EarlyBird:
     streak: int = 0
 
     def observe(self, iou: float) -> bool:
-        """Add the newest IoU. Returns ``stable``."""
+        """Add the newest IoU and return ``stable``."""
         self.trace.append(iou)
         self.streak = self.streak + 1 if iou >= self.iou_threshold else 0
         return self.stable
@@ -28,5 +28,5 @@ class EarlyBird:
 
     @property
     def best_so_far(self) -> bool:
-        """Whether the newest candidate has the highest IoU of all (the first one of equals)."""
+        """Whether the newest candidate has the highest IoU so far; of equals, the first."""
         return bool(self.trace) and self.trace[-1] > max(self.trace[:-1], default=-1.0)

@@ -1,4 +1,4 @@
-"""Does a mask belong to a model? Names and shapes tell."""
+"""Check by names and shapes that a mask belongs to a model."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,9 +10,9 @@ from pmp_ds.ticket.mask import ParamMask, pack
 
 
 def fitted(mask: ParamMask, shapes: Mapping[str, tuple[int, ...]], model: str | Path) -> ParamMask:
-    """``mask`` on the trained parameters of ``model``, which have these ``shapes``, in their order.
-    A release lacks the rows that only padded its vocabulary; so does the result. Raises UserError
-    when it is another model's."""
+    """Return ``mask`` on the trained parameters of ``model``, in the order of their ``shapes``. A
+    release lacks rows that only padded its vocabulary; so does the result. Raises UserError when
+    the mask belongs to another model."""
     for name in sorted(mask.shapes.keys() ^ shapes.keys()):
         how = "lacks" if name in mask.shapes else "has another parameter,"
         raise UserError(f"the ticket belongs to another model: {model} {how} {name}")
@@ -21,8 +21,8 @@ def fitted(mask: ParamMask, shapes: Mapping[str, tuple[int, ...]], model: str | 
         own = mask.shapes[name]
         if own[1:] != shape[1:] or own[:1] < shape[:1]:
             raise UserError(
-                f"the ticket belongs to another model: {name} has shape {list(shape)} in {model} "
-                f"and {list(own)} in the ticket"
+                f"the ticket belongs to another model: {name} has shape {list(shape)} in {model}, "
+                f"but {list(own)} in the ticket"
             )
         bits[name] = mask.bits[name]
         if own != shape:

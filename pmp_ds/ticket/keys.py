@@ -1,4 +1,4 @@
-"""Who may open a sealed file: age and ssh keys or a passphrase, by way of `pyrage`.
+"""Keys that open sealed files: age and ssh keys or a passphrase, through `pyrage`.
 
     sealed = encrypt(data, public_keys(["partner.pub"]))         data = decrypt(sealed, identities)
 
@@ -24,15 +24,15 @@ from pmp_ds.run_dir import write_text
 
 _KINDS = "age (age1...), ssh-ed25519 or ssh-rsa"
 _SECRET = "AGE-SECRET-KEY-"
-_MOST_BYTES = 1 << 20  # of a file of keys
-MOST_HEADER = 1 << 16  # of a sealed file: a hundred recipients
+_MOST_BYTES = 1 << 20  # in a key file
+MOST_HEADER = 1 << 16  # in a sealed file: a hundred recipients
 _ARMOR = b"-----BEGIN AGE ENCRYPTED FILE-----"
 
 
 @dataclass(frozen=True)
 class PublicKey:
-    """What a file is sealed for. ``label`` is an age key as it stands, or what ``ssh-keygen -l``
-    says of an ssh key."""
+    """A recipient's public key. ``label`` is an age key itself, or the ``ssh-keygen -l`` line of an
+    ssh key."""
 
     recipient: Any
     label: str
@@ -40,7 +40,7 @@ class PublicKey:
 
 @dataclass(frozen=True)
 class Passphrase:
-    """Opens and seals like a key; does not show itself."""
+    """A passphrase, which seals and opens like a key; its ``repr`` hides it."""
 
     text: str
 
@@ -49,18 +49,18 @@ class Passphrase:
 
 
 def public_keys(given: Sequence[str]) -> list[PublicKey]:
-    """Each of ``given`` is a public key, or a file with one on each line. Raises UserError."""
+    """Return the public keys in ``given``: keys, or files with one per line. Raises UserError."""
     keys: list[PublicKey] = []
     for word in given:
         if word.startswith(("age1", "ssh-")):
             keys.append(_public_key(word, "--to"))
         elif word.startswith(_SECRET):
-            raise UserError("--to is given a secret key: give the public one, which starts age1")
+            raise UserError("--to was given a secret key: pass the public one, which starts age1")
         else:
             path = Path(word)
             keys += [_public_key(line, f"{path}, line {n}") for n, line in _lines(path)]
     if not keys:
-        raise UserError(f"--to {' '.join(given)}: no public key in there")
+        raise UserError(f"--to {' '.join(given)} contains no public key")
     return keys
 
 
@@ -72,13 +72,13 @@ def _public_key(text: str, where: str) -> PublicKey:
             return PublicKey(pyrage.ssh.Recipient.from_str(text), f"SHA256:{label}")
         return PublicKey(pyrage.x25519.Recipient.from_str(text), text)
     except (pyrage.RecipientError, IndexError, binascii.Error):
-        kind = "a secret key" if text.startswith(_SECRET) else "no public key that can be used"
-        raise UserError(f"{where}: this is {kind}; an {_KINDS} public key is needed") from None
+        kind = "a secret key" if text.startswith(_SECRET) else "not a usable public key"
+        raise UserError(f"{where}: this is {kind}; pass an {_KINDS} public key") from None
 
 
 def identities(path: Path) -> list[Any]:
-    """The secret keys in ``path``: lines as ``age-keygen`` writes them, or one ssh private key.
-    Raises UserError."""
+    """Return the secret keys in ``path``: lines as ``age-keygen`` writes them, or one ssh private
+    key. Raises UserError."""
     data = read_bytes(path, _MOST_BYTES)
     if data.startswith(b"age-encryption.org/"):
         raise UserError(f"--identity {path} is itself sealed: open it first, with `age -d`")
@@ -90,19 +90,19 @@ def identities(path: Path) -> list[Any]:
         if "decrypted first" in str(error):
             raise UserError(
                 f"--identity {path} is protected by a passphrase, which cannot be asked for here: "
-                "give a copy without one (ssh-keygen -p), or use an age key"
+                "pass a copy without one (ssh-keygen -p), or use an age key"
             ) from None
         found = []
     if not found:
         raise UserError(
-            f"--identity {path} holds no usable secret key: age ({_SECRET}...), ssh-ed25519 or "
+            f"--identity {path} contains no usable secret key: age ({_SECRET}...), ssh-ed25519 or "
             "ssh-rsa is needed"
         )
     return found
 
 
 def read_passphrase(file: Path | None, *, confirm: bool) -> Passphrase:
-    """The first line of ``file`` (/dev/fd/N for a descriptor), or asked for on the terminal."""
+    """Return the first line of ``file`` (/dev/fd/N for a descriptor), or ask on the terminal."""
     if file is not None:
         lines = _text(file, pipe=True).splitlines()
         text = lines[0] if lines else ""
@@ -119,9 +119,9 @@ def read_passphrase(file: Path | None, *, confirm: bool) -> Passphrase:
 
 
 def new_identity(path: Path) -> str:
-    """Write a new secret key (0600, as ``age-keygen`` does); its public key."""
+    """Write a new secret key (0600, as ``age-keygen`` does); return its public key."""
     if path.exists():
-        raise UserError(f"--out {path} exists already: a secret key is never overwritten")
+        raise UserError(f"--out {path} already exists: a secret key is never overwritten")
     identity = pyrage.x25519.Identity.generate()
     public = str(identity.to_public())
     created = datetime.now(UTC).isoformat(timespec="seconds")
@@ -140,8 +140,8 @@ def encrypt(data: bytes, to: Sequence[PublicKey] | Passphrase) -> bytes:
 
 
 def decrypt(sealed: bytes, by: Sequence[Any] | Passphrase, where: Path) -> bytes:
-    """The content of a file sealed here or by `age`. Raises UserError that says whether the key or
-    the file is at fault, and nothing else; ``where`` names the file in it."""
+    """Return the content of a file sealed here or by `age`. Raises UserError that names the file
+    as ``where`` and says only whether the key or the file is at fault."""
     require_sealed(sealed, where)
     try:
         if isinstance(by, Passphrase):
@@ -152,21 +152,21 @@ def decrypt(sealed: bytes, by: Sequence[Any] | Passphrase, where: Path) -> bytes
 
 
 def require_sealed(start: bytes, where: Path) -> None:
-    """Raises UserError unless ``start``, the first bytes of ``where``, hold a whole header of age:
-    one without an end keeps pyrage busy for minutes."""
+    """Raise UserError unless ``start``, the first bytes of ``where``, contain a whole age header;
+    an endless one keeps pyrage busy for minutes."""
     start = start[:MOST_HEADER]
     if start.startswith(_ARMOR):
         letters = b"".join(start.removeprefix(_ARMOR).partition(b"-----END")[0].split())
         with contextlib.suppress(binascii.Error):
             start = base64.b64decode(letters[: len(letters) // 4 * 4])
     if not start.startswith(b"age-encryption.org/") or b"\n--- " not in start:
-        raise UserError(f"{where} is no sealed file, or its first lines are damaged")
+        raise UserError(f"{where} is not a sealed file, or its first lines are damaged")
 
 
 def _reason(message: str, by_passphrase: bool) -> str:
     if "No matching keys" in message:
         if by_passphrase:
-            return "was not sealed with a passphrase: give the key that opens it with --identity"
+            return "was not sealed with a passphrase: pass the key that opens it with --identity"
         return (
             "does not open with this key: it was sealed for another one, or with a passphrase, or "
             "its first lines are damaged"
@@ -174,14 +174,14 @@ def _reason(message: str, by_passphrase: bool) -> str:
     if message == "Decryption failed":
         return "does not open: the passphrase is wrong, or its first lines are damaged"
     if "Header is invalid" in message:
-        return "is no sealed file, or its first lines are damaged"
+        return "is not a sealed file, or its first lines are damaged"
     if "work" in message.lower():
-        return "asks for more work than a passphrase should: do not trust it"
+        return "requires more work than a passphrase should: do not trust it"
     return "is damaged or cut off: ask for it again"
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
-    """(number from 1, text) of the lines that are neither empty nor comments."""
+    """Return (number from 1, text) of the lines that are neither empty nor comments."""
     lines = enumerate((line.strip() for line in _text(path).splitlines()), start=1)
     return [(n, line) for n, line in lines if line and not line.startswith("#")]
 
@@ -190,4 +190,4 @@ def _text(path: Path, *, pipe: bool = False) -> str:
     try:
         return read_bytes(path, _MOST_BYTES, pipe=pipe).decode()
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not text: it holds no key or passphrase") from None
+        raise UserError(f"{path} is not text: it contains no key or passphrase") from None

@@ -11,7 +11,7 @@ import torch
 
 from pmp_ds.errors import UserError
 
-MOST_ELEMENTS = 1 << 48  # of a model; and no dimension is longer
+MOST_ELEMENTS = 1 << 48  # in a model, and per dimension
 _MOST_DIMENSIONS = 16
 _LONGEST_NAME = 1000
 _BITS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -19,7 +19,7 @@ _POPCOUNT = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=to
 
 
 def pack(param_mask: torch.Tensor) -> torch.Tensor:
-    """(n,) bool to (ceil(n / 8),) uint8; the bits after the last element are 0."""
+    """Pack (n,) bool into (ceil(n / 8),) uint8; bits after the last element are 0."""
     param_mask = param_mask.reshape(-1)
     num_bytes = (param_mask.numel() + 7) // 8
     padded = param_mask.new_zeros(num_bytes * 8)
@@ -29,7 +29,7 @@ def pack(param_mask: torch.Tensor) -> torch.Tensor:
 
 
 def unpack(bits: torch.Tensor, numel: int, start: int = 0) -> torch.Tensor:
-    """(ceil(n / 8),) uint8 to (numel,) bool: the elements from ``start`` on."""
+    """Unpack ``numel`` elements from ``start`` on: (ceil(n / 8),) uint8 to (numel,) bool."""
     first, last = start // 8, (start + numel + 7) // 8
     weights = torch.tensor(_BITS, dtype=torch.uint8, device=bits.device)
     dense = (bits[first:last, None] & weights).ne_(0).to(torch.bool).view(-1)
@@ -37,7 +37,7 @@ def unpack(bits: torch.Tensor, numel: int, start: int = 0) -> torch.Tensor:
 
 
 def full_bits(numel: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The packed mask that keeps all of ``numel`` elements."""
+    """Return the packed mask that keeps all ``numel`` elements."""
     bits = torch.full(((numel + 7) // 8,), 255, dtype=torch.uint8, device=device)
     if numel % 8:
         bits[-1] = (1 << numel % 8) - 1
@@ -45,28 +45,28 @@ def full_bits(numel: int, device: torch.device | str = "cpu") -> torch.Tensor:
 
 
 def popcount(bits: torch.Tensor) -> int:
-    """Number of ones."""
+    """Return the number of ones."""
     return int(_POPCOUNT.to(bits.device)[bits.int()].sum(dtype=torch.int64))
 
 
 def count_common(a: torch.Tensor, b: torch.Tensor) -> int:
-    """Number of elements that are kept in both packed masks."""
+    """Return the number of elements kept in both packed masks."""
     return popcount(a & b)
 
 
 def iou(num_common: int, num_kept: int) -> float:
-    """Intersection over union of two masks of ``num_kept`` ones each (paper, Eq. 3)."""
+    """Return intersection over union of two masks of ``num_kept`` ones each (paper, Eq. 3)."""
     return num_common / (2 * num_kept - num_common)
 
 
 def check_bits(bits: torch.Tensor, numel: int, what: str) -> None:
-    """Raises UserError, which begins with ``what``, unless ``bits`` are a packed mask of ``numel``
-    elements: uint8, one dimension, exactly as long as needed, 0 after the last element."""
+    """Raise UserError, starting with ``what``, unless ``bits`` are a packed mask of ``numel``
+    elements: uint8, one dimension, no longer than needed, 0 after the last element."""
     length = (numel + 7) // 8
     if bits.dtype != torch.uint8 or bits.dim() != 1 or bits.numel() != length:
         kind = str(bits.dtype).removeprefix("torch.")
         raise UserError(
-            f"{what} is {kind} of shape {list(bits.shape)}, and {numel} elements need uint8 of "
+            f"{what} is {kind} of shape {list(bits.shape)}, but {numel} elements need uint8 of "
             f"shape [{length}]"
         )
     if numel % 8 and int(bits[-1]) >> numel % 8:
@@ -74,8 +74,7 @@ def check_bits(bits: torch.Tensor, numel: int, what: str) -> None:
 
 
 def check_shapes(shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises UserError unless ``shapes`` are those of a model's parameters, under names that can be
-    printed."""
+    """Raise UserError unless ``shapes`` fit a model's parameters and their names are printable."""
     total = 0
     for name, shape in shapes.items():
         if not (name.isprintable() and len(name) <= _LONGEST_NAME):
@@ -97,10 +96,10 @@ def _is_shape(shape: object) -> bool:
 
 @dataclass(frozen=True)
 class ParamMask:
-    """The mask of a whole model: packed bits by parameter name, on CPU, both in the order of
-    ``shapes``, whatever order a file gives them in.
+    """The mask of a whole model: packed bits by parameter name, on CPU.
 
-    Raises UserError, which names the parameter, for bits that its shape does not need.
+    ``bits`` are kept in the order of ``shapes``, whatever the order in a file. Raises UserError
+    that names the parameter when bits do not fit its shape.
     """
 
     bits: Mapping[str, torch.Tensor]
@@ -119,15 +118,15 @@ class ParamMask:
         return int(torch.Size(self.shapes[name]).numel())
 
     def fragment(self, name: str, start: int, numel: int) -> torch.Tensor:
-        """(numel,) bool: elements [start, start + numel) of parameter ``name``, row-major."""
+        """Return elements [start, start + numel) of parameter ``name``, (numel,) bool."""
         return unpack(self.bits[name], numel, start)
 
     def full(self, name: str) -> torch.Tensor:
-        """The mask of one parameter as bool, in its shape."""
+        """Return the mask of one parameter as bool, in its shape."""
         return unpack(self.bits[name], self.numel(name)).view(self.shapes[name])
 
     def num_kept_before(self, name: str, start: int) -> int:
-        """Ones among the first ``start`` elements of parameter ``name``."""
+        """Return the number of ones among the first ``start`` elements of parameter ``name``."""
         whole = start // 8
         return popcount(self.bits[name][:whole]) + int(
             self.fragment(name, 8 * whole, start - 8 * whole).sum()
@@ -141,5 +140,5 @@ class ParamMask:
     def num_params(self) -> int:
         return sum(self.numel(name) for name in self.shapes)
 
-    def __repr__(self) -> str:  # never the content: a mask in a log is a leaked mask
+    def __repr__(self) -> str:  # without the content: a mask in a log is a leaked mask
         return f"ParamMask({self.num_params} elements)"

@@ -1,7 +1,7 @@
-"""What top-k ranks: |g| of one update, or its running mean (paper, Eq. 2, and its steady kin).
+"""The scores that top-k ranks: |g| of one update, or its running mean (paper, Eq. 2).
 
-Works on the gradient shards that a rank owns, in place. Only the order of scores matters, so the
-running mean is kept as a running sum and the exponential mean without bias correction.
+They are updated in place on the gradient shards that a rank owns. Only their order matters, so the
+running mean is kept as a running sum, and the exponential mean has no bias correction.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,8 +18,8 @@ class Score:
 
     name: str
     add: Callable[[torch.Tensor, torch.Tensor, float, float], None] | None
-    """Takes a fragment's running score, its gradient, the scale of that, and ``mask.score_decay``.
-    None: the gradient itself is ranked and nothing is remembered."""
+    """Takes a fragment's running score, its gradient, the gradient's scale and
+    ``mask.score_decay``. None: the gradient itself is ranked and nothing is stored."""
 
 
 def _mean(value: torch.Tensor, gradient: torch.Tensor, scale: float, decay: float) -> None:
@@ -37,7 +37,7 @@ SCORES = {
 
 
 def find_score(name: str) -> Score:
-    """Return the score of this name. Raises UserError with all names."""
+    """Return the score called ``name``. Raises UserError that lists all names."""
     if name not in SCORES:
         raise UserError(f"mask.score={name!r} is unknown; the scores are {', '.join(SCORES)}")
     return SCORES[name]
@@ -52,10 +52,10 @@ class Scores:
         self.values: list[torch.Tensor] | None = None
 
     def update(self, gradients: Sequence[torch.Tensor], scale: float = 1.0) -> list[torch.Tensor]:
-        """Take in one update's reduced gradients and return what to rank.
+        """Add one update's reduced gradients and return the values to rank.
 
         ``gradients``: (n_i,) each, any float dtype, times ``scale`` (the loss scale of fp16). The
-        result is ranked by magnitude, so a score may give the gradients themselves: no copy.
+        result ranks by magnitude, so a score may return the gradients themselves, without a copy.
         """
         if self.score.add is None:
             return list(gradients)

@@ -1,4 +1,4 @@
-"""The ticket on disk: the mask and where it came from. As secret as the mask.
+"""The ticket on disk: the mask and its origin. As secret as the mask.
 
 FOLDER/mask.safetensors   packed bits per parameter (ticket/mask.py), uint8
 FOLDER/ticket.json        format version, parameters, k, density, score, step, digests
@@ -30,7 +30,7 @@ MASK_FILE = "mask.safetensors"
 MANIFEST_FILE = "ticket.json"
 _MOST_MANIFEST = 1 << 28
 _ORIGIN = ("density", "source", "score", "step", "stable", "model_digest")
-# What reading a damaged ticket raises.
+# Exceptions from reading a damaged ticket.
 _DAMAGE = (
     SafetensorError,
     ValueError,
@@ -44,7 +44,7 @@ _DAMAGE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Ticket:
-    """A mask and its origin. ``model_digest`` names the parameters it fits, not their values."""
+    """A mask and its origin. ``model_digest`` covers the parameters it fits, not their values."""
 
     mask: ParamMask
     density: float
@@ -55,7 +55,7 @@ class Ticket:
     model_digest: str
 
     def __post_init__(self) -> None:
-        """A ticket of a stranger may hold anything: UserError names the field."""
+        """Check the fields, as a stranger's ticket may contain anything; UserError names one."""
         numbers = (int, float)
         for name, value, ok in (
             ("density", self.density, type(self.density) in numbers and 0 <= self.density <= 1),
@@ -69,7 +69,7 @@ class Ticket:
 
     @cached_property
     def id(self) -> str:
-        """sha256 over the parameters' names, shapes and bits."""
+        """The sha256 over the parameters' names, shapes and bits."""
         digest = hashlib.sha256(b"pmp-ds ticket\n")
         for name, shape in self.mask.shapes.items():
             digest.update(f"{name}{list(shape)}\n".encode())
@@ -78,7 +78,7 @@ class Ticket:
 
 
 def to_files(ticket: Ticket) -> dict[str, bytes]:
-    """The ticket's files by name, the same bytes for the same ticket; the manifest is last."""
+    """Return the ticket's files by name, the same bytes for equal tickets; the manifest is last."""
     manifest = {name: getattr(ticket, name) for name in _ORIGIN} | {
         "format_version": FORMAT_VERSION,
         "id": ticket.id,
@@ -92,7 +92,7 @@ def to_files(ticket: Ticket) -> dict[str, bytes]:
 
 
 def save_ticket(ticket: Ticket, folder: Path) -> None:
-    """Write ``folder`` (0700, files 0600); the manifest comes last and makes it complete."""
+    """Write ``folder`` (0700, files 0600); the manifest, written last, makes it complete."""
     make_private(folder)
     for name, content in to_files(ticket).items():
         write_bytes(folder / name, content, private=True)
@@ -104,7 +104,7 @@ def has_ticket(folder: Path) -> bool:
 
 def load_ticket(folder: Path, *, model_digest: str | None = None) -> Ticket:
     """Read and check a ticket. Raises UserError when it is missing, damaged, of an unknown format,
-    or, where ``model_digest`` is given, of another model."""
+    or does not match ``model_digest``."""
     try:
         ticket = from_files(lambda name, most: read_bytes(folder / name, most), folder)
     except MissingError as error:
@@ -118,8 +118,8 @@ def load_ticket(folder: Path, *, model_digest: str | None = None) -> Ticket:
 
 
 def from_files(read: Callable[[str, int], bytes], where: Path) -> Ticket:
-    """The ticket whose files ``read`` gives by name and the most bytes that one may have. Raises
-    UserError, which says ``where``, when they are damaged or of an unknown format."""
+    """Return the ticket whose files ``read`` returns, given a name and a maximum size. Raises
+    UserError, with ``where``, when they are damaged or of an unknown format."""
     try:
         manifest = _manifest(read(MANIFEST_FILE, _MOST_MANIFEST))
         formats.require("ticket", where, manifest["format_version"], way_out="use that version")
@@ -150,13 +150,13 @@ def _manifest(content: bytes) -> dict[str, Any]:
 
 
 def _most_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """The most bytes of a mask file for parameters of these ``shapes``: bits and a header. Raises
-    UserError when they are no shapes of a model."""
+    """Return the maximum size of a mask file for parameters of these ``shapes``: bits and a header.
+    Raises UserError when they do not fit a model."""
     check_shapes(shapes)
     bits = sum(math.prod(shape) // 8 + 1 for shape in shapes.values())
     return bits + sum(len(name.encode()) + 256 for name in shapes) + 4096
 
 
 def exact_k(density: float, num_params: int) -> int:
-    """k = floor(density * d), at least 1 (paper, Eq. 1); of the decimal that the user wrote."""
+    """Return k = floor(density * d), at least 1 (paper, Eq. 1), of the decimal the user wrote."""
     return max(1, int(Fraction(repr(density)) * num_params))

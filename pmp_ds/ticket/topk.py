@@ -1,11 +1,12 @@
-"""Exactly the k largest magnitudes of a vector that is spread over the ranks.
+"""Select exactly the k largest magnitudes of a vector that is spread over the ranks.
 
-A float's bits without the sign order like its magnitude. So instead of sorting, count: a
-histogram of the high 15 bits, summed over ranks, finds the bin that holds the k-th largest; for
-fp32 a second one of the low 16 bits inside that bin finds the value itself. Elements equal to it
-are taken by lowest global index until there are exactly k. Four passes over the scores (finite?,
-two histograms, mask; one less for 16-bit scores), 256 KB + 512 KB of communication, temporary
-memory of one chunk: the result is the same bits for any number of ranks and any sharding.
+Without its sign, a float's bit pattern orders like its magnitude, so counting replaces sorting. A
+histogram of the high 15 bits, summed over ranks, finds the bin of the k-th largest element; for
+fp32 a second one, of the low 16 bits inside that bin, finds its value. Among elements equal to it,
+those with the lowest global index are taken until there are exactly k. This needs four passes over
+the scores (finite?, two histograms, mask; one less for 16-bit scores), 256 KB + 512 KB of
+communication, and temporary memory of one chunk. The result has the same bits for any number of
+ranks and any sharding.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,20 +20,20 @@ from pmp_ds import dist
 from pmp_ds.errors import UserError
 from pmp_ds.ticket.mask import pack
 
-CHUNK = 1 << 17  # elements; a multiple of 8. All temporaries are of this size
+CHUNK = 1 << 17  # elements, a multiple of 8; all temporaries have this size
 T = TypeVar("T")
 _NON_FINITE = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 
 
 def _keys(scores: torch.Tensor) -> torch.Tensor:
-    """Magnitudes as ordered int32: (n,) float to (n,) int32."""
+    """Convert magnitudes to ordered int32: (n,) float to (n,) int32."""
     if scores.dtype == torch.float32:
         return scores.view(torch.int32) & 0x7FFFFFFF
     return scores.view(torch.int16).to(torch.int32) & 0x7FFF
 
 
 def _chunk(device: torch.device) -> int:
-    """Fewer and larger on a GPU, where each costs several launches."""
+    """Return the chunk size: larger on a GPU, where each chunk costs several launches."""
     return CHUNK if device.type == "cpu" else 32 * CHUNK
 
 
@@ -42,8 +43,8 @@ def _chunks(flat: torch.Tensor) -> list[torch.Tensor]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """On CPU: thousands of short loops lose more by waiting for a second thread than it saves;
-    with two, runs of seconds instead of half a second were seen (docs/PERFORMANCE.md)."""
+    """Use one CPU thread, because thousands of short loops lose more by waiting for a second thread
+    than it saves: seconds instead of half a second (docs/PERFORMANCE.md)."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -61,12 +62,12 @@ def select_top_k(
     *,
     replicated: bool = False,
 ) -> list[torch.Tensor]:
-    """Masks of the k largest scores over all fragments of all ranks, packed (ticket/mask.py):
+    """Return packed masks (ticket/mask.py) of the k largest scores over all fragments of all ranks,
     (ceil(n_i / 8),) uint8 each.
 
-    Ties go to the lowest global index. ``replicated`` says that every rank holds all fragments, so
-    nothing is summed. Collective: every rank calls it, also one without fragments. Raises UserError
-    on every rank when a score is not finite, naming its parameter.
+    Ties go to the lowest global index. With ``replicated`` every rank has all fragments, and
+    nothing is summed. Collective: every rank calls it, even without fragments. Raises UserError on
+    every rank when a score is not finite, and names its parameter.
     """
     pool = _Pool(scores, starts, replicated)
     pool.check_finite(names)
@@ -76,7 +77,7 @@ def select_top_k(
 
 @dataclass
 class _Pool:
-    """The fragments that compete, and how ranks agree on them."""
+    """The competing fragments, and the way ranks agree on them."""
 
     scores: Sequence[torch.Tensor]
     starts: Sequence[int]
@@ -103,7 +104,7 @@ class _Pool:
                 )
 
     def threshold(self, wanted: int) -> tuple[int, list[int]]:
-        """The smallest kept key, and how many of its equals each local fragment keeps."""
+        """Return the smallest kept key, and how many of its equals each local fragment keeps."""
         if wanted == 0:
             return 0x7FFFFFFF, [0] * len(self.scores)  # above every finite key
         dtypes = {dtype for rank in self.gather({s.dtype for s in self.scores}) for dtype in rank}
@@ -123,7 +124,7 @@ class _Pool:
     def histogram(
         self, num_bins: int, to_bin: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
-        """Counts over all ranks, (num_bins,) int64."""
+        """Return counts over all ranks, (num_bins,) int64."""
         counts = torch.zeros(num_bins, dtype=torch.int64, device=self.device)
         for score in self.scores:
             for chunk in _chunks(score):
@@ -131,7 +132,7 @@ class _Pool:
         return self.sum(counts)
 
     def tie_quotas(self, key: int, wanted: int, ties: int) -> list[int]:
-        """How many elements equal to ``key`` each fragment keeps; lowest global index first."""
+        """Return how many elements equal to ``key`` each fragment keeps, lowest index first."""
         if wanted == ties:
             return [score.numel() for score in self.scores]
         local = [
@@ -146,7 +147,7 @@ class _Pool:
 
 
 def _boundary(counts: torch.Tensor, wanted: int) -> tuple[int, int]:
-    """The bin that holds the ``wanted``-th largest, and how many lie in the bins above it."""
+    """Return the bin of the ``wanted``-th largest, and the number of elements in bins above it."""
     from_top = counts.flip(0).cumsum(0)
     position = int(torch.searchsorted(from_top, wanted))
     above = int(from_top[position - 1]) if position else 0
@@ -154,7 +155,7 @@ def _boundary(counts: torch.Tensor, wanted: int) -> tuple[int, int]:
 
 
 def _packed_mask(score: torch.Tensor, threshold: int, quota: int) -> torch.Tensor:
-    """Keeps the keys above ``threshold`` and the first ``quota`` of those equal to it."""
+    """Return a mask of keys above ``threshold`` and the first ``quota`` of those equal to it."""
     bits = torch.empty((score.numel() + 7) // 8, dtype=torch.uint8, device=score.device)
     for chunk, out in zip(_chunks(score), bits.split(_chunk(bits.device) // 8), strict=False):
         keys = _keys(chunk)

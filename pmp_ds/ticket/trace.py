@@ -1,12 +1,12 @@
-"""Whose copy leaked? From a leaked ticket, or from a model that was fine-tuned with one.
+"""Find whose copy leaked, from a leaked ticket or a model that was fine-tuned with one.
 
-A copy lacks its recipient's codeword (watermark.py), so its holder's models never change those
-places. Each recipient has a score: how well the places that the leak lacks agree with the codeword,
-each weighed by how telling it is (the symmetric form of Tardos' score by B. Skoric, S.
-Katzenbeisser and M. Celik, Designs, Codes and Cryptography 46, 2008). The codewords of the innocent
-are drawn independently of the leak, whatever was done to it and by however many recipients
-together; so the chance that an innocent one scores that much is bounded by Chernoff's bound,
-without assumptions.
+A copy lacks the elements of its recipient's codeword (watermark.py), so models trained with it
+never change them. Each recipient gets a score for how well the elements missing from the leak agree
+with the codeword, each weighted by its information (the symmetric form of Tardos' score by B.
+Skoric, S. Katzenbeisser and M. Celik, Designs, Codes and Cryptography 46, 2008). Codewords of
+innocent recipients are independent of the leak, whatever any number of recipients did to it
+together. So Chernoff's bound limits the chance that an innocent recipient scores high, without
+assumptions.
 """
 
 import math
@@ -23,25 +23,25 @@ from pmp_ds.ticket.mask import ParamMask
 from pmp_ds.ticket.watermark import Code
 
 ALPHA = 1e-6
-"""Recipients are named below this chance that any innocent one would be."""
+"""A recipient is named if the chance that any innocent one would be named is below this."""
 
 Observation = tuple[str, torch.Tensor, torch.Tensor]
-"""Parameter, (numel,) bool: elements that can tell, (numel,) bool: elements that the leak lacks."""
+"""Parameter, (numel,) bool: elements with information, (numel,) bool: elements the leak lacks."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """How well a leak agrees with one recipient's codeword."""
+    """The agreement of a leak with one recipient's codeword."""
 
-    num_places: int  # of the code, among the elements that can tell
+    num_places: int  # of the code, among the elements with information
     num_agreeing: int  # of these, lacking in both or in neither
-    score: float  # 0 of an innocent recipient, on average
-    spread: float  # standard deviation of an innocent recipient's
+    score: float  # 0 on average for an innocent recipient
+    spread: float  # standard deviation of an innocent recipient's score
     log10_p: float  # log10 of a bound on the chance that an innocent one scores this much
 
 
 def resists(places: int, recipients: int) -> int:
-    """How many recipients may put their copies together, so that one of them is still named."""
+    """Return how many recipients may combine their copies while one of them is still named."""
     needed = math.sqrt(2 * math.log(max(1, recipients) / ALPHA)) + 1  # standard deviations
     return int(2 * math.sqrt(places) / (math.pi * needed))
 
@@ -52,7 +52,7 @@ def weigh(
     words: Mapping[str, torch.Tensor],  # (m,) bool each
     observed: Iterable[Observation],
 ) -> dict[str, Evidence]:
-    """The evidence for each recipient of ``words``, given the original ``mask`` and a leak."""
+    """Return each recipient's evidence, given codewords, the original ``mask`` and a leak."""
     telling = torch.zeros(len(code), dtype=torch.bool)
     lacking = torch.zeros(len(code), dtype=torch.bool)
     sizes = [len(places) for places in code.places.values()]
@@ -73,8 +73,8 @@ def weigh(
         elsewhere_lacking += int((kept & absent).sum()) - int((tells & lacks).sum())
     noise = elsewhere_lacking / max(1, elsewhere)
     lacks, chances = lacking[telling], code.chances[telling]
-    # (m,): what a place adds to the score of a recipient whose copy lacks it, and has it. Of what
-    # the leak lacks, noise explains a part.
+    # (m,): a place's contribution to the score of a recipient whose copy lacks it, and has it.
+    # Noise explains part of what the leak lacks.
     weight = torch.where(lacks, (1 - noise) / (1 + noise), -1.0)
     if_lacks, if_has = (
         weight * ((1 - chances) / chances).sqrt(),
@@ -98,8 +98,8 @@ def weigh(
 def log10_tail(
     score: float, chances: torch.Tensor, if_true: torch.Tensor, if_false: torch.Tensor
 ) -> float:
-    """A bound on log10 P(sum of X >= ``score``), where X is ``if_true`` with its chance, else
-    ``if_false``, (m,) each and of mean 0: Chernoff's, min over t of E[exp(t (X - score))]."""
+    """Return Chernoff's bound, min over t of E[exp(t (X - score))], on log10 P(sum of X >=
+    ``score``). X is ``if_true`` with its chance, else ``if_false``; (m,) each, with mean 0."""
     if not len(chances) or score <= 0:
         return 0.0
 
@@ -112,7 +112,7 @@ def log10_tail(
     while log_bound(2 * high) < log_bound(high):
         high *= 2
     high *= 2
-    for _ in range(40):  # it is convex in t, and any t gives a bound
+    for _ in range(40):  # convex in t, and any t gives a bound
         third = (high - low) / 3
         if log_bound(low + third) < log_bound(high - third):
             high -= third
@@ -122,12 +122,12 @@ def log10_tail(
 
 
 def named(evidence: Mapping[str, Evidence]) -> list[str]:
-    """Those against whom it is strong: p times the number of recipients is below ALPHA."""
+    """Return recipients with strong evidence: p times the number of recipients is below ALPHA."""
     return [who for who in evidence if corrected(evidence, who) < math.log10(ALPHA)]
 
 
 def corrected(evidence: Mapping[str, Evidence], who: str) -> float:
-    """log10 p after Bonferroni's correction for the number of recipients."""
+    """Return log10 p after Bonferroni's correction for the number of recipients."""
     return min(0.0, evidence[who].log10_p + math.log10(len(evidence)))
 
 
@@ -138,30 +138,32 @@ def of_ticket(leaked: ParamMask) -> Iterator[Observation]:
 
 
 def of_model(base: Path, tuned: Path, mask: ParamMask) -> Iterator[Observation]:
-    """Compare two folders of safetensors, where ``mask`` fits ``base`` (``fitted_to``). A row in
-    which nothing changed, such as the embedding of a token that never came up, tells nothing and is
-    left out; so are parameters that ``tuned`` lacks or has in another shape. Raises UserError when
-    nothing is left or a file is damaged."""
+    """Compare two folders of safetensors, where ``mask`` fits ``base`` (``fitted_to``).
+
+    Unchanged rows, such as the embedding of a token that never occurred, carry no information and
+    are left out, like parameters that ``tuned`` lacks or has in another shape. Raises UserError
+    when nothing is left or a file is damaged.
+    """
     before, after = open_tensors(base), open_tensors(tuned)
     compared = False
     for name, shape in mask.shapes.items():
         if name not in after or shape_of(after, name) != shape:
             continue
         new = after[name].get_tensor(name)
-        old = before[name].get_tensor(name).to(new.dtype)  # a change of dtype is no training
+        old = before[name].get_tensor(name).to(new.dtype)  # a change of dtype is not training
         changed = (new != old).view(-1, shape[-1] if shape else 1)
         compared |= bool(changed.any())
         telling = changed.any(dim=1, keepdim=True).expand_as(changed)
         yield name, telling.reshape(-1), ~changed.reshape(-1)
     if not compared:
         raise UserError(
-            f"{tuned} and {base} differ in no parameter that both have: is it a fine-tuned copy, "
+            f"{tuned} and {base} share no parameter that differs: is it a fine-tuned copy, "
             "with full weights and the same parameter names?"
         )
 
 
 def not_in(tuned: Path, mask: ParamMask) -> list[str]:
-    """Parameters of ``mask`` that ``tuned`` lacks or has in another shape: they tell nothing."""
+    """Return parameters of ``mask`` that ``tuned`` lacks or has in another shape."""
     after = open_tensors(tuned)
     return [
         name
@@ -171,8 +173,8 @@ def not_in(tuned: Path, mask: ParamMask) -> list[str]:
 
 
 def fitted_to(mask: ParamMask, model: Path) -> ParamMask:
-    """``mask`` on the trained parameters of a release. Raises UserError when it is another model's,
-    or when the folder does not hold the model that its config.json describes."""
+    """Return ``mask`` on the trained parameters of a release. Raises UserError when it belongs to
+    another model, or when the folder does not contain the model of its config.json."""
     folder = open_folder(model)
     found = fitted(mask, folder.trained, model)
     folder.require_names()

@@ -4,8 +4,8 @@
     ticket = open_sealed(Path("partner.age"), identities(Path("key.txt")))
 
 Inside the age file is a plain tar of `ticket/`, so standard tools open it too:
-`age -d -i key.txt partner.age | tar x`. Equal tickets give equal archives. Who got which copy is
-in a run's private/vault/sealed.jsonl, one line for each.
+`age -d -i key.txt partner.age | tar x`. Equal tickets give equal archives. A run records the
+recipient of each copy in a line of private/vault/sealed.jsonl.
 """
 
 import io
@@ -36,29 +36,29 @@ from pmp_ds.ticket.ticket import (
 FOLDER = "ticket"
 RECORDS_FILE = "sealed.jsonl"
 _MOST_BYTES = 1 << 35
-"""Of a sealed file: the ticket of 250 billion parameters."""
+"""Maximum size of a sealed file: the ticket of 250 billion parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One line of the registry: a copy that was sealed."""
+    """One line of the registry: a sealed copy."""
 
     name: str  # of the recipient
     keys: tuple[str, ...]  # labels of the public keys; none for a passphrase
     date: str  # UTC, to the second
     watermark: str | None  # number of the watermark in hex, None: an unmarked copy
     file: str  # where the sealed file was written
-    by_code: bool = True  # False: marked by an older pmp-ds, in its way
+    by_code: bool = True  # False: marked by an older pmp-ds with its own method
 
 
 def seal(ticket: Ticket, to: Sequence[PublicKey] | Passphrase) -> bytes:
-    """The file for the holders of ``to``."""
+    """Return the sealed file for the holders of ``to``."""
     return encrypt(_archive(to_files(ticket)), to)
 
 
 def open_sealed(file: Path, by: Sequence[Any] | Passphrase) -> Ticket:
-    """The ticket in a sealed file. Raises UserError for a wrong key and a damaged or foreign
-    file, without a word of what is in it."""
+    """Return the ticket in a sealed file. Raises UserError for a wrong key or a damaged or foreign
+    file, without revealing its content."""
     require_sealed(read_bytes(file, _MOST_BYTES, only=MOST_HEADER), file)
     sealed = read_bytes(file, _MOST_BYTES)
     members = _members(decrypt(sealed, by, file), file)
@@ -66,23 +66,23 @@ def open_sealed(file: Path, by: Sequence[Any] | Passphrase) -> Ticket:
 
 
 def any_ticket(path: Path, by: Sequence[Any] | Passphrase | None) -> Ticket:
-    """The ticket in a folder, or in a sealed file with what opens it."""
+    """Return the ticket in a folder, or in a sealed file that ``by`` opens."""
     if path.is_dir():
         return load_ticket(path)
     if by is None and path.exists():
-        raise UserError(f"{path} is a sealed file: give --identity KEY or --passphrase")
+        raise UserError(f"{path} is a sealed file: pass --identity KEY or --passphrase")
     return load_ticket(path) if by is None else open_sealed(path, by)
 
 
 def begin(vault: Path) -> None:
-    """Make an empty registry in ``vault`` where there is no vault yet."""
+    """Create an empty registry in ``vault`` if there is no vault yet."""
     if not vault.exists():
         make_private(vault)
         os.close(os.open(vault / RECORDS_FILE, os.O_WRONLY | os.O_CREAT, 0o600))
 
 
 def remember(vault: Path, record: Record) -> None:
-    """Append ``record`` to the registry in ``vault``, on disk when this returns."""
+    """Append ``record`` to the registry in ``vault``; it is on disk on return."""
     make_private(vault)
     values = asdict(record) | {"format_version": formats.current("registry")}
     del values["by_code"]
@@ -90,7 +90,7 @@ def remember(vault: Path, record: Record) -> None:
     fd = os.open(vault / RECORDS_FILE, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
     try:
         if (size := os.fstat(fd).st_size) and os.pread(fd, 1, size - 1) != b"\n":
-            line = "\n" + line  # an editor took the newline of a whole line
+            line = "\n" + line  # an editor removed the final newline
         os.write(fd, line.encode())
         os.fsync(fd)
     finally:
@@ -98,13 +98,13 @@ def remember(vault: Path, record: Record) -> None:
 
 
 def records(vault: Path) -> list[Record]:
-    """Return all copies that were sealed, oldest first. Raises UserError that names a damaged line,
-    and when a vault has lost its registry."""
+    """Return the records of all sealed copies, oldest first. Raises UserError that names a damaged
+    line, or says that a vault has lost its registry."""
     path, found = vault / RECORDS_FILE, []
     if vault.is_dir() and not path.exists():
         raise UserError(
-            f"{path} is missing: put it back from a backup, it says whose copies were sealed; if "
-            f"none ever was, delete {vault}"
+            f"{path} is missing: restore it from a backup, because it records whose copies were "
+            f"sealed; if there were none, delete {vault}"
         )
     text = read_text(path) if path.exists() else ""
     for number, line in enumerate(io.StringIO(text), start=1):
@@ -112,7 +112,7 @@ def records(vault: Path) -> list[Record]:
         try:
             values = parse_object(line)
         except ValueError as error:
-            raise UserError(f"{where} is damaged: {error}; mend it, or delete it") from None
+            raise UserError(f"{where} is damaged: {error}; repair or delete it") from None
         version = fit(int, values.pop("format_version", 1), f"{where}: format_version")
         formats.require("registry", f"{where},", version, way_out="use that version")
         found.append(replace(fit(Record, values, where), by_code=version >= 3))
@@ -120,41 +120,41 @@ def records(vault: Path) -> list[Record]:
 
 
 def recipient(given: str) -> str:
-    """Return a recipient's name as it is kept: NFKC, with single blanks. Raises UserError when it
-    is empty or holds what cannot be printed, such as a change of the direction of writing."""
+    """Return a recipient's name in canonical form: NFKC, with single spaces. Raises UserError when
+    it is empty or contains unprintable characters, such as a change of writing direction."""
     name = " ".join(unicodedata.normalize("NFKC", given).split())
     if not name:
         raise UserError("--name is empty: write whom the copy is for")
     if not name.isprintable():
-        raise UserError(f"--name {name!r} holds characters that cannot be printed: leave them out")
+        raise UserError(f"--name {name!r} contains unprintable characters: remove them")
     return name
 
 
 def _folded(name: str) -> str:
-    """The same for all spellings of a name."""
+    """Return the same text for all spellings of a name."""
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
 
 
 def check_recipient(known: Sequence[Record], name: str, keys: Sequence[PublicKey]) -> None:
-    """UserError when ``name`` is another spelling of a known one, or one of ``keys`` belongs to a
-    recipient of another name: who holds copies with two watermarks sees both where they differ."""
+    """Raise UserError when ``name`` is another spelling of a known one, or one of ``keys`` has
+    another name: two watermarks in one hand reveal where they differ."""
     labels = {key.label for key in keys}
     for record in known:
         if record.name != name and _folded(record.name) == _folded(name):
             raise UserError(
-                f"--name {name}: a copy was sealed under the name {record.name!r}, which is the "
-                "same in another spelling; use that name"
+                f"--name {name}: a copy was sealed under the name {record.name!r}, another "
+                "spelling of the same; use that name"
             )
         if (shared := labels & set(record.keys)) and record.name != name:
             raise UserError(
                 f"--name {name}: a copy for the key {min(shared)} was sealed under the name "
-                f"{record.name!r}; use that name, since two watermarks in one hand show themselves"
+                f"{record.name!r}; use that name, because two watermarks in one hand are visible"
             )
 
 
 def loose(*paths: Path) -> list[str]:
-    """A line for each existing file or folder, and what is in it, that others than its owner can
-    use: folders should be 0700 and files 0600."""
+    """Return a line for each existing file or folder, and each entry in it, that others than its
+    owner can access: folders should be 0700 and files 0600."""
     found = []
     for path in (p for given in paths for p in [given, *sorted(given.rglob("*"))]):
         if path.exists() and (mode := path.stat().st_mode & 0o777) & 0o077:
@@ -164,7 +164,7 @@ def loose(*paths: Path) -> list[str]:
 
 
 def _archive(files: dict[str, bytes]) -> bytes:
-    """A tar without times and owners."""
+    """Return a tar without times and owners."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         folder = tarfile.TarInfo(FOLDER)
@@ -178,7 +178,7 @@ def _archive(files: dict[str, bytes]) -> bytes:
 
 
 def _members(archive: bytes, where: Path) -> dict[str, bytes]:
-    """The files in a tar by name, in whatever folder; nothing is written anywhere."""
+    """Return the files in a tar by name, in whatever folder; nothing is written to disk."""
     found: dict[str, bytes] = {}
     try:
         with tarfile.open(fileobj=io.BytesIO(archive), mode="r:") as tar:
@@ -187,13 +187,13 @@ def _members(archive: bytes, where: Path) -> dict[str, bytes]:
                 if name not in (MASK_FILE, MANIFEST_FILE) or member.type != tarfile.REGTYPE:
                     continue
                 if name in found:
-                    raise UserError(f"{where} is damaged: it holds two files called {name!r}")
-                # Holes and sizes of a header cost nothing to write, and memory to believe.
+                    raise UserError(f"{where} is damaged: it contains two files named {name!r}")
+                # Holes and sizes in a header cost nothing to write, but memory to believe.
                 if member.issparse() or member.offset_data + member.size > len(archive):
                     raise UserError(f"{where} is damaged: {name} is not in it as it stands")
                 found[name] = archive[member.offset_data : member.offset_data + member.size]
     except UserError:
         raise
     except Exception:  # noqa: BLE001 - a stranger's archive, and whatever tarfile raises for it
-        raise UserError(f"{where} opens with this key, but holds no ticket") from None
+        raise UserError(f"{where} opens with this key, but contains no ticket") from None
     return found

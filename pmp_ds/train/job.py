@@ -1,4 +1,4 @@
-"""What every part of a run needs: settings, data, theta(0); and whether they fit together."""
+"""The inputs of a run (settings, data, theta(0)) and checks that they fit together."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from pmp_ds.train.session import Measure, Work
 
 @dataclass(frozen=True)
 class Job:
-    """What every part of a run needs."""
+    """The inputs shared by all parts of a run."""
 
     config: Config
     ds_config: dict[str, Any]
@@ -35,17 +35,17 @@ class Job:
     theta0_digest: str = ""
 
     def fresh_model(self) -> PreTrainedModel:
-        """A fresh model at theta(0), fp32 on CPU; the same bits at every call and on every rank."""
+        """Return a new model at theta(0), fp32 on CPU: always the same bits, on every rank."""
         return theta0.draw(self.config, DataFacts.of(self.store), self.init)
 
     def key(self, purpose: str) -> bytes:
-        """32 bytes: of the secret, or of the public seed in paper mode."""
+        """Return 32 bytes derived from the secret, or from the public seed in paper mode."""
         if isinstance(self.init, bytes):
             return derive(self.init, purpose)
         return order_key(purpose, self.init)
 
     def warm_up_order(self) -> int | bytes:
-        """What decides the order of the samples in discovery: as secret as theta(0)."""
+        """Return the seed or key of discovery's sample order, as secret as theta(0)."""
         return derive(self.init, "warm-up order") if isinstance(self.init, bytes) else self.init
 
     def work(
@@ -56,8 +56,8 @@ class Job:
         ticket: Ticket | None = None,
         measure: Measure | None = None,
     ) -> Work:
-        """A phase from theta(0): ``steps`` updates on the ticket (None: dense), with the samples
-        in the ``order`` of a seed or secret."""
+        """Return a phase from theta(0): ``steps`` updates on the ticket (None: dense), with the
+        samples in the ``order`` of a seed or secret."""
         separate = self.config.data.separate_documents
         return Work(
             phase=phase,
@@ -76,7 +76,7 @@ class Job:
 
 
 def check(config: Config, store: Dataset, run: RunDir) -> None:
-    """Do model, data and a given ticket fit together? Raises UserError; writes nothing."""
+    """Raise UserError unless model, data and a given ticket fit together; write nothing."""
     data = DataFacts.of(store)
     architecture(config, store)
     find_score(config.mask.score)
@@ -85,21 +85,21 @@ def check(config: Config, store: Dataset, run: RunDir) -> None:
 
 
 def architecture(config: Config, store: Dataset) -> PreTrainedConfig:
-    """The Hugging Face config of the model. Raises UserError when model and data do not fit."""
+    """Return the model's Hugging Face config. Raises UserError when it does not fit the data."""
     return theta0.architecture(config, DataFacts.of(store))
 
 
 def given_ticket(config: Config, run: RunDir) -> Path | None:
-    """Folder of the ticket of ``mask.source: file``: the run's own copy when it has one."""
+    """Return the ticket folder of ``mask.source: file``: the run's own copy if there is one."""
     if config.mask.file is None:
         return None
     return run.ticket if has_ticket(run.ticket) else Path(config.mask.file)
 
 
 def open_job(config: Config, ds_config: dict[str, Any], store: Dataset, run: RunDir) -> Job:
-    """Draw theta(0), or draw it again and check that it is the same. Collective.
+    """Draw theta(0); on a resumed run, check that it is the same as before. Collective.
 
-    Writes nothing but the key of a new run.
+    Writes nothing except the key of a new run.
     """
     init = theta0.init_of(run, config, may_create=True)
     model = theta0.draw(config, DataFacts.of(store), init)

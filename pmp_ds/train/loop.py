@@ -1,8 +1,8 @@
-"""The loop of updates, of masked pretraining (paper, section 2.2) as of fine-tuning; validation.
+"""The training loop of masked pretraining (paper, section 2.2) and fine-tuning, and validation.
 
-The host runs ahead of the device: the numbers of an update come to it, are judged and recorded
-while the next one is computed. It waits only before it measures or saves (and, update by update,
-where ``Guard.waits``).
+The host runs ahead of the device: it judges and records the numbers of one update while the device
+computes the next. It waits only before it measures or saves (and in every update if
+``Guard.waits``).
 """
 
 import time
@@ -21,13 +21,13 @@ from pmp_ds.watch.guard import BadUpdateError
 
 
 def train(training: Training) -> None:
-    """The updates that are left of a work. Raises Stopped when it was asked to stop, and UserError
-    for what the guard does not let pass; either way all that is good is saved."""
+    """Make the remaining updates of a work. Raises Stopped after a stop request, and UserError for
+    an update that the guard rejects; both save all good updates first."""
     run, steps, guard = training.config.run, training.work.steps, training.guard
     rates = _Rates(training)
     if training.done == 0:
         training.measure(0)
-    ahead: _Update | None = None  # launched, and not settled yet
+    ahead: _Update | None = None  # launched but not settled
     for step in range(training.done + 1, steps + 1):
         training.watch.dog.beat(f"update {step}")
         update = _Update(training, step)
@@ -55,10 +55,10 @@ def train(training: Training) -> None:
 
 
 class _Update:
-    """One update: launched by the host, judged when its numbers have come."""
+    """An update that the host launches, and judges once its numbers have arrived."""
 
     def __init__(self, training: Training, step: int) -> None:
-        """Computes the gradients."""
+        """Launch the computation of the gradients."""
         self._training, self._engine, self.step = training, training.engine, step
         self.lr = learning_rate(training.config.train, step)
         loss = self._engine.backward(training.loader.next())
@@ -71,23 +71,23 @@ class _Update:
         if not apply:
             self._engine.skip()
             return
-        norm = self._engine.step(self.lr)  # a number, or a tensor that is still to be computed
+        norm = self._engine.step(self.lr)  # a number, or a tensor that may not be computed yet
         exact = norm if isinstance(norm, torch.Tensor) else torch.tensor(norm, dtype=torch.float64)
         self._norm = Later(exact)
 
     @property
     def loss(self) -> float:
-        """The mean loss over the ranks; waits for it."""
+        """The mean loss over the ranks; reading it waits for the device."""
         return self._report.read()[0] / dist.world_size()
 
     def settle(self, rates: "_Rates") -> bool:
-        """Judge it and record it, once its numbers are there; return whether all ranks are to stop.
+        """Wait for the numbers, judge and record them; return whether all ranks must stop.
         Collective."""
         training, config = self._training, self._training.config
         stop = self._report.read()[1] > 0
         rates.count()
         training.bar.update(1)
-        if self._norm is None:  # it was not applied
+        if self._norm is None:  # not applied
             return stop
         norm = self._norm.read()[0]
         stop |= training.guard.judge(self.step, self.loss, norm, self._forward.read())
@@ -100,7 +100,7 @@ class _Update:
 
 
 class _Rates:
-    """Tokens per second and the loader's share of the time since the last record."""
+    """Tokens per second and the loader's share of the time, since the last record."""
 
     def __init__(self, training: Training) -> None:
         self._loader, self._tokens = training.loader, training.tokens_per_update
@@ -124,9 +124,10 @@ class _Rates:
 
 
 def validate(engine: Engine, blocks: Blocks | InTurn, num_blocks: int) -> float:
-    """Mean loss in nats per token of the first ``num_blocks`` blocks, shared out over the ranks.
+    """Return the mean loss in nats per token of the first ``num_blocks`` blocks, over all ranks.
 
-    Every rank evaluates equally many (stage 3 gathers weights in step); surplus ones weigh 0.
+    Every rank evaluates equally many, because stage 3 gathers weights in step; surplus blocks have
+    weight 0.
     """
     total = min(num_blocks, len(blocks))
     share = -(-total // dist.world_size())

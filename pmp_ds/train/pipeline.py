@@ -1,7 +1,8 @@
-"""The main job: theta(0), the ticket, rewind, masked pretraining. Resumes where it was.
+"""The main job: theta(0), the ticket, rewind, masked pretraining; resumes after an interruption.
 
-Rewind is by construction: discovery and masked pretraining each build their engine from theta(0),
-so weights, optimizer state, schedule and data position of the warm-up cannot reach the result.
+Rewind needs no step of its own: discovery and masked pretraining each build their engine from
+theta(0), so weights, optimizer state, schedule and data position of the warm-up cannot reach the
+result.
 """
 
 from dataclasses import dataclass
@@ -30,8 +31,8 @@ from pmp_ds.watch.watch import watching
 
 
 def _obtain_ticket(job: Job, found: Found | None, session: Session) -> Ticket | None:
-    """The run's ticket: read when it is there, else found (by a discovery that resumes from
-    ``found``), drawn or copied, and saved. None for ``mask.source: none``."""
+    """Return the run's ticket, or None for ``mask.source: none``. A missing ticket is discovered
+    (resuming from ``found``), drawn or copied, and saved."""
     mask, folder = job.config.mask, job.run.ticket
     if mask.source == "none":
         return None
@@ -50,7 +51,7 @@ def _obtain_ticket(job: Job, found: Found | None, session: Session) -> Ticket | 
 
 
 def _discover(job: Job, found: Found | None, session: Session) -> Ticket:
-    """Run discovery, or resume it from ``found``, to its end."""
+    """Run discovery to its end, resuming from ``found``."""
     config, watch = job.config, session.watch
     work = job.work("discover", job.warm_up_order(), config.mask.max_steps)
     with session.training(work, found) as training:
@@ -77,7 +78,7 @@ def _discover(job: Job, found: Found | None, session: Session) -> Ticket:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a run."""
+    """The result of a finished run."""
 
     num_params: int
     num_kept: int  # counted in the ticket
@@ -93,11 +94,10 @@ def run(
     *,
     start_afresh: bool = False,
 ) -> Outcome:
-    """Begin or resume the run in ``folder`` and lead it to its end.
+    """Begin or resume the run in ``folder`` and complete it.
 
-    ``started``: when this process did, monotonic seconds. With ``start_afresh`` checkpoints of
-    which none can be read are set aside, and the run begins at update 0. Raises Stopped when it was
-    asked to stop before its end.
+    ``started`` is the start of this process in monotonic seconds. With ``start_afresh``, unreadable
+    checkpoints are set aside and the run begins at update 0. Raises Stopped after a stop request.
     """
     with held(folder.root, f"the run's folder {folder.root}"):
         check_together(store, folder.verified)  # a damaged store stops all ranks first
@@ -108,15 +108,15 @@ def run(
 
 
 def pretrain(job: Job, started: float, *, start_afresh: bool = False) -> Outcome:
-    """``run`` for a job whose folder is held and claimed."""
+    """Complete a job whose folder is held and claimed, as in ``run``."""
     config, run = job.config, job.run
-    # Nothing is written before all that can refuse this start.
+    # Write nothing until every check that can refuse this start has passed.
     trained = start.look(job, "train", start_afresh)
     has_one = dist.on_rank0(lambda: has_ticket(run.ticket))
     explored = start.NOTHING if has_one else start.look(job, "discover", start_afresh)
     found, discovered = trained.found, explored.found
     step = found[1].step if found else 0
-    # The records of what will be done again are dropped.
+    # Keep no records of updates that will be repeated.
     last = {"train": step} if step else {}
     if has_one:
         last["discover"] = config.mask.max_steps
@@ -136,7 +136,7 @@ def pretrain(job: Job, started: float, *, start_afresh: bool = False) -> Outcome
 
 
 def _train(job: Job, ticket: Ticket | None, found: Found | None, session: Session) -> None:
-    """Masked pretraining from theta(0), or from ``found``, to its end."""
+    """Train on the ticket to the end, from theta(0) or from ``found``."""
     config = job.config
 
     def measure(engine: Engine) -> dict[str, float]:
@@ -156,7 +156,7 @@ def _say(text: str) -> None:
 
 
 def _outcome(job: Job) -> Outcome:
-    """Counted in the files of the ticket and the last checkpoint themselves; rank 0 alone."""
+    """Count in the files of the ticket and of the last checkpoint; rank 0 alone."""
     d = num_params(job.table)
     if job.config.mask.source == "none":
         return Outcome(d, d, 0)

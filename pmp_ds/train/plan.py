@@ -1,4 +1,4 @@
-"""What a run is about to do, for a person to read before it costs anything."""
+"""The plan of a run, printed for the user before any expensive step."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ _MASKS = {
 
 
 def describe(job: Job) -> str:
-    """Batch arithmetic, parameters, memory per rank, and where things go; no mask content."""
+    """Return batch arithmetic, parameters, memory per rank and output folders; no mask content."""
     config, world = job.config, dist.world_size()
     train, mask = config.train, config.mask
     ranks = dist.ranks_in_words()
@@ -54,7 +54,7 @@ def describe(job: Job) -> str:
 
 
 def _epochs(job: Job, samples: int) -> str:
-    """How often the blocks are read, of each store of a mixture."""
+    """Return how often the blocks are read, for each store of a mixture."""
     if not job.store.parts:
         blocks = len(job.store.split("train"))
         return f"{samples / blocks:.2f} epochs of {blocks:,} blocks"
@@ -68,7 +68,7 @@ def _epochs(job: Job, samples: int) -> str:
 
 
 def _memory(config: Config, ds_config: dict[str, Any], d: int, k: int, world: int) -> str:
-    """Model states per rank, without activations; padding left out."""
+    """Return the model states per rank, without activations and padding."""
     stage = zero_stage(ds_config)
     precision = precision_of(config.train)
     element = precision.num_bytes

@@ -1,11 +1,11 @@
-"""A run's folder while it is trained in, by pretraining or fine-tuning alike.
+"""A run's folder during training, in pretraining and fine-tuning.
 
     with Session(run, config, ds_config, watch) as session:
         with session.training(work, found) as training:
             train(training)  # loop.py
 
-A *work* is a phase of a run as its caller describes it; a *training* is that phase under way: an
-engine at the update where the run stands, its batches, its guard, and what a checkpoint saves.
+A *work* describes a phase of a run. A *training* is that phase in progress: an engine at the
+current update, with its batches, its guard and the state that a checkpoint saves.
 """
 
 import contextlib
@@ -32,34 +32,34 @@ from pmp_ds.watch.guard import Guard
 from pmp_ds.watch.watch import Watch
 
 Measure = Callable[[Engine], dict[str, float]]
-"""What is measured on held-out data, by name; `val_loss` among it. Collective."""
+"""Measures on held-out data; returns values by name, including `val_loss`. Collective."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What is trained on what, the same on every rank."""
+    """A phase of training, the same on every rank."""
 
     phase: Phase = "train"
     name: str
-    """Of the progress bar."""
+    """The name on the progress bar."""
     model: Any
-    """The model at its first weights, fp32 on CPU: a PreTrainedModel, or peft's around one."""
+    """The model at its first weights, fp32 on CPU: a PreTrainedModel, possibly inside peft's."""
     mask: ParamMask | None = None
-    """The elements that train; None: all that can."""
+    """The elements to train; None: all trainable ones."""
     mask_id: str | None = None
     objective: Objective
     samples: Any
-    """What BlockLoader reads."""
+    """The source that BlockLoader reads."""
     order: bytes
-    """The key of the samples' order, 32 bytes."""
+    """The key of the sample order, 32 bytes."""
     dataset_id: str
     tokens_per_sample: float
     steps: int
-    """Updates to the end of the phase."""
+    """Number of updates at the end of the phase."""
     measure: Measure | None = None
 
     def loader(self, global_batch_size: int, consumed_samples: int) -> BlockLoader:
-        """This rank's share of the samples after the first ``consumed_samples``."""
+        """Return this rank's share of the samples after the first ``consumed_samples``."""
         return BlockLoader(
             self.samples,
             self.order,
@@ -73,7 +73,7 @@ class Work:
 
 @dataclass
 class Extra:
-    """What a phase saves in addition to weights and optimizer state: its memory, and in discovery
+    """State that a phase saves besides weights and optimizer state: its memory, and in discovery
     this rank's running scores and the candidate masks."""
 
     more: checkpoint.Tensors = field(default_factory=dict)
@@ -82,8 +82,7 @@ class Extra:
 
 
 class Session:
-    """The records and checkpoints of one run folder; a context, in which one work after another is
-    trained."""
+    """A context with the records and checkpoints of one run folder, for one work after another."""
 
     def __init__(
         self, run: RunDir, config: Config, ds_config: dict[str, Any], watch: Watch
@@ -101,7 +100,7 @@ class Session:
 
     @contextlib.contextmanager
     def training(self, work: Work, found: Found | None) -> Iterator["Training"]:
-        """Begin ``work``, or resume it from the checkpoint ``found``. Collective."""
+        """Begin ``work``, or resume it from checkpoint ``found``. Collective."""
         training = Training(self, work, found)
         with training.loader, training.bar:
             yield training
@@ -110,7 +109,7 @@ class Session:
 
 
 class Training:
-    """A work under way."""
+    """A work in progress."""
 
     def __init__(self, session: Session, work: Work, found: Found | None) -> None:
         config, watch = session.config, session.watch
@@ -124,7 +123,7 @@ class Training:
         if found:
             self.reader = checkpoint.load_state(found[0], self.engine, found[1])
         self.done = self.begin.step if self.begin else 0
-        """Updates at the start."""
+        """Updates that were done at the start."""
         self.val_loss = self.begin.val_loss if self.begin else None
         session.saver.newest = found[1].name if found else None
         memory = self.begin.memory if self.begin else {}
@@ -142,15 +141,15 @@ class Training:
         self.session.log.write(self.work.phase, step, **values)
 
     def measure(self, step: int) -> None:
-        """Measure on held-out data, and record it. Collective."""
+        """Measure on held-out data and record the result. Collective."""
         assert self.work.measure is not None
         measured = self.work.measure(self.engine)
         self.val_loss = measured["val_loss"]
         self.record(step, **measured)
 
     def save(self, step: int, *, must: bool) -> None:
-        """Write the checkpoint of update ``step``, unless it is there; with ``must`` it is on disk
-        on return. Collective."""
+        """Write the checkpoint of update ``step`` unless it exists; with ``must``, return only when
+        it is on disk. Collective."""
         extra, saver = self.extra(), self.session.saver
         position = Position(
             phase=self.work.phase,
@@ -168,8 +167,8 @@ class Training:
             self.watch.stop.saved(seconds)
 
     def stop(self, step: int) -> None:
-        """Raise Stopped, when all of update ``step`` is saved. Collective."""
+        """Raise Stopped, after update ``step`` is saved. Collective."""
         reason = self.watch.stop.reason()
         self.watch.stop.done()
         where = " of discovery" if self.work.phase == "discover" else f" of {self.work.steps:,}"
-        raise Stopped(f"{reason}: saved after update {step:,}{where}; the same command goes on")
+        raise Stopped(f"{reason}: saved after update {step:,}{where}; the same command resumes")

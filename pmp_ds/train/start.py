@@ -1,7 +1,7 @@
-"""The start of a run that may have been here before: what it resumes from, and what refuses it.
+"""The start of a run that may have started before: where it resumes, and what makes it refuse.
 
-``look`` changes nothing, so a refused start leaves every file as it was; ``go_on`` is then all that
-a start changes in what is there.
+``look`` changes nothing, so a refused start leaves every file as it was. ``go_on`` makes all
+changes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,8 +22,8 @@ NOTHING = Survey(None, ())
 
 
 def look(job: Job, phase: Phase, start_afresh: bool) -> Survey:
-    """Return what the run resumes from in a phase. Collective. Raises UserError when it does not go
-    with the data or the ticket that are there, or when checkpoints are lost.
+    """Return the checkpoint from which a phase resumes. Collective. Raises UserError when it does
+    not match the data or the ticket, or when checkpoints are lost.
 
     With ``start_afresh`` lost checkpoints are set aside instead.
     """
@@ -33,7 +33,7 @@ def look(job: Job, phase: Phase, start_afresh: bool) -> Survey:
     if found is not None and found[1].dataset_id != job.store.dataset_id:
         raise UserError(
             f"data.store={job.config.data.store} is not what this run was trained on: its dataset "
-            "id differs from the checkpoint's; bring the data back or start a new run.name"
+            "id differs from the checkpoint's; restore the data or choose a new run.name"
         )
     if found is not None and found[1].ticket_id is not None:
         _require_ticket(job, f"{found[0]} was trained with it")
@@ -44,26 +44,26 @@ def look(job: Job, phase: Phase, start_afresh: bool) -> Survey:
 
 
 def _check_ticket(job: Job, found: Found | None) -> None:
-    """A ticket that is there must be intact, and the one that the checkpoint was trained with."""
+    """Require an existing ticket to be intact and to match the checkpoint."""
     ticket = job.run.ticket
     if not has_ticket(ticket):
         return
     ticket_id = load_ticket(ticket, model_digest=digest(job.table)).id
     if found is not None and found[1].ticket_id != ticket_id:
         raise UserError(
-            f"the ticket at {ticket} is not the one that {found[0]} was trained with: bring the "
-            "run's own ticket back or start a new run.name"
+            f"the ticket at {ticket} is not the one that {found[0]} was trained with: restore the "
+            "run's own ticket or choose a new run.name"
         )
 
 
 def _survey(job: Job, phase: Phase, start_afresh: bool) -> Survey:
-    """``shelf.survey``, and what to do about checkpoints that are lost; rank 0 alone."""
+    """Return ``shelf.survey``, after checks for lost checkpoints; rank 0 alone."""
 
     def check(seen: Survey) -> None:
         if seen.found is None and (step := _last_saved(job.run, phase)):
             raise UnreadableError(
-                f"{job.run.checkpoints} has no checkpoint, and {job.run.metrics} records that one "
-                f"of update {step} was saved; nothing was changed: {shelf.WAY_OUT}"
+                f"{job.run.checkpoints} has no checkpoint, but {job.run.metrics} records that one "
+                f"was saved at update {step}; nothing was changed: {shelf.WAY_OUT}"
             )
 
     def before() -> None:
@@ -82,8 +82,8 @@ def survey_or_afresh(
 ) -> Survey:
     """Return what ``shelf.survey`` finds and ``check`` accepts; rank 0 alone.
 
-    Where checkpoints are there and none can be read, UnreadableError; with ``start_afresh`` they
-    are set aside instead, if ``before`` does not object.
+    Raises UnreadableError when checkpoints exist and none is readable. With ``start_afresh`` they
+    are set aside instead, unless ``before`` objects.
     """
     try:
         seen = shelf.survey(run, phase)
@@ -95,12 +95,12 @@ def survey_or_afresh(
         print(f"{AFRESH}: set aside as {shelf.start_afresh(run)}", flush=True)
         return NOTHING
     if start_afresh and seen.found is not None:
-        print(f"{AFRESH} changes nothing: {seen.found[0].name} can be read", flush=True)
+        print(f"{AFRESH} changes nothing: {seen.found[0].name} is readable", flush=True)
     return seen
 
 
 def _last_saved(run: RunDir, phase: Phase) -> int:
-    """Return the last update of a phase whose checkpoint was confirmed, 0 for none."""
+    """Return the last update of a phase whose checkpoint was confirmed, or 0."""
     saved = (r for r in read_metrics(run.metrics) if "save_seconds" in r)
     return max((record["step"] for record in saved if record["phase"] == phase), default=0)
 
@@ -109,14 +109,16 @@ def _require_ticket(job: Job, why: str) -> None:
     ticket = job.run.ticket
     if not has_ticket(ticket):
         raise UserError(
-            f"the ticket of this run is missing: {ticket} is empty and {why}; bring it back from a "
-            "backup or start a new run.name"
+            f"the ticket of this run is missing: {ticket} is empty, but {why}; restore it from a "
+            "backup or choose a new run.name"
         )
 
 
 def go_on(job: Job, seen: Sequence[Survey], last: Mapping[str, int]) -> None:
-    """Make the folder that of a run which resumes from ``seen``, its metrics up to the updates
-    ``last`` by phase; rank 0 alone. Nothing may refuse the start after this."""
+    """Prepare the folder to resume from ``seen``: metrics end at the updates ``last``, by phase.
+
+    Rank 0 alone; nothing may refuse the start after this.
+    """
     run = job.run
     _check_lineage(job, seen[0])
     try:
@@ -128,7 +130,7 @@ def go_on(job: Job, seen: Sequence[Survey], last: Mapping[str, int]) -> None:
 
 
 def resume_in(run: RunDir, passed_over: Sequence[Path], last: Mapping[str, int]) -> None:
-    """Rewind the metrics, remove what killed processes left, set damaged checkpoints aside."""
+    """Rewind the metrics, remove leftovers of killed processes, set damaged checkpoints aside."""
     rewind_metrics(run.metrics, last)
     sweep(run)
     for folder in passed_over:
@@ -137,7 +139,7 @@ def resume_in(run: RunDir, passed_over: Sequence[Path], last: Mapping[str, int])
 
 
 def _check_lineage(job: Job, trained: Survey) -> None:
-    """Where theta0.json is lost, the weights outside the ticket tell whether the key is right."""
+    """If theta0.json is lost, check the key against the weights outside the ticket."""
     if theta0.is_known(job.run) or trained.found is None or not has_ticket(job.run.ticket):
         return
     folder, position = trained.found
@@ -145,7 +147,7 @@ def _check_lineage(job: Job, trained: Survey) -> None:
     mask = load_ticket(job.run.ticket).mask
     if changed := plain_weights.complement_changes(weights, job.fresh_model(), mask):
         raise UserError(
-            f"theta0.json is missing from {job.run.init}, and the key or seed that is there draws "
-            f"{changed:,} other weights outside the ticket than {folder} has: bring both back from "
-            "a backup"
+            f"theta0.json is missing from {job.run.init}, and the key or seed in use draws "
+            f"{changed:,} weights outside the ticket that differ from those of {folder}: restore "
+            "both from a backup"
         )

@@ -1,9 +1,9 @@
-"""Looks at every update for what should not be, and does what the settings say (GuardConfig).
+"""Check every update for faults and react as the settings say (GuardConfig).
 
-An update is judged while the next one is computed, so that nobody waits for the device. Where the
-settings let a bad loss or gradient keep an update from being applied (``waits``), the host waits
-for each loss: `skip` drops the batch, so that no weight, moment or step counter changes while data
-and schedule move on; `stop` on a spike saves what was there before it.
+An update is judged while the next one is computed, so the host does not wait for the device. Where
+the settings keep a bad loss or gradient from being applied (``waits``), the host waits for each
+loss. `skip` drops the batch: weights, moments and step counters stay, data and schedule advance.
+`stop` on a spike saves the state before it.
 """
 
 import math
@@ -18,9 +18,9 @@ from pmp_ds.log import MetricsLog
 from pmp_ds.optim.drift import DriftProbe
 from pmp_ds.watch.stop import StopRequest
 
-_DECAY, _WARM_UP = 0.98, 50  # of the running loss, and updates before it is believed
+_DECAY, _WARM_UP = 0.98, 50  # of the running loss; updates before it is used
 _STRAGGLER_UPDATES = 20
-_STRAGGLER_PAUSE = 600.0  # seconds between two warnings at first; twice as long after each
+_STRAGGLER_PAUSE = 600.0  # seconds between the first two warnings; doubles after each
 _INTACT = "the last checkpoint is intact"
 
 
@@ -29,7 +29,7 @@ class BadUpdateError(UserError):
 
 
 class Guard:
-    """Watches an armed engine. ``memory``: what an earlier guard of this run remembered."""
+    """Checks an armed engine. ``memory`` comes from an earlier guard of this run."""
 
     def __init__(
         self,
@@ -48,25 +48,26 @@ class Guard:
         self.memory = {"count": 0.0, "mean": 0.0, "var": 0.0, "skipped": 0.0} | memory
 
     def compare_tickets(self, ticket_id: str | None) -> None:
-        """Every rank reads the ticket for itself. Raises UserError when they read different ones.
-        Collective."""
+        """Raise UserError unless all ranks read the same ticket. Collective."""
         ids = self._channel.all_gather(ticket_id)
         other = [rank for rank, found in enumerate(ids) if found != ids[0]]
         if other:
             raise UserError(
-                f"rank {', '.join(map(str, other))} has another ticket than rank 0: run.root must "
+                f"rank {', '.join(map(str, other))} read another ticket than rank 0: run.root must "
                 "be one folder that all nodes share, with the same files on each"
             )
 
     @property
     def waits(self) -> bool:
-        """Whether ``admits`` has to say, before an update is applied, that it may be."""
+        """Whether ``admits`` must approve an update before it is applied."""
         return self._config.nonfinite == "skip" or self._config.spike in ("skip", "stop")
 
     def admits(self, step: int, loss: float) -> bool:
-        """Whether update ``step`` is to be applied, given the mean loss over all ranks of its
-        batch; called between backward and step, once all updates before are judged. Collective.
-        Raises BadUpdateError."""
+        """Return whether to apply update ``step``, given its mean loss over all ranks.
+
+        Called between backward and step, after all earlier updates are judged. Collective. Raises
+        BadUpdateError.
+        """
         problem, policy, way_out = self._problem(loss)
         if problem is None:
             self._learn(loss)
@@ -81,10 +82,12 @@ class Guard:
         return policy != "skip"
 
     def judge(self, step: int, loss: float, norm: float, compute_seconds: float) -> bool:
-        """Look at update ``step``, which was applied: the mean loss over all ranks of its batch,
-        the gradient norm, this rank's own seconds of computing. Returns whether all ranks are to
-        stop. Collective. Raises UserError when it spoilt the weights; so all updates are judged
-        before the weights are saved."""
+        """Judge update ``step``, which was applied; return whether all ranks must stop.
+
+        ``loss`` is the mean over all ranks, ``compute_seconds`` this rank's own computing time.
+        Collective. Raises UserError when the update spoilt the weights, so all updates are judged
+        before the weights are saved.
+        """
         if not self.waits:
             problem, policy, way_out = self._problem(loss)
             if policy == "stop":
@@ -132,8 +135,8 @@ class Guard:
         memory["count"] += 1
 
     def check_drift(self, step: int) -> None:
-        """Raises UserError when frozen elements or the mask in memory changed. Waits for the
-        device. Collective."""
+        """Raise UserError if frozen elements or the mask changed in memory. Waits for the device.
+        Collective."""
         if self._config.drift == "ignore":
             return
         mine = [float(self._probe.changed()), float(not self._probe.mask_is_intact())]
@@ -143,11 +146,11 @@ class Guard:
             what = "the mask" if changed[:, 1].any() else "frozen elements"
             raise UserError(
                 f"update {step}: {what} changed in the memory of rank {', '.join(map(str, bad))}; "
-                f"{_INTACT}. Run the same command again; if it comes back, suspect that machine"
+                f"{_INTACT}. Run the same command again; if this recurs, suspect that machine"
             )
 
     def _look_for_straggler(self, step: int) -> bool:
-        """Whether to stop because of one, the same on all ranks."""
+        """Return whether to stop because of a straggler, the same on all ranks."""
         mean = sum(self._seconds) / len(self._seconds)
         seconds = self._channel.all_gather_numbers([mean]).view(-1).tolist()
         found = straggler(seconds, self._config.straggler_factor, self._config.straggler_seconds)
@@ -156,7 +159,7 @@ class Guard:
         slowest, usual = found
         text = (
             f"rank {slowest} takes {seconds[slowest] / max(usual, 1e-9):.1f} times as long as the "
-            f"others ({seconds[slowest]:.3f} s per update for itself, they {usual:.3f} s)"
+            f"others ({seconds[slowest]:.3f} s of its own per update, the others {usual:.3f} s)"
         )
         if self._config.straggler == "stop":
             self._stop.ask(text)
@@ -169,8 +172,8 @@ class Guard:
 
 
 def straggler(seconds: list[float], factor: float, floor: float) -> tuple[int, float] | None:
-    """The slowest rank and the median of the others, given the seconds of every rank for an update,
-    when it takes ``factor`` times as long as they, and ``floor`` seconds longer."""
+    """Return the slowest rank and the median of the others, given the seconds per update of every
+    rank, if it takes ``factor`` times as long as they and ``floor`` seconds longer."""
     slowest = max(range(len(seconds)), key=seconds.__getitem__)
     others = sorted(value for rank, value in enumerate(seconds) if rank != slowest)
     if not others:
@@ -184,7 +187,7 @@ _WAY_OUT_NONFINITE = (
     "Lower train.lr, lengthen train.warmup_steps, or drop such batches with guard.nonfinite=skip"
 )
 _WAY_OUT_SPIKE = (
-    "Look at the data there, raise guard.spike_sigmas, or drop such batches with guard.spike=skip"
+    "Inspect the data there, raise guard.spike_sigmas, or drop such batches with guard.spike=skip"
 )
 
 

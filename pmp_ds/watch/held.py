@@ -1,4 +1,4 @@
-"""A folder that one job alone writes to, and that all of its ranks share."""
+"""A folder that only one job writes to, and that all of its ranks share."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,10 +10,10 @@ from pmp_ds.errors import require
 
 @contextlib.contextmanager
 def held(folder: Path, what: str) -> Iterator[None]:
-    """Rank 0 holds ``folder`` (lease.py), and every rank has seen that it does. Collective.
+    """Hold ``folder`` on rank 0 (lease.py), and check that every rank sees this. Collective.
 
-    Raises UserError that names the holder when another job has it, and the ranks and hosts where
-    ``folder`` is another folder than rank 0's.
+    Raises UserError that names the holder when another job has it, or the ranks and hosts where
+    ``folder`` is not the one that rank 0 sees.
     """
     with contextlib.ExitStack() as stack:
 

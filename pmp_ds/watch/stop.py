@@ -1,10 +1,10 @@
-"""Asked to stop: by a signal, by the clock, or by the guard. All ranks stop after the same update:
-that a rank is asked travels with the loss of an update, which every rank reads.
+"""Stop requests from a signal, the clock or the guard. All ranks stop after the same update,
+because each rank's request travels with the loss of an update, which every rank reads.
 
-A scheduler sends a signal and waits; the run finishes its update, saves and exits with code 75.
-Whoever signals again cannot wait: the process ends at once, and the last complete checkpoint is
-what the next start finds. Once all is saved, signals are ignored. A launcher that is gone counts as
-a signal: `deepspeed` on one node dies of SIGTERM and leaves its ranks to themselves.
+A scheduler sends a signal and waits: the run finishes its update, saves and exits with code 75. A
+second signal ends the process at once, and the next start finds the last complete checkpoint. Once
+everything is saved, signals are ignored. A lost launcher counts as a signal, because `deepspeed` on
+one node dies of SIGTERM and abandons its ranks.
 """
 
 import contextlib
@@ -19,15 +19,15 @@ from pmp_ds.launchers import is_launcher
 from pmp_ds.signals import tell
 
 REPEAT_SECONDS = 1.0
-"""Launchers send two signals at once; only one that comes later than this is a second request."""
+"""Launchers send two signals at once; only a later one is a second request."""
 LOOK_SECONDS = 1.0
-"""Between two looks at the launchers, which read files of /proc."""
+"""Seconds between two checks of the launchers, which read files in /proc."""
 
 
 class StopRequest:
-    """A context: within it, signals ask instead of kill.
+    """A context in which signals request a stop instead of killing the process.
 
-    ``seconds``: time until the run has to be over, counted from ``started`` (monotonic seconds).
+    ``seconds``: the run's time limit, counted from ``started`` (monotonic seconds).
     """
 
     def __init__(self, seconds: float, started: float, channel: dist.SideChannel) -> None:
@@ -42,16 +42,16 @@ class StopRequest:
         self._context = contextlib.ExitStack()
 
     def ask(self, reason: str) -> None:
-        """Stop after this update, on all ranks."""
+        """Request a stop of all ranks after this update."""
         self._reason = self._reason or reason
 
     def saved(self, seconds: float) -> None:
-        """A checkpoint took so long: the time limit leaves room for another."""
+        """Record how long a checkpoint took; the time limit leaves room for another."""
         self._longest_save = max(self._longest_save, seconds)
         self._last = time.monotonic()
 
     def asked(self) -> float:
-        """1 when this rank is asked to stop, else 0. Called in every update."""
+        """Return 1 if this rank has a stop request, else 0. Called in every update."""
         now = time.monotonic()
         self._longest_update = max(self._longest_update, now - self._last)
         self._last = now
@@ -59,18 +59,19 @@ class StopRequest:
             self._next_look = now + LOOK_SECONDS
             if not all(_is_alive(process) for process in self._launchers):
                 self.ask("the launcher is gone")
-        # It is read one update later, and the update after that is saved.
+        # The request is read one update later, and the update after that is saved.
         if now + 4 * self._longest_update + 2 * self._longest_save > self._deadline:
             self.ask(f"run.max_time={self._limit:g} s is nearly over")
         return float(self._reason is not None)
 
     def reason(self) -> str:
-        """Why to stop now, the same on all ranks, some of which are ``asked``. Collective."""
+        """Return the reason to stop, the same on all ranks, at least one of which is ``asked``.
+        Collective."""
         reasons = self._channel.all_gather(self._reason)
         return next(reason for reason in reasons if reason is not None)
 
     def done(self) -> None:
-        """All is saved: what is still signalled is ignored."""
+        """Ignore signals from now on, because everything is saved."""
         self._over = True
 
     def __enter__(self) -> "StopRequest":
@@ -85,7 +86,7 @@ class StopRequest:
             return
         now = time.monotonic()
         if self._first is not None and now - self._first > REPEAT_SECONDS:
-            tell("asked again: ending at once; the last complete checkpoint is intact")
+            tell("second signal: ending at once; the last complete checkpoint is intact")
             os._exit(128 + number)
         if self._first is None:
             self._first = now
@@ -95,14 +96,14 @@ class StopRequest:
 
 
 def _is_alive(process: psutil.Process) -> bool:
-    """False also for one that nobody has waited for yet."""
+    """Return whether a process runs; a zombie does not."""
     with contextlib.suppress(psutil.Error):
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     return False
 
 
 def _starts_ranks(process: psutil.Process) -> bool:
-    """The `deepspeed` command, or what starts the ranks of a machine."""
+    """Return whether a process is the `deepspeed` command or starts the ranks of a machine."""
     with contextlib.suppress(psutil.Error):
         command = process.cmdline()
         return is_launcher(command) or any(

@@ -1,4 +1,4 @@
-"""What looks after everything that one command trains."""
+"""The watchers of everything that one command trains."""
 
 import contextlib
 from collections.abc import Iterator
@@ -21,8 +21,9 @@ class Watch:
 def watching(
     run: RunDir, max_seconds: float, hang_seconds: float, started: float
 ) -> Iterator[Watch]:
-    """Within it, signals and the time limit ``max_seconds`` after ``started`` (monotonic) ask to
-    stop, and ``hang_seconds`` without progress end the process. Collective."""
+    """Provide a context in which signals and the time limit, ``max_seconds`` after ``started``
+    (monotonic), request a stop, and ``hang_seconds`` without progress end the process.
+    Collective."""
     with (
         dist.SideChannel() as channel,
         StopRequest(max_seconds, started, channel) as stop,

@@ -1,7 +1,7 @@
-"""Ends a run that makes no progress, and tells where every rank hangs.
+"""End a run that makes no progress, and report where every rank hangs.
 
-A thread of every rank expects a sign of progress from the main thread. Ranks that are gone are
-noticed by pmp_ds/lifeline.py.
+A thread of each rank expects signs of progress from the main thread. Lost ranks are detected by
+pmp_ds/lifeline.py.
 """
 
 import faulthandler
@@ -15,15 +15,15 @@ from pmp_ds.run_dir import RunDir
 from pmp_ds.signals import end_at_once
 
 LOOK_SECONDS = 1.0
-"""Between two looks at the main thread."""
+"""Seconds between two checks of the main thread."""
 
 GRACE_SECONDS = 3.0
-"""How long a rank waits for the stacks of the others."""
+"""Seconds that a rank waits for the stacks of the others."""
 
 
 class Watchdog:
-    """A context in which this process ends with code 70 without a ``beat`` for ``limit`` seconds
-    (0: never), counted from the first one on."""
+    """A context in which the process ends with code 70 if ``limit`` seconds (0: no limit) pass
+    without a ``beat``, counted from the first one."""
 
     def __init__(self, run: RunDir, limit: float) -> None:
         self._folder, self._limit = run.stacks, limit
@@ -32,7 +32,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._expect_progress, daemon=True)
 
     def beat(self, doing: str) -> None:
-        """Progress: from now on this rank is ``doing`` something."""
+        """Report progress: this rank is now ``doing`` something."""
         self._doing, self._last = doing, time.monotonic()
 
     def __enter__(self) -> "Watchdog":
@@ -50,8 +50,7 @@ class Watchdog:
                 self._give_up()
 
     def _give_up(self) -> None:
-        """Tell where every rank hangs. One that is stopped cannot; that its stacks are missing
-        tells who it was."""
+        """Report where every rank hangs; missing stacks identify a rank that is suspended."""
         self._folder.mkdir(exist_ok=True)
         with open(self._stacks(dist.rank()), "w", encoding="utf-8") as file:
             file.write(f"rank {dist.rank()}, {self._doing}:\n")
@@ -62,8 +61,7 @@ class Watchdog:
         blame = f"; rank {', '.join(map(str, silent))} wrote none" if silent else ""
         text = (
             f"no progress for {self._limit:g} s in {self._doing}: the stacks of the ranks are in "
-            f"{self._folder}{blame}. The last checkpoint is intact, the same command goes on from "
-            "it"
+            f"{self._folder}{blame}. The last checkpoint is intact; the same command resumes"
         )
         end_at_once(EXIT_FAULT, f"fault: rank {dist.rank()}: {text}", everyone=True)
 

@@ -152,9 +152,11 @@ def test_lines_of_the_readme(ranks1, tmp_path):
 @pytest.mark.parametrize("stage", daily([1, 3], [3]))
 def test_an_engine_with_the_ticket_of_another_model(ranks2, stage):
     missing, other = ranks2.run(refused, stage)[0]
-    assert missing.startswith("the ticket is of another model: 'model.embed_tokens.weight' is of")
-    way_out = "Freeze what no ticket names: requires_grad_(False)"
-    assert missing.endswith(f"in the model and missing in the ticket. {way_out}")
+    assert missing.startswith(
+        "the ticket belongs to another model: 'model.embed_tokens.weight' is of"
+    )
+    way_out = "freeze parameters outside the ticket with requires_grad_(False)"
+    assert missing.endswith(f"in the model and missing in the ticket; {way_out}")
     assert other.endswith("in the model and of shape [3, 5] in the ticket")
 
 

@@ -270,7 +270,7 @@ def test_ranks_without_an_example(ranks2, home):
     """The mistake is found before the first cell of a sweep begins."""
     given = flags(home, "--task", "sst2", "--run.name", "never")
     message = ranks2.run(finetune.problem, str(home), given, ("train.global_batch_size=8,1",))[0]
-    assert "train.global_batch_size=1 is less than a sequence for each of 2 ranks" in message
+    assert "train.global_batch_size=1 is less than one sequence for each of 2 ranks" in message
     assert not (home / "runs/never").exists()
 
 
@@ -285,7 +285,7 @@ def test_checkpoints_that_cannot_be_read(ranks2, home):
             (run.checkpoints / "update-00000005" / "manifest.json").write_text("{}")
             before = files_of(run.root)
             message = ranks2.run(finetune.problem, str(home), given)[0]
-            assert "has 1 checkpoint, and none can be read; nothing was changed:" in message
+            assert "has 1 checkpoint, but none is readable; nothing was changed:" in message
             assert "update-00000005 is damaged: manifest.json" in message
             assert files_of(run.root) == before
         (found,) = ranks2.run(tune, str(home), given, (), 1, True, name == "spoilt")[0]
@@ -466,5 +466,5 @@ def test_other_settings_in_one_run(ranks1, home):
     ranks1.run(tune, str(home), given)
     other = [*given, "--train.lr", "0.5"]
     message = ranks1.run(finetune.problem, str(home), other)[0]
-    assert "holds a fine-tuning with other settings" in message
+    assert "contains a fine-tuning with other settings" in message
     assert "train.lr: 0.01, 0.5" in message

@@ -162,7 +162,7 @@ def test_a_signal_to_one_rank_ends_both(pair, rank):
     who = f"rank 1 on host {HOST}: " if rank == 1 else ""
     assert one[0] == 75
     assert one[1] == (
-        f"stopped: {who}SIGTERM before there was anything to save; the same command goes on\n"
+        f"stopped: {who}SIGTERM before there was anything to save; run the same command again\n"
     )
     assert other == (75, "")
 

@@ -119,7 +119,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "manifest missing": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json"),
     "format no number": (edit(format_version="x"), "manifest.json"),
     "position flipped": (edit(consumed_samples=4), "manifest.json"),
-    "under another name": (swap("update-00000002"), "it holds update-00000002"),
+    "under another name": (swap("update-00000002"), "it contains update-00000002"),
 }
 
 
@@ -151,7 +151,7 @@ def test_all_damaged(run, capsys):
     with pytest.raises(UnreadableError) as caught:
         shelf.find(run)
     head, *lines, way_out = str(caught.value).splitlines()
-    assert head.startswith(f"{run.checkpoints} has 3 checkpoints, and none can be read;")
+    assert head.startswith(f"{run.checkpoints} has 3 checkpoints, but none is readable;")
     names = (
         "weights/model.safetensors",
         "state/rank-00001.safetensors",
@@ -161,7 +161,7 @@ def test_all_damaged(run, capsys):
         f"  checkpoint {folder} is damaged: {name}"
         for folder, name in zip(folders, names, strict=True)
     ]
-    assert way_out.startswith("  bring one back from a backup, or train with --start-afresh")
+    assert way_out.startswith("  restore one from a backup, or train with --start-afresh")
     assert capsys.readouterr().out == ""
     assert files_of(run.root) == before
 
@@ -265,7 +265,7 @@ def test_save_over_one_of_the_same_name(ranks2, run, written, intact):
     outcome = ranks2.run(saved_again, str(run.root))
     assert len(set(outcome)) == 1
     if intact:
-        assert "update-00000003 exists already and is intact: put it elsewhere" in str(outcome[0])
+        assert "update-00000003 already exists and is intact: move it elsewhere" in str(outcome[0])
         assert files_of(newest(run)) == before
     else:
         assert outcome[0] is None

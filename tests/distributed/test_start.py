@@ -97,7 +97,7 @@ def test_other_format(refused, lives, ended, calm):
     another_format(ended.checkpoints / "update-00000008")
     one = refused()
     seen("other format", one.code, one.err)
-    assert "has 2 checkpoints, and none can be read" in one.err
+    assert "has 2 checkpoints, but none is readable" in one.err
     assert lives(AFRESH)[0].code == 0
     same_end(calm, ended)
 
@@ -106,7 +106,7 @@ def test_afresh_changes_nothing_where_one_can_be_read(lives, ended, calm):
     """The flag may therefore stay in a job that is requeued."""
     flip(ended.checkpoints / "update-00000012" / "weights" / "model.safetensors")
     one, _ = lives(AFRESH)
-    assert f"{AFRESH} changes nothing: update-00000008 can be read" in one.out
+    assert f"{AFRESH} changes nothing: update-00000008 is readable" in one.out
     assert "resuming after update 8" in one.out
     assert not list(ended.private.glob("checkpoints.unreadable*"))
     same_end(calm, ended)
@@ -124,7 +124,7 @@ def test_afresh_that_is_killed(refused, lives, ended, calm):
     refused()
     shelf.start_afresh(ended)
     one = refused()
-    assert "records that one of update 12 was saved" in one.err
+    assert "records that one was saved at update 12" in one.err
     assert lives(AFRESH)[0].code == 0
     same_end(calm, ended)
 
@@ -159,7 +159,7 @@ def test_lost_settings(refused, ended):
     """Without config.yaml, other settings would pass for the run's."""
     ended.config.unlink()
     one = refused("--train.lr", "0.5")
-    assert f"{ended.config} is missing, and " in one.err
+    assert f"{ended.config} is missing, but " in one.err
 
 
 def test_damaged_metrics(refused, ended):
@@ -198,7 +198,7 @@ def test_lost_key(refused, lives, run):
     assert files_of(run.root) == before
     digest = (run.init / "theta0.json").read_bytes()
     (run.init / "theta0.json").unlink()
-    assert f"and {run.ticket} was made with it" in refused(*SECRET).err
+    assert f"but {run.ticket} was made with it" in refused(*SECRET).err
     (run.init / "theta0.json").write_bytes(digest)
     (run.init / "key").write_bytes(key[:-1] + bytes([key[-1] ^ 1]))
     one = refused(*SECRET)
@@ -228,7 +228,7 @@ def test_lost_digest(refused, lives, run):
     text, key = path.read_text(), (run.init / "key").read_bytes()
     path.unlink()
     (run.init / "key").write_bytes(key[:-1] + bytes([key[-1] ^ 1]))
-    assert "other weights outside the ticket than" in refused(*SECRET).err
+    assert "weights outside the ticket that differ from those of" in refused(*SECRET).err
     (run.init / "key").write_bytes(key)
     assert lives(*SECRET)[0].code == 0
     assert path.read_text() == text

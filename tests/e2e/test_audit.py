@@ -142,7 +142,7 @@ def test_without_the_ticket(main_run: MainRun, public: Path):
     ("arguments", "message"),
     [
         (["--release", "nowhere"], "--release nowhere does not exist"),
-        (["--release", "store"], "store is no model: it has no config.json"),
+        (["--release", "store"], "store is not a model: it has no config.json"),
         (["--release", "store", "--seeds", "5:2"], "--seeds 5:2 is not FIRST:END"),
         (["--release", "store", "--seeds", "0:4294967297"], "uses 32 bits"),
         (["--release", "store", "--seconds", "0"], "--seconds 0.0 must be positive"),

@@ -147,7 +147,7 @@ def test_another_tokenizer_at_the_same_out(work: Path):
     before = files_of(work)
     prepare = ("prepare_data.py", *PREPARE, "--out", "store")
     message = error_of(call(*prepare, "--tokenizer", "store/tokenizer", cwd=work))
-    assert "out=store holds another store (tokenizer is" in message
+    assert "out=store contains another store (tokenizer is" in message
     assert before == files_of(work)
 
 
@@ -155,7 +155,7 @@ def test_another_tokenizer_at_the_same_out(work: Path):
     ("text", "message"),
     [
         (None, "input corpus.txt does not exist"),
-        ("", "input corpus.txt holds no document with text in it"),
+        ("", "input corpus.txt contains no document with text"),
     ],
 )
 def test_corpus(tmp_path: Path, text: str | None, message: str):
@@ -172,7 +172,7 @@ def test_folder_of_another_run(main_run: MainRun, work: Path):
     changes = ("--train.lr", "0.5", "--mask.density", "0.4", "--run.log_every", "3")
     message = error_of(call("pretrain.py", "--config", "tiny.yaml", *changes, cwd=work))
     lines = message.splitlines()
-    assert "runs/main holds a run with another configuration" in lines[0]
+    assert "runs/main contains a run with another configuration" in lines[0]
     assert "--config runs/main/config.yaml" in lines[0]
     assert sorted(lines[1:]) == ["  mask.density: 0.7, 0.4", "  train.lr: 0.01, 0.5"]
     assert before == files_of(main_run.run.root)
@@ -231,7 +231,7 @@ def test_two_ranks_say_it_once(work: Path, copy_of_store: Path, case: str):
     """One mistake that every rank finds, one that only rank 0 checks; neither hangs."""
     if case == "ranks":
         arguments = ("--train.global_batch_size", "1")
-        expected = "=1 is less than a sequence for each of 2 ranks: start at most 1"
+        expected = "=1 is less than one sequence for each of 2 ranks: start at most 1"
     else:
         shard = next((copy_of_store / "train").glob("*.arrow"))
         shard.write_bytes(shard.read_bytes()[:-1] + b"x")

@@ -112,7 +112,7 @@ def test_initial_weights_go_to_a_private_folder_alone(main_run: MainRun, work: P
 def test_a_release_is_never_overwritten(main_run: MainRun, work: Path):
     before = files_of(main_run.run.root)
     message = error_of(call("export.py", "--run", "runs/main", cwd=work))
-    assert "runs/main/release exists already" in message
+    assert "runs/main/release already exists" in message
     assert before == files_of(main_run.run.root)
 
 
@@ -233,5 +233,5 @@ def test_a_derivative_is_dithered(main_run: MainRun, work: Path):
         tensors[name] = torch.where(mask.full(name), tensor + 0.01, tensor)
     save_file(tensors, work / "tuned/model.safetensors", {"format": "pt"})
     message = error_of(call(*arguments, "--out", "third", cwd=work))
-    assert "a derivative from the same initial weights left" in message
+    assert "a derivative from the same initial weights was released" in message
     assert list(main_run.run.ticket.glob(".dither*")) == []

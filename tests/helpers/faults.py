@@ -65,7 +65,7 @@ CHECKPOINTS = {
         "one bit in the middle of a file of each",
         "refused, nothing is changed; `--start-afresh` sets them aside and starts over",
         EXIT_MISTAKE,
-        r"error: .*checkpoints has 2 checkpoints, and none can be read; nothing was changed:\n"
+        r"error: .*checkpoints has 2 checkpoints, but none is readable; nothing was changed:\n"
         r"  checkpoint .*update-00000012 is damaged: .*\n  checkpoint .*update-00000008 is damaged",
         "nothing, with a backup of one",
     ),
@@ -83,8 +83,8 @@ CHECKPOINTS = {
         "deleted",
         "refused, nothing is changed: the metrics record earlier checkpoints",
         EXIT_MISTAKE,
-        r"error: .*checkpoints has no checkpoint, and .*metrics\.jsonl records that one of update "
-        r"12 was saved; nothing was changed: ",
+        r"error: .*checkpoints has no checkpoint, but .*metrics\.jsonl records that one was "
+        r"saved at update 12; nothing was changed: ",
         "nothing, with a backup of one",
     ),
     "not read back": Fault(
@@ -125,8 +125,8 @@ CHECKPOINTS = {
         "deleted",
         "refused before training: it is never replaced by a new one",
         EXIT_MISTAKE,
-        r"error: .*init/key is missing, and .*theta0\.json was made with it: put the run's own key "
-        r"back",
+        r"error: .*init/key is missing, but .*theta0\.json was made with it: restore the run's own "
+        r"key",
         "nothing, with a backup of it",
     ),
     "lost key, report": Fault(
@@ -134,7 +134,7 @@ CHECKPOINTS = {
         "the same",
         "refused: a new key would report that the whole complement changed",
         EXIT_MISTAKE,
-        r"error: .*init/key is missing, and .*theta0\.json was made with it",
+        r"error: .*init/key is missing, but .*theta0\.json was made with it",
         "nothing, with a backup of it",
     ),
     "lost key, seal": Fault(
@@ -142,7 +142,7 @@ CHECKPOINTS = {
         "the same",
         "refused: no copy is marked with another key",
         EXIT_MISTAKE,
-        r"error: .*init/key is missing, and .*theta0\.json was made with it",
+        r"error: .*init/key is missing, but .*theta0\.json was made with it",
         "nothing, with a backup of it",
     ),
     "key, seal": Fault(
@@ -308,7 +308,7 @@ UPDATES = {
         "one rank reads another file",
         "refused before training",
         EXIT_MISTAKE,
-        r"error: rank 1 has another ticket than rank 0",
+        r"error: rank 1 read another ticket than rank 0",
         NOTHING,
     ),
     "clock jump": Fault(
@@ -344,8 +344,8 @@ RANKS = {
         "2 ranks, `train.global_batch_size: 1`",
         "refused before training",
         EXIT_MISTAKE,
-        r"error: train\.global_batch_size=1 is less than a sequence for each of 2 ranks: start at "
-        r"most 1",
+        r"error: train\.global_batch_size=1 is less than one sequence for each of 2 ranks: start "
+        r"at most 1",
         NOTHING,
     ),
     "straggler": Fault(
@@ -444,7 +444,7 @@ SIGNALS = {
         "SIGTERM twice to a rank that is busy",
         "it ends at once; the previous checkpoint is intact",
         143,
-        r"asked again: ending at once",
+        r"second signal: ending at once",
         SINCE,
     ),
     "max_time": Fault(
@@ -514,7 +514,7 @@ MACHINE = {
         "`masked_adamw.cpp` removed from an installed wheel",
         "a warning; training continues in torch operations, with the same bits",
         0,
-        r"many times slower on CPU: .*masked_adamw\.cpp is missing, .* install it again",
+        r"many times slower on CPU: .*masked_adamw\.cpp is missing: .* reinstall it",
         NOTHING,
     ),
 }
@@ -525,7 +525,7 @@ STRANGERS = {
         "a tensor removed from a release, and one renamed, before `finetune.py`",
         "refused, nothing is written: missing tensors are not initialised at random",
         EXIT_MISTAKE,
-        r"error: .* lacks model\.norm\.weight: it is no whole causal model",
+        r"error: .* lacks model\.norm\.weight: it is not a whole causal model",
         NOTHING,
     ),
     "code in a release": Fault(
@@ -541,7 +541,7 @@ STRANGERS = {
         "`rope_theta` of a finished release changed before `export.py --check`",
         "refused: clients of transformers 4 would compute other logits than those of 5",
         EXIT_MISTAKE,
-        r"config\.json: rope_theta is 7\.0, and its newer name says 10000\.0",
+        r"config\.json: rope_theta is 7\.0, but its newer name says 10000\.0",
         NOTHING,
     ),
     "crafted ticket": Fault(
@@ -549,7 +549,7 @@ STRANGERS = {
         "signed bytes as bits, with a matching id",
         "refused before anything is loaded or written; `attach` and the operators check again",
         EXIT_MISTAKE,
-        r"error: the ticket at .* is damaged: the mask of '.*' is int8 of shape \[.*\], and .* "
+        r"error: the ticket at .* is damaged: the mask of '.*' is int8 of shape \[.*\], but .* "
         r"elements need uint8 of shape \[",
         NOTHING,
     ),
@@ -575,7 +575,7 @@ STRANGERS = {
         "refused, nothing is unpacked",
         EXIT_MISTAKE,
         r"error: .*\.age (is damaged: mask\.safetensors is not in it as it stands|opens with this "
-        r"key, but holds no ticket)",
+        r"key, but contains no ticket)",
         NOTHING,
     ),
     "second spelling": Fault(
@@ -583,8 +583,8 @@ STRANGERS = {
         "different case, full-width letters, a soft hyphen, a change of writing direction",
         "refused: two copies of one partner would carry two watermarks",
         EXIT_MISTAKE,
-        r"error: --name .* (was sealed under the name 'Partner A', which is the same in another "
-        r"spelling|holds characters that cannot be printed)",
+        r"error: --name .* (was sealed under the name 'Partner A', another spelling of the same"
+        r"|contains unprintable characters)",
         NOTHING,
     ),
     "names on screen": Fault(
@@ -603,7 +603,7 @@ FAMILIES = {
         "the config.json of a BERT",
         "refused before the run's name is taken",
         EXIT_MISTAKE,
-        r"error: model_type='bert' is not trained: it reads both ways, .*: add .is_decoder.: true",
+        r"error: model_type=.bert. is not trained: it reads in both .*: add .is_decoder.: true",
         NOTHING,
     ),
     "not its release": Fault(
@@ -636,7 +636,7 @@ FAMILIES = {
         "a base model without the plain head of transformers",
         "refused; most families without a classifier get a head",
         EXIT_MISTAKE,
-        r"error: model_type='cohere' takes no classification head: .* --task lm",
+        r"error: model_type='cohere' accepts no classification head: .* --task lm",
         NOTHING,
     ),
     "other classifier": Fault(
@@ -653,7 +653,7 @@ FAMILIES = {
         "`eos_token_id: null` in config.json",
         "refused; of several end-of-text tokens the first is used for padding",
         EXIT_MISTAKE,
-        r"error: --model .*: its config\.json names no eos_token",
+        r"error: --model .*: its config\.json has no eos_token",
         NOTHING,
     ),
 }
@@ -664,7 +664,7 @@ LEAVING = {
         "its `sha256` set to zeros, which would allow a second revision",
         "refused: the digest was sealed with the run's key",
         EXIT_MISTAKE,
-        r"error: .*init/theta0\.json was altered: its digest is not the one that was sealed",
+        r"error: .*init/theta0\.json was altered: its digest does not match the seal",
         "nothing, with a backup of it",
     ),
     "ledger line": Fault(
@@ -691,7 +691,7 @@ SETTINGS = {
         "nested aliases, 9^9 values",
         "refused at once",
         EXIT_MISTAKE,
-        r"error: .*, line \d+: its aliases stand for more than 20,000 values",
+        r"error: .*, line \d+: its aliases expand to more than 20,000 values",
         NOTHING,
     ),
     "section twice": Fault(
@@ -699,7 +699,7 @@ SETTINGS = {
         "`train:` at the top and the end",
         "refused with both lines: YAML itself would ignore the first",
         EXIT_MISTAKE,
-        r"error: --config .*, line 3: train stands twice, in line 1 too",
+        r"error: --config .*, line 3: train appears twice, in line 1 too",
         NOTHING,
     ),
     "null": Fault(
@@ -734,7 +734,7 @@ DEEPSPEED = {
         "`fp16.loss_scale: 128`",
         "refused; the loss scale is always dynamic",
         EXIT_MISTAKE,
-        r"fp16\.loss_scale: the loss scale is dynamic",
+        r"fp16\.loss_scale: with a static loss scale a checkpoint",
         NOTHING,
     ),
     "no fp16": Fault(
@@ -753,7 +753,7 @@ DATA = {
         "a link in the folder to its parent",
         "refused by name; links to other folders are entered",
         EXIT_MISTAKE,
-        r"error: input .* reaches .*/loop twice, as .* too: its documents would count double",
+        r"error: input .* reaches .*/loop twice, the first time as .*, so its documents would",
         NOTHING,
     ),
     "hidden files": Fault(
@@ -777,7 +777,7 @@ DATA = {
         "`dropout` in a tokenizer.json",
         "refused",
         EXIT_MISTAKE,
-        r"error: tokenizer .* has dropout=0\.1: it cuts a text differently every time",
+        r"error: tokenizer .* has dropout=0\.1: it splits a text differently every time",
         NOTHING,
     ),
     "packed to nothing": Fault(
@@ -793,7 +793,7 @@ DATA = {
         "text files and JSON lines of several GiB, Parquet of one text",
         "refused",
         EXIT_MISTAKE,
-        r"error: input .* is too long: .* a document has at most 67,108,864 bytes",
+        r"error: input .* is too long: .* a document may have at most 67,108,864 bytes",
         NOTHING,
     ),
     "growing file": Fault(

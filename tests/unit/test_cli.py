@@ -140,8 +140,8 @@ def test_mistakes_in_flags(argv: list[str], message: str):
         ),
         ("train: {lr: abc}", "train.lr: expected float, got abc"),
         ("train: 3", "train is a section of settings, not a value: 3"),
-        ("- 1", "--config FILE holds no settings: write `name: value` lines"),
-        ("", "--config FILE holds no settings: write `name: value` lines"),
+        ("- 1", "--config FILE contains no settings: write `name: value` lines"),
+        ("", "--config FILE contains no settings: write `name: value` lines"),
         ("train: {steps: 10}", "train.warmup_steps=2000 must be between 0 and train.steps=10"),
     ],
 )

@@ -25,8 +25,8 @@ JSON = st.recursive(
 REFUSED = {
     "[" * 10**5: f"nested more than {DEEPEST} deep",
     "[" * (DEEPEST + 2) + "]" * (DEEPEST + 2): f"nested more than {DEEPEST} deep",
-    '{"a": 1, "a": 2}': "a key stands twice",
-    '{"b": [{"a": 1, "a": 1}]}': "a key stands twice",
+    '{"a": 1, "a": 2}': "a key appears twice",
+    '{"b": [{"a": 1, "a": 1}]}': "a key appears twice",
     "1" + "0" * 400: "more than 40 digits",
     "1" + "0" * 5000: "more than 40 digits",
     '"\\ud800"': "half of a surrogate pair",

@@ -83,9 +83,9 @@ def test_srun_that_speaks_pmi(adopt):
     ("given", "says"),
     [
         (MPIRUN | {"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun started 4 ranks.*set MASTER_ADDR"),
-        ({"PMI_SIZE": "2"}, "PMI_SIZE=2 says that this is one of several ranks, and PMI_RANK is"),
+        ({"PMI_SIZE": "2"}, "PMI_SIZE=2 means that this is one of several ranks, but PMI_RANK is"),
         ({k: v for k, v in SRUN.items() if "STEP" not in k}, "in the batch script itself: .*srun"),
-        ({"SLURM_NTASKS": "2"}, "SLURM_NTASKS=2 says that .* SLURM_PROCID is not set: .*srun"),
+        ({"SLURM_NTASKS": "2"}, "SLURM_NTASKS=2 means that .* SLURM_PROCID is not set: .*srun"),
     ],
 )
 def test_what_cannot_be_told_is_refused(adopt, given, says):

@@ -138,7 +138,7 @@ def test_a_holder_that_gives_no_sign_loses_it(tmp_path):
     assert other.returncode == 70
     assert (tmp_path / "x" / ".lease-000002").exists()
     _, err = process.communicate("")
-    assert "gives no sign: taking it over in" in err
+    assert "gives no sign of life: taking it over in" in err
 
 
 def test_many_at_once(tmp_path):

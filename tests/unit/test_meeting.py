@@ -94,7 +94,7 @@ def test_a_taken_port(rank):
     assert code == 1
     assert err == (  # at once
         f"error: port {port} of {socket.gethostname()} is taken, so the ranks cannot meet at "
-        f"127.0.0.1:{port}: another job may use it; give each job a port of its own (deepspeed "
+        f"127.0.0.1:{port}: another job may use it; give each job its own port (deepspeed "
         "--master_port, torchrun --master-port, or MASTER_PORT)\n"
     )
 
@@ -143,7 +143,7 @@ def test_ranks_that_do_not_come(rank):
     code, _, err = end(one)
     assert code == 1
     assert f"waiting for rank 1, 3 at 127.0.0.1:{port}, " in err
-    assert f"error: rank 1, 3 at 127.0.0.1:{port} did not come: see whether" in err
+    assert f"error: rank 1, 3 at 127.0.0.1:{port} did not come: check that" in err
     assert end(other)[0] == 1
 
 

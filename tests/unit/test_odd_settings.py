@@ -27,7 +27,7 @@ def test_odd_values_of_every_setting(command: str, tmp_path: Path):
             if not (words and words.isprintable()):
                 bad.append(f"{one.name}: {words!r}")
             assert one.kind != "misspelt" or "unknown setting" in words, words
-            assert one.kind != "duplicate" or "stands twice" in words, words
+            assert one.kind != "duplicate" or "appears twice" in words, words
         except BaseException as error:  # noqa: BLE001 - SystemExit would be a fault as well
             bad.append(f"{one.name}: {error!r}")
     assert bad == []
@@ -43,7 +43,7 @@ def test_what_is_seen(tmp_path: Path):
 
     twice = words("train: {lr: 1e-4}\nrun: {name: x}\ntrain: {steps: 3000}\n")
     seen("section twice", 1, twice)
-    assert "line 3: train stands twice, in line 1 too" in twice
+    assert "line 3: train appears twice, in line 1 too" in twice
     seen("null", 1, words("mask: {source: null}"))
     seen("null", 1, words("mask:\n  source:\n"))
 

@@ -73,7 +73,7 @@ def test_before_there_is_anything_to_save(number, what):
     process = start(what)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    text = f"stopped: {number.name} before there was anything to save; the same command goes on\n"
+    text = f"stopped: {number.name} before there was anything to save; run the same command again\n"
     assert (process.returncode, err) == (75, text)
     assert out == (f"75 {text}" if what == "said" else "")
 

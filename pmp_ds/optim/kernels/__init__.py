@@ -1,7 +1,7 @@
-"""The masked update as one operator for each kind of device.
+"""The masked update as one operator per kind of device.
 
-cpu.py (C++) and cuda.py (Triton) offer the functions of ``Kernels`` and give the same bits as the
-torch reference in masked_adamw.py, which serves where neither does.
+cpu.py (C++) and cuda.py (Triton) implement ``Kernels`` and give the same bits as the torch
+reference in masked_adamw.py, the fallback where neither is available.
 """
 
 import functools
@@ -14,10 +14,10 @@ from pmp_ds.optim.kernels import cpu
 
 
 class Kernels(Protocol):
-    """What a module of operators offers. All tensors are contiguous and on its device."""
+    """The operators of one module; all tensors are contiguous and on its device."""
 
     def block_prefix(self, bits: torch.Tensor) -> torch.Tensor:
-        """Kept elements before each block of this module's size; computed once for a mask."""
+        """Return the number of kept elements before each of this module's blocks, once per mask."""
         ...
 
     def masked_adamw(
@@ -30,11 +30,11 @@ class Kernels(Protocol):
         exp_avg_sq: torch.Tensor,  # (num_kept,) fp32
         coefficients: cpu.Coefficients,
     ) -> None:
-        """One AdamW step on the kept elements, in place."""
+        """Make one AdamW step on the kept elements, in place."""
         ...
 
     def has_compact_master(self, dtype: torch.dtype) -> bool:
-        """Whether ``masked_adamw_master`` serves weights of this 16-bit dtype."""
+        """Return whether ``masked_adamw_master`` supports weights of this 16-bit dtype."""
         ...
 
     def masked_adamw_master(
@@ -49,8 +49,8 @@ class Kernels(Protocol):
         master: torch.Tensor,  # (num_kept,) fp32
         factor: float,
     ) -> None:
-        """One AdamW step on the compact fp32 ``master`` with the gradient times ``factor``; the
-        kept weights receive it rounded. In place."""
+        """Make one AdamW step on the compact fp32 ``master``, in place, with the gradient times
+        ``factor``; the kept weights become the rounded master."""
         ...
 
     def zero_complement(
@@ -64,7 +64,7 @@ class Kernels(Protocol):
 
 
 def kernels_for(tensor: torch.Tensor) -> Kernels | None:
-    """The operators that update ``tensor``, or None where only torch operations can."""
+    """Return the operators for ``tensor``, or None where only torch operations can update it."""
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
     if tensor.device.type == "cpu":
@@ -79,7 +79,7 @@ def _triton_kernels() -> Kernels | None:
     except ImportError as error:
         warnings.warn(
             "the masked optimizer runs in torch operations, many times slower on a GPU: triton "
-            f"cannot be imported ({error}); pip install triton, in the version torch asks for",
+            f"cannot be imported ({error}); pip install triton, in the version that torch requires",
             stacklevel=4,
         )
         return None

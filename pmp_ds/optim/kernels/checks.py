@@ -1,5 +1,5 @@
-"""What the operators require of tensors before they see their addresses: a wrong length or type
-there would read and write other memory. Raises ValueError; nothing here waits for a GPU."""
+"""Check tensors before the operators receive their addresses: a wrong length or type would read or
+write other memory. Raises ValueError; never waits for a GPU."""
 
 import torch
 
@@ -13,8 +13,8 @@ def require(
     numel: int | None,
     device: torch.device,
 ) -> None:
-    """``tensor`` is contiguous, on ``device``, of one of ``dtypes`` and of ``numel`` elements
-    (None: any number)."""
+    """Require ``tensor`` to be contiguous, on ``device``, of one of ``dtypes`` and of ``numel``
+    elements (None: any number)."""
     if tensor.dtype not in dtypes:
         found, *allowed = (str(each).removeprefix("torch.") for each in (tensor.dtype, *dtypes))
         raise ValueError(f"{name}: dtype {found}, needed {' or '.join(allowed)}")
@@ -27,12 +27,12 @@ def require(
 
 
 def packed(bits: torch.Tensor, numel: int, device: torch.device, start: int = 0) -> None:
-    """``bits`` are packed, and reach from element ``start`` to ``start + numel``."""
+    """Require ``bits`` to be packed and to cover elements ``start`` to ``start + numel``."""
     require("the packed mask", bits, (torch.uint8,), None, device)
     if bits.dim() != 1 or start < 0 or start + numel > 8 * bits.numel():
         raise ValueError(
-            f"the packed mask has shape {list(bits.shape)}, and elements {start} to "
-            f"{start + numel} are asked for"
+            f"the packed mask of shape {list(bits.shape)} does not cover elements {start} to "
+            f"{start + numel}"
         )
 
 
@@ -47,7 +47,7 @@ def step(
     gradient_dtypes: tuple[torch.dtype, ...],
     block: int,
 ) -> None:
-    """The arguments of one AdamW step fit together."""
+    """Require the arguments of one AdamW step to fit together."""
     numel, device = weights.numel(), weights.device
     require("the weights", weights, weight_dtypes, numel, device)
     require("the gradient", gradient, gradient_dtypes, numel, device)
@@ -66,8 +66,10 @@ def step(
 
 
 def _num_kept(bits: torch.Tensor, prefix: torch.Tensor, block: int) -> int | None:
-    """How many elements are kept, from the last block alone; None on a GPU, which would have to
-    be waited for: there the sizes of ``MaskedOptimizer.arm`` hold."""
+    """Return the number of kept elements, counted in the last block alone.
+
+    On a GPU, counting would wait for the device: None, and ``MaskedOptimizer.arm`` checked sizes.
+    """
     if bits.device.type != "cpu":
         return None
     if not prefix.numel():

@@ -1,9 +1,9 @@
-"""The C++ operators of the masked update, compiled at first use and kept in the user's cache.
-Kernels has the contract.
+"""The C++ operators of the masked update (contract: ``Kernels``).
 
-Plain C functions without torch's headers: one second to compile, no Python headers needed. Where
-there is no C++ compiler ``library`` is None, and the torch reference of masked_adamw.py serves.
-An image compiles them when it is built, beside the source:
+They are compiled at first use and kept in the user's cache. They are plain C functions without
+torch's headers, so compiling takes a second and needs no Python headers. Without a C++ compiler
+``library`` is None, and the torch reference in masked_adamw.py is used. A container image compiles
+them next to the source when it is built:
 
     python -c 'from pmp_ds.optim.kernels import cpu; cpu.compile_beside_source()'
 """
@@ -33,13 +33,13 @@ FLAGS = (
     "-shared",
     "-fPIC",
     "-fopenmp",
-    "-ffp-contract=off",  # every operation is rounded on its own, as in the reference
-    "-fno-math-errno",  # lets sqrt be a vector instruction; it is correctly rounded all the same
+    "-ffp-contract=off",  # round every operation separately, as the reference does
+    "-fno-math-errno",  # sqrt becomes a vector instruction, and is still correctly rounded
 )
 
 
 class Coefficients(ctypes.Structure):
-    """What one AdamW step needs of its hyper-parameters, fp32."""
+    """The coefficients of one AdamW step, fp32."""
 
     _fields_ = [
         (name, ctypes.c_float)
@@ -58,9 +58,9 @@ class Coefficients(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Return the compiled operators, or None (with one warning) when there are none to be had."""
+    """Return the compiled operators, or None, with one warning, when they are unavailable."""
     if not SOURCE.is_file():
-        _warn(f"{SOURCE} is missing, this installation of pmp_ds is incomplete: install it again")
+        _warn(f"{SOURCE} is missing: this installation of pmp_ds is incomplete; reinstall it")
         return None
     compiler = _compiler()
     if compiler is None:
@@ -78,8 +78,8 @@ def library() -> ctypes.CDLL | None:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
         _warn(
-            f"{path} cannot be loaded: {error} (where its folder is mounted noexec, set "
-            "XDG_CACHE_HOME to one that is not)"
+            f"{path} cannot be loaded: {error} (if its folder is mounted noexec, set "
+            "XDG_CACHE_HOME to a folder that is not)"
         )
         return None
     loaded.pmp_block.restype = ctypes.c_int64
@@ -108,7 +108,7 @@ def _compiler() -> str | None:
 
 
 def _name(compiler: str) -> str:
-    """Return the file's name for this source, compiler and kind of machine."""
+    """Return the file name for this source, compiler and machine type."""
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, check=True
     ).stdout
@@ -118,10 +118,10 @@ def _name(compiler: str) -> str:
 
 
 def _compiled(compiler: str) -> Path:
-    """Return the shared object: from the package, the user's cache, or the compiler."""
+    """Return the shared library: from the package, from the user's cache, or newly compiled."""
     name = _name(compiler)
     installed = SOURCE.with_name(name)
-    if installed.exists():  # who can write there can change this program as well
+    if installed.exists():  # a user with write access here can change this program anyway
         return installed
     try:
         return _cached(compiler, _private_cache() / name)
@@ -130,16 +130,16 @@ def _compiled(compiler: str) -> Path:
 
 
 def _cached(compiler: str, path: Path) -> Path:
-    """Return ``path``, compiled unless this user did so before; a file that another user may have
-    written is never loaded."""
+    """Return ``path``, compiled unless this user compiled it before; a file that another user may
+    have written is never loaded."""
     if not (path.exists() and account.is_safe_program(path)):
         _compile(compiler, path)
     return path
 
 
 def _private_cache() -> Path:
-    """Return the user's cache, made 0700 whatever the umask. Raises OSError when it belongs to
-    somebody else or is a link."""
+    """Return the user's cache, with mode 0700 whatever the umask. Raises OSError when it belongs to
+    another user or is a link."""
     cache = _user_cache()
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = cache.lstat()
@@ -148,7 +148,7 @@ def _private_cache() -> Path:
     if found.st_mode & 0o077:
         cache.chmod(0o700)
         for file in cache.glob("*.so") if found.st_mode & 0o022 else ():
-            file.unlink(missing_ok=True)  # others could write here
+            file.unlink(missing_ok=True)  # others had write access
     return cache
 
 
@@ -158,7 +158,7 @@ def _user_cache() -> Path:
 
 
 def _compile(compiler: str, path: Path) -> None:
-    """Safe for many processes: each compiles aside and renames."""
+    """Compile to a temporary file and rename it, so that many processes may do this at once."""
     with atomic_path(path) as temporary:
         subprocess.run(
             [compiler, *FLAGS, str(SOURCE), "-o", str(temporary)],
@@ -166,12 +166,12 @@ def _compile(compiler: str, path: Path) -> None:
             text=True,
             check=True,
         )
-        temporary.chmod(0o755)  # whatever the umask and the linker
+        temporary.chmod(0o755)  # whatever the umask and the linker did
 
 
 def kept_before_blocks(bits: torch.Tensor, block: int) -> torch.Tensor:
-    """Kept elements before each run of ``block`` elements, (ceil(8 * len(bits) / block),) int64;
-    on the device of ``bits``."""
+    """Return the number of kept elements before each run of ``block`` elements, on the device of
+    ``bits``, (ceil(8 * len(bits) / block),) int64."""
     checks.packed(bits, 0, bits.device)
     num_bytes = (bits.numel() * 8 + block - 1) // block * (block // 8)
     counts = torch.zeros(num_bytes, dtype=torch.uint8, device=bits.device)
@@ -182,7 +182,7 @@ def kept_before_blocks(bits: torch.Tensor, block: int) -> torch.Tensor:
 
 
 def block_prefix(bits: torch.Tensor) -> torch.Tensor:
-    """Kept elements before each block of the operator."""
+    """Return the number of kept elements before each block of the operator."""
     return kept_before_blocks(bits, _block())
 
 
@@ -195,7 +195,7 @@ def masked_adamw(
     exp_avg_sq: torch.Tensor,
     coefficients: Coefficients,
 ) -> None:
-    """One AdamW step on the kept elements, in place."""
+    """Make one AdamW step on the kept elements, in place."""
     _check_on_cpu(weights)
     checks.step(
         weights,
@@ -221,7 +221,7 @@ def masked_adamw(
 
 
 def has_compact_master(dtype: torch.dtype) -> bool:
-    """Every compiler has bf16, which is integers; fp16 is a type of its own."""
+    """Return True for bf16, which needs only integers, and for fp16 if the compiler has it."""
     return dtype == torch.bfloat16 or (dtype == torch.float16 and bool(_loaded().pmp_has_fp16()))
 
 
@@ -236,8 +236,8 @@ def masked_adamw_master(
     master: torch.Tensor,
     factor: float,
 ) -> None:
-    """One AdamW step on the compact fp32 master with the gradient times ``factor``; the kept
-    weights receive it rounded. In place."""
+    """Make one AdamW step on the compact fp32 master, in place, with the gradient times ``factor``;
+    the kept weights become the rounded master."""
     _check_on_cpu(weights)
     checks.step(
         weights,
@@ -293,9 +293,9 @@ def _loaded() -> ctypes.CDLL:
 
 
 def _check_on_cpu(tensor: torch.Tensor) -> None:
-    """The other tensors of an operator are compared with this one."""
+    """Require a CPU tensor; an operator's other tensors are compared with this one."""
     if tensor.device.type != "cpu":
-        raise ValueError(f"the C++ operators work on the CPU, and a tensor is on {tensor.device}")
+        raise ValueError(f"the C++ operators need tensors on the CPU; one is on {tensor.device}")
 
 
 def _pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:

@@ -1,13 +1,13 @@
-"""The Triton operators of the masked update, for tensors on a GPU. Kernels has the contract.
+"""The Triton operators of the masked update, for GPU tensors (contract: ``Kernels``).
 
-One program updates one block: dense weights and gradients as whole lines, the moments of its kept
-elements beside each other, found by the number of kept elements before the block and the rank
-inside it. Contraction is off, and division and square root are correctly rounded, so an element
-gets the bits that the C++ operator and the torch reference give it.
+One program updates one block. It reads dense weights and gradients as whole cache lines and the
+moments of its kept elements contiguously; they start at the number of kept elements before the
+block. Contraction is off, and division and square root are correctly rounded, so every element
+gets the same bits as from the C++ operator and the torch reference.
 
-Importing this module needs triton, which comes with torch's CUDA build: go by way of
-``kernels_for``. With TRITON_INTERPRET=1 set before triton is first imported, the same operators
-run on CPU tensors, slowly: for tests.
+This module needs triton, which comes with torch's CUDA build: import it through ``kernels_for``.
+With TRITON_INTERPRET=1 set before triton is first imported, the operators run, slowly, on CPU
+tensors: for tests.
 """
 
 import torch
@@ -18,11 +18,11 @@ from pmp_ds.optim.kernels import checks, cpu
 
 BLOCK = 1024  # elements per program and per entry of `prefix`, a multiple of 8
 WARPS = 8
-_BITS_OF_SIZE = {2: torch.int16, 4: torch.int32}  # bytes per value to the type that moves it
+_BITS_OF_SIZE = {2: torch.int16, 4: torch.int32}  # bytes per value -> integer type to copy it as
 
 
 def block_prefix(bits: torch.Tensor) -> torch.Tensor:
-    """Kept elements before each block, (ceil(8 * len(bits) / BLOCK),) int64."""
+    """Return the number of kept elements before each block, (ceil(8 * len(bits) / BLOCK),)."""
     return cpu.kept_before_blocks(bits, BLOCK)
 
 
@@ -35,7 +35,7 @@ def masked_adamw(
     exp_avg_sq: torch.Tensor,
     coefficients: cpu.Coefficients,
 ) -> None:
-    """One AdamW step on the kept elements, in place."""
+    """Make one AdamW step on the kept elements, in place."""
     checks.step(
         weights,
         gradient,
@@ -62,7 +62,7 @@ def masked_adamw(
 
 
 def has_compact_master(dtype: torch.dtype) -> bool:
-    """No: on a GPU torch operations serve it."""
+    """Return False: on a GPU, torch operations do this."""
     return False
 
 
@@ -87,8 +87,8 @@ def zero_complement(values: torch.Tensor, bits: torch.Tensor, start: int) -> Non
 
 @triton.jit
 def _index(BLOCK: tl.constexpr):
-    """The elements of this program. The hint keeps the compiler from giving a thread four in a
-    row: then a warp's compact accesses would touch four times as many sectors."""
+    """Return the elements of this program. Without the hint, the compiler gives each thread four
+    neighbours, and a warp's compact accesses touch four times as many sectors."""
     lanes = tl.max_contiguous(tl.arange(0, BLOCK), 1)
     return tl.program_id(0).to(tl.int64) * BLOCK + lanes
 
@@ -99,8 +99,8 @@ def _is_kept(bits, index, inside):
     return ((byte >> (index % 8).to(tl.int32)) & 1) != 0
 
 
-# Sizes vary from tensor to tensor and the coefficients from step to step; the kernel is compiled
-# for neither (floats never are constants to Triton).
+# Sizes vary between tensors and coefficients between steps; the kernel is specialized for neither
+# (Triton never treats floats as constants).
 @triton.jit(do_not_specialize=["numel"])
 def _masked_adamw(
     weights,

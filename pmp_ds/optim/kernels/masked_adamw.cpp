@@ -1,10 +1,10 @@
-// AdamW on the kept elements of a flat fp32 tensor, moments compact. See cpu.py for the contract.
+// AdamW on the kept elements of a flat fp32 tensor, with compact moments. Contract: cpu.py.
 //
-// A tile of the dense weights and gradients is compacted into two small buffers that stay in the
-// first-level cache, updated there beside the compact moments in one straight loop, and written
-// back as whole lines: the dense tensors are read and written once, in order. Compiled without
-// contraction, so each operation is rounded on its own and an element's result depends neither on
-// its place nor on the density, the vector width or the number of threads.
+// Each tile of the dense weights and gradients is compacted into two small buffers that stay in the
+// first-level cache, updated there in one straight loop, and written back as whole cache lines. So
+// the dense tensors are read and written once, in order. Compilation without contraction rounds
+// every operation separately: an element's result does not depend on its place, the density, the
+// vector width or the number of threads.
 
 #include <algorithm>
 #include <cmath>
@@ -30,7 +30,7 @@ struct Coefficients {  // cpu.py computes them in double precision
   float decay, beta1, grad_weight, beta2, grad_sq_weight, minus_step_size, sqrt_correction2, eps;
 };
 
-// One step on n values that lie side by side.
+// One step on n contiguous values.
 CLONES void adamw(float* __restrict p, const float* __restrict g, float* __restrict m,
                   float* __restrict v, int64_t n, const Coefficients& coefficients) {
   const Coefficients c = coefficients;
@@ -44,7 +44,7 @@ CLONES void adamw(float* __restrict p, const float* __restrict g, float* __restr
 
 inline bool kept(const uint8_t* bits, int64_t i) { return bits[i >> 3] >> (i & 7) & 1; }
 
-// The kept of `dense`'s n values, side by side; their number. Value i has bit start + i.
+// Write the kept ones of n `dense` values to `out`; return their number. Value i has bit start + i.
 int64_t compact_scalar(const float* dense, const uint8_t* bits, int64_t start, int64_t n,
                        float* out) {
   int64_t count = 0;
@@ -55,7 +55,7 @@ int64_t compact_scalar(const float* dense, const uint8_t* bits, int64_t start, i
   return count;
 }
 
-// The reverse: the kept places of `dense` take the values in order, the others stay.
+// The reverse: write the values to the kept places of `dense`, in order; the others stay.
 void expand_scalar(const float* values, const uint8_t* bits, int64_t start, int64_t n,
                    float* dense) {
   for (int64_t i = 0; i < n; ++i) {
@@ -70,7 +70,7 @@ inline __mmask16 mask16(const uint8_t* bits, int64_t i) {
   return word;
 }
 
-// Compress and expand between registers: the forms with a memory operand are slow on Zen 4.
+// Compress and expand between registers, because the forms with a memory operand are slow on Zen 4.
 // `start` is a multiple of 8.
 __attribute__((target("avx512f,popcnt"))) int64_t compact_avx512(const float* dense,
                                                                 const uint8_t* bits, int64_t start,
@@ -92,7 +92,7 @@ __attribute__((target("avx512f,popcnt"))) void expand_avx512(const float* values
     const __mmask16 mask = mask16(bits, start + i);
     const int count = __builtin_popcount(mask);
     const __m512 old = _mm512_loadu_ps(dense + i);
-    // No lane past the last value: memory may end there.
+    // Read no lane past the last value: memory may end there.
     const __m512 next = _mm512_maskz_loadu_ps((1u << count) - 1, values);
     _mm512_storeu_ps(dense + i, _mm512_mask_expand_ps(old, mask, next));
     values += count;
@@ -117,7 +117,7 @@ void expand(const float* values, const uint8_t* bits, int64_t start, int64_t n, 
   expand_scalar(values, bits, start, n, dense);
 }
 
-// 16-bit floats as their bits. Rounding is to the nearest, ties to even; NaN stays NaN.
+// 16-bit floats are stored as bits. Rounding is to nearest, ties to even; NaN stays NaN.
 CLONES void widen_bf16(const uint16_t* in, int64_t n, float* out) {
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t wide = static_cast<uint32_t>(in[i]) << 16;
@@ -162,7 +162,7 @@ struct Format {
   void (*narrow)(const float*, int64_t, uint16_t*);
 };
 
-// A block of the step with a compact fp32 master: weights are 16-bit, gradients 16-bit or fp32.
+// One block of the step with a compact fp32 master: weights are 16-bit, gradients 16-bit or fp32.
 void compact_master_block(const Format& as, uint16_t* p, const void* g, bool g_is_fp32,
                           const uint8_t* bits, int64_t begin, int64_t end, float* master, float* m,
                           float* v, float factor, const Coefficients& c) {
@@ -193,10 +193,10 @@ void compact_master_block(const Format& as, uint16_t* p, const void* g, bool g_i
   }
 }
 
-constexpr int kWord = 16;  // mask bits taken at once where values are zeroed
+constexpr int kWord = 16;  // mask bits used at once to zero values
 
-// Zero the values among 16 whose bit in `word` is 0. In the compilers' own vector types: loops over
-// 16-bit values came out scalar.
+// Zero those of 16 values whose bit in `word` is 0. This uses the compilers' vector types because
+// they did not vectorize loops over 16-bit values.
 template <typename T>
 inline __attribute__((always_inline)) void zero_word(T* values, uint16_t word) {
   typedef T Lanes __attribute__((vector_size(kWord * sizeof(T)), aligned(sizeof(T)), may_alias));
@@ -268,9 +268,9 @@ void pmp_masked_adamw(float* p, const float* g, const uint8_t* bits, const int64
 
 int pmp_has_fp16() { return has_fp16; }
 
-// The same with 16-bit weights p (fp16, else bf16) and compact fp32 master weights (number of kept
-// elements,), which are what is updated; p receives them rounded. Gradients are fp32 or in the
-// format of p, and are multiplied by `factor` first.
+// The same with 16-bit weights p (fp16, else bf16). The update applies to the compact fp32 master
+// weights (number of kept elements,), and p becomes the rounded master. Gradients are fp32 or in
+// the format of p, and are multiplied by `factor` first.
 void pmp_masked_adamw_master(uint16_t* p, int fp16, const void* g, int g_is_fp32,
                              const uint8_t* bits, const int64_t* prefix, int64_t numel,
                              float* master, float* m, float* v, float factor,

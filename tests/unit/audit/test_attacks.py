@@ -235,7 +235,7 @@ def test_a_ticket_of_another_model(make):
         bits=dict(made.mask.bits) | {name: full_bits(31)},
         shapes=dict(made.mask.shapes) | {name: (31,)},
     )
-    with pytest.raises(UserError, match="the ticket is of another model"):
+    with pytest.raises(UserError, match="the ticket belongs to another model"):
         replace(made.case(), mask=other)
 
 

@@ -181,7 +181,7 @@ def test_token_outside_the_vocabulary(tmp_path: Path):
         ({"format_version": 2}, "has format 2, which a later version of pmp-ds reads; "),
         ({"format": "other"}, "is not the manifest of a packed store"),
         ({"splits": {}}, "manifest.json is damaged"),
-        ({"block_size": 4}, r"holds \(5, 8\) uint16, the manifest says \(5, 4\)"),
+        ({"block_size": 4}, r"contains \(5, 8\) uint16, but the manifest says \(5, 4\)"),
         ({"dtype": "uint32"}, "the manifest says"),
         ({"eos_id": 3}, "manifest.json was altered"),
         ({"bos_id": 1}, "manifest.json was altered"),

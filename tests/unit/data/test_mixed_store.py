@@ -112,7 +112,7 @@ def test_stores_that_do_not_go_together(root, tmp_path, manifest, message):
 
 def test_the_same_data_twice(root, tmp_path):
     shutil.copytree(root / "web", tmp_path / "copy")
-    with pytest.raises(UserError, match="hold the same blocks; name one of them"):
+    with pytest.raises(UserError, match="contain the same blocks; name one of them"):
         open_data({str(root / "web"): 1, str(tmp_path / "copy"): 2})
 
 

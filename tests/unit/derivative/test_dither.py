@@ -216,7 +216,7 @@ def copy(root: Path, to: Path, change: Any) -> Path:
     ("change", "message"),
     [
         (lambda t: t["lm_head.weight"].add_(1), "elements outside the ticket"),
-        (lambda t: t.update({"lm_head.weight": torch.zeros(2, 2)}), r"has shape \[2, 2\] and"),
+        (lambda t: t.update({"lm_head.weight": torch.zeros(2, 2)}), r"has shape \[2, 2\], but"),
         (lambda t: t.pop("lm_head.weight"), "lacks lm_head.weight"),
         (dict.clear, None),
     ],

@@ -34,13 +34,13 @@ def test_odd_values_of_every_key(tmp_path: Path):
         if one.kind == "misspelt":
             assert (
                 "does not know this key" in words
-                or "compact_master alone" in words
+                or "only compact_master" in words
                 or (
                     "remove it" in words  # the section above is refused already
                 )
             ), (one.text, words)
         if one.kind == "duplicate":
-            assert "stands twice" in words, (one.text, words)
+            assert "appears twice" in words, (one.text, words)
     assert bad == []
 
 
@@ -163,4 +163,4 @@ def test_not_a_file(tmp_path: Path):
 def test_the_section_of_ours():
     assert OWN_SECTION not in deepspeed_keys._top().model_fields
     (line,) = refusal({OWN_SECTION: {"compact_master": 1}})
-    assert line == "pmp_ds.compact_master is 1; it is true or false"
+    assert line == "pmp_ds.compact_master is 1; it must be true or false"

@@ -53,7 +53,7 @@ STORE = ("--store", "store")
         (["gradients", *STORE], "gradients needs --ticket"),
         (["landscape", "--ticket", "ticket"], "landscape needs --store"),
         (["glue", "--model", "nowhere"], "--model nowhere does not exist"),
-        (["glue", "--model", "store"], "store is no model: it has no config.json"),
+        (["glue", "--model", "store"], "store is not a model: it has no config.json"),
         (["glue", "--results", "model/r.jsonl"], "--results model/r.jsonl is inside --model model"),
         (["glue", "--results", "store"], "--results store is a folder"),
         (["glue", "--glue_tasks", "sst"], r"unknown task 'sst' \(did you mean"),
@@ -65,11 +65,11 @@ STORE = ("--store", "store")
         (["perplexity", *STORE, "--blocks", "0"], "--blocks 0 must be at least 1"),
         (["perplexity", *STORE, "--device", "tpu9"], "--device tpu9: "),
         (["gradients", *STORE, "--ticket", "store"], "no ticket at store"),
-        (["gradients", *STORE, "--ticket", "empty.txt"], "is a sealed file: give --identity"),
+        (["gradients", *STORE, "--ticket", "empty.txt"], "is a sealed file: pass --identity"),
         (["gradients", *STORE, "--ticket", "other"], "the ticket belongs to another model"),
         (
             ["landscape", *STORE, "--ticket", "ticket", "--finetuned", "store"],
-            r"store is no model: model.safetensors is missing",
+            r"store is not a model: model.safetensors is missing",
         ),
     ],
 )

@@ -194,7 +194,7 @@ def test_mask_of_another_model(subject: Subject, mask: ParamMask):
     assert padded.shapes == mask.shapes
     assert padded.full(EMBED).all()
     wrong: list[tuple[dict[str, tuple[int, ...]], str]] = [
-        (dict(mask.shapes) | {EMBED: (tiny.VOCAB, 16)}, r"\[300, 32\] in t and \[300, 16\]"),
+        (dict(mask.shapes) | {EMBED: (tiny.VOCAB, 16)}, r"\[300, 32\] in t, but \[300, 16\]"),
         ({n: s for n, s in mask.shapes.items() if n != NORM}, "t has another parameter, "),
         (dict(mask.shapes) | {"extra": (2,)}, "t lacks extra"),
     ]

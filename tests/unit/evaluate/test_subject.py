@@ -31,7 +31,7 @@ def test_reads_bf16_exactly(release: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("config.json", None, "is no model: it has no config.json"),
+        ("config.json", None, "is not a model: it has no config.json"),
         ("config.json", b"{", "config.json is damaged: "),
         ("config.json", b'{"model_type": "unheard-of"}', "no architecture 'unheard-of'"),
         ("model.safetensors", None, "model.safetensors is missing"),
@@ -52,5 +52,5 @@ def test_a_missing_weight_is_no_random_one(release: Path, tmp_path: Path):
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"lacks model.norm.weight: it is no whole causal model"):
+    with pytest.raises(UserError, match=r"lacks model.norm.weight: it is not a whole causal model"):
         Subject.open(folder)

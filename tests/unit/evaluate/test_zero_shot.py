@@ -128,7 +128,7 @@ def test_long_prompts_are_cut_at_their_beginning(data: dict[str, TaskData]):
             found, naive(gpt2, tokenizer, task, rows, longest), rtol=0, atol=TOLERANCE
         )
     # " maybe" takes 6 tokens and needs one before it
-    with pytest.raises(UserError, match=r"mnli: 6 tokens have no room .* have to be 7 or more"):
+    with pytest.raises(UserError, match=r"mnli: 6 tokens leave no room .* must be 7 or more"):
         zero_shot(gpt2, tokenizer, task, rows, max_length=6)
     assert zero_shot(gpt2, tokenizer, task, rows, max_length=7).shape == (7, 3)
 

@@ -30,8 +30,8 @@ def test_grid(given: list[str], expected: dict[str, list[str]]):
         (["lr=1e-5,"], "write SETTING=A,B"),
         (["lr=1e-5,1e-5"], "a setting or a value twice"),
         (["lr=1e-5", "train.lr=1e-4"], "a setting or a value twice"),
-        (["run.name=a,b"], "it changes nothing"),
-        (["val_every=1,2"], "it changes nothing"),
+        (["run.name=a,b"], "it does not affect training"),
+        (["val_every=1,2"], "it does not affect training"),
     ],
 )
 def test_mistakes(given: list[str], message: str):

@@ -106,7 +106,7 @@ def test_outputs_have_to_be_finite(bad: float):
 
 
 def test_outputs_of_another_shape_are_refused():
-    with pytest.raises(ValueError, match=r"outputs of shape \(10, 2\) instead of \(10, 3\)"):
+    with pytest.raises(ValueError, match=r"outputs have shape \(10, 2\) instead of \(10, 3\)"):
         score(TASKS["mnli"], logits(PREDICTED), LABELS)
-    with pytest.raises(ValueError, match=r"outputs of shape \(2, 1\) instead of \(2,\)"):
+    with pytest.raises(ValueError, match=r"outputs have shape \(2, 1\) instead of \(2,\)"):
         score(TASKS["stsb"], np.ones((2, 1)), np.ones(2))

@@ -182,7 +182,7 @@ def _remove(name: str) -> Callable[[Path], None]:
 
 PAIR = {"sentence1": "a", "sentence2": "b"}
 BAD = {
-    "no folder": ("sst2", _remove("."), "glue is no folder: name the one with SST-2/"),
+    "no folder": ("sst2", _remove("."), "glue is not a folder: name one with SST-2/"),
     "no task": ("qqp", _remove("QQP"), "glue has no folder QQP/, only CoLA, MNLI, MRPC, QNLI"),
     "task twice": ("sst2", _file("sst2/x", b""), "several of one kind: SST-2, sst2; keep one"),
     "no train": (
@@ -217,7 +217,7 @@ BAD = {
     "no column": (
         "sst2",
         _line("SST-2", {"text": "a", "label": 1}),
-        "line 2: no field 'sentence', which sst2 needs, only text, label; mend or delete it",
+        "line 2: no field 'sentence', which sst2 needs, only text, label; fix or delete it",
     ),
     "no label": ("sst2", _line("SST-2", {"sentence": "a"}), "line 2: no field 'label'"),
     "no text": (
@@ -233,7 +233,7 @@ BAD = {
     "hidden label": (
         "sst2",
         _line("SST-2", {"sentence": "a", "label": -1}),
-        "line 2: label -1 is not a number from 0 to 1 or one of negative, positive; mend",
+        "line 2: label -1 is not a number from 0 to 1 or one of negative, positive; fix",
     ),
     "label too large": ("rte", _line("rte", {**PAIR, "label": 2}), "line 2: label 2 is not"),
     "half a class": ("rte", _line("rte", {**PAIR, "label": 0.5}), "line 2: label 0.5 is not"),
@@ -246,7 +246,7 @@ BAD = {
     "similarity": (
         "stsb",
         _line("STS-B", {**PAIR, "label": 5.1}),
-        "line 2: label 5.1 is not a number from 0 to 5; mend",
+        "line 2: label 5.1 is not a number from 0 to 5; fix",
     ),
     "similarity in words": ("stsb", _line("STS-B", {**PAIR, "label": "5"}), "label '5' is not"),
     "not a number": (

@@ -100,7 +100,7 @@ def test_vocab_size_may_be_larger_than_the_tokenizer() -> None:
     ("config", "message"),
     [
         (ModelConfig(hidden_size=12, num_heads=4), "12 / model.num_heads=4 = 3 is odd"),
-        (ModelConfig(family="gpt2", **TINY, num_kv_heads=2), "num_kv_heads=2 does not go with"),
+        (ModelConfig(family="gpt2", **TINY, num_kv_heads=2), "num_kv_heads=2 does not fit"),
         (ModelConfig(**TINY | {"max_positions": 32}), r"block_size=64 .*model.max_positions=32"),
     ],
 )
@@ -123,7 +123,7 @@ def test_auto_reads_a_local_config(as_folder: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "there is no file .*config.json.*nothing is downloaded"),
+        (None, "the file .*config.json does not exist.*nothing is downloaded"),
         ("{", "is not a Hugging Face config.json"),
         ("[1]", "is not a Hugging Face config.json"),
         ('{"vocab_size": 9}', "is not a Hugging Face config.json"),
@@ -131,8 +131,8 @@ def test_auto_reads_a_local_config(as_folder: bool, tmp_path: Path) -> None:
         ('{"model_type": "marian", "decoder_vocab_size": 9}', "decoder_vocab_size=9 is smaller"),
         ('{"model_type": "inkling2_text", "unpadded_vocab_size": 9}', "vocab_size=9 is smaller"),
         ('{"model_type": "gemma3"}', "'gemma3' reads more than text: name .* its text_config"),
-        ('{"model_type": "my-own"}', "code of its own .*my-own"),
-        (json.dumps(QWEN | {"auto_map": {"AutoConfig": "x.Y"}}), "code of its own"),
+        ('{"model_type": "my-own"}', "its own code .*my-own"),
+        (json.dumps(QWEN | {"auto_map": {"AutoConfig": "x.Y"}}), "its own code"),
         (json.dumps(QWEN | {"num_hidden_layers": "many"}), "is not accepted by Qwen3Config"),
         (json.dumps(QWEN | {"max_position_embeddings": 63}), "block_size=64 .*=63"),
     ],

@@ -80,12 +80,12 @@ def renamed(content: dict[str, torch.Tensor]) -> None:
 
 
 FOLDERS: dict[str, tuple[Change, str]] = {
-    "lacks one": (tensors(lambda t: t.pop(NORM)), f"lacks {NORM}: it is no whole causal model"),
+    "lacks one": (tensors(lambda t: t.pop(NORM)), f"lacks {NORM}: it is not a whole causal model"),
     "lacks many": (
         tensors(lambda t: [t.pop(n) for n in list(t) if "layers.1" in n]),
         " and 6 more: it is no",
     ),
-    "misnamed": (tensors(renamed), f"lacks {NORM}: it is no whole"),
+    "misnamed": (tensors(renamed), f"lacks {NORM}: it is not a whole"),
     "one more": (tensors(lambda t: t.update(extra=torch.ones(2))), "has unknown tensors: extra"),
     "a head": (
         tensors(lambda t: t.update({"score.weight": torch.ones(2, 32)})),
@@ -109,16 +109,16 @@ FOLDERS: dict[str, tuple[Change, str]] = {
     "heads": (config(num_attention_heads=1 << 20), "num_attention_heads=1.04858e+06, more than"),
     "vocabulary": (config(vocab_size=1 << 40), "vocab_size=1.09951e+12, more than the 16,777,216"),
     "width": (config(intermediate_size=1 << 72), "intermediate_size=4.72237e+21, more than"),
-    "larger than the files": (config(vocab_size=1 << 23), "parameters, and the files hold"),
+    "larger than the files": (config(vocab_size=1 << 23), "parameters, but the files contain"),
     "more layers than the files": (
         config(num_hidden_layers=900),
-        "describes 900 layers, and the files hold",
+        "describes 900 layers, but the files contain",
     ),
     "unknown": (config(model_type="unheard-of"), "transformers has no architecture 'unheard-of'"),
     "an encoder": (config(model_type="vit"), "'vit' is not a causal language model"),
     "nonsense": (config(hidden_size="much"), "config.json is not usable"),
     "no heads": (config(num_attention_heads=0), "config.json"),
-    "no object": (lambda f: (f / "config.json").write_text("[]"), "it is no JSON object"),
+    "no object": (lambda f: (f / "config.json").write_text("[]"), "it is not a JSON object"),
     "nested": (lambda f: (f / "config.json").write_text("[" * 10**6), "config.json is damaged"),
     "torn": (lambda f: (f / "config.json").write_text("{"), "config.json is damaged"),
     "fifo": (fifo, "config.json is not a regular file"),
@@ -127,9 +127,9 @@ FOLDERS: dict[str, tuple[Change, str]] = {
         "added.json is a link that leads out",
     ),
     "link": (moved_out, "model.safetensors is a link that leads out of the folder"),
-    "weight map outside": (index("../outside.safetensors"), "leads to '../outside.safetensors'"),
-    "weight map, absolute": (index("/etc/passwd"), "leads to '/etc/passwd'"),
-    "weight map, pickle": (index("x.bin"), "leads to 'x.bin', which is no .safetensors"),
+    "weight map outside": (index("../outside.safetensors"), "points to '../outside.safetensors'"),
+    "weight map, absolute": (index("/etc/passwd"), "points to '/etc/passwd'"),
+    "weight map, pickle": (index("x.bin"), "points to 'x.bin', which is not a .safetensors"),
     "weight map, missing": (index("x.safetensors"), "x.safetensors is missing"),
     "two forms": (
         lambda f: (f / "model.safetensors.index.json").write_text("{}"),

@@ -84,13 +84,13 @@ def test_key_is_created_once_for_its_owner_alone(tmp_path: Path) -> None:
 
 def test_damaged_key_is_an_error_that_does_not_show_it(tmp_path: Path) -> None:
     (tmp_path / "key").write_bytes(b"SECRET")
-    with pytest.raises(UserError, match="has 6 bytes and a key has 32") as caught:
+    with pytest.raises(UserError, match="has 6 bytes, but a key has 32") as caught:
         load_key(tmp_path)
     assert "SECRET" not in str(caught.value)
 
 
 def test_missing_key_is_not_made_by_reading(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="key is missing: put the run's own key back"):
+    with pytest.raises(UserError, match="key is missing: restore the run's own key"):
         load_key(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -279,7 +279,7 @@ def test_a_parameter_left_at_public_values_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("draw", "message"),
     [
-        (hf_init.orthogonal_, "a tensor that is no parameter with aten.normal_"),
+        (hf_init.orthogonal_, "a tensor other than a parameter with aten.normal_"),
         (lambda p: p.data.exponential_(), "draws with aten.exponential_"),
         (lambda p: p.data.copy_(torch.rand(100, 100)), "draws with aten.rand"),
         (lambda p: hf_init.trunc_normal_(p, a=20.0, b=30.0), "hardly ever falls inside"),

@@ -128,6 +128,8 @@ def test_attach_to_a_part_that_is_frozen(names: str):
 
 def test_attach_to_what_the_ticket_does_not_name():
     """transformers loads a frozen parameter as trainable."""
-    way_out = r"'v' is of shape \[4\] in the model and missing in the ticket. Freeze what no ticket"
+    way_out = (
+        r"'v' is of shape \[4\] in the model and missing in the ticket; freeze parameters outside"
+    )
     with pytest.raises(UserError, match=way_out):
         attached(Part(), "w")

@@ -69,7 +69,7 @@ def test_a_missing_source_is_not_the_compilers_fault(tmp_path: Path):
     loaded, warning = ask(tmp_path / "masked_adamw.cpp")
     assert loaded == "None"
     assert f"{tmp_path / 'masked_adamw.cpp'} is missing" in warning
-    assert "install it again" in warning
+    assert "reinstall it" in warning
     assert "g++" not in warning
 
 

@@ -64,7 +64,7 @@ WRONG: dict[str, tuple[dict[str, torch.Tensor | None], str]] = {
     "gradient with gaps": ({"gradient": torch.zeros(2 * N)[::2]}, "not contiguous"),
     "gradient elsewhere": ({"gradient": torch.zeros(N, device="meta")}, "on meta, needed on cpu"),
     "int64 bits": ({"bits": torch.full((N // 8 + 1,), -256)}, "the packed mask: dtype int64"),
-    "short bits": ({"bits": torch.zeros(8, dtype=torch.uint8)}, "are asked for"),
+    "short bits": ({"bits": torch.zeros(8, dtype=torch.uint8)}, "does not cover elements"),
     "long bits": ({"bits": torch.zeros(N, dtype=torch.uint8)}, "has 20001 bytes"),
     "no prefix": ({"prefix": None}, "the packed mask of 20001 elements"),
     "short prefix": ({"prefix": torch.zeros(1).long()}, "the prefix: 1 elements"),
@@ -158,7 +158,7 @@ MASKS: dict[str, tuple[Callable[[], ParamMask], str]] = {
 def test_attach_to_another_model(mask: Callable[[], ParamMask], message: str) -> None:
     model = torch.nn.Linear(4, 3)
     optimizer = MaskedAdamW(model.parameters())
-    with pytest.raises(UserError, match="the ticket is of another model: ") as caught:
+    with pytest.raises(UserError, match="the ticket belongs to another model: ") as caught:
         attach(model, optimizer, mask())
     assert message in str(caught.value)
     assert not optimizer.state
@@ -172,7 +172,7 @@ def test_attach_names_the_first_few() -> None:
 
 def test_attach_with_the_optimizer_of_another_model() -> None:
     one, other = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
-    with pytest.raises(UserError, match="holds a parameter that is not a trainable one"):
+    with pytest.raises(UserError, match="holds a parameter that is not trainable"):
         attach(one, MaskedAdamW(other.parameters()), _mask(weight=(3, 4), bias=(3,)))
 
 

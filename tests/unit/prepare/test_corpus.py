@@ -170,7 +170,7 @@ def test_unusable_inputs_are_named(tmp_path: Path):
     for given, message in (
         (["none"], "input none does not exist"),
         ([str(tmp_path / "a.csv")], "a.csv is not a .txt"),
-        ([str(tmp_path / "empty")], "empty holds no .txt"),
+        ([str(tmp_path / "empty")], "empty contains no .txt"),
         ([str(tmp_path), str(tmp_path / "t.txt")], "twice"),
         ([PYTHON, PYTHON], "twice"),
     ):

@@ -80,7 +80,7 @@ def test_engine_that_differs_on_the_sample_is_not_used(trained: TrainedTokenizer
     encoder, warning = choose_engine(Encoder(trained.encoder.spec), ["x"])
     assert encoder.spec.fast is None
     assert warning is not None
-    assert "does not read this tokenizer (cannot do this)" in warning
+    assert "cannot read this tokenizer (cannot do this)" in warning
     monkeypatch.undo()
     other = dataclasses.replace(trained.encoder.spec, model=_reversed_merges(trained))
     encoder, warning = choose_engine(Encoder(other), ["the tree of a river"])

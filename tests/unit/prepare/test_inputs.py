@@ -112,7 +112,7 @@ def test_bad_rows_of_a_parquet_file(tmp_path: Path):
     with pytest.raises(UserError, match="no column 'body', only text"):
         list(read_documents(source, "body", rejects))
     pq.write_table(pa.table({"text": [1, 2]}), path)
-    with pytest.raises(UserError, match="holds int64, no text"):
+    with pytest.raises(UserError, match="has type int64, not text"):
         documents(str(path))
 
 
@@ -128,7 +128,7 @@ def test_urls_of_any_file_system(tmp_path: Path):
     for given, message in (
         ("memory://none.jsonl", "memory://none.jsonl cannot be read"),
         ("memory://corpus/c.md", "is not a .txt"),
-        ("memory://corpus/*.txt", "holds no .txt"),
+        ("memory://corpus/*.txt", "contains no .txt"),
         ("nonsense://x.jsonl", "nonsense"),
     ):
         with pytest.raises(UserError, match=message):
@@ -176,7 +176,7 @@ def test_dataset_of_hugging_face_as_a_stream(dataset: str, tmp_path: Path, monke
     assert again.manifest == first.manifest
     other = prepare(config(dataset, tmp_path, out=str(tmp_path / "other"), shuffle_seed=1))
     assert other.manifest["dataset_id"] != first.manifest["dataset_id"]
-    with pytest.raises(UserError, match="holds another store"):
+    with pytest.raises(UserError, match="contains another store"):
         prepare(config(dataset, tmp_path, shuffle_seed=1))
     Store.open(first.folder, verify=True)
 

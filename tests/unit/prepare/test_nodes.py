@@ -235,7 +235,7 @@ def test_late_commands_change_nothing(folder: Path, expected):
     assert nodes.plan(config("out")) == 0
     assert str(nodes.pack(Path("out"), 1, 2)).startswith("packed: 0 units")
     assert nodes.finish(Path("out")).reused
-    with pytest.raises(UserError, match="holds another store"):
+    with pytest.raises(UserError, match="contains another store"):
         nodes.plan(config("out", block_size=8))
     assert contents(folder / "out") == expected
 
@@ -271,7 +271,7 @@ def test_bad_rows_of_all_nodes_count_together(folder: Path):
 
 def test_refusals_say_what_to_do(folder: Path):
     for act in (nodes.pack, nodes.finish):
-        with pytest.raises(UserError, match=r"holds no plan: run .* plan --out out"):
+        with pytest.raises(UserError, match=r"contains no plan: run .* plan --out out"):
             act(Path("out"))
     with pytest.raises(UserError, match=r"node=2 must be from 0 to nodes - 1 = 1"):
         nodes.pack(Path("out"), 2, 2)

@@ -146,7 +146,7 @@ def test_another_store_is_refused_by_name(corpus: Path, tokenizer_paths):
         ({"val_fraction": 0.2}, "val_fraction is 0.1 there and 0.2 now"),
         ({"input": (str(corpus / "b.jsonl"),)}, "input is"),
     ):
-        with pytest.raises(UserError, match=f"holds another store.*{names}.*another out"):
+        with pytest.raises(UserError, match=f"contains another store.*{names}.*another out"):
             prepare(config(corpus, **changes))
     (corpus / "c.txt").write_text("a new file")
     with pytest.raises(UserError, match="input is"):
@@ -171,8 +171,8 @@ def test_unknown_folder_is_left_alone(corpus: Path):
 @pytest.mark.parametrize(
     ("rows", "changes", "message"),
     [
-        ([], {}, "holds no document with text"),
-        ([{"text": "  "}], {}, "holds no document with text"),
+        ([], {}, "contains no document with text"),
+        ([{"text": "  "}], {}, "contains no document with text"),
         ([{"body": "x"}], {}, r"1 of 1 rows are malformed.*no field 'text'.*text_field"),
         (
             [{"text": t} for t in make_texts(40)],

@@ -86,7 +86,7 @@ def test_hidden_and_other_files_are_counted(folder: Path):
     seen("other files", 0, others)
     assert names(f"{folder}/.ipynb_checkpoints/*.txt")[1] == [], "asked for"
     (folder / "sub" / "a.txt").unlink()
-    assert "holds no .txt" in (words := refusal(folder))
+    assert "contains no .txt" in (words := refusal(folder))
     assert "2 of other types" in words
 
 

@@ -126,10 +126,10 @@ PLANTED: dict[str, tuple[Callable[[Path], object], str]] = {
     "config key": (key("config.json", pmp_density=0.7), "the key 'pmp_density'"),
     "hidden config key": (key("config.json", _name_or_path="x"), "the key '_name_or_path'"),
     "run path": (key("config.json", hidden_act="/home/al/run"), "an absolute path"),
-    "wrong dtype": (key("config.json", dtype="float32"), "says float32, and the weights are"),
+    "wrong dtype": (key("config.json", dtype="float32"), "says float32, but the weights are"),
     "no dtype": (no_dtype, "config.json is not usable"),
-    "older name": (key("config.json", rope_theta=7.0), "rope_theta is 7.0, and its newer name"),
-    "older dtype": (key("config.json", torch_dtype="float32"), "torch_dtype is 'float32', and"),
+    "older name": (key("config.json", rope_theta=7.0), "rope_theta is 7.0, but its newer name"),
+    "older dtype": (key("config.json", torch_dtype="float32"), "torch_dtype is 'float32', but"),
     "generation key": (key("generation_config.json", _from="x"), "the key '_from'"),
     "tokenizer key": (key("tokenizer_config.json", name_or_path="x"), "the key 'name_or_path'"),
     "tokenizer.json key": (key("tokenizer.json", made_by="x"), "the key 'made_by'"),
@@ -137,13 +137,13 @@ PLANTED: dict[str, tuple[Callable[[Path], object], str]] = {
         key("model.safetensors.index.json", metadata={"total_size": 1, "step": 3}),
         "the key 'step'",
     ),
-    "index map": (other_map, "its weight_map is not what the files hold"),
+    "index map": (other_map, "its weight_map does not match the files"),
     "metadata": (tensors(lambda _: None, ticket="abc"), "its metadata are"),
     "optimizer state": (
         tensors(lambda t: t.update(exp_avg_sq=torch.zeros(3))),
         "has unknown tensors: exp_avg_sq",
     ),
-    "fp32 tensor": (tensors(float_tensor), "holds tensors of BF16, F32"),
+    "fp32 tensor": (tensors(float_tensor), "contains tensors of BF16, F32"),
     "other weights": (
         lambda f: shutil.copy(next(f.glob("model-*")), f / "model.safetensors"),
         "has both model.safetensors and model.safetensors.index.json",
@@ -173,7 +173,7 @@ def test_planted(release: Path, plant: Callable[[Path], None], named: str) -> No
     sums_again(release)
     found = problems(release)
     assert any(named in problem for problem in found), found
-    with pytest.raises(UserError, match="must not leave"):
+    with pytest.raises(UserError, match="must not be published"):
         require_clean(release)
 
 
@@ -198,7 +198,7 @@ def test_a_release_of_before_passes(release: Path) -> None:
 
 def test_sums(release: Path) -> None:
     (release / "README.md").write_text("another")
-    assert problems(release) == ["README.md: not what SHA256SUMS says"]
+    assert problems(release) == ["README.md: does not match SHA256SUMS"]
     (release / "SHA256SUMS").write_text("")
     assert problems(release) == ["SHA256SUMS: does not name every file once"]
 

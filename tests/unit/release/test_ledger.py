@@ -83,7 +83,7 @@ def test_one_derivative_beside_its_base(ledger: Path) -> None:
     derivative = claim(ledger, "derivative", updates=None)
     derivative.record("d1", "d1", "bf16")
     derivative.check("d1")
-    with pytest.raises(UserError, match="a derivative from the same initial weights left"):
+    with pytest.raises(UserError, match="a derivative from the same initial weights was released"):
         derivative.check("d2")
     with pytest.raises(UserError, match="the derivative release from the same"):
         claim(ledger).check("w2")

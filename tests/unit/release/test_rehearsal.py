@@ -85,7 +85,7 @@ def test_sizes_that_follow_from_others_are_shrunk_with_them(kind: str) -> None:
 
 
 def test_a_model_that_reads_both_ways_is_refused_with_the_way_out() -> None:
-    words = r'reads both ways, .* a causal model: add "is_decoder": true to its config\.json$'
+    words = r'reads in both .* a causal model: add "is_decoder": true to its config\.json$'
     with pytest.raises(UserError, match=f"^model_type='bert' is not trained: it {words}"):
         rehearse(CONFIG_MAPPING["bert"]())
 
@@ -117,7 +117,7 @@ def test_a_buffer_that_training_changes_is_refused(monkeypatch: Any) -> None:
 
     monkeypatch.setattr(LlamaModel, "__init__", init)
     monkeypatch.setattr(LlamaModel, "forward", forward)
-    with pytest.raises(UserError, match="which no gradient") as caught:
+    with pytest.raises(UserError, match="which neither gradients") as caught:
         rehearse(llama(False))
     seen("changing buffer", 1, f"error: {caught.value}")
 

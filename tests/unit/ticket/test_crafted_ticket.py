@@ -15,7 +15,7 @@ from pmp_ds.ticket.vault import _archive, encrypt, open_sealed
 from tests.helpers.strangers import Bits, packed, ticket_files, write_ticket
 
 SHAPES = {"w": (3, 5), "b": (8,)}
-ONE_DIMENSION = "is uint8 of shape [1, 2], and 15 elements need uint8 of shape [2]"
+ONE_DIMENSION = "is uint8 of shape [1, 2], but 15 elements need uint8 of shape [2]"
 
 
 def changed(bits: torch.Tensor) -> Bits:
@@ -23,10 +23,10 @@ def changed(bits: torch.Tensor) -> Bits:
 
 
 BITS = {
-    "int64": (changed(torch.full((2,), -256)), "the mask of 'w' is int64 of shape [2], and 15"),
+    "int64": (changed(torch.full((2,), -256)), "the mask of 'w' is int64 of shape [2], but 15"),
     "bool": (changed(torch.ones(2, dtype=torch.bool)), "is bool of shape [2]"),
     "float": (changed(torch.ones(2)), "is float32 of shape [2]"),
-    "short": (changed(torch.ones(1, dtype=torch.uint8)), "is uint8 of shape [1], and 15 elements"),
+    "short": (changed(torch.ones(1, dtype=torch.uint8)), "is uint8 of shape [1], but 15 elements"),
     "long": (changed(torch.ones(3, dtype=torch.uint8)), "is uint8 of shape [3]"),
     "empty": (changed(torch.ones(0, dtype=torch.uint8)), "is uint8 of shape [0]"),
     "two dimensions": (changed(torch.ones(1, 2, dtype=torch.uint8)), ONE_DIMENSION),
@@ -133,7 +133,7 @@ def test_two_members_of_one_name(tmp_path: Path) -> None:
     content = one.rstrip(b"\0")
     content += b"\0" * (-len(content) % 512) + one
     (tmp_path / "t.age").write_bytes(encrypt(content, by))
-    with pytest.raises(UserError, match="holds two files called"):
+    with pytest.raises(UserError, match="contains two files named"):
         open_sealed(tmp_path / "t.age", by)
 
 

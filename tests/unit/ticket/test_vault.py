@@ -180,7 +180,7 @@ def test_a_file_that_would_keep_the_machine_busy():
     """The sender chooses scrypt's work: 2^30 is refused before it starts."""
     header = b"age-encryption.org/v1\n-> scrypt SNU0IaFO0jZ/YdkNJi4V+A 30\n%b\n--- %b\n"
     sealed = header % (b"A" * 43, b"A" * 43) + bytes(100)
-    with pytest.raises(UserError, match="asks for more work than a passphrase should"):
+    with pytest.raises(UserError, match="requires more work than a passphrase should"):
         decrypt(sealed, Passphrase("x"), Path("x"))
 
 
@@ -191,16 +191,16 @@ def flip(at: int):
 DAMAGES = {
     "cut at its end": (lambda d: d[:-1], "damaged or cut off"),
     "cut in the middle": (lambda d: d[: len(d) // 2], "damaged or cut off"),
-    "cut in its header": (lambda d: d[:60], "is no sealed file"),
-    "empty": (lambda d: b"", "is no sealed file"),
+    "cut in its header": (lambda d: d[:60], "is not a sealed file"),
+    "empty": (lambda d: b"", "is not a sealed file"),
     "longer": (lambda d: d + b"x", "damaged or cut off"),
     "a bit of the content": (flip(-100), "damaged or cut off"),
-    "a bit of the first byte": (flip(0), "is no sealed file"),
+    "a bit of the first byte": (flip(0), "is not a sealed file"),
     "a letter of the key's line": (
         lambda d: d[:60] + (b"B" if d[60:61] == b"A" else b"A") + d[61:],
         "does not open with this key",
     ),
-    "not age": (lambda d: b"PK\3\4" * 50, "is no sealed file"),
+    "not age": (lambda d: b"PK\3\4" * 50, "is not a sealed file"),
 }
 
 
@@ -221,7 +221,7 @@ def test_wrong_key(tmp_path):
         open_sealed(file, identities(make_key(tmp_path, "other")[0]))
     public = public_keys([make_key(tmp_path, "third")[1]])
     file.write_bytes(encrypt(b"hello", public))
-    with pytest.raises(UserError, match="opens with this key, but holds no ticket"):
+    with pytest.raises(UserError, match="opens with this key, but contains no ticket"):
         open_sealed(file, identities(tmp_path / "third"))
     with pytest.raises(UserError, match="was not sealed with a passphrase"):
         open_sealed(file, Passphrase("x"))
@@ -264,23 +264,23 @@ def test_bad_keys(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     secret = key.read_text().splitlines()[-1]
     for given, message in {
-        str(tmp_path / "none"): "no public key in there",
+        str(tmp_path / "none"): "contains no public key",
         str(tmp_path / "binary"): "binary is not text",
         str(tmp_path / "gone"): "gone is missing",
         str(key): "key.txt, line 3: this is a secret key",
-        str(ecdsa_public): "line 3: this is no public key that can be used; an age",
-        public[:-1]: "this is no public key",
-        "ssh-rsa": "this is no public key",
-        "ssh-ed25519 nonsense": "this is no public key",
-        secret: "--to is given a secret key",
+        str(ecdsa_public): "line 3: this is not a usable public key; pass an age",
+        public[:-1]: "this is not a usable public key",
+        "ssh-rsa": "this is not a usable public key",
+        "ssh-ed25519 nonsense": "this is not a usable public key",
+        secret: "--to was given a secret key",
     }.items():
         with pytest.raises(UserError, match=message) as caught:
             public_keys([given])
         assert secret not in str(caught.value)
     for path, message in {
-        tmp_path / "none": "holds no usable secret key",
+        tmp_path / "none": "contains no usable secret key",
         tmp_path / "gone": "gone is missing",
-        ecdsa: "holds no usable secret key",
+        ecdsa: "contains no usable secret key",
         locked: "protected by a passphrase",
         tmp_path / "sealed": "is itself sealed",
     }.items():
@@ -296,7 +296,7 @@ def test_new_key(tmp_path):
         os.umask(before)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert str(identities(path)[0].to_public()) == public
-    with pytest.raises(UserError, match=r"key.txt exists already"):
+    with pytest.raises(UserError, match=r"key.txt already exists"):
         new_identity(path)
     with pytest.raises(UserError, match="cannot be written"):
         new_identity(tmp_path / "no" / "key")
@@ -450,8 +450,11 @@ def test_mistakes_of_the_command_line(run, tmp_path):
         (["open", str(sealed), "--identity", str(key), "--out", root], "exists already"),
         (["open", str(sealed), "--identity", str(key), "--out", "/proc/new"], "/proc/new: No such"),
         (["verify", str(sealed)], "verify against what"),
-        (["verify", str(sealed), "--run", root], "is a sealed file: give --identity"),
-        (["verify", str(tmp_path / "foreign"), "--run", root], "foreign is no copy of the run's"),
+        (["verify", str(sealed), "--run", root], "is a sealed file: pass --identity"),
+        (
+            ["verify", str(tmp_path / "foreign"), "--run", root],
+            "foreign is not a copy of the run's",
+        ),
         (["verify", out, "--run", root], "no ticket at .*new"),
         ([*trace], "trace what"),
         ([*trace, "--ticket", "a", "--model", "b"], "trace what"),

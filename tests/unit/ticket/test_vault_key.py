@@ -61,7 +61,7 @@ def test_a_vault_without_its_registry(run, tmp_path):
     """The recipients of sealed copies are not silently lost."""
     seal_for(run, "Partner A", tmp_path)
     (run.vault / "sealed.jsonl").unlink()
-    with pytest.raises(UserError, match=r"sealed\.jsonl is missing: put it back from a backup"):
+    with pytest.raises(UserError, match=r"sealed\.jsonl is missing: restore it from a backup"):
         seal_for(run, "Partner B", tmp_path)
     with pytest.raises(UserError, match=r"sealed\.jsonl is missing"):
         main(["list", "--run", str(run.root)])

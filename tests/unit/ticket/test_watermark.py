@@ -144,7 +144,7 @@ def test_what_is_no_copy():
         ticket(shapes={"x": (3, 3)}),
         Ticket(**vars(own) | {"mask": more}),
     ):
-        with pytest.raises(UserError, match="leak is no copy"):
+        with pytest.raises(UserError, match="leak is not a copy"):
             missing_from(other, own, Path("leak"))
 
 
@@ -370,9 +370,9 @@ def test_models_that_cannot_be_compared(base, tmp_path):
         with pytest.raises(UserError, match=message):
             list(of_model(base, folder, mask))
 
-    refused(base, "differ in no parameter")
+    refused(base, "share no parameter that differs")
     refused(tmp_path / "nowhere", "nowhere is not a folder")
-    refused(save_model(tmp_path / "other", {"x": torch.ones(2)}), "differ in no parameter")
+    refused(save_model(tmp_path / "other", {"x": torch.ones(2)}), "share no parameter that differs")
     (tmp_path / "cut").mkdir()
     whole = (base / "model.safetensors").read_bytes()
     (tmp_path / "cut/model.safetensors").write_bytes(whole[:-5])
@@ -402,7 +402,7 @@ def test_ticket_of_a_release(release):
     [
         (replace(tiny.LLAMA, tie_embeddings=True), "has another parameter, lm_head.weight"),
         (replace(tiny.LLAMA, num_layers=3), r"lacks model\.layers\.2\.input_layernorm\.weight"),
-        (replace(tiny.LLAMA, intermediate_size=40), r"has shape \[48, 32\] in .* and \[40, 32\]"),
+        (replace(tiny.LLAMA, intermediate_size=40), r"has shape \[48, 32\] in .*, but \[40, 32\]"),
     ],
 )
 def test_ticket_of_another_model(release, other, message):
