@@ -5,7 +5,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from pmp_ds.study.runs import BASE, PMP, FineTune, best, by_task, is_lm, pick
+from pmp_ds.study.choice import best
+from pmp_ds.study.runs import BASE, PMP, FineTune, by_task, is_lm, pick
 from pmp_ds.study.statistics import Estimate, level
 
 
@@ -55,7 +56,7 @@ def _first(group: Sequence[FineTune], target: FineTune, *, lower: bool) -> float
 
 
 def crossing(curve: Sequence[tuple[float, float]], target: float, *, lower: bool) -> float:
-    """Where the curve first is at ``target``, interpolated; infinite when it never is."""
+    """Return where the curve first is at ``target``, interpolated; infinite when it never is."""
     sign = -1.0 if lower else 1.0
     before: tuple[float, float] | None = None
     for place, value in curve:

@@ -6,7 +6,8 @@ from typing import Any
 
 from pmp_ds.finetune.method import FULL, Method, Role, reported
 from pmp_ds.results import Result
-from pmp_ds.study.runs import BASE, CONTINUED, PMP, RANDOM, FineTune, best, by_task, pick
+from pmp_ds.study.choice import best
+from pmp_ds.study.runs import BASE, CONTINUED, PMP, RANDOM, FineTune, by_task, pick
 
 LR_RANGE = 1e-5, 3e-3
 SCORES = "mean", "ema", "gradient"

@@ -113,7 +113,7 @@ def by_kind(columns: Iterable[str]) -> list[list[str]]:
 def by_column(
     series: Mapping[str, Mapping[str, Estimate]], majority: Mapping[str, float]
 ) -> Figure | None:
-    """GLUE accuracies on the left, LM losses on the right; None without any."""
+    """Draw GLUE accuracies on the left, LM losses on the right; None without any."""
     parts = by_kind({c for found in series.values() for c in found})
     if not parts:
         return None
@@ -161,8 +161,8 @@ def _dots(
 
 
 def one_legend(figure: Figure, panels: Iterable[Axes], columns: int = 3) -> None:
-    """Below all panels, so that long names never cover a curve; in fewer columns where they would
-    not fit beside each other."""
+    """Put it below all panels, so that long names never cover a curve; in fewer columns where they
+    would not fit beside each other."""
     known: dict[str, Any] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):

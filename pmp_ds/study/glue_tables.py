@@ -6,24 +6,18 @@ from statistics import fmean
 
 from pmp_ds.finetune.method import Method, Role, reported
 from pmp_ds.results import Result
+from pmp_ds.study.choice import Cell, Scores, best, by_method, cells, samples, with_average
 from pmp_ds.study.runs import (
     AVERAGE,
     BASE,
     PMP,
     RANDOM,
-    Cell,
     FineTune,
-    Scores,
-    best,
-    by_method,
     by_task,
-    cells,
     digits,
     is_lm,
     ordered,
     pick,
-    samples,
-    with_average,
 )
 from pmp_ds.study.statistics import Estimate, level
 from pmp_ds.study.tables import Table
@@ -134,7 +128,7 @@ def _table(
 
 
 def table_one(results: Sequence[Result], runs: Sequence[FineTune]) -> Table:
-    """The paper's Table 1, beside the majority class and fine-tuning from scratch."""
+    """Return the paper's Table 1, beside the majority class and fine-tuning from scratch."""
     names = arms(r.arm for r in results if r.kind in ("finetune", *HEADS))
     exact = {column: Estimate(mean=value, n=0) for column, value in majority(results).items()}
     rows: list[Row] = [(("Majority class", "-"), exact)]
@@ -148,12 +142,12 @@ def table_one(results: Sequence[Result], runs: Sequence[FineTune]) -> Table:
 
 
 def table_methods(runs: Sequence[FineTune]) -> Table:
-    """Authorized against unauthorized on every arm, with the controls."""
+    """Compare authorized with unauthorized on every arm, with the controls."""
     return _table("methods", "Fine-tuning methods.", ("Arm", "Method"), _methods(runs), head)
 
 
 def table_canonical(runs: Sequence[FineTune]) -> Table:
-    """The tasks' own metrics; each arm and method at the setting best in that metric."""
+    """Return the tasks' own metrics; each arm and method at the setting best in that metric."""
     glue = [run for run in runs if not is_lm(run.task)]
     names = {column: metric for run in glue for column, metric in run.primary.items()}
     rows = _methods(glue, primary=True)
@@ -172,7 +166,7 @@ def _methods(runs: Sequence[FineTune], *, primary: bool = False) -> list[Row]:
 
 
 def table_other(results: Sequence[Result]) -> Table:
-    """One line per arm and measurement; with several models of an arm one line each."""
+    """Return one line per arm and measurement; with several models of an arm one line each."""
     found = [(result.arm, *line) for result in results for line in _lines(result)]
     order = arms(arm for arm, *_ in found)
     found.sort(key=lambda line: (line[1], order.index(line[0])))

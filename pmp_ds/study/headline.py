@@ -12,25 +12,18 @@ from typing import Any
 from pmp_ds.finetune.method import Role, reported
 from pmp_ds.results import Result
 from pmp_ds.study.attacker import Tokens, attacker_tokens
-from pmp_ds.study.runs import (
-    AVERAGE,
-    BASE,
-    PMP,
+from pmp_ds.study.choice import (
     Cell,
-    FineTune,
     Scores,
     best,
     by_choice,
     by_method,
-    by_task,
     cells,
-    is_lm,
-    ordered,
     per_model,
-    pick,
     samples,
     with_average,
 )
+from pmp_ds.study.runs import AVERAGE, BASE, PMP, FineTune, by_task, is_lm, ordered, pick
 from pmp_ds.study.statistics import Estimate, difference
 
 MATCHED = 0.02
@@ -53,7 +46,7 @@ class Contrast:
 
     @property
     def main(self) -> Mapping[str, Estimate]:
-        """What a sentence can be said of: the average of GLUE (its one column), and losses."""
+        """What a sentence is written about: the average of GLUE (its one column), and losses."""
         first = self.glue if len(self.glue) == 1 else [AVERAGE]
         losses = [c for c in ordered(self.estimates) if is_lm(c)]
         return {c: self.estimates[c] for c in (*first, *losses) if c in self.estimates}
@@ -90,17 +83,17 @@ def _minus(column: str, a: Mapping[Any, float], b: Mapping[Any, float]) -> Estim
 
 
 def gap(runs: Sequence[FineTune], base: str = BASE) -> Contrast:
-    """(i) the best of BASE minus the best of PMP, both without the mask."""
+    """Return (i): the best of BASE minus the best of PMP, both without the mask."""
     return contrast(pick(runs, base), pick(runs, PMP))
 
 
 def authorized(runs: Sequence[FineTune]) -> Contrast:
-    """(ii) with the mask minus without it, on the PMP model."""
+    """Return (ii): with the mask minus without it, on the PMP model."""
     return contrast(pick(runs, PMP, reported(Role.AUTHORIZED)), pick(runs, PMP), by_choice)
 
 
 def secret(runs: Sequence[FineTune]) -> Contrast:
-    """(iii) the true mask minus a random one of equal density, on the PMP model."""
+    """Return (iii): the true mask minus a random one of equal density, on the PMP model."""
     true, guessed = (pick(runs, PMP, reported(role)) for role in (Role.AUTHORIZED, Role.GUESS))
     return contrast(true, guessed, by_choice)
 
@@ -116,7 +109,7 @@ def matched_arm(results: Sequence[Result]) -> str | None:
 
 
 def pretrain_losses(results: Iterable[Result], arm: str) -> dict[object, float]:
-    """Return pretraining seed (the model, where seeds repeat) -> validation loss at the end."""
+    """Return the validation loss at the end by pretraining seed (by model, where seeds repeat)."""
     own = [result for result in results if result.kind == "pretrain" and result.arm == arm]
     by_seed = {result.settings["seed"]: result.values["val_loss"] for result in own}
     if len(by_seed) == len(own):
@@ -125,7 +118,7 @@ def pretrain_losses(results: Iterable[Result], arm: str) -> dict[object, float]:
 
 
 def capability(results: Sequence[Result]) -> Estimate | None:
-    """(iv) BASE minus PMP pretraining loss: the capability tax with its sign turned."""
+    """Return (iv): BASE minus PMP pretraining loss, the capability tax with its sign turned."""
     return difference(pretrain_losses(results, BASE), pretrain_losses(results, PMP))
 
 

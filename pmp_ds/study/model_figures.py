@@ -37,7 +37,7 @@ DIRECTIONS = {
 
 
 def draw(folder: Path, results: Sequence[Result]) -> dict[str, Picture]:
-    """Every picture that the results allow, by name."""
+    """Draw every picture that the results allow; returns them by name."""
     made = [_iou(folder, results), _pretraining(folder, results)]
     for kind, one in (("landscape", _landscape), ("gradients", _gradients)):
         by_arm = {result.arm: result for result in results if result.kind == kind}

@@ -21,7 +21,7 @@ class Section:
 
 
 def markdown(title: str, sections: Sequence[Section]) -> str:
-    """Pictures by their path below the report's folder."""
+    """Return the report as Markdown, pictures by their path below its folder."""
     lines = [f"# {title}", ""]
     for section in sections:
         lines += [f"## {section.title}", "", *map(_markdown, section.parts)]
@@ -39,7 +39,7 @@ def _markdown(part: str | Table | Picture) -> str:
 
 
 def page(title: str, sections: Sequence[Section], figures: Path) -> str:
-    """Self-contained: pictures of the folder ``figures`` are inside."""
+    """Return the report as HTML, with the pictures of the folder ``figures`` inside."""
 
     def content(name: str) -> str:
         return base64.b64encode((figures / f"{name}.png").read_bytes()).decode()

@@ -38,11 +38,11 @@ class Step:
     """Needs no step but those before it that are not independent: may run beside others."""
 
     def marker(self, root: Path) -> Path:
-        """Where it is written down that it is done."""
+        """Return the file that says that it is done."""
         return root / "done" / f"{self.name}.json"
 
     def is_done(self, root: Path) -> bool:
-        """It has run with this very command and its output is still there."""
+        """Return whether it has run with this very command and its output is still there."""
         where = self.marker(root)
         if not (where.exists() and self.output.exists()):
             return False
@@ -64,7 +64,7 @@ def steps(study: Study) -> list[Step]:
 
 
 def report_argv(study: Study) -> tuple[str, ...]:
-    """The last command; it always runs."""
+    """Return the last command; it always runs."""
     root = Path(study.root)
     runs = [f"{_label(study, arm)}={run_of(study, arm).root}" for arm in study.arms]
     audits = [str(root / "audit" / arm / "audit.json") for arm in study.audit.arms]
@@ -208,7 +208,7 @@ def _word(value: object) -> str:
 
 
 def describe(study: Study, planned: Sequence[Step]) -> str:
-    """The plan with counts: what is done, what is to do."""
+    """Return the plan with counts: what is done, what is to do."""
     root = Path(study.root)
     lines = []
     for step in planned:

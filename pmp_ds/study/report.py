@@ -68,7 +68,7 @@ def write(results_path: Path, audit_paths: Sequence[Path], out: Path) -> list[st
 
 
 def read_audit(path: Path) -> dict[str, Any]:
-    """An audit.json of pmp-ds audit."""
+    """Return an audit.json of pmp-ds audit."""
     require(path.exists(), f"{path} is missing: pmp-ds audit writes it")
     audit = read_json(path)
     require("attacks" in audit and "leaks" in audit, f"{path} is no audit.json")

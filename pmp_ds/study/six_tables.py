@@ -17,7 +17,7 @@ NOT_MEASURED = "not measured"
 
 
 def table_six(six: Headline) -> Table:
-    """One line per number; columns: what is averaged over is in the caption."""
+    """Return one line per number and column."""
     rows: list[tuple[str, ...]] = []
     for roman, words, found in six.contrasts:
         rows += [(roman, words, *line) for line in _contrast(found)]
@@ -92,7 +92,7 @@ def _audits(six: Headline) -> Iterator[tuple[str, ...]]:
 
 
 def table_columns(six: Headline) -> Table:
-    """(i) to (iii) for each column."""
+    """Return (i) to (iii) for each column."""
     columns = ordered({c for found in six.by_column.values() for c in found})
     rows = [
         (head(column), *(_short(found.get(column), column) for found in six.by_column.values()))
@@ -114,7 +114,7 @@ def _short(estimate: Estimate | None, column: str) -> str:
 
 
 def table_chosen(six: Headline, runs: Sequence[FineTune]) -> Table:
-    """Which settings won, of those that were varied."""
+    """Return which settings won, of those that were varied."""
     tried: dict[tuple[str, str], set[object]] = defaultdict(set)
     for run in runs:
         for setting, value in run.choice:
@@ -151,7 +151,7 @@ def table_controls(found: Sequence[Control]) -> Table:
 
 
 def table_audits(six: Headline) -> Table:
-    """Every attack of every audit."""
+    """Return every attack of every audit."""
     rates = "auc", "auc_outside_embeddings", "iou", "chance_iou"
     rows = [
         (path, row["attack"], *(_rate(row[name]) for name in rates), row["verdict"])

@@ -29,7 +29,7 @@ class Table:
         return f"{body}\n\n{plain(self.caption)}\n"
 
     def latex(self) -> str:
-        """A table environment that needs no package."""
+        """Return a table environment that needs no package."""
         frame = pd.DataFrame(self.rows, columns=list(self.head)).map(shown).rename(columns=shown)
         style = frame.style.hide(axis="index").set_table_styles([_SMALL, *_RULES])
         style = style.format(escape="latex").format_index(escape="latex", axis="columns")

@@ -6,8 +6,9 @@ import scipy.stats
 from pmp_ds.finetune.method import METHODS, RECOVERED
 from pmp_ds.results import Result
 from pmp_ds.study.attacker import crossing
+from pmp_ds.study.choice import best, with_average
 from pmp_ds.study.headline import contrast, gap, headline, secret
-from pmp_ds.study.runs import AVERAGE, best, fine_tunes, pick, with_average
+from pmp_ds.study.runs import AVERAGE, fine_tunes, pick
 from tests.helpers.study import fine_tune, pretrain
 
 
