@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -79,23 +80,17 @@ def intervals(
 ) -> None:
     """Draw a series of estimates at places, their intervals as bars; ``across`` from left to
     right."""
-    places: list[float] = []
-    means: list[float] = []
-    bars: list[tuple[float, float]] = []
-    for place, estimate in points:
-        low, high = estimate.interval or (estimate.mean, estimate.mean)
-        mean = estimate.mean * factor
-        places.append(place)
-        means.append(mean)
-        bars.append((mean - low * factor, high * factor - mean))
-    if not places:
+    rows = [(place, e.mean, *(e.interval or (e.mean, e.mean))) for place, e in points]
+    if not rows:
         return
+    places, *ends = np.array(rows).T
+    means, lows, highs = (factor * end for end in ends)
     x, y, direction = (means, places, "xerr") if across else (places, means, "yerr")
     axes.errorbar(
         x,
         y,
         **look(i),
-        **{direction: list(zip(*bars, strict=True))},
+        **{direction: [means - lows, highs - means]},
         linestyle=line,
         linewidth=1.2,
         markersize=4.5,
