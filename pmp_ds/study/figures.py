@@ -85,12 +85,14 @@ def intervals(
         return
     places, *ends = np.array(rows).T
     means, lows, highs = (factor * end for end in ends)
-    x, y, direction = (means, places, "xerr") if across else (places, means, "yerr")
+    x, y = (means, places) if across else (places, means)
+    bars = [means - lows, highs - means]
     axes.errorbar(
         x,
         y,
         **look(i),
-        **{direction: [means - lows, highs - means]},
+        xerr=bars if across else None,
+        yerr=None if across else bars,
         linestyle=line,
         linewidth=1.2,
         markersize=4.5,
@@ -178,7 +180,12 @@ def one_legend(figure: Figure, panels: Iterable[Axes], columns: int = 3) -> None
 
 
 def _majority(axes: Axes, majority: Mapping[str, float], columns: Sequence[str]) -> None:
-    style = {"color": "black", "linestyle": ":", "linewidth": 1.2, "label": "majority class"}
+    style: dict[str, Any] = {
+        "color": "black",
+        "linestyle": ":",
+        "linewidth": 1.2,
+        "label": "majority class",
+    }
     for i, column in enumerate(columns):
         if column in majority:
             axes.hlines(100 * majority[column], i - 0.42, i + 0.42, **style)
