@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 
 class Role(Enum):
-    """What somebody who fine-tunes so has beside the release, in the order of a report's tables."""
+    """What a method trains with, in the order of a report's tables."""
 
-    ATTACK = "nothing"
+    ATTACK = "the release alone"
     AUTHORIZED = "the model's own ticket"
     GUESS = "a random mask of the ticket's density"
     RECOVERED = "a mask that an attack recovered"
-    CONTROL = "more than any attacker, and another aim than a recipient"
+    CONTROL = "what no recipient and no attacker would use"
 
 
 def _all(config: "FinetuneConfig", ticket: "Ticket | None", model: Any) -> "Kept":
@@ -143,7 +143,7 @@ _ALL = (
 
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 RECOVERED = Method(name="recovered", title="With a recovered mask", role=Role.RECOVERED)
-"""What a report counts runs as whose mask is called otherwise than the model's own."""
+"""What a report counts runs as that trained with another mask than the model's own."""
 
 
 def reported(*roles: Role) -> list[Method]:
