@@ -66,7 +66,7 @@ def settings_of(config: FinetuneConfig, task: Task) -> dict[str, Any]:
         settings["val_blocks"] = config.run.val_blocks
     else:
         settings |= {"max_train": data["max_train"], "max_length": data["max_length"]}
-    return settings | METHODS[config.method].facts(config)
+    return settings | {n: fact(config) for n, fact in METHODS[config.method].facts.items()}
 
 
 def tune(

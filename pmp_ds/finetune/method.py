@@ -11,8 +11,9 @@
 A new method is a ``Method`` in ``METHODS``. Nothing here imports torch before a model is made.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,6 +24,17 @@ if TYPE_CHECKING:
 
     Table = Sequence[ParamInfo]
     Kept = tuple[ParamMask, str] | None
+    Facts = Mapping[str, Callable[[FinetuneConfig], Any]]
+
+
+class Role(Enum):
+    """What a method trains with, in the order of a report's tables."""
+
+    ATTACK = "the release alone"
+    AUTHORIZED = "the model's own ticket"
+    GUESS = "a random mask of the ticket's density"
+    RECOVERED = "a mask that an attack recovered"
+    CONTROL = "what no recipient and no attacker would use"
 
 
 def _all(config: "FinetuneConfig", ticket: "Ticket | None", model: Any) -> "Kept":
@@ -33,10 +45,6 @@ def _as_it_is(model: Any, config: "FinetuneConfig", has_head: bool) -> Any:
     return model
 
 
-def _nothing(config: "FinetuneConfig") -> dict[str, Any]:
-    return {}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """A method's name, permissions and functions."""
@@ -45,11 +53,8 @@ class Method:
     title: str
     """In tables."""
 
-    authorized: bool = False
-    """Whether it trains with the model's own ticket."""
-
-    control: bool = False
-    """Whether it is a control that no recipient or attacker would use."""
+    role: Role = Role.ATTACK
+    """What a report compares it as."""
 
     needs_ticket: bool = False
 
@@ -63,8 +68,8 @@ class Method:
     kept: Callable[["FinetuneConfig", "Ticket | None", Any], "Kept"] = _all
     """Returns the mask to train and its id; None: all trainable elements. Collective."""
 
-    facts: Callable[["FinetuneConfig"], dict[str, Any]] = _nothing
-    """Returns its own settings, as results record them."""
+    facts: "Facts" = field(default_factory=dict)
+    """Its own settings by name, as results record them."""
 
     @property
     def adapts(self) -> bool:
@@ -77,8 +82,8 @@ def _adapters(model: Any, config: "FinetuneConfig", has_head: bool) -> Any:
     return with_adapters(model, config, has_head)
 
 
-def _lora_facts(config: "FinetuneConfig") -> dict[str, Any]:
-    return {"lora": asdict(config.lora) | {"targets": list(config.lora.targets)}}
+def _lora_settings(config: "FinetuneConfig") -> dict[str, Any]:
+    return asdict(config.lora) | {"targets": list(config.lora.targets)}
 
 
 def _ticket(config: "FinetuneConfig", ticket: "Ticket | None", model: Any) -> "Kept":
@@ -102,39 +107,45 @@ def _random(config: "FinetuneConfig", ticket: "Ticket | None", model: Any) -> "K
     return with_head(drawn.mask, model), drawn.id
 
 
-def _mask_name(config: "FinetuneConfig") -> dict[str, Any]:
-    return {"mask": config.mask_name}
+def _mask_name(config: "FinetuneConfig") -> str:
+    return config.mask_name
 
 
+FULL = Method(name="full", title="Full fine-tuning", from_scratch=True)
 _ALL = (
-    Method(name="full", title="Full fine-tuning", from_scratch=True),
-    Method(name="lora", title="LoRA", adapt=_adapters, facts=_lora_facts),
+    FULL,
+    Method(name="lora", title="LoRA", adapt=_adapters, facts={"lora": _lora_settings}),
     Method(
         name="ticket",
         title="With the true mask (authorized)",
-        authorized=True,
+        role=Role.AUTHORIZED,
         needs_ticket=True,
         kept=_ticket,
-        facts=_mask_name,
+        facts={"mask": _mask_name},
     ),
     Method(
         name="random",
         title="With a random mask",
-        control=True,
+        role=Role.GUESS,
         from_scratch=True,
         kept=_random,
-        facts=lambda config: {"density": config.density},
+        facts={"density": lambda config: config.density},
     ),
     Method(
         name="complement",
         title="Complement only",
-        control=True,
+        role=Role.CONTROL,
         needs_ticket=True,
         kept=_complement,
-        facts=_mask_name,
+        facts={"mask": _mask_name},
     ),
 )
 
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
-UNAUTHORIZED = tuple(m.name for m in _ALL if not (m.authorized or m.control))
-"""The methods of an attacker who has only the release."""
+RECOVERED = Method(name="recovered", title="With a recovered mask", role=Role.RECOVERED)
+"""What a report counts runs as that trained with another mask than the model's own."""
+
+
+def reported(*roles: Role) -> list[Method]:
+    """Return the methods with one of ``roles``, or all of them, in the order of tables."""
+    return [m for role in roles or Role for m in (*METHODS.values(), RECOVERED) if m.role is role]

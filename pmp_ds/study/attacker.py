@@ -5,7 +5,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from pmp_ds.study.runs import BASE, PMP, FineTune, best, is_lm, pick
+from pmp_ds.study.choice import best
+from pmp_ds.study.runs import BASE, PMP, FineTune, by_task, is_lm, pick
 from pmp_ds.study.statistics import Estimate, level
 
 
@@ -24,13 +25,13 @@ class Tokens:
 
 
 def attacker_tokens(runs: Sequence[FineTune], names: Iterable[str]) -> Tokens | None:
-    """For each task and seed: the target is where BASE's best fine-tune ends; both arms may use
-    whichever setting reaches it first. None without curves of both."""
+    """Return (v), or None without curves of both. For each task and seed the target is where BASE's
+    best fine-tune ends; both arms may use whichever setting reaches it first."""
     ratios: dict[object, list[float]] = defaultdict(list)
     pairs, most = 0, 0.0
+    tasks = by_task(run for run in runs if run.curve)
     for task in names:
-        curves = [run for run in runs if run.task == task and run.curve]
-        base, pmp = pick(curves, arm=BASE), pick(curves, arm=PMP)
+        base, pmp = (pick(tasks.get(task, []), arm) for arm in (BASE, PMP))
         for run in best(base):
             own = [r for r in pmp if r.seed == run.seed]
             first = [_first(side, run, lower=is_lm(task)) for side in (base, own)]
@@ -55,7 +56,7 @@ def _first(group: Sequence[FineTune], target: FineTune, *, lower: bool) -> float
 
 
 def crossing(curve: Sequence[tuple[float, float]], target: float, *, lower: bool) -> float:
-    """Where the curve first is at ``target``, interpolated; infinite when it never is."""
+    """Return where the curve first is at ``target``, interpolated; infinite when it never is."""
     sign = -1.0 if lower else 1.0
     before: tuple[float, float] | None = None
     for place, value in curve:

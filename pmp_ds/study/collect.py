@@ -12,7 +12,7 @@ from pmp_ds.state.run_record import load_config, read_data
 
 
 def pretrain_result(run: RunDir, arm: str) -> Result:
-    """Losses and IoU trace of ``run``; it holds nothing of a single tensor.
+    """Return losses and IoU trace of ``run``; the line holds nothing of a single tensor.
 
     Raises UserError when ``run`` is no run, is not finished, never validated or has no release,
     whose weights name the model.

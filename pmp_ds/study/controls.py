@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pmp_ds.finetune.method import FULL, Method, Role, reported
 from pmp_ds.results import Result
-from pmp_ds.study.runs import BASE, CONTINUED, PMP, RANDOM, RECOVERED, FineTune, best, pick
+from pmp_ds.study.choice import best
+from pmp_ds.study.runs import BASE, CONTINUED, PMP, RANDOM, FineTune, by_task, pick
 
 LR_RANGE = 1e-5, 3e-3
 SCORES = "mean", "ema", "gradient"
@@ -28,21 +30,21 @@ def controls(results: Sequence[Result], runs: Sequence[FineTune]) -> list[Contro
     pretrained = [result for result in results if result.kind == "pretrain"]
     heads = sum(result.kind == "untrained-head" for result in results)
 
-    def tuned(*methods: str) -> list[FineTune]:
-        return pick(runs, arm=PMP, methods=methods)
+    def tuned(*methods: Method) -> list[FineTune]:
+        return pick(runs, PMP, methods)
 
     rows = {
         "BASE at equal budget": _budget(pretrained),
         "Random mask at equal density, pretrained": _random_arm(pretrained, runs),
-        "Random mask at equal density, fine-tuned on PMP": _count(tuned("random")),
-        "Complement only, fine-tuned on PMP": _count(tuned("complement")),
-        "Mask recovered by an attack, fine-tuned on PMP": _count(tuned(RECOVERED)),
+        "Random mask at equal density, fine-tuned on PMP": _count(tuned(*reported(Role.GUESS))),
+        **{f"{m.title}, fine-tuned on PMP": _count(tuned(m)) for m in reported(Role.CONTROL)},
+        "Mask recovered by an attack, fine-tuned on PMP": _count(tuned(*reported(Role.RECOVERED))),
         "Fine-tuning from scratch": _count([run for run in runs if run.scratch]),
         "Untrained head": f"{heads} measurements" if heads else "",
         "Learning rates from 1e-5 to 3e-3": _learning_rates(runs),
         "Longer fine-tuning": _epochs(runs),
         "Continued full pretraining of the release": _count(
-            [r for r in tuned("full") if r.task == CONTINUED]
+            [run for run in tuned(FULL) if run.task == CONTINUED]
         ),
         "Densities 0.5 to 1.0": _densities(pretrained),
         "Ticket from each score": _scores(pretrained),
@@ -73,7 +75,7 @@ def _random_arm(pretrained: Sequence[Result], runs: Sequence[FineTune]) -> str:
         return ""
     if density != other:
         return f"{NOT_RUN}: density {_list(other)} against {_list(density)}"
-    return f"density {_list(other)}" + ("" if pick(runs, arm=RANDOM) else ", not fine-tuned")
+    return f"density {_list(other)}" + ("" if pick(runs, RANDOM) else ", not fine-tuned")
 
 
 def _list(values: set[float]) -> str:
@@ -81,12 +83,12 @@ def _list(values: set[float]) -> str:
 
 
 def _count(runs: Sequence[FineTune]) -> str:
-    return f"{len(runs)} runs, tasks {', '.join(sorted({r.task for r in runs}))}" if runs else ""
+    return f"{len(runs)} runs, tasks {', '.join(by_task(runs))}" if runs else ""
 
 
 def _both(runs: Sequence[FineTune], name: str) -> list[float]:
     """Values of a setting that the attackers of both BASE and PMP have."""
-    sides = ({r.setting(name) for r in pick(runs, arm=arm)} for arm in (BASE, PMP))
+    sides = ({r.setting(name) for r in pick(runs, arm)} for arm in (BASE, PMP))
     return sorted(set.intersection(*sides) - {None})
 
 
@@ -134,15 +136,15 @@ def _pretraining_seeds(pretrained: Sequence[Result]) -> str:
 
 
 def edges(runs: Sequence[FineTune]) -> list[str]:
-    """Sweeps whose best learning rate is the first or the last one tried: it may lie beyond."""
+    """Return the sweeps whose best learning rate is the first or the last one tried: it may lie
+    beyond."""
     found = []
     for arm in (BASE, PMP):
-        for task in sorted({run.task for run in runs}):
-            for method in ("full", "lora", "ticket"):
-                own = [r for r in pick(runs, arm=arm, methods=(method,)) if r.task == task]
-                tried = sorted({r.setting("lr") for r in own} - {None})
-                chosen = best(own)
-                lr = chosen[0].setting("lr") if chosen else None
+        for task, own in by_task(runs).items():
+            for method in reported(Role.ATTACK, Role.AUTHORIZED):
+                sweep = pick(own, arm, [method])
+                tried = sorted({run.setting("lr") for run in sweep} - {None})
+                lr = best(sweep)[0].setting("lr") if sweep else None
                 if len(tried) > 2 and lr in (tried[0], tried[-1]):
-                    found.append(f"{arm}, {task}, {method}: {lr:g}")
+                    found.append(f"{arm}, {task}, {method.name}: {lr:g}")
     return found

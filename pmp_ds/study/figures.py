@@ -10,11 +10,12 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pmp_ds.errors import shown
-from pmp_ds.study.runs import AVERAGE, is_lm, ordered
+from pmp_ds.study.runs import is_lm, ordered
 from pmp_ds.study.statistics import Estimate
 
 COLOURS = ("#2a6fbb", "#d9822b", "#3a923a", "#8e5ea2", "#7f6a5f", "#c0392b", "#17a2b8", "#555555")
@@ -22,7 +23,6 @@ COLOURS = ("#2a6fbb", "#d9822b", "#3a923a", "#8e5ea2", "#7f6a5f", "#c0392b", "#1
 MARKERS = "osD^vPX*"
 GREY = "#888888"
 INTERVALS = "Bars are 95% intervals over runs; a point without one is a single run."
-LABELS = {AVERAGE: "Average"}
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,17 @@ class Picture:
     caption: str
 
 
-def save(figure: Figure, folder: Path, picture: Picture) -> Picture:
-    """figures/NAME.png and .svg; the same input gives the same bytes."""
+def panels(rows: int, columns: int, size: tuple[float, float], **settings: Any) -> tuple[Any, Any]:
+    """Return a figure and its axes, (rows, columns)."""
+    return plt.subplots(
+        rows, columns, figsize=size, layout="constrained", squeeze=False, **settings
+    )
+
+
+def save(figure: Figure, folder: Path, picture: Picture, title: str = "") -> Picture:
+    """Write figures/NAME.png and .svg; the same input gives the same bytes."""
+    if title:
+        figure.suptitle(title, fontsize=11)
     with matplotlib.rc_context({"svg.hashsalt": picture.name}):  # else ids in an SVG are random
         figure.savefig(folder / f"{picture.name}.png", dpi=130)
         figure.savefig(folder / f"{picture.name}.svg", metadata={"Date": None})
@@ -45,49 +54,98 @@ def save(figure: Figure, folder: Path, picture: Picture) -> Picture:
 
 
 def short(label: str, most: int = 28) -> str:
-    """A name for a picture: cut in the middle where it is long, and never a formula."""
+    """Return a name for a picture: cut in the middle where it is long, and never a formula."""
     label, half = re.sub(r"(?<!\\)\$", r"\\$", shown(label)), (most - 3) // 2
     return label if len(label) <= most else f"{label[:half]}...{label[-half:]}"
 
 
-def error(estimate: Estimate, factor: float) -> tuple[float, float, float]:
-    """Place and the two arms of its interval."""
-    mean = estimate.mean * factor
-    if estimate.low is None or estimate.high is None:
-        return mean, 0.0, 0.0
-    return mean, mean - estimate.low * factor, estimate.high * factor - mean
+def look(i: int) -> dict[str, Any]:
+    """Return the colour and marker of a series."""
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
 
 
-def dots(
+def not_run(axes: Axes) -> None:
+    axes.text(0.5, 0.5, "not run", transform=axes.transAxes, ha="center", color="#555555")
+
+
+def intervals(
+    axes: Axes,
+    i: int,
+    label: str,
+    points: Iterable[tuple[float, Estimate]],
+    *,
+    factor: float = 1.0,
+    line: str = "none",
+    across: bool = False,
+) -> None:
+    """Draw a series of estimates at places, their intervals as bars; ``across`` from left to
+    right."""
+    rows = [(place, e.mean, *(e.interval or (e.mean, e.mean))) for place, e in points]
+    if not rows:
+        return
+    places, *ends = np.array(rows).T
+    means, lows, highs = (factor * end for end in ends)
+    x, y = (means, places) if across else (places, means)
+    bars = [means - lows, highs - means]
+    axes.errorbar(
+        x,
+        y,
+        **look(i),
+        xerr=bars if across else None,
+        yerr=None if across else bars,
+        linestyle=line,
+        linewidth=1.2,
+        markersize=4.5,
+        capsize=2,
+        label=label,
+    )
+
+
+def by_kind(columns: Iterable[str]) -> list[list[str]]:
+    """Return GLUE's columns and those of losses, each in order, without an empty list."""
+    parts = [[c for c in ordered(columns) if is_lm(c) == lm] for lm in (False, True)]
+    return [part for part in parts if part]
+
+
+def by_column(
+    series: Mapping[str, Mapping[str, Estimate]], majority: Mapping[str, float]
+) -> Figure | None:
+    """Draw GLUE accuracies on the left, LM losses on the right; None without any."""
+    parts = by_kind({c for found in series.values() for c in found})
+    if not parts:
+        return None
+    widths = [max(2.6, 0.95 * len(part)) for part in parts]
+    size = max(6.4, sum(widths) + 1), 4.6
+    figure, grid = panels(1, len(parts), size, gridspec_kw={"width_ratios": widths})
+    for axes, part in zip(grid[0], parts, strict=True):
+        lm = is_lm(part[0])
+        _dots(axes, series, part, factor=1.0 if lm else 100.0)
+        axes.set_ylabel(
+            "loss (nats per token), lower is better" if lm else "accuracy (%), higher is better"
+        )
+        if not lm:
+            _majority(axes, majority, part)
+    one_legend(figure, grid[0])
+    return figure
+
+
+def _dots(
     axes: Axes,
     series: Mapping[str, Mapping[str, Estimate]],
     columns: Sequence[str],
     *,
-    factor: float = 100.0,
+    factor: float,
 ) -> None:
-    """One group of points per column, one colour per series, intervals as bars."""
+    """One group of points per column, one colour per series."""
     width = 0.7 / max(1, len(series))
     for i, (name, found) in enumerate(series.items()):
-        own = [c for c in columns if c in found]
-        if not own:
-            continue
-        places = [columns.index(c) + (i - (len(series) - 1) / 2) * width for c in own]
-        values = [error(found[c], factor) for c in own]
-        axes.errorbar(
-            places,
-            [v[0] for v in values],
-            yerr=list(zip(*(v[1:] for v in values), strict=True)),
-            fmt=MARKERS[i % len(MARKERS)],
-            color=COLOURS[i % len(COLOURS)],
-            markersize=4.5,
-            capsize=2,
-            elinewidth=1.2,
-            label=name,
-        )
+        aside = (i - (len(series) - 1) / 2) * width
+        points = [(at + aside, found[c]) for at, c in enumerate(columns) if c in found]
+        intervals(axes, i, name, points, factor=factor)
     many = len(columns) > 4
     axes.set_xticks(
         range(len(columns)),
-        [LABELS.get(c, short(c)) for c in columns],
+        [short(c) for c in columns],
         rotation=40 if many else 0,
         ha="right" if many else "center",
         rotation_mode="anchor",
@@ -99,43 +157,9 @@ def dots(
     axes.grid(axis="y", linewidth=0.3)
 
 
-def by_column(
-    series: Mapping[str, Mapping[str, Estimate]],
-    title: str,
-    majority: Mapping[str, float] | None = None,
-) -> Figure | None:
-    """GLUE accuracies on the left, LM losses on the right; None without any."""
-    columns = ordered({c for found in series.values() for c in found})
-    glue, lm = [c for c in columns if not is_lm(c)], [c for c in columns if is_lm(c)]
-    panels = [part for part in (glue, lm) if part]
-    if not panels:
-        return None
-    widths = [max(2.6, 0.95 * len(part)) for part in panels]
-    figure, grid = plt.subplots(
-        1,
-        len(panels),
-        figsize=(max(6.4, sum(widths) + 1), 4.6),
-        layout="constrained",
-        gridspec_kw={"width_ratios": widths},
-        squeeze=False,
-    )
-    for axes, part in zip(grid[0], panels, strict=True):
-        dots(axes, series, part, factor=100.0 if part is glue else 1.0)
-        axes.set_ylabel(
-            "accuracy (%), higher is better"
-            if part is glue
-            else "loss (nats per token), lower is better"
-        )
-        if part is glue and majority:
-            _majority(axes, majority, part)
-    one_legend(figure, grid[0])
-    figure.suptitle(title, fontsize=11)
-    return figure
-
-
 def one_legend(figure: Figure, panels: Iterable[Axes], columns: int = 3) -> None:
-    """Below all panels, so that long names never cover a curve; in fewer columns where they would
-    not fit beside each other."""
+    """Put it below all panels, so that long names never cover a curve; in fewer columns where they
+    would not fit beside each other."""
     known: dict[str, Any] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -156,14 +180,12 @@ def one_legend(figure: Figure, panels: Iterable[Axes], columns: int = 3) -> None
 
 
 def _majority(axes: Axes, majority: Mapping[str, float], columns: Sequence[str]) -> None:
+    style: dict[str, Any] = {
+        "color": "black",
+        "linestyle": ":",
+        "linewidth": 1.2,
+        "label": "majority class",
+    }
     for i, column in enumerate(columns):
         if column in majority:
-            axes.hlines(
-                100 * majority[column],
-                i - 0.42,
-                i + 0.42,
-                color="black",
-                linestyle=":",
-                linewidth=1.2,
-                label="majority class",
-            )
+            axes.hlines(100 * majority[column], i - 0.42, i + 0.42, **style)

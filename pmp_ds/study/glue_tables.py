@@ -1,34 +1,27 @@
 """The paper's Table 1 and its companions: what each arm scores at each stage."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from statistics import fmean
 
-from pmp_ds.finetune import method as tuning
-from pmp_ds.finetune.method import UNAUTHORIZED
+from pmp_ds.finetune.method import Method, Role, reported
 from pmp_ds.results import Result
+from pmp_ds.study.choice import Cell, Scores, best, by_method, cells, samples, with_average
 from pmp_ds.study.runs import (
     AVERAGE,
     BASE,
     PMP,
     RANDOM,
-    RECOVERED,
-    Cell,
     FineTune,
-    Unit,
-    best,
-    by_method,
-    cells,
+    by_task,
+    digits,
     is_lm,
     ordered,
     pick,
-    samples,
-    tasks,
-    with_average,
 )
 from pmp_ds.study.statistics import Estimate, level
 from pmp_ds.study.tables import Table
 
-_TITLES = [(name, one.title) for name, one in tuning.METHODS.items()]
-METHODS = dict([*_TITLES[:-1], (RECOVERED, "With a recovered mask"), _TITLES[-1]])
 HEADS = {"untrained-head": "Untrained head", "zero-shot": "Zero-shot"}
 
 Levels = Mapping[str, Estimate]
@@ -36,77 +29,77 @@ Levels = Mapping[str, Estimate]
 
 
 def arms(names: Iterable[str]) -> list[str]:
-    """Those with a role first."""
+    """Return ``names``, those with a role first."""
     order = {arm: i for i, arm in enumerate((BASE, PMP, RANDOM))}
     return sorted(set(names), key=lambda arm: (order.get(arm, len(order)), arm))
 
 
-def levels(found: Mapping[str, Mapping[Unit, float]]) -> Levels:
+def levels(found: Scores) -> Levels:
     return {c: level([-v if is_lm(c) else v for v in u.values()]) for c, u in found.items()}
 
 
-def fine_tuned(
-    runs: Sequence[FineTune], arm: str, methods: Sequence[str], *, primary: bool = False
+def tuned(
+    runs: Iterable[FineTune],
+    grids: Mapping[str, Collection[Cell]] | None = None,
+    *,
+    primary: bool = False,
 ) -> Levels:
-    """The best cell of each task. Without the mask, every arm chooses among the cells that BASE and
-    PMP both completed, so that none has more tries than another."""
-    found: dict[str, Mapping[Unit, float]] = {}
-    for task in tasks(runs):
-        own = [run for run in pick(runs, arm=arm, methods=methods) if run.task == task]
-        grid = _grid(runs, task, methods) if set(methods) <= set(UNAUTHORIZED) else None
-        chosen = best(own, grid, by_method, primary=primary)
+    """Return the best cell of each task, among those of ``grids``."""
+    found: Scores = {}
+    for task, own in by_task(runs).items():
+        chosen = best(own, grids and grids[task], primary=primary)
         found.update(samples(chosen, primary=primary))
-    return levels(found if primary else with_average(found))
+    return levels(found if primary else with_average(found))  # metrics have no common scale
 
 
-def _grid(runs: Sequence[FineTune], task: str, methods: Sequence[str]) -> set[Cell]:
-    sides = (
-        cells([r for r in pick(runs, arm=arm, methods=methods) if r.task == task], by_method)
-        for arm in (BASE, PMP)
+def fine_tuned(
+    runs: Sequence[FineTune], arm: str, methods: Sequence[Method], *, primary: bool = False
+) -> Levels:
+    """Return the best cell of each task. Without the mask, every arm chooses among the cells that
+    BASE and PMP both completed, so that none has more tries than another."""
+    grids = None
+    if all(method.role is Role.ATTACK for method in methods):
+        grids = {task: _shared(own, methods) for task, own in by_task(runs).items()}
+    return tuned(pick(runs, arm, methods), grids, primary=primary)
+
+
+def _shared(runs: Sequence[FineTune], methods: Sequence[Method]) -> set[Cell]:
+    return set.intersection(
+        *(set(cells(pick(runs, arm, methods), by_method)) for arm in (BASE, PMP))
     )
-    return set.intersection(*map(set, sides))
-
-
-def from_scratch(runs: Sequence[FineTune]) -> Levels:
-    """The best cell of each task among the runs that started from initial weights."""
-    own = [run for run in runs if run.scratch]
-    found: dict[str, Mapping[Unit, float]] = {}
-    for task in tasks(own):
-        found.update(samples(best(run for run in own if run.task == task)))
-    return levels(with_average(found))
 
 
 def heads(results: Iterable[Result], arm: str, kind: str) -> Levels:
-    """Accuracies without any fine-tuning, over the seeds."""
-    found: dict[str, dict[Unit, float]] = {}
+    """Return accuracies without any fine-tuning, over the seeds."""
+    found: Scores = defaultdict(dict)
     for result in results:
         if result.kind == kind and result.arm == arm:
+            unit = (result.model_digest, result.settings.get("seed", 0))
             for column, values in result.values["metrics"].items():
-                unit = (result.model_digest, result.settings.get("seed", 0))
-                found.setdefault(column, {})[unit] = values["accuracy"]
+                found[column][unit] = values["accuracy"]
     return levels(with_average(found))
 
 
 def majority(results: Iterable[Result]) -> dict[str, float]:
-    """column -> accuracy of the most frequent label, and the average."""
+    """Return column -> accuracy of the most frequent label, and the average."""
     found = {
         column: values["accuracy"]
         for result in results
         for column, values in result.values.get("majority", {}).items()
         if "accuracy" in values
     }
-    return found | ({AVERAGE: sum(found.values()) / len(found)} if len(found) > 1 else {})
+    return found | ({AVERAGE: fmean(found.values())} if len(found) > 1 else {})
 
 
 def cell(estimate: Estimate | None, column: str) -> str:
-    """`83.1 ± 0.4` in percent, or nats; an asterisk stands for one seed."""
+    """Return `83.1 ± 0.4` in percent, or nats; an asterisk stands for one seed."""
     if estimate is None:
         return "-"
-    factor, digits = (1.0, 4) if is_lm(column) else (100.0, 2)
-    text = f"{estimate.mean * factor:.{digits}f}"
-    if estimate.high is None:
-        return f"{text}*"
-    return f"{text} ± {(estimate.high - estimate.mean) * factor:.{digits}f}"
+    factor, places = 1.0 if is_lm(column) else 100.0, digits(column)
+    text = f"{estimate.mean * factor:.{places}f}"
+    if estimate.interval is None:
+        return text + "*" * estimate.n
+    return f"{text} ± {(estimate.interval[1] - estimate.mean) * factor:.{places}f}"
 
 
 CELLS = (
@@ -115,66 +108,65 @@ CELLS = (
     "the settings that BASE and PMP both completed."
 )
 
+Row = tuple[tuple[str, str], Levels]
+
+
+def _table(
+    name: str,
+    caption: str,
+    labels: tuple[str, str],
+    rows: Sequence[Row],
+    title: Callable[[str], str],
+) -> Table:
+    columns = ordered({column for _, found in rows for column in found})
+    return Table(
+        name,
+        f"{caption} {CELLS}",
+        (*labels, *map(title, columns)),
+        [(*own, *(cell(found.get(c), c) for c in columns)) for own, found in rows if found],
+    )
+
 
 def table_one(results: Sequence[Result], runs: Sequence[FineTune]) -> Table:
-    """The paper's Table 1, beside the majority class and fine-tuning from scratch."""
-    rows: list[tuple[str, str, Levels]] = []
+    """Return the paper's Table 1, beside the majority class and fine-tuning from scratch."""
     names = arms(r.arm for r in results if r.kind in ("finetune", *HEADS))
+    exact = {column: Estimate(mean=value, n=0) for column, value in majority(results).items()}
+    rows: list[Row] = [(("Majority class", "-"), exact)]
     for kind, words in HEADS.items():
-        rows += [(words, arm, heads(results, arm, kind)) for arm in names]
-    for method in reversed(UNAUTHORIZED):
-        rows += [(METHODS[method], arm, fine_tuned(runs, arm, (method,))) for arm in names]
-    rows.append(("Full from scratch", "-", from_scratch(runs)))
-    classes = {c: Estimate(mean=v, n=1, low=v, high=v) for c, v in majority(results).items()}
-    columns = ordered({c for _, _, found in rows for c in found})
-    text = [(s, arm, *(cell(lv.get(c), c) for c in columns)) for s, arm, lv in rows if lv]
-    if classes:
-        exact = (f"{100 * classes[c].mean:.2f}" if c in classes else "-" for c in columns)
-        text.insert(0, ("Majority class", "-", *exact))
-    return Table(
-        "table1",
-        f"Table 1. GLUE validation, accuracy-style scores. {CELLS}",
-        ("Stage", "Arm", *map(head, columns)),
-        text,
-    )
+        rows += [((words, arm), heads(results, arm, kind)) for arm in names]
+    for method in reversed(reported(Role.ATTACK)):
+        rows += [((method.title, arm), fine_tuned(runs, arm, [method])) for arm in names]
+    rows.append((("Full from scratch", "-"), tuned(run for run in runs if run.scratch)))
+    caption = "Table 1. GLUE validation, accuracy-style scores."
+    return _table("table1", caption, ("Stage", "Arm"), rows, head)
 
 
 def table_methods(runs: Sequence[FineTune]) -> Table:
-    """Authorized against unauthorized on every arm, with the controls."""
-    rows = []
-    for arm in arms(run.arm for run in runs):
-        for method, words in METHODS.items():
-            if found := fine_tuned(runs, arm, (method,)):
-                rows.append((arm, words, found))
-    columns = ordered({c for *_, found in rows for c in found})
-    return Table(
-        "methods",
-        f"Fine-tuning methods. {CELLS}",
-        ("Arm", "Method", *map(head, columns)),
-        [(arm, words, *(cell(found.get(c), c) for c in columns)) for arm, words, found in rows],
-    )
+    """Compare authorized with unauthorized on every arm, with the controls."""
+    return _table("methods", "Fine-tuning methods.", ("Arm", "Method"), _methods(runs), head)
 
 
 def table_canonical(runs: Sequence[FineTune]) -> Table:
-    """The tasks' own metrics; each arm and method at the setting best in that metric."""
+    """Return the tasks' own metrics; each arm and method at the setting best in that metric."""
     glue = [run for run in runs if not is_lm(run.task)]
-    rows = []
-    for arm in arms(run.arm for run in glue):
-        for method, words in METHODS.items():
-            if found := fine_tuned(glue, arm, (method,), primary=True):
-                rows.append((arm, words, found))
-    names = {c: metric for run in glue for c, metric in run.primary.items()}
-    columns = ordered({c for *_, found in rows for c in found})
-    return Table(
-        "canonical",
-        f"Each task's canonical metric. {CELLS}",
-        ("Arm", "Method", *(f"{c} ({names[c]})" for c in columns)),
-        [(arm, words, *(cell(found.get(c), c) for c in columns)) for arm, words, found in rows],
+    names = {column: metric for run in glue for column, metric in run.primary.items()}
+    rows = _methods(glue, primary=True)
+    caption = "Each task's canonical metric."
+    return _table(
+        "canonical", caption, ("Arm", "Method"), rows, lambda column: f"{column} ({names[column]})"
     )
 
 
+def _methods(runs: Sequence[FineTune], *, primary: bool = False) -> list[Row]:
+    return [
+        ((arm, method.title), fine_tuned(runs, arm, [method], primary=primary))
+        for arm in arms(run.arm for run in runs)
+        for method in reported()
+    ]
+
+
 def table_other(results: Sequence[Result]) -> Table:
-    """One line per arm and measurement; with several models of an arm one line each."""
+    """Return one line per arm and measurement; with several models of an arm one line each."""
     found = [(result.arm, *line) for result in results for line in _lines(result)]
     order = arms(arm for arm, *_ in found)
     found.sort(key=lambda line: (line[1], order.index(line[0])))
@@ -205,4 +197,4 @@ def _nats(loss: float) -> str:
 
 
 def head(column: str) -> str:
-    return f"{column} (nats)" if is_lm(column) else "Average" if column == AVERAGE else column
+    return f"{column} (nats)" if is_lm(column) else column

@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import jinja2
+
+from pmp_ds.errors import shown
 from pmp_ds.study.figures import Picture
-from pmp_ds.study.tables import Table, as_html, plain
+from pmp_ds.study.tables import Table, plain
 
 
 @dataclass(frozen=True)
@@ -18,64 +21,43 @@ class Section:
 
 
 def markdown(title: str, sections: Sequence[Section]) -> str:
-    """Pictures by their path below the report's folder."""
+    """Return the report as Markdown, pictures by their path below its folder."""
     lines = [f"# {title}", ""]
     for section in sections:
-        lines += [f"## {section.title}", ""]
-        for part in section.parts:
-            match part:
-                case Table():
-                    lines.append(part.markdown())
-                case Picture():
-                    text = (
-                        f"![{plain(part.alt)}](figures/{part.name}.png)\n\n{plain(part.caption)}\n"
-                    )
-                    lines.append(text)
-                case _:
-                    lines.append(f"{plain(part)}\n")
+        lines += [f"## {section.title}", "", *map(_markdown, section.parts)]
     return "\n".join(lines)
 
 
+def _markdown(part: str | Table | Picture) -> str:
+    match part:
+        case Table():
+            return part.markdown()
+        case Picture():
+            return f"![{plain(part.alt)}](figures/{part.name}.png)\n\n{plain(part.caption)}\n"
+        case _:
+            return f"{plain(part)}\n"
+
+
 def page(title: str, sections: Sequence[Section], figures: Path) -> str:
-    """Self-contained: pictures of the folder ``figures`` are inside."""
-    body = [f"<h1>{as_html(title)}</h1>"]
-    for section in sections:
-        body.append(f"<h2>{as_html(section.title)}</h2>")
-        for part in section.parts:
-            match part:
-                case Table():
-                    body.append(part.html())
-                case Picture():
-                    body.append(_figure(part, figures))
-                case _:
-                    body.append(f"<p>{as_html(part)}</p>")
-    return _PAGE.format(title=as_html(title), style=_STYLE, body="\n".join(body))
+    """Return the report as HTML, with the pictures of the folder ``figures`` inside."""
+
+    def content(name: str) -> str:
+        return base64.b64encode((figures / f"{name}.png").read_bytes()).decode()
+
+    return _PAGE.render(title=title, sections=sections, content=content)
 
 
-def _figure(picture: Picture, figures: Path) -> str:
-    content = base64.b64encode((figures / f"{picture.name}.png").read_bytes()).decode()
-    return (
-        f'<figure><img src="data:image/png;base64,{content}" alt="{as_html(picture.alt)}">\n'
-        f"<figcaption>{as_html(picture.caption)}</figcaption></figure>"
-    )
-
-
-_PAGE = """\
+# Every value is escaped, and spelled out where a browser or an editor would obey it.
+_PAGE = jinja2.Environment(
+    autoescape=True, finalize=shown, trim_blocks=True, keep_trailing_newline=True
+).from_string("""\
 <!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
-
-_STYLE = """
+<title>{{ title }}</title>
+<style>
 :root { color-scheme: light dark; --line: #8886; --soft: #8881; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
 h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
@@ -89,4 +71,31 @@ tbody tr:nth-child(odd) { background: var(--soft); }
 figure { margin: 1.5rem 0; }
 img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
 figcaption { font-size: 0.85rem; opacity: 0.8; }
-"""
+</style>
+</head>
+<body>
+<h1>{{ title }}</h1>
+{% for section in sections %}
+<h2>{{ section.title }}</h2>
+{% for part in section.parts %}
+{% if part is string %}
+<p>{{ part }}</p>
+{% elif part.rows is defined %}
+<div class="wide"><table>
+<caption>{{ part.caption }}</caption>
+<thead><tr>{% for cell in part.head %}<th scope="col">{{ cell }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in part.rows %}
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody>
+</table></div>
+{% else %}
+<figure><img src="data:image/png;base64,{{ content(part.name) }}" alt="{{ part.alt }}">
+<figcaption>{{ part.caption }}</figcaption></figure>
+{% endif %}
+{% endfor %}
+{% endfor %}
+</body>
+</html>
+""")

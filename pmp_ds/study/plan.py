@@ -1,16 +1,16 @@
 """A study as the commands that make it, in order, and which of them are done."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pmp_ds.cli import parse
 from pmp_ds.config import Config
 from pmp_ds.finetune.config import FinetuneConfig
-from pmp_ds.finetune.method import METHODS
+from pmp_ds.finetune.method import METHODS, Role
 from pmp_ds.run_dir import RunDir, read_json
-from pmp_ds.study.recipe import Arm, Flags, Study, Tuning
+from pmp_ds.study.recipe import Arm, Study, Tuning
 
 _VOCAB = 1 << 18  # stands for that of a tokenizer that may not be there yet
 _COMMANDS = "pmp_ds.commands."
@@ -38,42 +38,38 @@ class Step:
     """Needs no step but those before it that are not independent: may run beside others."""
 
     def marker(self, root: Path) -> Path:
-        """Where it is written down that it is done."""
+        """Return the file that says that it is done."""
         return root / "done" / f"{self.name}.json"
 
     def is_done(self, root: Path) -> bool:
-        """It has run with this very command and its output is still there."""
+        """Return whether it has run with this very command and its output is still there."""
         where = self.marker(root)
         if not (where.exists() and self.output.exists()):
             return False
         words = list(read_json(where).get("argv") or [""])
         if words[0].endswith(".py"):  # written by pmp-ds 0.1.0.dev, which ran files
-            words[:1] = _verb(Path(words[0]).stem)
+            words[:1] = _argv(Path(words[0]).stem)
         return words == list(self.argv)
 
 
 def steps(study: Study) -> list[Step]:
-    """Every command but the report. Raises UserError for an arm that cannot be configured."""
-    planned = (
-        *_prepare(study),
-        *_pretrain(study),
-        *_tune(study),
-        *_evaluate(study),
-        *_audit(study),
-    )
+    """Return every command but the report. Raises UserError for an arm that cannot be
+    configured."""
+    parts = _prepare, _pretrain, _tune, _evaluate, _audit
     return [
         replace(step, argv=tuple(word.replace(ROOT, study.root) for word in step.argv))
-        for step in planned
+        for part in parts
+        for step in part(study)
     ]
 
 
 def report_argv(study: Study) -> tuple[str, ...]:
-    """The last command; it always runs."""
+    """Return the last command; it always runs."""
     root = Path(study.root)
     runs = [f"{_label(study, arm)}={run_of(study, arm).root}" for arm in study.arms]
     audits = [str(root / "audit" / arm / "audit.json") for arm in study.audit.arms]
-    flags = ["--study", str(root), "--collect", *runs]
-    return (*_verb("report"), *flags, *(["--audit", *audits] if audits else []))
+    flags = {"study": root, "collect": runs, **({"audit": audits} if audits else {})}
+    return _argv("report", flags)
 
 
 def run_of(study: Study, arm: str) -> RunDir:
@@ -87,7 +83,7 @@ def _label(study: Study, arm: str) -> str:
 
 def _prepare(study: Study) -> Iterator[Step]:
     for store, flags in study.stores.items():
-        argv = (*_verb("prepare_data"), "--out", store, *_flags(flags))
+        argv = _argv("prepare_data", {"out": store, **flags})
         yield Step(f"prepare-{Path(store).name}", argv, Path(store) / "manifest.json")
 
 
@@ -95,10 +91,9 @@ def _pretrain(study: Study) -> Iterator[Step]:
     for name, arm in study.arms.items():
         run, flags = run_of(study, name), _arm_flags(study, name, arm)
         parse(Config, flags)  # its mistakes before the first hour
-        checkpoints = run.checkpoints
-        yield Step(f"pretrain-{name}", (*_verb("pretrain"), *flags), checkpoints, ranks=True)
-        argv = (*_verb("export"), "--run", str(run.root))
-        yield Step(f"export-{name}", argv, run.release)
+        argv = (*_argv("pretrain"), *flags)
+        yield Step(f"pretrain-{name}", argv, run.checkpoints, ranks=True)
+        yield Step(f"export-{name}", _argv("export", {"run": run.root}), run.release)
 
 
 def rehearse_arms(study: Study, planned: Sequence[Step]) -> None:
@@ -121,16 +116,15 @@ def rehearse_arms(study: Study, planned: Sequence[Step]) -> None:
 
 def _arm_flags(study: Study, name: str, arm: Arm) -> list[str]:
     configs = [word for path in arm.configs for word in ("--config", path)]
-    where = ["--run.root", str(Path(study.root) / "runs"), "--run.name", name]
-    return [*configs, *_flags(arm.settings), *where]
+    where = {"run.root": Path(study.root) / "runs", "run.name": name}
+    return [*configs, *_flags(arm.settings), *_flags(where)]
 
 
 def _tune(study: Study) -> Iterator[Step]:
     for number, tuning in enumerate(study.tunings):
         for arm in tuning.arms:
-            density = _density(study, arm) if "random" in tuning.methods else None
             for task in tuning.tasks:
-                step = _tuning(study, tuning, arm, task, f"{number}-{arm}-{task}", density)
+                step = _tuning(study, tuning, arm, task, f"{number}-{arm}-{task}")
                 if (arm, task) == (tuning.arms[0], tuning.tasks[0]):
                     _check_tuning(step)
                 yield step
@@ -151,20 +145,23 @@ def _check_tuning(step: Step) -> None:
     parse(FinetuneConfig, words)
 
 
-def _tuning(
-    study: Study, tuning: Tuning, arm: str, task: str, name: str, density: float | None
-) -> Step:
+def _tuning(study: Study, tuning: Tuning, arm: str, task: str, name: str) -> Step:
     root, run = Path(study.root), run_of(study, arm)
+    methods = [METHODS[name] for name in tuning.methods if name in METHODS]
+    flags: dict[str, object] = {
+        "model": run.release,
+        "task": task,
+        "arm": _label(study, arm),
+        "results": root / "results.jsonl",
+        "run.root": root / "finetune",
+        "run.name": name,
+    }
+    if any(method.needs_ticket for method in methods):
+        flags["ticket"] = run.ticket
+    if any(method.role is Role.GUESS for method in methods) and "density" not in tuning.settings:
+        flags["density"] = _density(study, arm)
     grid: dict[str, Sequence[object]] = {"method": tuning.methods, **tuning.sweep}
-    argv = [*_verb("finetune"), "--model", str(run.release), "--task", task]
-    argv += ["--arm", _label(study, arm)]
-    argv += ["--results", str(root / "results.jsonl")]
-    argv += ["--run.root", str(root / "finetune"), "--run.name", name]
-    if any(name in METHODS and METHODS[name].needs_ticket for name in tuning.methods):
-        argv += ["--ticket", str(run.ticket)]
-    if density is not None and "density" not in tuning.settings:
-        argv += ["--density", str(density)]
-    argv += _flags(tuning.settings)
+    argv = [*_argv("finetune", flags), *_flags(tuning.settings)]
     for setting, values in grid.items():
         argv += ["--sweep", f"{setting}={','.join(map(_word, values))}"]
     cells = math.prod(len(values) for values in grid.values())
@@ -173,48 +170,32 @@ def _tuning(
 
 
 def _evaluate(study: Study) -> Iterator[Step]:
-    root = Path(study.root)
+    output = Path(study.root) / "results.jsonl"
     for number, evaluation in enumerate(study.evaluations):
         for arm in evaluation.arms:
-            run = run_of(study, arm)
-            argv = [*_verb("evaluate"), *evaluation.measures, "--model", str(run.release)]
-            argv += ["--arm", _label(study, arm), "--results", str(root / "results.jsonl")]
-            if {"landscape", "gradients"} & set(evaluation.measures):
-                argv += ["--ticket", str(run.ticket)]
-            argv += _flags(evaluation.settings)
-            yield Step(
-                f"evaluate-{number}-{arm}",
-                tuple(argv),
-                root / "results.jsonl",
-                cells=len(evaluation.measures),
-                independent=True,
-            )
+            run, measures = run_of(study, arm), evaluation.measures
+            flags = {"model": run.release, "arm": _label(study, arm), "results": output}
+            if {"landscape", "gradients"} & set(measures):
+                flags["ticket"] = run.ticket
+            argv = (*_argv("evaluate"), *measures, *_flags(flags), *_flags(evaluation.settings))
+            name = f"evaluate-{number}-{arm}"
+            yield Step(name, argv, output, cells=len(measures), independent=True)
 
 
 def _audit(study: Study) -> Iterator[Step]:
     for arm in study.audit.arms:
         run, out = run_of(study, arm), Path(study.root) / "audit" / arm
-        argv = (
-            *_verb("audit"),
-            "--release",
-            str(run.release),
-            "--ticket",
-            str(run.ticket),
-            "--config",
-            str(run.config),
-            "--out",
-            str(out),
-            *_flags(study.audit.settings),
-        )
+        flags = {"release": run.release, "ticket": run.ticket, "config": run.config, "out": out}
+        argv = (*_argv("audit", flags), *_flags(study.audit.settings))
         yield Step(f"audit-{arm}", argv, out / "audit.json", may_leak=True, independent=True)
 
 
-def _verb(name: str) -> tuple[str, str]:
-    """What Python starts `pmp-ds NAME` with."""
-    return "-m", f"{_COMMANDS}{name}"
+def _argv(verb: str, flags: Mapping[str, object] | None = None) -> tuple[str, ...]:
+    """Return what Python starts `pmp-ds VERB` with: a module, which an installed wheel has too."""
+    return ("-m", f"{_COMMANDS}{verb}", *_flags(flags or {}))
 
 
-def _flags(flags: Flags) -> list[str]:
+def _flags(flags: Mapping[str, object]) -> list[str]:
     words: list[str] = []
     for name, value in flags.items():
         given = value if isinstance(value, list) else [value]
@@ -227,7 +208,7 @@ def _word(value: object) -> str:
 
 
 def describe(study: Study, planned: Sequence[Step]) -> str:
-    """The plan with counts: what is done, what is to do."""
+    """Return the plan with counts: what is done, what is to do."""
     root = Path(study.root)
     lines = []
     for step in planned:

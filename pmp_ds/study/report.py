@@ -1,5 +1,6 @@
 """All of a study's results to a folder: report.md, report.html, tables/, figures/."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from pmp_ds.study import glue_figures, measured, model_figures
 from pmp_ds.study.controls import Control, controls, edges
 from pmp_ds.study.figures import Picture
 from pmp_ds.study.glue_tables import table_canonical, table_methods, table_one, table_other
-from pmp_ds.study.headline import MATCHED, Headline, headline, models_per_arm
+from pmp_ds.study.headline import MATCHED, Headline, headline
 from pmp_ds.study.page import Section, markdown, page
 from pmp_ds.study.runs import FineTune, fine_tunes
 from pmp_ds.study.six_tables import (
@@ -67,7 +68,7 @@ def write(results_path: Path, audit_paths: Sequence[Path], out: Path) -> list[st
 
 
 def read_audit(path: Path) -> dict[str, Any]:
-    """An audit.json of pmp-ds audit."""
+    """Return an audit.json of pmp-ds audit."""
     require(path.exists(), f"{path} is missing: pmp-ds audit writes it")
     audit = read_json(path)
     require("attacks" in audit and "leaks" in audit, f"{path} is no audit.json")
@@ -83,57 +84,51 @@ def sections(
     six: Headline,
     pictures: Mapping[str, Picture],
 ) -> list[Section]:
-    """The report in order; a part that was not measured says so."""
+    """Return the report in order; a part that was not measured says so."""
     checks = controls(results, runs)
-    return [
-        Section("Verdict", [*verdict(six), *_reservations(runs, checks)]),
-        Section(
-            "The six numbers",
-            [
-                table_six(six),
-                table_columns(six),
-                pictures.get("gaps", NOT_RUN),
-            ],
-        ),
-        Section("Table 1: base, LoRA and full fine-tuning", _or_not_run(table_one(results, runs))),
-        Section(
-            "Figure 3: authorized against unauthorized",
-            [
-                pictures.get("figure3", NOT_RUN),
-                *_tables(table_methods(runs)),
-            ],
-        ),
-        Section(
-            "Figure 2: early-bird ticket against random mask",
-            [
-                pictures.get("figure2a", f"Before fine-tuning: {NOT_RUN.lower()}"),
-                pictures.get("figure2b", f"After fine-tuning: {NOT_RUN.lower()}"),
-            ],
-        ),
-        Section("Figure 4: density, learning rate, epochs", [pictures.get("figure4", NOT_RUN)]),
-        Section("Figure 5: loss landscape", [pictures.get("figure5", NOT_RUN)]),
-        Section("Figure 6: gradients", [pictures.get("figure6", NOT_RUN)]),
-        Section("Stability of the ticket", [pictures.get("iou", NOT_RUN)]),
-        Section("Pretraining", [pictures.get("pretraining", NOT_RUN)]),
-        Section("The models without fine-tuning", _or_not_run(table_other(results))),
-        Section("Audit", _or_not_run(table_audits(six))),
-        Section("Canonical metrics", _or_not_run(table_canonical(runs))),
-        Section("Controls", [table_controls(checks), *_edges(runs)]),
-        Section("How the numbers were made", [*METHOD, *_tables(table_chosen(six, runs))]),
-        Section("Measurements", [_provenance(results)]),
-    ]
+
+    def picture(name: str, absent: str = NOT_RUN) -> Part:
+        return pictures.get(name, absent)
+
+    parts: dict[str, Sequence[Part]] = {
+        "Verdict": [*verdict(six), *_reservations(runs, checks)],
+        "The six numbers": [table_six(six), table_columns(six), picture("gaps")],
+        "Table 1: base, LoRA and full fine-tuning": _or_not_run(table_one(results, runs)),
+        "Figure 3: authorized against unauthorized": [
+            picture("figure3"),
+            *_if_any(table_methods(runs)),
+        ],
+        "Figure 2: early-bird ticket against random mask": [
+            picture("figure2a", "Before fine-tuning: not run."),
+            picture("figure2b", "After fine-tuning: not run."),
+        ],
+        "Figure 4: density, learning rate, epochs": [picture("figure4")],
+        "Figure 5: loss landscape": [picture("figure5")],
+        "Figure 6: gradients": [picture("figure6")],
+        "Stability of the ticket": [picture("iou")],
+        "Pretraining": [picture("pretraining")],
+        "The models without fine-tuning": _or_not_run(table_other(results)),
+        "Audit": _or_not_run(table_audits(six)),
+        "Canonical metrics": _or_not_run(table_canonical(runs)),
+        "Controls": [table_controls(checks), *_edges(runs)],
+        "How the numbers were made": [*METHOD, *_if_any(table_chosen(six, runs))],
+        "Measurements": [_provenance(results)],
+    }
+    return [Section(title, own) for title, own in parts.items()]
 
 
-def _tables(table: Table) -> list[Part]:
+def _if_any(table: Table) -> list[Part]:
     return [table] if table.rows else []
 
 
 def _or_not_run(table: Table) -> list[Part]:
-    return _tables(table) or [NOT_RUN]
+    return _if_any(table) or [NOT_RUN]
 
 
 def _reservations(runs: Sequence[FineTune], checks: Sequence[Control]) -> Iterator[str]:
-    single = [arm for arm, models in models_per_arm(runs).items() if models == 1]
+    arms = dict.fromkeys(run.arm for run in runs if not run.scratch)
+    models = {(run.arm, run.model) for run in runs if not run.scratch}
+    single = [arm for arm in arms if sum(own == arm for own, _ in models) == 1]
     if single:
         yield (
             f"One model each stands for {', '.join(single)}: the intervals cover the chance of "
@@ -154,9 +149,9 @@ def _edges(runs: Sequence[FineTune]) -> Iterator[str]:
 
 
 def _provenance(results: Sequence[Result]) -> str:
-    kinds = sorted({result.kind for result in results})
-    counts = ", ".join(f"{sum(r.kind == kind for r in results)} {kind}" for kind in kinds)
-    dates = sorted({result.date for result in results})
+    kinds = sorted(Counter(result.kind for result in results).items())
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds)
+    dates = sorted(result.date for result in results)
     return (
         f"{len(results)} measurements ({counts}), from {dates[0]} to {dates[-1]}, "
         f"{sum(result.seconds for result in results) / 3600:.2f} hours of wall time in all, on "

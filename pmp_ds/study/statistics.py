@@ -1,8 +1,9 @@
 """Means and differences with 95% confidence intervals and effect sizes, few seeds in mind."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,116 +11,97 @@ from scipy import optimize, stats
 
 CONFIDENCE = 0.95
 
+Interval = tuple[float, float]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A mean or a difference of means; the interval is None for one seed."""
+    """A mean or a difference of means."""
 
     mean: float
     n: int
     """Seeds (pairs of seeds when ``paired``; of the smaller side otherwise)."""
-    low: float | None = None
-    high: float | None = None
+    interval: Interval | None = None
+    """None for one seed."""
     g: float | None = None
     """Hedges' g: the difference over the standard deviation (of the differences when paired),
     corrected for few seeds. None below three seeds and where nothing varies."""
-    g_low: float | None = None
-    g_high: float | None = None
+    g_interval: Interval | None = None
     paired: bool = False
 
     @property
     def includes_zero(self) -> bool:
         """Chance alone could make it; also true of a single seed, which shows nothing."""
-        return self.low is None or self.high is None or self.low <= 0.0 <= self.high
+        return self.interval is None or self.interval[0] <= 0.0 <= self.interval[1]
 
     def scaled(self, factor: float) -> "Estimate":
-        """In another unit; ``factor`` > 0. The effect size has none."""
-        low, high = (None if end is None else end * factor for end in (self.low, self.high))
-        return Estimate(
-            mean=self.mean * factor,
-            n=self.n,
-            low=low,
-            high=high,
-            g=self.g,
-            g_low=self.g_low,
-            g_high=self.g_high,
-            paired=self.paired,
-        )
+        """Return it in another unit; ``factor`` > 0. The effect size has none."""
+        ends = self.interval and (self.interval[0] * factor, self.interval[1] * factor)
+        return replace(self, mean=self.mean * factor, interval=ends)
 
 
 def level(values: Sequence[float]) -> Estimate:
-    """The mean of one group, with Student's interval."""
-    array = np.asarray(values, dtype=float)
-    if array.size == 1:
-        return Estimate(mean=float(array[0]), n=1)
-    low, high = _interval(array.mean(), array.std(ddof=1) / math.sqrt(array.size), array.size - 1)
-    return Estimate(mean=float(array.mean()), n=array.size, low=low, high=high)
+    """Return the mean of one group, with Student's interval."""
+    interval = None if len(values) == 1 else _interval(_test(stats.ttest_1samp, values, 0.0))
+    return Estimate(mean=float(np.mean(values)), n=len(values), interval=interval)
 
 
 def difference(a: Mapping[Any, float], b: Mapping[Any, float]) -> Estimate | None:
-    """Mean of ``a`` - mean of ``b``, each keyed by seed.
+    """Return mean of ``a`` - mean of ``b``, each keyed by seed; None when a side is empty.
 
     Seeds that both have are compared in pairs (Student); without any, the two groups as they are
-    (Welch). None when a side is empty.
+    (Welch).
     """
     if not (a and b):
         return None
-    shared = sorted(a.keys() & b.keys(), key=str)
-    if shared:
-        return _paired(np.array([a[seed] - b[seed] for seed in shared]))
-    return _welch(np.array(list(a.values())), np.array(list(b.values())))
+    if shared := sorted(a.keys() & b.keys(), key=str):
+        return _paired([a[seed] - b[seed] for seed in shared])
+    return _unpaired(list(a.values()), list(b.values()))
 
 
-def _paired(differences: np.ndarray) -> Estimate:
-    n, mean = differences.size, float(differences.mean())
-    if n == 1:
-        return Estimate(mean=mean, n=1, paired=True)
-    error = differences.std(ddof=1) / math.sqrt(n)
-    low, high = _interval(mean, error, n - 1)
-    g = _effect(mean, error, n - 1, math.sqrt(n))
-    return Estimate(
-        mean=mean, n=n, low=low, high=high, g=g[0], g_low=g[1], g_high=g[2], paired=True
-    )
+def _paired(differences: Sequence[float]) -> Estimate:
+    found = replace(level(differences), paired=True)
+    if found.n == 1:
+        return found
+    return _with_effect(found, _test(stats.ttest_1samp, differences, 0.0), math.sqrt(found.n))
 
 
-def _welch(a: np.ndarray, b: np.ndarray) -> Estimate:
-    mean, n = float(a.mean() - b.mean()), min(a.size, b.size)
-    if n == 1:
-        return Estimate(mean=mean, n=1)
-    parts = a.var(ddof=1) / a.size, b.var(ddof=1) / b.size
-    error = math.sqrt(sum(parts))
-    weights = parts[0] ** 2 / (a.size - 1) + parts[1] ** 2 / (b.size - 1)
-    low, high = _interval(mean, error, error**4 / weights if weights else a.size + b.size - 2)
-    freedom = a.size + b.size - 2
-    pooled = ((a.size - 1) * a.var(ddof=1) + (b.size - 1) * b.var(ddof=1)) / freedom
-    root = math.sqrt(a.size * b.size / (a.size + b.size))
-    g = _effect(mean, math.sqrt(pooled) / root, freedom, root)
-    return Estimate(mean=mean, n=n, low=low, high=high, g=g[0], g_low=g[1], g_high=g[2])
+def _unpaired(a: Sequence[float], b: Sequence[float]) -> Estimate:
+    found = Estimate(mean=float(np.mean(a) - np.mean(b)), n=min(len(a), len(b)))
+    if found.n == 1:
+        return found
+    welch, pooled = (_test(stats.ttest_ind, a, b, equal_var=equal) for equal in (False, True))
+    root = math.sqrt(len(a) * len(b) / (len(a) + len(b)))
+    return _with_effect(replace(found, interval=_interval(welch)), pooled, root)
 
 
-def _interval(mean: float, error: float, freedom: float) -> tuple[float, float]:
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom) * error)
-    return float(mean) - half, float(mean) + half
+def _test(test: Callable[..., Any], *samples: Any, **options: Any) -> Any:
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # nothing varies
+        return test(*samples, **options)
 
 
-def _effect(
-    mean: float, error: float, freedom: int, root: float
-) -> tuple[float | None, float | None, float | None]:
-    """Hedges' g and its interval from the noncentral t distribution: ``mean / error`` has the
-    noncentrality delta * ``root``. Two seeds have no corrected g."""
-    if freedom < 2 or error <= 1e-12 * max(1.0, abs(mean)):
-        return None, None, None
-    t = mean / error
-    correction = math.exp(math.lgamma(freedom / 2) - math.lgamma((freedom - 1) / 2))
-    correction /= math.sqrt(freedom / 2)
-    shares = (1 + CONFIDENCE) / 2, (1 - CONFIDENCE) / 2
-    ends = [_noncentrality(t, freedom, share) for share in shares]
-    low, high = (None if end is None else end * correction / root for end in ends)
-    return float(t * correction / root), low, high
+def _interval(test: Any) -> Interval:
+    low, high = test.confidence_interval(CONFIDENCE)
+    return float(low), float(high)
 
 
-def _noncentrality(t: float, freedom: int, share: float) -> float | None:
-    """The noncentrality under which ``share`` of all draws lie below ``t``."""
+def _with_effect(found: Estimate, test: Any, root: float) -> Estimate:
+    """Add Hedges' g and its interval from the noncentral t distribution: the statistic of ``test``
+    has the noncentrality delta * ``root``. Two seeds have no corrected g."""
+    low, high = found.interval or (found.mean, found.mean)
+    t, freedom = float(test.statistic), float(test.df)
+    if freedom < 2 or high - low <= 1e-12 * max(1.0, abs(found.mean)):
+        return found
+    unbiased = math.exp(math.lgamma(freedom / 2) - math.lgamma((freedom - 1) / 2))
+    unbiased /= math.sqrt(freedom / 2) * root
+    ends = [_noncentrality(t, freedom, (1 + side * CONFIDENCE) / 2) for side in (1, -1)]
+    known = [end * unbiased for end in ends if end is not None]
+    g_interval = (known[0], known[1]) if len(known) == 2 else None
+    return replace(found, g=t * unbiased, g_interval=g_interval)
+
+
+def _noncentrality(t: float, freedom: float, share: float) -> float | None:
+    """Return the noncentrality under which ``share`` of all draws lie below ``t``."""
     if t < 0:
         mirrored = _noncentrality(-t, freedom, 1 - share)
         return None if mirrored is None else -mirrored

@@ -3,25 +3,30 @@
 from collections.abc import Iterator
 
 from pmp_ds.study.headline import MATCHED, Contrast, Headline
-from pmp_ds.study.runs import AVERAGE, CONTINUED, LM, is_lm
+from pmp_ds.study.runs import AVERAGE, CONTINUED, LM, digits, unit
 from pmp_ds.study.statistics import Estimate
 
 
-def unit(column: str) -> str:
-    return "nats per token" if is_lm(column) else "points"
+def mean(estimate: Estimate, column: str) -> str:
+    """Return `+1.20 points`."""
+    return f"{estimate.mean:+,.{digits(column)}f} {unit(column)}"
 
 
-def number(estimate: Estimate, unit: str, digits: int | None = None) -> str:
-    """`+1.20 points [0.40, 2.00]`, or with `one seed` for the interval."""
-    digits = (4 if "nats" in unit else 2) if digits is None else digits
-    value = f"{estimate.mean:+,.{digits}f} {unit}"
-    if estimate.low is None or estimate.high is None:
-        return f"{value} (one seed)"
-    return f"{value} [{estimate.low:+,.{digits}f}, {estimate.high:+,.{digits}f}]"
+def between(estimate: Estimate, column: str) -> str:
+    """Return `[+0.40, +2.00]`, or `one seed`."""
+    if estimate.interval is None:
+        return "one seed"
+    low, high = (f"{end:+,.{digits(column)}f}" for end in estimate.interval)
+    return f"[{low}, {high}]"
+
+
+def _number(estimate: Estimate, column: str) -> str:
+    interval = between(estimate, column)
+    return f"{mean(estimate, column)} {interval if estimate.interval else f'({interval})'}"
 
 
 def verdict(six: Headline) -> list[str]:
-    """The sentences that open the report, the most important first."""
+    """Return the sentences that open the report, the most important first."""
     sentences = [_protection(six, c, e) for c, e in six.gap.main.items()]
     if not sentences:
         return ["No verdict: (i) needs fine-tunes of the arms base and pmp with a common setting."]
@@ -34,40 +39,41 @@ def _where(column: str) -> str:
 
 
 def _protection(six: Headline, column: str, gap: Estimate) -> str:
-    where, value = _where(column), number(gap, unit(column))
-    if gap.low is None or gap.high is None:
+    where, value = _where(column), _number(gap, column)
+    if gap.interval is None:
         return f"{where}: no verdict from one seed; the unauthorized gap is {value}."
     if gap.includes_zero:
-        return (
-            f"{where}: no measurable protection. The unauthorized gap, {value}, includes 0; a gap "
-            f"above {gap.high:.{4 if is_lm(column) else 2}f} would have been seen." + _base(six)
+        found = (
+            f"no measurable protection. The unauthorized gap, {value}, includes 0; a gap above "
+            f"{gap.interval[1]:.{digits(column)}f} would have been seen."
         )
-    if gap.mean < 0:
-        return (
-            f"{where}: no protection. The PMP model fine-tunes better than BASE: the unauthorized "
-            f"gap is {value}." + _base(six)
+    elif gap.mean < 0:
+        found = (
+            "no protection. The PMP model fine-tunes better than BASE: the unauthorized gap is "
+            f"{value}."
         )
-    if _matched(six) is False:
-        return (
-            f"{where}: a gap, but not at matched base loss: {value}. It may be that of a weaker "
-            "model." + _base(six)
+    elif _matched(six) is False:
+        found = f"a gap, but not at matched base loss: {value}. It may be that of a weaker model."
+    else:
+        found = (
+            "measurable protection. Without the mask, the best fine-tune of PMP is worse than "
+            f"that of BASE by {value}."
         )
-    return (
-        f"{where}: measurable protection. Without the mask, the best fine-tune of PMP is worse "
-        f"than that of BASE by {value}." + _base(six)
-    )
+    return f"{where}: {found} {_base(six)}"
 
 
 def _matched_base(six: Headline) -> Iterator[str]:
     """What (i) comes to against a base of PMP's own loss, where one was trained."""
     arm, found = six.matched or ("", Contrast())
     for column, value in found.main.items():
-        what = "no verdict from one seed" if value.low is None else "measurable protection"
-        if value.low is not None and value.includes_zero:
+        what = "measurable protection"
+        if value.interval is None:
+            what = "no verdict from one seed"
+        elif value.includes_zero:
             what = "no measurable protection"
-        elif value.low is not None and value.mean < 0:
+        elif value.mean < 0:
             what = "no protection"
-        text = number(value, unit(column))
+        text = _number(value, column)
         yield f"{_where(column)}, against {arm}, trained to PMP's loss: {what}. The gap is {text}."
 
 
@@ -77,29 +83,28 @@ def _matched(six: Headline) -> bool | None:
 
 
 def _base(six: Headline) -> str:
-    matched, capability = _matched(six), six.capability
-    if capability is None:
-        return " The pretraining losses are not known, so nothing says that the base is matched."
+    if six.capability is None:
+        return "The pretraining losses are not known, so nothing says that the base is matched."
     return (
-        f" The base is {'matched' if matched else 'not matched'}: PMP's pretraining loss minus "
-        f"BASE's is {-capability.mean:+.4f} nats per token."
+        f"The base is {'matched' if _matched(six) else 'not matched'}: PMP's pretraining loss "
+        f"minus BASE's is {-six.capability.mean:+.4f} nats per token."
     )
 
 
 def _mask(six: Headline) -> Iterator[str]:
     for column, value in six.secret.main.items():
-        text = number(value, unit(column))
-        if value.low is None:
-            yield f"{_where(column)}: the value of the secret is {text}."
+        where, text = _where(column), _number(value, column)
+        if value.interval is None:
+            yield f"{where}: the value of the secret is {text}."
         elif value.includes_zero:
             yield (
-                f"{_where(column)}: knowing the mask is worth nothing measurable. The true mask "
-                f"minus a random one is {text}."
+                f"{where}: knowing the mask is worth nothing measurable. The true mask minus a "
+                f"random one is {text}."
             )
         elif value.mean < 0:
-            yield f"{_where(column)}: a random mask fine-tunes better than the true one: {text}."
+            yield f"{where}: a random mask fine-tunes better than the true one: {text}."
         else:
-            yield f"{_where(column)}: the true mask is worth {text} over a random one."
+            yield f"{where}: the true mask is worth {text} over a random one."
 
 
 def _audit(six: Headline) -> Iterator[str]:

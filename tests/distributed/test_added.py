@@ -1,7 +1,8 @@
-"""A method, a task and a score, each added in one place, work from the flag to the result."""
+"""A method, a task and a score, each added in one place, work from the flag to the report."""
 
 import json
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,6 +21,8 @@ from pmp_ds.finetune.methods import with_head
 from pmp_ds.glue.read import load
 from pmp_ds.glue.tasks import TASKS, Task
 from pmp_ds.model.folder import open_folder, open_tokenizer
+from pmp_ds.study.glue_tables import table_methods
+from pmp_ds.study.runs import fine_tunes
 from pmp_ds.ticket.mask import ParamMask, full_bits, unpack
 from pmp_ds.ticket.scores import SCORES, Score, Scores, find_score
 from pmp_ds.ticket.topk import select_top_k
@@ -36,7 +39,7 @@ def only_norms(config: FinetuneConfig, ticket: Any, model: Any) -> tuple[ParamMa
 
 
 NORMS = Method(
-    name="norms", title="Norms alone", kept=only_norms, facts=lambda c: {"norms": c.density}
+    name="norms", title="Norms alone", kept=only_norms, facts={"norms": lambda c: c.density}
 )
 PARITY = Task(
     name="parity",
@@ -106,6 +109,10 @@ def test_a_method_and_a_task(ranks1, tmp_path):
     assert found.values["trainable"] == 5 * 32 + 2 * 32  # norms of two blocks and the last; head
     assert results.read(tmp_path / "runs/finetune/results.jsonl") == [found]
     assert shape == (16, 2)
+    with added():
+        runs = fine_tunes([replace(found, arm=arm) for arm in ("base", "pmp")])
+        rows = table_methods(runs).rows
+    assert [row[:2] for row in rows] == [("base", "Norms alone"), ("pmp", "Norms alone")]
 
 
 @pytest.mark.distributed

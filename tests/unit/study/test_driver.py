@@ -13,7 +13,7 @@ from pmp_ds.errors import EXIT_REQUEUE, Stopped, UserError
 from pmp_ds.lease import hold
 from pmp_ds.run_dir import write_json
 from pmp_ds.study.driver import _on_ranks, run
-from pmp_ds.study.plan import Step, describe
+from pmp_ds.study.plan import Step, _argv, describe
 from pmp_ds.study.recipe import Arm, Study
 
 pytestmark = pytest.mark.processes
@@ -91,6 +91,16 @@ def test_a_leak_is_a_finding(
 )
 def test_launchers_start_a_module(launch: str, words: str):
     assert _on_ranks(launch, ("-m", "pmp_ds.commands.pretrain", "-x")) == words.split()
+
+
+def test_a_command_begins_in_an_empty_folder(
+    two: tuple[Study, list[Step]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    study, _ = two
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    run(study, [Step("help", (*_argv("report"), "--help"), tmp_path)], "")
+    assert runs_of(tmp_path) == {"report": 1}
 
 
 def test_a_marker_of_a_study_that_ran_files(two: tuple[Study, list[Step]], tmp_path: Path):

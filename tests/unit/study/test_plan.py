@@ -1,5 +1,6 @@
 """The commands of a recipe, and its mistakes."""
 
+import importlib.util
 import os
 import re
 import shlex
@@ -74,6 +75,16 @@ def test_commands(small: tuple[Study, list[Step]]):
     assert "--ticket s/runs/pmp-2/private/ticket" in commands["finetune-4-pmp-sst2"]
     assert "--scratch true" in commands["finetune-2-base-sst2"]
     assert shlex.join(report_argv(small[0])).endswith("--audit s/audit/pmp/audit.json")
+
+
+def test_a_study_needs_no_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """From an empty folder; each command is a module, which an installed wheel has too."""
+    monkeypatch.chdir(tmp_path)
+    study, _ = parse(Study, ["--config", "study-small"])
+    for argv in (*(step.argv for step in steps(study)), report_argv(study)):
+        assert argv[0] == "-m"
+        assert importlib.util.find_spec(argv[1]) is not None
+        assert [word for word in argv if "launcher" in word or str(REPO) in word] == []
 
 
 def test_attackers_of_base_and_pmp_have_the_same_tries(small: tuple[Study, list[Step]]):

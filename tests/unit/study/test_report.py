@@ -10,7 +10,9 @@ import pytest
 from pmp_ds.commands.report import main
 from pmp_ds.errors import UserError
 from pmp_ds.study import model_figures, report
+from pmp_ds.study.figures import Picture
 from pmp_ds.study.glue_tables import table_one
+from pmp_ds.study.page import Section, page
 from pmp_ds.study.runs import fine_tunes
 from pmp_ds.study.tables import Table
 from tests.helpers import study
@@ -126,17 +128,58 @@ def test_table_one_exact():
     ]
 
 
+ODD = "\\_{}#%&$~^`|<b>±](x)\x1b"
+
+
 def test_table_texts():
     table = Table("t", "A & B, 5%", ("x_1", "y"), [("a|b", "1 ± 2"), ("<c>", "-")])
     assert table.markdown() == (
         "| x_1 | y |\n| --- | --- |\n| a\\|b | 1 ± 2 |\n| \\<c> | - |\n\nA & B, 5%\n"
     )
-    assert table.latex() == (
-        "\\begin{table}\n\\centering\n\\small\n\\begin{tabular}{ll}\n\\hline\nx\\_1 & y \\\\\n"
-        "\\hline\na|b & 1 $\\pm$ 2 \\\\\n<c> & - \\\\\n\\hline\n\\end{tabular}\n"
-        "\\caption{A \\& B, 5\\%}\n\\label{tab:t}\n\\end{table}\n"
+    assert table.latex().splitlines() == [
+        r"\begin{table}",
+        r"\centering",
+        r"\caption{A \& B, 5\%}",
+        r"\small",
+        r"\label{tab:t}",
+        r"\begin{tabular}{ll}",
+        r"\hline",
+        r"x\_1 & y \\",
+        r"\hline",
+        r"a|b & 1 $\pm$ 2 \\",
+        r"<c> & - \\",
+        r"\hline",
+        r"\end{tabular}",
+        r"\end{table}",
+    ]
+
+
+def test_every_text_of_a_results_file_stands_for_itself(tmp_path: Path):
+    """In a table's head and body, a paragraph and a caption, in all three formats."""
+    table = Table("t", ODD, (ODD, "y"), [(ODD, "-")])
+    latex = (
+        r"\textbackslash \_\{\}\#\%\&\$\textasciitilde \textasciicircum `|<b>$\pm$](x)"
+        r"\textbackslash x1b"
     )
-    assert "<td>&lt;c&gt;</td>" in table.html()
+    assert table.latex().splitlines()[7:10:2] == [rf"{latex} & y \\", rf"{latex} & - \\"]
+    assert table.markdown().count(r"\\_{}#%&$~^\`\|\<b>±]\(x)\\x1b") == 3
+    text = page(ODD, [Section(ODD, [ODD, table, Picture("p", ODD, ODD)])], _pictures(tmp_path))
+    written = r"\_{}#%&amp;$~^`|&lt;b&gt;±](x)\x1b"
+    assert text.count(written) == 9
+    assert "<b>" not in text
+    assert "\x1b" not in text
+
+
+def _pictures(folder: Path) -> Path:
+    (folder / "p.png").write_bytes(b"")
+    return folder
+
+
+def test_columns_of_one_name_are_both_there():
+    """A stranger's column that is called like one of the table's own."""
+    table = Table("t", "", ("Arm", "Arm"), [("a", "b")])
+    assert r"Arm & Arm \\" in table.latex()
+    assert r"a & b \\" in table.latex()
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,12 @@
 import pytest
 import scipy.stats
 
+from pmp_ds.finetune.method import METHODS, RECOVERED
 from pmp_ds.results import Result
 from pmp_ds.study.attacker import crossing
+from pmp_ds.study.choice import best, with_average
 from pmp_ds.study.headline import contrast, gap, headline, secret
-from pmp_ds.study.runs import best, fine_tunes, pick, with_average
+from pmp_ds.study.runs import AVERAGE, fine_tunes, pick
 from tests.helpers.study import fine_tune, pretrain
 
 
@@ -37,9 +39,9 @@ def test_a_cell_without_all_its_seeds_does_not_count():
     assert abs(gap(runs).estimates["SST-2"].mean - 30.0) < 1e-9
 
 
-def test_nothing_shared_is_missing():
+def test_nothing_shared_is_not_compared():
     found = gap(fine_tunes(sweep("base", {1e-5: 0.8}) + sweep("pmp", {1e-4: 0.6})))
-    assert (found.estimates, list(found.missing)) == ({}, ["sst2"])
+    assert (found.estimates, found.chosen) == ({}, {})
 
 
 def test_loss_is_turned():
@@ -60,8 +62,8 @@ def test_a_recovered_mask_is_not_the_authorized_one():
             fine_tune("pmp", "sst2", "ticket", score=0.7, mask="shadow model"),
         ]
     )
-    assert [run.score("SST-2") for run in pick(runs, methods=("ticket",))] == [0.9]
-    assert [run.score("SST-2") for run in pick(runs, methods=("recovered",))] == [0.7]
+    assert [run.score("SST-2") for run in pick(runs, methods=[METHODS["ticket"]])] == [0.9]
+    assert [run.score("SST-2") for run in pick(runs, methods=[RECOVERED])] == [0.7]
 
 
 def test_lora_ranks_are_settings_of_their_own():
@@ -99,7 +101,7 @@ def test_between_arms_the_models_are_the_units():
     assert (found.n, found.paired) == (2, False)
     assert found.mean == pytest.approx(12.0)
     expected = scipy.stats.ttest_ind([60.0, 70.0], [50.0, 56.0], equal_var=False)
-    assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval(0.95)))
+    assert found.interval == pytest.approx(tuple(expected.confidence_interval(0.95)))
 
 
 def test_two_methods_on_the_same_models_are_paired_run_by_run():
@@ -130,7 +132,7 @@ def test_average_is_over_complete_seeds_and_leaves_losses_out():
     found = with_average(
         {"CoLA": {("", 0): 0.5, ("", 1): 0.7}, "RTE": {("", 0): 0.7}, "LM": {("", 0): -3.0}}
     )
-    assert found["average"] == {("", 0): 0.6}
+    assert found[AVERAGE] == {("", 0): 0.6}
 
 
 def test_text_of_pretraining_is_a_column_of_its_own():

@@ -15,7 +15,7 @@ def test_paired_by_hand():
     assert found.paired
     assert found.n == 3  # seed 9 has no partner
     half = 4.302653 / math.sqrt(3)
-    assert (found.low, found.high) == pytest.approx((2 - half, 2 + half), abs=1e-5)
+    assert found.interval == pytest.approx((2 - half, 2 + half), abs=1e-5)
     assert found.includes_zero
     # Hedges: 2 * Gamma(1) / (sqrt(1) * Gamma(1/2)) = 2 / sqrt(pi)
     assert found.g == pytest.approx(2 / math.sqrt(math.pi), abs=1e-9)
@@ -28,7 +28,7 @@ def test_welch_equals_scipy():
     assert not found.paired
     assert found.n == 3
     reference = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
-    assert (found.low, found.high) == pytest.approx((reference.low, reference.high))
+    assert found.interval == pytest.approx((reference.low, reference.high))
     pooled = math.sqrt((3 * stats.tvar(a) + 2 * stats.tvar(b)) / 5)
     correction = math.gamma(2.5) / (math.sqrt(2.5) * math.gamma(2))
     assert found.g == pytest.approx(found.mean / pooled * correction)
@@ -41,30 +41,28 @@ def test_interval_of_the_effect_has_its_coverage_at_the_ends(sign: int):
     found = difference(dict(enumerate(values)), dict.fromkeys(range(5), 0.0))
     assert found is not None
     assert found.g is not None
-    assert found.g_low is not None
-    assert found.g_high is not None
+    assert found.g_interval is not None
+    low, high = found.g_interval
     t = stats.ttest_1samp(values, 0.0).statistic
     correction = math.gamma(2) / (math.sqrt(2) * math.gamma(1.5))
-    shares = [
-        stats.nct.cdf(t, 4, end / correction * math.sqrt(5)) for end in (found.g_low, found.g_high)
-    ]
+    shares = [stats.nct.cdf(t, 4, end / correction * math.sqrt(5)) for end in (low, high)]
     assert shares == pytest.approx([0.975, 0.025], abs=1e-6)
-    assert found.g_low < found.g < found.g_high
+    assert low < found.g < high
 
 
 def test_one_seed_shows_nothing():
     found = difference({0: 3.0}, {0: 1.0})
     assert found is not None
-    assert (found.mean, found.n, found.low, found.g) == (2.0, 1, None, None)
+    assert (found.mean, found.n, found.interval, found.g) == (2.0, 1, None, None)
     assert found.includes_zero
-    assert level([4.0]).low is None
+    assert level([4.0]).interval is None
     assert difference({}, {0: 1.0}) is None
 
 
 def test_no_variation_has_no_effect_size():
     found = difference({0: 3.0, 1: 4.0, 2: 5.0}, {0: 1.0, 1: 2.0, 2: 3.0})
     assert found is not None
-    assert (found.low, found.high, found.g) == (2.0, 2.0, None)
+    assert (found.interval, found.g) == ((2.0, 2.0), None)
     assert not found.includes_zero
 
 
@@ -78,4 +76,4 @@ def test_scaled_keeps_the_effect_size():
 def test_level_equals_scipy():
     values = [0.2, 0.5, 0.4]
     reference = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
-    assert (level(values).low, level(values).high) == pytest.approx((reference.low, reference.high))
+    assert level(values).interval == pytest.approx((reference.low, reference.high))

@@ -5,7 +5,7 @@ import pytest
 from pmp_ds.results import Result
 from pmp_ds.study.controls import controls, edges
 from pmp_ds.study.headline import Headline, headline
-from pmp_ds.study.runs import fine_tunes
+from pmp_ds.study.runs import AVERAGE, fine_tunes
 from pmp_ds.study.six_tables import table_six
 from pmp_ds.study.verdict import verdict
 from tests.helpers import study
@@ -31,12 +31,12 @@ def test_intervals_cover_what_was_planted():
             )
         )
         for contrast, planted in ((found.gap, 5.0), (found.authorized, 1.0), (found.secret, 2.0)):
-            for column, unit in (("average", 1.0), ("LM", 0.01)):
+            for column, unit in ((AVERAGE, 1.0), ("LM", 0.01)):
                 estimate = contrast.estimates[column]
                 assert abs(estimate.mean - planted * unit) < 0.8 * unit
-                assert estimate.low is not None
-                assert estimate.high is not None
-                missed += not estimate.low < planted * unit < estimate.high
+                assert estimate.interval is not None
+                low, high = estimate.interval
+                missed += not low < planted * unit < high
     assert 1 <= missed <= 14
 
 
