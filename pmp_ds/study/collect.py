@@ -26,7 +26,7 @@ def pretrain_result(run: RunDir, arm: str) -> Result:
     if last < config.train.steps or not curve:
         raise UserError(
             f"{run.root} has done {last} of {config.train.steps} updates: the same `pretrain` "
-            "command goes on"
+            "command resumes"
         )
     if not run.release.is_dir():
         raise UserError(f"{run.root} has no release: pmp-ds export --run {quoted(run.root)}")

@@ -57,7 +57,7 @@ class _Children:
                 process.send_signal(number)
 
 
-_GOES_ON = "the same command goes on; finished steps are skipped"
+_GOES_ON = "the same command resumes; finished steps are skipped"
 
 
 def run(study: Study, planned: Sequence[Step], launch: str, jobs: int = 1) -> None:

@@ -121,7 +121,7 @@ def test_launch_sets_the_environment(two: tuple[Study, list[Step]], tmp_path: Pa
 def test_asked_to_stop(two: tuple[Study, list[Step]], tmp_path: Path):
     study, _ = two
     step = Step("s", ("-c", f"raise SystemExit({EXIT_REQUEUE})"), tmp_path / "s")
-    with pytest.raises(Stopped, match="the same command goes on"):
+    with pytest.raises(Stopped, match="the same command resumes"):
         run(study, [step], "")
 
 
@@ -141,7 +141,7 @@ def test_a_signal_stops_what_runs(two: tuple[Study, list[Step]], tmp_path: Path)
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=signal_when_begun).start()
-    with pytest.raises(Stopped, match="SIGINT: the same command goes on"):
+    with pytest.raises(Stopped, match="SIGINT: the same command resumes"):
         run(study, [slow, *planned], "")
     assert set(runs_of(tmp_path)) == {"begun", "told"}
 
