@@ -115,11 +115,6 @@ class Export(OfDerivative):
             which in ("latest", "init") or which.isdecimal(),
             f"--checkpoint {which} is neither `latest`, an update's number, nor `init`",
         )
-        for name in ("base", "ticket", "out"):
-            require(
-                self.derivative is None or getattr(self, name) is not None,
-                f"--derivative needs --{name}",
-            )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -138,7 +133,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         from pmp_ds.release.signing import require_signing
 
         require_signing(args.sign)
-    summary = _export_derivative(args) if args.run is None else _export_run(args, RunDir(args.run))
+    if args.derivative is not None:
+        summary = _export_derivative(args, args.derivative)
+    else:
+        assert args.run is not None
+        summary = _export_run(args, RunDir(args.run))
     print(
         f"{summary.out}: {summary.num_params:,} parameters, {summary.total_bytes / 1e6:,.1f} MB "
         f"in {summary.dtype}, {len(summary.files)} files"
@@ -228,7 +227,8 @@ def _require_ledger(run: RunDir, reason: str | None) -> None:
         )
 
 
-def _export_derivative(args: Export) -> "ExportSummary":
+def _export_derivative(args: Export, derivative: Path) -> "ExportSummary":
+    base, ticket, out = (_needed(args, name) for name in ("base", "ticket", "out"))
     from pmp_ds.derivative.derivative import loss_on, write_dithered
     from pmp_ds.release.export import export, require_absent
     from pmp_ds.release.ledger import Claim, lineage_of, read
@@ -236,37 +236,36 @@ def _export_derivative(args: Export) -> "ExportSummary":
     from pmp_ds.release.source import open_source
     from pmp_ds.state import theta0
 
-    assert args.derivative and args.base and args.ticket and args.out
-    require_absent(args.out)
-    run = RunDir(args.ticket.resolve().parent.parent)
-    if run.ticket != args.ticket.resolve() or not theta0.is_known(run):
+    require_absent(out)
+    run = RunDir(ticket.resolve().parent.parent)
+    if run.ticket != ticket.resolve() or not theta0.is_known(run):
         raise UserError(
-            f"--ticket {args.ticket} is not the ticket of a run, runs/NAME/private/ticket: "
+            f"--ticket {ticket} is not the ticket of a run, runs/NAME/private/ticket: "
             "derivatives are released by the run's owner; dithered with a recipient's copy, a "
             "model would no longer show whose it is"
         )
     ledger = run.ledger
-    base = open_source(args.base)
-    lineage = lineage_of(read(ledger), base.digest())
-    base.close()
-    title = re.search(r"^# (.+)$", read_text(args.base / "README.md"), re.MULTILINE)
-    name = shown(title[1]) if title else args.base.resolve().name
-    tokenizer = args.derivative if list(args.derivative.glob("tokenizer.*")) else args.base
-    with tempfile.TemporaryDirectory(dir=args.ticket, prefix=".dither-") as scratch:
+    source = open_source(base)
+    lineage = lineage_of(read(ledger), source.digest())
+    source.close()
+    title = re.search(r"^# (.+)$", read_text(base / "README.md"), re.MULTILINE)
+    name = shown(title[1]) if title else base.resolve().name
+    tokenizer = derivative if list(derivative.glob("tokenizer.*")) else base
+    with tempfile.TemporaryDirectory(dir=ticket, prefix=".dither-") as scratch:
         weights = Path(scratch) / "weights"
-        write_dithered(args.derivative, args.base, args.ticket, weights)
+        write_dithered(derivative, base, ticket, weights)
         if args.store is None:
             print("what the dither costs in loss was not measured: name a --store")
         else:
             before, after = (
-                loss_on(folder, args.store, args.blocks) for folder in (args.derivative, weights)
+                loss_on(folder, args.store, args.blocks) for folder in (derivative, weights)
             )
             print(
                 f"dither: {before:.4f} -> {after:.4f} nats per token ({after - before:+.4f}) on "
                 f"{args.blocks} validation blocks of {args.store}"
             )
         today = _today()
-        card = DerivativeFacts(name=args.out.name, base=name, date=today, **_metadata(args))
+        card = DerivativeFacts(name=out.name, base=name, date=today, **_metadata(args))
         claim = Claim(
             path=ledger,
             lineage=lineage,
@@ -275,9 +274,14 @@ def _export_derivative(args: Export) -> "ExportSummary":
             date=today,
             reason=args.another_revision,
         )
-        return export(
-            weights, args.out, tokenizer_dir=tokenizer, card=card, claim=claim, **_form(args)
-        )
+        return export(weights, out, tokenizer_dir=tokenizer, card=card, claim=claim, **_form(args))
+
+
+def _needed(args: Export, name: str) -> Path:
+    path: Path | None = getattr(args, name)
+    if path is None:
+        raise UserError(f"--derivative needs --{name}")
+    return path
 
 
 def _metadata(args: Export) -> dict[str, Any]:
