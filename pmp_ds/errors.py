@@ -1,11 +1,12 @@
 """The ways a command ends: done, a user's mistake, asked to stop, or a fault of the machine."""
 
+import difflib
 import io
 import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 
 EXIT_MISTAKE = 1
 """The same command will fail again: something must be changed first."""
@@ -33,6 +34,20 @@ def require(ok: bool, message: str) -> None:
     """Raise UserError with ``message`` unless ``ok``."""
     if not ok:
         raise UserError(message)
+
+
+def require_known(name: str, value: str, known: Collection[str], kinds: str) -> None:
+    """Raises UserError, with all names of these ``kinds``, unless ``value`` of the setting or flag
+    ``name`` is one of them."""
+    given = f"{name} {value!r}" if name.startswith("--") else f"{name}={value!r}"
+    guess = did_you_mean(value, known)
+    require(value in known, f"{given} is unknown{guess}; the {kinds} are {', '.join(known)}")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return the nearest of the known words as ` (did you mean X?)`, or nothing where none is."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def quoted(path: object) -> str:

@@ -17,8 +17,9 @@ from pmp_ds.errors import UserError, require
 _VARIABLE = re.compile(r"\$(\w+|\{\w+\})(?=/|$)")
 
 
-def checked(hint: Any, value: Any, where: str = "") -> Any:
-    """Return ``value`` of a setting or section of type ``hint`` with its paths expanded.
+def checked(hint: Any, value: Any, where: str = "", *, texts: bool = True) -> Any:
+    """Return ``value`` of a setting or section of type ``hint`` with its paths expanded; any text
+    may be one, or without ``texts`` only a ``Path``.
 
     Sections may be anything with items and are changed in place. Raises UserError.
     """
@@ -28,7 +29,7 @@ def checked(hint: Any, value: Any, where: str = "") -> Any:
             raise UserError(f"{where} is a section of settings, not a value: {shown}")
         prefix = f"{where}." if where else ""
         for name, inner in get_type_hints(hint).items():
-            value[name] = checked(inner, value[name], prefix + name)
+            value[name] = checked(inner, value[name], prefix + name, texts=texts)
         return value
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if value is None:
@@ -42,8 +43,10 @@ def checked(hint: Any, value: Any, where: str = "") -> Any:
         require(math.isfinite(value), f"{where}={value} is not a finite number")
     elif isinstance(value, int):
         require(abs(value) < 2**63, f"{where}={value} is too large: at most 2^63 - 1")
+    elif isinstance(value, Path):
+        return Path(expanded(str(value), where))
     elif isinstance(value, str):
-        return expanded(value, where)
+        return expanded(value, where) if texts else value
     elif isinstance(value, dict):
         inner = _inner(kinds, dict, 1)
         for key in value:
@@ -54,7 +57,7 @@ def checked(hint: Any, value: Any, where: str = "") -> Any:
         }
     elif isinstance(value, list | tuple):
         inner = _inner(kinds, type(value), 0)
-        return type(value)(checked(inner, one, where) for one in value)
+        return type(value)(checked(inner, one, where, texts=texts) for one in value)
     return value
 
 
@@ -74,20 +77,6 @@ def expanded(text: str, where: str) -> str:
             raise UserError(f"{where}={text}: the variable {name} is not set; write the path out")
         return os.environ[name] + text[match.end() :]
     return text
-
-
-def checked_option(value: Any, flag: str) -> Any:
-    """Return the value of a command's option with its paths expanded. Raises UserError for a number
-    that is not finite or too large, and for a negative integer, because all are counts."""
-    if isinstance(value, Path):
-        return Path(expanded(str(value), flag))
-    if isinstance(value, list):
-        return [checked_option(one, flag) for one in value]
-    if isinstance(value, float):
-        require(math.isfinite(value), f"{flag} {value} is not a finite number")
-    elif isinstance(value, int):
-        require(0 <= value < 2**63, f"{flag} {value} must be between 0 and 2^63 - 1")
-    return value
 
 
 def _inner(kinds: tuple[Any, ...], kind: type, place: int) -> Any:

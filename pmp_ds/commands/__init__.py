@@ -7,26 +7,26 @@
 Light: a verb is imported when it is called.
 """
 
-import argparse
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from pmp_ds import __version__
-from pmp_ds.errors import UserError, exit_code
+from pmp_ds.errors import UserError, did_you_mean, exit_code
 
-ON_RANKS: dict[str, dict[str, Any]] = {
-    "--deepspeed-config": {
-        "type": str,
-        "default": "zero1",
-        "metavar": "JSON",
-        "help": "DeepSpeed settings for this machine: a file, or zero0, zero1, zero2, ...",
-    },
-    "--local_rank": {"type": int, "default": 0, "help": argparse.SUPPRESS},  # deepspeed gives it
-}
-"""Options of the commands that run as several ranks."""
+
+@dataclass(frozen=True, kw_only=True)
+class OnRanks:
+    """How it fits on this machine."""
+
+    deepspeed_config: Path = field(default=Path("zero1"), metadata={"metavar": "JSON"})
+    """DeepSpeed settings for this machine: a file, or zero0, zero1, zero2, ..."""
+
+    local_rank: int = field(default=0, metadata={"hidden": True})
+    """Given by the `deepspeed` launcher, which also sets LOCAL_RANK."""
+
 
 VERBS = {
     "prepare-data": "turn text into the packed token blocks that training reads",
@@ -79,6 +79,5 @@ def _without_verb(word: str) -> None:
     elif word == "--version":
         print(__version__)
     else:
-        close = difflib.get_close_matches(word, VERBS, n=1)
-        guess = f" (did you mean {close[0]}?)" if close else ""
+        guess = did_you_mean(word, VERBS)
         raise UserError(f"unknown command {word}{guess}; pmp-ds --help lists them all")

@@ -8,61 +8,84 @@ could have been prevented. Attacks whose needs are not given are listed as not r
 ticket only those answer that prove a leak by themselves. docs/SECURITY.md explains each.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from pmp_ds.cli import PlainParser, parse
+from pmp_ds.cli import option, parse, parse_options
 from pmp_ds.config import Config
-from pmp_ds.errors import UserError, exit_code
+from pmp_ds.errors import exit_code, require
 from pmp_ds.run_dir import RunDir, make_private
 
 EXIT_LEAK = 1
 
 
-def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = PlainParser("pmp-ds audit", __doc__)
-    add = parser.add_argument
-    add("--release", type=Path, required=True, metavar="FOLDER", help="what is attacked")
-    add("--ticket", type=Path, metavar="TICKET", help="the true ticket, to measure against")
-    add("--config", type=Path, metavar="FILE", help="the attacker's recipe, with its init.seed")
-    add("--base", type=Path, metavar="FOLDER", help="another revision of the same run")
-    add("--derivative", type=Path, metavar="FOLDER", help="a model tuned with the ticket")
-    add("--text", type=Path, metavar="STORE", help="packed tokens, for gradients and discovery")
-    add("--shadow", type=Path, metavar="RUN", help="the attacker's own PMP run, exported")
-    add(
-        "--seeds",
-        default="0:4294967296",
-        metavar="FIRST:END",
-        help="range of the brute force; it stops after --seconds. Default: all 2^32",
-    )
-    add("--seconds", type=float, default=15.0, help="longest search or training of one attack")
-    add(
-        "--out",
-        type=Path,
-        metavar="FOLDER",
-        help="where audit.json and audit.png go. Default: `audit` beside the ticket, else here",
-    )
-    return parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """What is attacked, and what the attacker has."""
+
+    release: Path = option("FOLDER")
+    """The release that is attacked."""
+
+    ticket: Path | None = option("TICKET", None)
+    """The true ticket, to measure against: its folder, or one of its two files."""
+
+    config: Path | None = option("FILE", None)
+    """The attacker's recipe, with its init.seed."""
+
+    base: Path | None = option("FOLDER", None)
+    """Another revision of the same run."""
+
+    derivative: Path | None = option("FOLDER", None)
+    """A model tuned with the ticket."""
+
+    text: Path | None = option("STORE", None)
+    """Packed tokens, for gradients and discovery."""
+
+    shadow: Path | None = option("RUN", None)
+    """The attacker's own PMP run, exported."""
+
+    seeds: str = option("FIRST:END", "0:4294967296")
+    """Range of the brute force, all 2^32 by default; it stops after --seconds."""
+
+    seconds: float = 15.0
+    """Longest search or training of one attack."""
+
+    out: Path | None = option("FOLDER", None)
+    """Where audit.json and audit.png go. Default: `audit` beside the ticket, else here."""
+
+    def __post_init__(self) -> None:
+        require(self.seconds > 0, f"--seconds {self.seconds} must be positive")
+        first, _, end = self.seeds.partition(":")
+        require(
+            first.isdecimal() and end.isdecimal() and int(first) < int(end) <= 1 << 32,
+            f"--seeds {self.seeds} is not FIRST:END with 0 <= FIRST < END <= 4294967296: torch's "
+            "CPU generator uses 32 bits",
+        )
+
+    @property
+    def ticket_folder(self) -> Path | None:
+        """The ticket's folder, where one of its files may be named."""
+        return self.ticket.parent if self.ticket and self.ticket.is_file() else self.ticket
+
+    @property
+    def out_folder(self) -> Path:
+        ticket = self.ticket_folder
+        return self.out or (ticket.resolve().parent / "audit" if ticket else Path("audit"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = arguments(argv)
-    seeds = _seeds(args.seeds)
-    if not args.seconds > 0:
-        raise UserError(f"--seconds {args.seconds} must be positive")
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_options(Audit, argv, prog="pmp-ds audit", description=__doc__)
     for name in ("release", "ticket", "base", "derivative", "text", "shadow"):
         path = getattr(args, name)
-        if path is not None and not path.exists():
-            raise UserError(f"--{name} {path} does not exist")
-    if args.ticket and not args.ticket.is_dir():
-        args.ticket = args.ticket.parent  # one of the ticket's two files
-    out = args.out or (args.ticket.resolve().parent / "audit" if args.ticket else Path("audit"))
-    if out.resolve().is_relative_to(args.release.resolve()):
-        raise UserError(
-            f"--out {out} is inside --release {args.release}, which others may read: name another"
-        )
+        require(path is None or path.exists(), f"--{name} {path} does not exist")
+    out = args.out_folder
+    require(
+        not out.resolve().is_relative_to(args.release.resolve()),
+        f"--out {out} is inside --release {args.release}, which others may read: name another",
+    )
     config = parse(Config, ["--config", str(args.config)])[0] if args.config else None
     # Slow imports come after the quick checks.
     from pmp_ds.audit.attack import run_attacks
@@ -77,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     def mask_on(weights: Weights, ticket: Ticket) -> ParamMask:
         return fitted(ticket.mask, weights.shapes, weights.folder)
 
-    ticket = load_ticket(args.ticket) if args.ticket else None
+    ticket = load_ticket(args.ticket_folder) if args.ticket_folder else None
     release, shadow = Weights.open(args.release), None
     if args.shadow:
         run = RunDir(args.shadow)
@@ -91,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         derivative=Weights.open(args.derivative) if args.derivative else None,
         text=Store.open(args.text) if args.text else None,
         shadow=shadow,
-        seeds=seeds,
+        seeds=range(*map(int, args.seeds.split(":"))),
         seconds=args.seconds,
     )
     results = []
@@ -108,16 +131,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if leaks:
         print(f"leak that can be prevented: {', '.join(leaks)}", file=sys.stderr)
         raise SystemExit(EXIT_LEAK)
-
-
-def _seeds(text: str) -> range:
-    first, _, end = text.partition(":")
-    if not (first.isdecimal() and end.isdecimal() and int(first) < int(end) <= 1 << 32):
-        raise UserError(
-            f"--seeds {text} is not FIRST:END with 0 <= FIRST < END <= 4294967296: torch's CPU "
-            "generator uses 32 bits"
-        )
-    return range(int(first), int(end))
 
 
 def command(argv: Sequence[str] | None = None) -> int:

@@ -18,15 +18,16 @@ Appends a line for each measurement to --results. What stands there already, of 
 with the same settings, is not measured again. docs/EVALUATION.md explains each.
 """
 
-import argparse
+import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pmp_ds import results
-from pmp_ds.cli import PlainParser
-from pmp_ds.errors import UserError, exit_code
+from pmp_ds.cli import option, parse_options
+from pmp_ds.errors import UserError, did_you_mean, exit_code, require
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "perplexity": ("store",),
@@ -39,83 +40,111 @@ NEEDS: dict[str, tuple[str, ...]] = {
 FROM_TICKET = ("landscape", "gradients")
 
 
-def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = PlainParser("pmp-ds evaluate", __doc__)
-    add = parser.add_argument
-    add("measures", nargs="+", choices=NEEDS, metavar="MEASURE", help="one or several of the above")
-    add("--model", type=Path, required=True, metavar="FOLDER", help="a Hugging Face causal model")
-    add("--arm", metavar="NAME", help="its name in tables. Default: that of the run or folder")
-    add(
-        "--results",
-        type=Path,
-        default=Path("results.jsonl"),
-        metavar="FILE",
-        help="one file for all models that are compared. Default: results.jsonl in this folder",
-    )
-    add("--again", action="store_true", help="measure what is in --results already")
-    add(
-        "--seeds",
-        type=int,
-        nargs="+",
-        default=[0, 1, 2],
-        metavar="N",
-        help="of untrained heads and of random directions. Default: 0 1 2",
-    )
-    add("--batch-size", type=int, default=8, metavar="N", help="sequences at once. Default: 8")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1. Default: a GPU if there is one")
+@dataclass(frozen=True, kw_only=True)
+class OnText:
+    """For perplexity, landscape and gradients."""
 
-    add = parser.add_argument_group("perplexity, landscape, gradients").add_argument
-    add("--store", type=Path, metavar="STORE", help="packed tokens of the model's tokenizer")
-    add(
-        "--split", choices=("validation", "train"), default="validation", help="Default: validation"
-    )
-    add(
-        "--blocks",
-        type=int,
-        default=128,
-        metavar="N",
-        help="evenly spread over the split. Default: 128, or as many as there are",
-    )
+    store: Path | None = option("STORE", None)
+    """Packed tokens of the model's tokenizer."""
 
-    add = parser.add_argument_group("landscape, gradients").add_argument
-    add("--ticket", type=Path, metavar="TICKET", help="the ticket's folder, or a sealed file")
-    add(
-        "--mask-name",
-        default="own",
-        metavar="NAME",
-        help="what results call the ticket, when it is not the model's own",
-    )
-    add("--identity", type=Path, metavar="KEY", help="what opens the sealed file")
-    add(
-        "--alphas",
-        type=float,
-        nargs="+",
-        metavar="A",
-        help="steps, in norms of the weights. Default: -0.5 to 0.5, denser around 0",
-    )
-    add(
-        "--finetuned",
-        type=Path,
-        metavar="FOLDER",
-        help="the same model fine-tuned: the way to it is a direction too",
-    )
+    split: Literal["validation", "train"] = "validation"
+    """The part of the store that is read."""
 
-    add = parser.add_argument_group("last_word, glue, lm_eval").add_argument
-    add("--text", type=Path, metavar="FILE", help=".jsonl with the field `text`, or lines of .txt")
-    add("--glue-dir", type=Path, metavar="FOLDER", help="GLUE's files. Default: from the hub")
-    add("--glue-tasks", nargs="+", metavar="TASK", help="cola sst2 ... Default: all eight")
-    add("--tasks", nargs="+", metavar="TASK", help="tasks of the lm-eval harness")
-    add("--task-dir", type=Path, metavar="FOLDER", help="task files of your own for the harness")
-    add("--limit", type=int, metavar="N", help="examples of each task of the harness")
-    return parser.parse_args(argv)
+    blocks: int = 128
+    """Blocks read, evenly spread over the split, or as many as there are."""
 
 
-def check(args: argparse.Namespace) -> None:
-    """The mistakes that can be seen at once."""
-    for measure in args.measures:
-        for name in NEEDS[measure]:
-            if getattr(args, name) is None:
-                raise UserError(f"{measure} needs --{name}; see --help")
+@dataclass(frozen=True, kw_only=True)
+class OfTicket:
+    """For landscape and gradients."""
+
+    ticket: Path | None = option("TICKET", None)
+    """The ticket's folder, or a sealed file."""
+
+    mask_name: str = option("NAME", "own")
+    """What results call the ticket, when it is not the model's own."""
+
+    identity: Path | None = option("KEY", None)
+    """The secret key that opens the sealed file."""
+
+    alphas: tuple[float, ...] = option("A", ())
+    """Steps, in norms of the weights. Default: -0.5 to 0.5, denser around 0."""
+
+    finetuned: Path | None = option("FOLDER", None)
+    """The same model fine-tuned: the way to it is a direction too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnTasks:
+    """For last_word, glue and lm_eval."""
+
+    text: Path | None = option("FILE", None)
+    """A .jsonl file with the field `text`, or a .txt file with a text on each line."""
+
+    glue_dir: Path | None = option("FOLDER", None)
+    """GLUE's files. Default: from the hub."""
+
+    glue_tasks: tuple[str, ...] = option("TASK", ())
+    """GLUE tasks: cola sst2 ... Default: all eight."""
+
+    tasks: tuple[str, ...] = option("TASK", ())
+    """Tasks of the lm-eval harness."""
+
+    task_dir: Path | None = option("FOLDER", None)
+    """Task files of your own for the harness."""
+
+    limit: int | None = None
+    """Examples of each task of the harness. Default: all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(OnText, OfTicket, OnTasks):
+    """What is measured on which model."""
+
+    measures: tuple[str, ...] = option("MEASURE", positional=True)
+    """One or several of the above."""
+
+    model: Path = option("FOLDER")
+    """A Hugging Face causal model."""
+
+    arm: str | None = option("NAME", None)
+    """Its name in tables. Default: that of the run or folder."""
+
+    results: Path = option("FILE", Path("results.jsonl"))
+    """One file for all models that are compared."""
+
+    again: bool = False
+    """Measure what is in --results already."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of untrained heads and of random directions."""
+
+    batch_size: int = 8
+    """Sequences at once."""
+
+    device: str | None = option("NAME", None)
+    """cpu, cuda, cuda:1. Default: a GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        for measure in self.measures:
+            require(
+                measure in NEEDS,
+                f"unknown measure {measure!r}{did_you_mean(measure, NEEDS)}; the measures are "
+                f"{', '.join(NEEDS)}",
+            )
+            for name in NEEDS[measure]:
+                require(bool(getattr(self, name)), f"{measure} needs --{name}; see --help")
+        for name in ("blocks", "batch_size", "limit"):
+            value = getattr(self, name)
+            require(
+                value is None or value >= 1,
+                f"--{name.replace('_', '-')} {value} must be at least 1",
+            )
+        for seed in self.seeds:
+            require(seed >= 0, f"--seeds {seed} must not be negative")
+
+
+def _check_paths(args: Evaluate) -> None:
     for name in (
         "model",
         "store",
@@ -126,20 +155,19 @@ def check(args: argparse.Namespace) -> None:
         "glue_dir",
         "task_dir",
     ):
-        if (path := getattr(args, name)) is not None and not path.exists():
-            raise UserError(f"--{name.replace('_', '-')} {path} does not exist")
-    for name in ("blocks", "batch_size", "limit"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
-    if args.results.is_dir():
-        raise UserError(f"--results {args.results} is a folder: name a file")
-    if args.results.resolve().is_relative_to(args.model.resolve()):
-        raise UserError(f"--results {args.results} is inside --model {args.model}: name another")
+        path, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+        require(path is None or path.exists(), f"{flag} {path} does not exist")
+    require(not args.results.is_dir(), f"--results {args.results} is a folder: name a file")
+    require(
+        not args.results.resolve().is_relative_to(args.model.resolve()),
+        f"--results {args.results} is inside --model {args.model}: name another",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = arguments(argv)
-    check(args)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_options(Evaluate, argv, prog="pmp-ds evaluate", description=__doc__)
+    _check_paths(args)
     done = {result.key for result in results.read(args.results)}  # UserError before slow imports
     ticket = _ticket(args)
 
@@ -176,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("note: landscape and gradients come from the ticket; they are for its owner's study")
 
 
-def _jobs(subject: Any, ticket: Any, args: argparse.Namespace) -> Iterator[Any]:
+def _jobs(subject: Any, ticket: Any, args: Evaluate) -> Iterator[Any]:
     from pmp_ds.evaluate import jobs, ticket_jobs
     from pmp_ds.evaluate.landscape import ALPHAS
 
@@ -189,11 +217,12 @@ def _jobs(subject: Any, ticket: Any, args: argparse.Namespace) -> Iterator[Any]:
             case "perplexity":
                 yield jobs.perplexity(subject, text)
             case "last_word":
+                assert args.text is not None
                 yield jobs.last_word(subject, args.text, args.batch_size)
             case "glue":
                 from pmp_ds.glue.tasks import TASKS
 
-                tasks = args.glue_tasks or list(TASKS)
+                tasks = args.glue_tasks or tuple(TASKS)
                 yield from jobs.glue(subject, tasks, args.glue_dir, args.seeds, args.batch_size)
             case "lm_eval":
                 yield from jobs.lm_eval(
@@ -213,7 +242,7 @@ def _jobs(subject: Any, ticket: Any, args: argparse.Namespace) -> Iterator[Any]:
                 yield ticket_jobs.gradients(subject, text, ticket, args.mask_name)
 
 
-def _ticket(args: argparse.Namespace) -> Any:
+def _ticket(args: Evaluate) -> Any:
     """What --ticket holds, if a measurement needs it."""
     if args.ticket is None or not set(args.measures) & set(FROM_TICKET):
         return None

@@ -12,18 +12,20 @@ names the ticket. It has been loaded in a fresh process before it gets its name.
 remembered in private/ledger.jsonl: a second revision would show the mask, and is refused.
 """
 
-import argparse
 import contextlib
+import dataclasses
 import datetime
 import re
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pmp_ds.cli import PlainParser
-from pmp_ds.errors import UserError, exit_code, shown
+from pmp_ds.cli import option, parse_options
+from pmp_ds.config.precision import PRECISIONS
+from pmp_ds.errors import UserError, exit_code, require, require_known, shown
 from pmp_ds.foreign import read_text
 from pmp_ds.run_dir import RunDir, make_private
 from pmp_ds.state.run_record import export_facts, load_config, read_data
@@ -32,76 +34,92 @@ if TYPE_CHECKING:
     from pmp_ds.release.export import ExportSummary
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = PlainParser("pmp-ds export", __doc__)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--run", type=Path, metavar="FOLDER", help="a run's folder, runs/NAME")
-    what.add_argument(
-        "--derivative",
-        type=Path,
-        metavar="FOLDER",
-        help="a Hugging Face folder, fine-tuned from --base with --ticket: its frozen elements "
-        "get changes like the ticket's, so that the two together do not show the mask",
-    )
-    what.add_argument(
-        "--check", type=Path, metavar="FOLDER", help="only hold a finished folder against the list"
-    )
-    add = parser.add_argument
-    add(
-        "--checkpoint",
-        default="latest",
-        metavar="latest|STEP|init",
-        help="which weights: the newest checkpoint, that of an update, or the initial weights "
-        "(private, for research; needs --out). Default: latest",
-    )
-    add("--out", type=Path, metavar="FOLDER", help="a new folder. Default: runs/NAME/release")
-    add("--private", action="store_true", help="not to leave: 0700, any update, not in the ledger")
-    add(
-        "--dtype",
-        choices=("bf16", "fp16", "fp32"),
-        default="bf16",
-        help="fp32: only of fp32 runs; fp16: of fp16 or fp32 runs",
-    )
-    add("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file, such as 5GB")
-    add("--license", metavar="ID", help="licence for the model card, such as apache-2.0")
-    add(
-        "--language",
-        action="append",
-        default=[],
-        metavar="CODE",
-        help="language of the data for the model card, such as en; once for each",
-    )
-    add(
-        "--dataset",
-        action="append",
-        default=[],
-        metavar="OWNER/NAME",
-        help="data set on the Hugging Face hub for the model card, once for each. Default: the "
-        "`hf:` inputs of the data",
-    )
-    add("--sign", type=Path, metavar="PEM", help="private key: sign the folder (extra `sign`)")
-    add("--prompt", metavar="TEXT", help="let the release continue TEXT at the end")
-    add("--base", type=Path, metavar="FOLDER", help="of --derivative: the release it came from")
-    add("--ticket", type=Path, metavar="FOLDER", help="of --derivative: the run's own ticket")
-    add("--store", type=Path, help="of --derivative: measure the loss on its validation blocks")
-    add("--blocks", type=int, default=64, metavar="N", help="of --store. Default: 64")
-    add(
-        "--another-revision",
-        metavar="REASON",
-        help="let a second release of the same initial weights or an intermediate one leave, "
-        "although it can show the mask; REASON goes into the ledger",
-    )
-    add(
-        "--allow-public-mask",
-        action="store_true",
-        help="release a run whose initial weights came from init.seed, so that anyone can compute "
-        "its mask",
-    )
-    return parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class OfDerivative:
+    """For --derivative."""
+
+    base: Path | None = option("FOLDER", None)
+    """The release that it came from."""
+
+    ticket: Path | None = option("FOLDER", None)
+    """The run's own ticket."""
+
+    store: Path | None = option("STORE", None)
+    """Measure the loss on the validation blocks of this store."""
+
+    blocks: int = 64
+    """How many of those blocks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(OfDerivative):
+    """What leaves, and in which form."""
+
+    run: Path | None = option("FOLDER", None)
+    """A run's folder, runs/NAME."""
+
+    derivative: Path | None = option("FOLDER", None)
+    """A Hugging Face folder, fine-tuned from --base with --ticket: its frozen elements get changes
+    like the ticket's, so that the two together do not show the mask."""
+
+    check: Path | None = option("FOLDER", None)
+    """Only check a finished folder against the list of what a release may hold."""
+
+    checkpoint: str = option("latest|STEP|init", "latest")
+    """Which weights: the newest checkpoint, that of an update, or the initial weights (private, for
+    research; needs --out)."""
+
+    out: Path | None = option("FOLDER", None)
+    """A new folder. Default: runs/NAME/release."""
+
+    private: bool = False
+    """Not to leave: 0700, any update, not in the ledger."""
+
+    dtype: str = dataclasses.field(default="bf16", metadata={"choices": PRECISIONS})
+    """Precision of the weights. fp32: only of fp32 runs; fp16: of fp16 or fp32 runs."""
+
+    max_shard_size: str = option("SIZE", "5GB")
+    """Largest weight file."""
+
+    license: str | None = option("ID", None)
+    """Licence for the model card, such as apache-2.0."""
+
+    language: tuple[str, ...] = option("CODE", ())
+    """Languages of the data for the model card, such as en."""
+
+    dataset: tuple[str, ...] = option("OWNER/NAME", ())
+    """Data sets on the Hugging Face hub for the model card. Default: the `hf:` inputs of the
+    data."""
+
+    sign: Path | None = option("PEM", None)
+    """Private key: sign the folder (extra `sign`)."""
+
+    prompt: str | None = None
+    """Let the release continue this text at the end."""
+
+    another_revision: str | None = option("REASON", None)
+    """Let a second release of the same initial weights or an intermediate one leave, although it
+    can show the mask; the reason goes into the ledger."""
+
+    allow_public_mask: bool = False
+    """Release a run whose initial weights came from init.seed, so that anyone can compute its
+    mask."""
+
+    def __post_init__(self) -> None:
+        given = [one for one in (self.run, self.derivative, self.check) if one is not None]
+        require(len(given) == 1, "name one of --run, --derivative and --check; see --help")
+        require_known("--dtype", self.dtype, PRECISIONS, "precisions")
+        require(self.blocks >= 1, f"--blocks {self.blocks} must be at least 1")
+        which = self.checkpoint
+        require(
+            which in ("latest", "init") or which.isdecimal(),
+            f"--checkpoint {which} is neither `latest`, an update's number, nor `init`",
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_options(Export, argv, prog="pmp-ds export", description=__doc__)
     if args.check is not None:
         from pmp_ds.release.allow_list import require_clean
 
@@ -115,7 +133,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         from pmp_ds.release.signing import require_signing
 
         require_signing(args.sign)
-    summary = _export_run(args) if args.run is not None else _export_derivative(args)
+    if args.derivative is not None:
+        summary = _export_derivative(args, args.derivative)
+    else:
+        assert args.run is not None
+        summary = _export_run(args, RunDir(args.run))
     print(
         f"{summary.out}: {summary.num_params:,} parameters, {summary.total_bytes / 1e6:,.1f} MB "
         f"in {summary.dtype}, {len(summary.files)} files"
@@ -140,8 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(generate_sample(summary.out, args.prompt))
 
 
-def _export_run(args: argparse.Namespace) -> "ExportSummary":
-    run = RunDir(args.run)
+def _export_run(args: Export, run: RunDir) -> "ExportSummary":
     _check_run(args, run)
     initial = args.checkpoint == "init"
     private = initial or args.private
@@ -206,10 +227,8 @@ def _require_ledger(run: RunDir, reason: str | None) -> None:
         )
 
 
-def _export_derivative(args: argparse.Namespace) -> "ExportSummary":
-    for flag in ("base", "ticket", "out"):
-        if getattr(args, flag) is None:
-            raise UserError(f"--derivative needs --{flag}")
+def _export_derivative(args: Export, derivative: Path) -> "ExportSummary":
+    base, ticket, out = (_needed(args, name) for name in ("base", "ticket", "out"))
     from pmp_ds.derivative.derivative import loss_on, write_dithered
     from pmp_ds.release.export import export, require_absent
     from pmp_ds.release.ledger import Claim, lineage_of, read
@@ -217,36 +236,36 @@ def _export_derivative(args: argparse.Namespace) -> "ExportSummary":
     from pmp_ds.release.source import open_source
     from pmp_ds.state import theta0
 
-    require_absent(args.out)
-    run = RunDir(args.ticket.resolve().parent.parent)
-    if run.ticket != args.ticket.resolve() or not theta0.is_known(run):
+    require_absent(out)
+    run = RunDir(ticket.resolve().parent.parent)
+    if run.ticket != ticket.resolve() or not theta0.is_known(run):
         raise UserError(
-            f"--ticket {args.ticket} is not the ticket of a run, runs/NAME/private/ticket: "
+            f"--ticket {ticket} is not the ticket of a run, runs/NAME/private/ticket: "
             "derivatives are released by the run's owner; dithered with a recipient's copy, a "
             "model would no longer show whose it is"
         )
     ledger = run.ledger
-    base = open_source(args.base)
-    lineage = lineage_of(read(ledger), base.digest())
-    base.close()
-    title = re.search(r"^# (.+)$", read_text(args.base / "README.md"), re.MULTILINE)
-    name = shown(title[1]) if title else args.base.resolve().name
-    tokenizer = args.derivative if list(args.derivative.glob("tokenizer.*")) else args.base
-    with tempfile.TemporaryDirectory(dir=args.ticket, prefix=".dither-") as scratch:
+    source = open_source(base)
+    lineage = lineage_of(read(ledger), source.digest())
+    source.close()
+    title = re.search(r"^# (.+)$", read_text(base / "README.md"), re.MULTILINE)
+    name = shown(title[1]) if title else base.resolve().name
+    tokenizer = derivative if list(derivative.glob("tokenizer.*")) else base
+    with tempfile.TemporaryDirectory(dir=ticket, prefix=".dither-") as scratch:
         weights = Path(scratch) / "weights"
-        write_dithered(args.derivative, args.base, args.ticket, weights)
+        write_dithered(derivative, base, ticket, weights)
         if args.store is None:
             print("what the dither costs in loss was not measured: name a --store")
         else:
             before, after = (
-                loss_on(folder, args.store, args.blocks) for folder in (args.derivative, weights)
+                loss_on(folder, args.store, args.blocks) for folder in (derivative, weights)
             )
             print(
                 f"dither: {before:.4f} -> {after:.4f} nats per token ({after - before:+.4f}) on "
                 f"{args.blocks} validation blocks of {args.store}"
             )
         today = _today()
-        card = DerivativeFacts(name=args.out.name, base=name, date=today, **_metadata(args))
+        card = DerivativeFacts(name=out.name, base=name, date=today, **_metadata(args))
         claim = Claim(
             path=ledger,
             lineage=lineage,
@@ -255,20 +274,25 @@ def _export_derivative(args: argparse.Namespace) -> "ExportSummary":
             date=today,
             reason=args.another_revision,
         )
-        return export(
-            weights, args.out, tokenizer_dir=tokenizer, card=card, claim=claim, **_form(args)
-        )
+        return export(weights, out, tokenizer_dir=tokenizer, card=card, claim=claim, **_form(args))
 
 
-def _metadata(args: argparse.Namespace) -> dict[str, Any]:
+def _needed(args: Export, name: str) -> Path:
+    path: Path | None = getattr(args, name)
+    if path is None:
+        raise UserError(f"--derivative needs --{name}")
+    return path
+
+
+def _metadata(args: Export) -> dict[str, Any]:
     return {
         "license": args.license,
-        "languages": tuple(args.language),
-        "datasets": tuple(args.dataset),
+        "languages": args.language,
+        "datasets": args.dataset,
     }
 
 
-def _form(args: argparse.Namespace) -> dict[str, Any]:
+def _form(args: Export) -> dict[str, Any]:
     return {
         "dtype": args.dtype,
         "max_shard_size": args.max_shard_size,
@@ -280,14 +304,11 @@ def _today() -> str:
     return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
-def _check_run(args: argparse.Namespace, run: RunDir) -> None:
+def _check_run(args: Export, run: RunDir) -> None:
     if not run.private.is_dir():
         raise UserError(f"--run {args.run} is not a run: {run.private} does not exist")
     make_private(run.private)
-    which = args.checkpoint
-    if which not in ("latest", "init") and not which.isdecimal():
-        raise UserError(f"--checkpoint {which} is neither `latest`, an update's number, nor `init`")
-    if which == "init" or args.private:
+    if args.checkpoint == "init" or args.private:
         given = "--private" if args.private else "--checkpoint init"
         release = run.release.resolve()
         if args.out is None:

@@ -8,11 +8,11 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pmp_ds import ranks  # the rest is imported when signals are heard already
-from pmp_ds.commands import ON_RANKS
+from pmp_ds.commands import OnRanks
 
 DESCRIPTION = """\
 Fine-tune a released model on a GLUE task or on packed text, and append what came out to
@@ -32,25 +32,22 @@ examples:
         --data.store tokenized_data/novels --train.steps 500"""
 
 STARTED = time.monotonic()
-OPTIONS: dict[str, dict[str, Any]] = {
-    "--sweep": {
-        "action": "append",
-        "default": [],
-        "metavar": "SETTING=A,B,...",
-        "help": "run a grid: every combination of these values of any settings, as in "
-        "lr=1e-5,1e-4,seed=0,1; may be repeated",
-    },
-    "--keep-models": {
-        "action": "store_true",
-        "help": "keep the fine-tuned model of every cell of a sweep; without a sweep it is kept",
-    },
-    "--start-afresh": {
-        "action": "store_true",
-        "help": "where a fine-tuning has checkpoints and none can be read, set them aside and "
-        "begin it again",
-    },
-    **ON_RANKS,
-}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(OnRanks):
+    """What is run, beside the settings of one fine-tuning."""
+
+    sweep: tuple[str, ...] = field(default=(), metadata={"metavar": "SETTING=A,B,..."})
+    """Run a grid: every combination of these values of any settings, as in
+    lr=1e-5,1e-4,seed=0,1; may be repeated."""
+
+    keep_models: bool = False
+    """Keep the fine-tuned model of every cell of a sweep; without a sweep it is kept."""
+
+    start_afresh: bool = False
+    """Where a fine-tuning has checkpoints and none can be read, set them aside and begin it
+    again."""
 
 
 def prepare(argv: Sequence[str] | None = None) -> ranks.Prepared:
@@ -61,26 +58,26 @@ def prepare(argv: Sequence[str] | None = None) -> ranks.Prepared:
     argv = sys.argv[1:] if argv is None else argv
     texts = {"prog": "pmp-ds finetune", "description": DESCRIPTION, "epilog": EPILOG}
 
-    def settings(argv: Sequence[str]) -> tuple[FinetuneConfig, dict[str, Any]]:
-        return parse(FinetuneConfig, argv, options=OPTIONS, **texts)
+    def settings(argv: Sequence[str]) -> tuple[FinetuneConfig, Options]:
+        return parse(FinetuneConfig, argv, options=Options, **texts)
 
     config, options = settings(argv)
     from pmp_ds.engine import deepspeed_config
     from pmp_ds.run_dir import RunDir
 
-    ds_config = deepspeed_config.read_json(options["deepspeed_config"])
+    ds_config = deepspeed_config.read_json(options.deepspeed_config)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     train = config.train.complete(config.train.global_batch_size, world)
     deepspeed_config.merge(ds_config, train, world)
     deepspeed_config.require_precision(train)
     from pmp_ds.finetune import sweep  # imports transformers: seconds
 
-    grid = sweep.grid(options["sweep"])
+    grid = sweep.grid(options.sweep)
     cells = {name: settings([*argv, *flags])[0] for name, flags in sweep.cells(grid).items()}
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     run = RunDir(Path(config.run.root) / config.run.name)
     where = Path(config.results) if config.results else run.root / "results.jsonl"
-    keep, afresh = options["keep_models"] or not grid, options["start_afresh"]
+    keep, afresh = options.keep_models or not grid, options.start_afresh
 
     def tune() -> None:
         sweep.run_all(cells, ds_config, run, where, STARTED, keep_models=keep, start_afresh=afresh)

@@ -5,12 +5,13 @@ Run `pmp-ds prepare-data --help`.
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from pmp_ds.cli import PlainParser, parse
+from pmp_ds.cli import Verbs, option, parse, run_verb
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.manifest import SPLITS
-from pmp_ds.errors import UserError, exit_code, quoted
+from pmp_ds.errors import exit_code, quoted, require
 from pmp_ds.prepare import nodes
 from pmp_ds.prepare.config import PrepareConfig
 from pmp_ds.prepare.merge import merge_stores
@@ -56,20 +57,79 @@ examples:
         tokenized_data/dumps"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Folder:
+    """Check every byte of a folder."""
+
+    folder: Path = option("DIR", positional=True)
+    """A folder that this command made."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect(Folder):
+    """Show what a folder holds."""
+
+    samples: int = 3
+    """Blocks to decode."""
+
+    picture: Path | None = option("FILE", None)
+    """Where the picture of document lengths goes. Default: DIR/document_lengths.png."""
+
+    def __post_init__(self) -> None:
+        require(self.samples >= 0, f"--samples {self.samples} must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """Make one folder of several that have the same tokenizer and block size, in this order.
+
+    Shards become hard links; every byte is checked."""
+
+    out: Path = option("OUT", positional=True)
+    """The new folder."""
+
+    folders: tuple[Path, ...] = option("DIR", positional=True)
+    """The folders that it is made of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """Check that all units of a plan are packed, and make the folder."""
+
+    out: Path = option("OUT", positional=True)
+    """The folder of the plan."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pack(Planned):
+    """Pack this node's share of a plan: what is missing of units I, I + N, I + 2 N, ...
+
+    Without --node and --nodes, that is all units."""
+
+    node: int = option("I", 0)
+    """Number of this node, from 0."""
+
+    nodes: int = 1
+    """How many nodes there are."""
+
+    workers: int | None = None
+    """Processes. Default: as planned, or one per core."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.workers is None or self.workers >= 1,
+            f"--workers {self.workers} must be at least 1",
+        )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
-    verbs = {
-        "verify": _verify,
-        "inspect": _inspect,
-        "merge": _merge,
-        "plan": _plan,
-        "pack": _pack,
-        "finish": _finish,
-    }
-    if argv[:1] and argv[0] in verbs:
-        verbs[argv[0]](argv[1:])
-        return
-    _report(prepare(_parse(argv)))
+    if argv[:1] == ["plan"]:
+        _plan(_parse(argv[1:]))
+    elif argv[:1] and argv[0] in VERBS:
+        run_verb(VERBS, argv, prog="pmp-ds prepare-data")
+    else:
+        _report(prepare(_parse(argv)))
 
 
 def _parse(argv: list[str]) -> PrepareConfig:
@@ -84,8 +144,7 @@ def _report(summary: PrepareSummary) -> None:
     print(f"  next           train on it with --data.store {quoted(summary.folder)}")
 
 
-def _plan(arguments: list[str]) -> None:
-    config = _parse(arguments)
+def _plan(config: PrepareConfig) -> None:
     units = nodes.plan(config)
     if not units:
         print(f"already complete: {config.out}")
@@ -98,61 +157,41 @@ def _plan(arguments: list[str]) -> None:
     )
 
 
-def _pack(arguments: list[str]) -> None:
-    parser = PlainParser(
-        "pmp-ds prepare-data pack",
-        "Pack this node's share of a plan: what is missing of units I, I + N, I + 2 N, ...\n"
-        "Without --node and --nodes: of all units.",
-    )
-    parser.add_argument("out", metavar="OUT", type=Path)
-    parser.add_argument("--node", metavar="I", type=int, default=0, help="number of this node")
-    parser.add_argument("--nodes", metavar="N", type=int, default=1, help="how many there are")
-    parser.add_argument("--workers", type=int, help="processes (default: as planned, or per core)")
-    options = parser.parse_args(arguments)
-    if options.workers is not None and options.workers < 1:
-        raise UserError(f"--workers {options.workers} must be at least 1")
-    print(nodes.pack(options.out, options.node, options.nodes, options.workers))
+def _pack(args: Pack) -> None:
+    print(nodes.pack(args.out, args.node, args.nodes, args.workers))
 
 
-def _finish(arguments: list[str]) -> None:
-    parser = PlainParser(
-        "pmp-ds prepare-data finish",
-        "Check that all units of a plan are packed, and make the folder.",
-    )
-    parser.add_argument("out", metavar="OUT", type=Path)
-    _report(nodes.finish(parser.parse_args(arguments).out))
+def _finish(args: Planned) -> None:
+    _report(nodes.finish(args.out))
 
 
-def _verify(arguments: list[str]) -> None:
-    parser = PlainParser("pmp-ds prepare-data verify", "Check every byte of a folder.")
-    parser.add_argument("folder", metavar="DIR", type=Path)
-    folder = parser.parse_args(arguments).folder
-    store = Store.open(folder, verify=True)
+def _verify(args: Folder) -> None:
+    store = Store.open(args.folder, verify=True)
     shards = sum(len(store.manifest["splits"][split]["shards"]) for split in SPLITS)
-    print(f"ok: {folder}: {shards} shards, {_blocks(store)}, every sha256 and every token in range")
-
-
-def _inspect(arguments: list[str]) -> None:
-    parser = PlainParser("pmp-ds prepare-data inspect", "Show what a folder holds.")
-    parser.add_argument("folder", metavar="DIR", type=Path)
-    parser.add_argument("--samples", type=int, default=3, help="blocks to decode (default: 3)")
-    parser.add_argument("--picture", type=Path, help="file (default: DIR/document_lengths.png)")
-    options = parser.parse_args(arguments)
-    picture = options.picture or options.folder / "document_lengths.png"
-    print(inspect_store(Store.open(options.folder), picture, max(0, options.samples)))
-
-
-def _merge(arguments: list[str]) -> None:
-    parser = PlainParser(
-        "pmp-ds prepare-data merge",
-        "Make one folder of several that have the same tokenizer and block size, in this order.\n"
-        "Shards become hard links; every byte is checked.",
+    print(
+        f"ok: {args.folder}: {shards} shards, {_blocks(store)}, every sha256 and every token in "
+        "range"
     )
-    parser.add_argument("out", metavar="OUT", type=Path)
-    parser.add_argument("folders", metavar="DIR", nargs="+", type=Path)
-    options = parser.parse_args(arguments)
-    store = merge_stores(options.out, options.folders)
-    print(f"merged: {options.out}: {_blocks(store)} from {len(options.folders)} folders")
+
+
+def _inspect(args: Inspect) -> None:
+    picture = args.picture or args.folder / "document_lengths.png"
+    print(inspect_store(Store.open(args.folder), picture, args.samples))
+
+
+def _merge(args: Merge) -> None:
+    store = merge_stores(args.out, args.folders)
+    print(f"merged: {args.out}: {_blocks(store)} from {len(args.folders)} folders")
+
+
+VERBS: Verbs = {
+    "verify": (Folder, _verify),
+    "inspect": (Inspect, _inspect),
+    "merge": (Merge, _merge),
+    "pack": (Pack, _pack),
+    "finish": (Planned, _finish),
+}
+"""`plan` takes the settings themselves."""
 
 
 def _blocks(store: Store) -> str:

@@ -8,11 +8,12 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pmp_ds import ranks  # the rest is imported when signals are heard already
-from pmp_ds.commands import ON_RANKS
+from pmp_ds.commands import OnRanks
 
 if TYPE_CHECKING:
     from pmp_ds.config import Config
@@ -44,6 +45,15 @@ STARTED = time.monotonic()
 """run.max_time counts from here."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options(OnRanks):
+    """How a run begins."""
+
+    start_afresh: bool = False
+    """Where the run has checkpoints and none can be read, set them aside and begin again at update
+    0, with the same key and ticket."""
+
+
 def prepare(argv: Sequence[str] | None = None) -> ranks.Prepared:
     """Check what this rank can check by itself, the quick things first."""
     from pmp_ds.cli import parse
@@ -56,14 +66,7 @@ def prepare(argv: Sequence[str] | None = None) -> ranks.Prepared:
         prog="pmp-ds pretrain",
         description=DESCRIPTION,
         epilog=EPILOG,
-        options={
-            "--start-afresh": {
-                "action": "store_true",
-                "help": "where the run has checkpoints and none can be read, set them aside and "
-                "begin again at update 0, with the same key and ticket",
-            },
-            **ON_RANKS,
-        },
+        options=Options,
     )
     from pmp_ds.restarts import is_child, run_with_restarts
 
@@ -74,7 +77,7 @@ def prepare(argv: Sequence[str] | None = None) -> ranks.Prepared:
     from pmp_ds.engine import deepspeed_config
     from pmp_ds.run_dir import RunDir
 
-    ds_config = deepspeed_config.read_json(options["deepspeed_config"])
+    ds_config = deepspeed_config.read_json(options.deepspeed_config)
     deepspeed_config.merge(ds_config, config.train, int(os.environ.get("WORLD_SIZE", "1")))
     deepspeed_config.require_precision(config.train)
     store = open_data(config.data.store)
@@ -93,7 +96,7 @@ def prepare(argv: Sequence[str] | None = None) -> ranks.Prepared:
         architecture = job.architecture(config, store)
         dist.on_rank0(lambda: rehearse(architecture, secret=config.init.seed is None))
         outcome = pipeline.run(
-            config, ds_config, store, run, STARTED, start_afresh=options["start_afresh"]
+            config, ds_config, store, run, STARTED, start_afresh=options.start_afresh
         )
         _tell(outcome, config, run)
 

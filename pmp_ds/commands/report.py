@@ -11,71 +11,72 @@ report/report.html, the same as report.md, tables (Markdown, LaTeX) and pictures
 numbers with 95% intervals, the paper's table and figures, and the controls that were not run.
 """
 
-import argparse
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from pmp_ds.cli import PlainParser
-from pmp_ds.errors import UserError, exit_code
+from pmp_ds.cli import option, parse_options
+from pmp_ds.errors import UserError, exit_code, require
 from pmp_ds.run_dir import RunDir
 from pmp_ds.settings import expanded
 from pmp_ds.state.run_record import load_config
 
-PROMPT = "def "
 
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """A run or a study, and what to say about it."""
 
-def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = PlainParser("pmp-ds report", __doc__)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--run", type=Path, metavar="FOLDER", help="runs/NAME")
-    what.add_argument("--study", type=Path, metavar="FOLDER", help="has results.jsonl")
-    add = parser.add_argument
-    add("--prompt", default=PROMPT, metavar="TEXT", help="of --run: what the release continues")
-    add(
-        "--collect",
-        nargs="+",
-        default=[],
-        metavar="ARM=RUN",
-        help="of --study: add the pretraining of these runs to results.jsonl first",
-    )
-    add(
-        "--audit",
-        nargs="+",
-        type=Path,
-        default=[],
-        metavar="FILE",
-        help="of --study: audit.json of the arms' releases. Default: FOLDER/audit/*/audit.json",
-    )
-    add("--out", type=Path, metavar="FOLDER", help="of --study. Default: FOLDER/report")
-    return parser.parse_args(argv)
+    run: Path | None = option("FOLDER", None)
+    """A run's folder, runs/NAME."""
+
+    study: Path | None = option("FOLDER", None)
+    """A study's folder, with its results.jsonl."""
+
+    prompt: str = "def "
+    """Of --run: what the release continues."""
+
+    collect: tuple[str, ...] = option("ARM=RUN", ())
+    """Of --study: add the pretraining of these runs to results.jsonl first."""
+
+    audit: tuple[Path, ...] = option("FILE", ())
+    """Of --study: audit.json of the arms' releases. Default: FOLDER/audit/*/audit.json."""
+
+    out: Path | None = option("FOLDER", None)
+    """Of --study: where the report goes. Default: FOLDER/report."""
+
+    def __post_init__(self) -> None:
+        require(
+            (self.run is None) != (self.study is None), "name one of --run and --study; see --help"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = arguments(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_options(Report, argv, prog="pmp-ds report", description=__doc__)
     if args.study is not None:
-        _study(args)
-        return
-    run = RunDir(args.run)
-    load_config(run)  # UserError at once when it is no run
+        _study(args, args.study)
+    if args.run is not None:
+        run = RunDir(args.run)
+        load_config(run)  # UserError at once when it is no run
+        from pmp_ds.summary import summarize  # imports transformers: seconds
 
-    from pmp_ds.summary import summarize  # imports transformers: seconds
-
-    print(summarize(run, args.prompt))
+        print(summarize(run, args.prompt))
 
 
-def _study(args: argparse.Namespace) -> None:
+def _study(args: Report, study: Path) -> None:
     runs = [_arm(text) for text in args.collect]
-    if args.study.exists() and not args.study.is_dir():
-        raise UserError(f"--study {args.study} is a file: name the folder of results.jsonl")
+    if study.exists() and not study.is_dir():
+        raise UserError(f"--study {study} is a file: name the folder of results.jsonl")
     from pmp_ds.study import report  # imports matplotlib: a second
 
-    where = args.study / "results.jsonl"
+    where = study / "results.jsonl"
     if runs:
         from pmp_ds.study.collect import collect  # imports torch: seconds
 
         collect(runs, where)
-    out = args.out or args.study / "report"
-    audits = args.audit or sorted(args.study.glob("audit/*/audit.json"))
+    out = args.out or study / "report"
+    audits = args.audit or sorted(study.glob("audit/*/audit.json"))
     print("\n".join(report.write(where, audits, out)))
     print(f"written to {out}/: report.html, report.md, tables/, figures/")
 

@@ -5,9 +5,11 @@ Run `pmp-ds study --help`.
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from pmp_ds.cli import parse
+from pmp_ds.cli import option, parse
 from pmp_ds.errors import exit_code, require
+from pmp_ds.settings import expanded
 from pmp_ds.study.recipe import Study
 
 DESCRIPTION = """\
@@ -27,37 +29,39 @@ examples:
         --config study-small --launch python --jobs 2"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How the steps are run."""
+
+    plan: bool = False
+    """Print the plan and stop."""
+
+    launch: str = option("COMMAND", "deepspeed")
+    """What starts `pretrain` and `finetune`; VARIABLE=VALUE may lead."""
+
+    jobs: int = 1
+    """Fine-tunings and measurements at a time; their output goes to ROOT/logs/."""
+
+    def __post_init__(self) -> None:
+        require(self.jobs > 0, f"--jobs {self.jobs} must be positive")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     study, options = parse(
         Study,
         sys.argv[1:] if argv is None else argv,
+        options=Options,
         prog="pmp-ds study",
         description=DESCRIPTION,
         epilog=EPILOG,
-        options={
-            "--plan": {"action": "store_true", "help": "print the plan and stop"},
-            "--launch": {
-                "type": str,
-                "default": "deepspeed",
-                "metavar": "COMMAND",
-                "help": "what starts `pretrain` and `finetune`; VARIABLE=VALUE may lead",
-            },
-            "--jobs": {
-                "type": int,
-                "default": 1,
-                "metavar": "N",
-                "help": "fine-tunings and measurements at a time; their output goes to ROOT/logs/",
-            },
-        },
     )
-    require(options["jobs"] > 0, f"--jobs {options['jobs']} must be positive")
     from pmp_ds.study import driver, plan
 
     planned = plan.steps(study)
     print(plan.describe(study, planned), flush=True)
     plan.rehearse_arms(study, planned)
-    if not options["plan"]:
-        driver.run(study, planned, options["launch"], options["jobs"])
+    if not options.plan:
+        driver.run(study, planned, expanded(options.launch, "--launch"), options.jobs)
 
 
 def command(argv: Sequence[str] | None = None) -> int:

@@ -12,123 +12,162 @@
 Keys are those of the `age` command, or ssh-ed25519 and ssh-rsa keys. docs/VAULT.md has the rest.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pmp_ds.cli import PlainParser
+from pmp_ds.cli import Verbs, option, run_verb
 from pmp_ds.commands import trace
-from pmp_ds.errors import UserError, exit_code, shown
+from pmp_ds.errors import UserError, exit_code, require, shown
 from pmp_ds.run_dir import RunDir, write_bytes
 from pmp_ds.settings import expanded
 from pmp_ds.ticket import keys, vault
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = PlainParser("pmp-ds vault", __doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+@dataclass(frozen=True, kw_only=True)
+class Passphrase:
+    """A passphrase instead of a key."""
 
-    def command(name: str, text: str) -> Any:
-        return commands.add_parser(name, help=text, description=text).add_argument
+    passphrase: bool = False
+    """Ask for a passphrase."""
 
-    add = command("keygen", "make a secret key; its public key is printed")
-    add("--out", type=Path, required=True, metavar="FILE", help="a new file, readable by you alone")
+    passphrase_file: Path | None = option("FILE", None)
+    """Read it from a file's first line; /dev/fd/N reads a descriptor."""
 
-    add = command("seal", "seal a run's ticket for one recipient, with a watermark")
-    add("--run", type=Path, required=True, metavar="FOLDER", help="a run's folder, runs/NAME")
-    add("--name", required=True, help="the recipient, as trace will name them")
-    add(
-        "--to",
-        nargs="+",
-        default=[],
-        metavar="KEY",
-        help="public keys, or files with one on each line; any of them opens the file",
-    )
-    add("--out", type=Path, required=True, metavar="FILE", help="a new file")
-    add("--no-watermark", action="store_true", help="a copy that cannot be traced, for yourself")
-    _passphrase(add)
-
-    add = command("open", "write the ticket in a sealed file as a folder")
-    add("file", type=Path, metavar="FILE")
-    add("--identity", type=Path, metavar="KEY", help="your secret key: age's or ssh's")
-    add("--out", type=Path, required=True, metavar="FOLDER", help="a new folder, yours alone")
-    _passphrase(add)
-
-    add = command("verify", "does a ticket fit a model, and does it come from a run?")
-    add("file", type=Path, metavar="FILE|FOLDER", help="a sealed file, or a ticket's folder")
-    add("--identity", type=Path, metavar="KEY", help="what opens the sealed file")
-    add("--model", type=Path, metavar="FOLDER", help="a release: names and shapes must be equal")
-    add("--run", type=Path, metavar="FOLDER", help="the owner's run it should come from")
-    _passphrase(add)
-
-    add = command("show", "what a ticket keeps of each kind of parameter: as secret as itself")
-    add("file", type=Path, metavar="FILE|FOLDER", help="a sealed file, or a ticket's folder")
-    add("--identity", type=Path, metavar="KEY", help="what opens the sealed file")
-    _passphrase(add)
-
-    add = command("list", "the copies of a run's ticket that were sealed")
-    add("--run", type=Path, required=True, metavar="FOLDER")
-
-    add = command("trace", "name the recipient whose copy leaked, or nobody")
-    add("--run", type=Path, required=True, metavar="FOLDER")
-    add("--ticket", type=Path, metavar="FOLDER", help="the leaked ticket")
-    add("--model", type=Path, metavar="FOLDER", help="a model that was fine-tuned with it")
-    add(
-        "--base",
-        type=Path,
-        metavar="FOLDER",
-        help="what --model was fine-tuned from. Default: the run's release",
-    )
-    return parser.parse_args(argv)
+    @property
+    def by_passphrase(self) -> bool:
+        return self.passphrase or self.passphrase_file is not None
 
 
-def _passphrase(add: Any) -> None:
-    add("--passphrase", action="store_true", help="ask for a passphrase; it stands for a key")
-    add(
-        "--passphrase-file",
-        type=Path,
-        metavar="FILE",
-        help="read it from a file's first line; /dev/fd/N reads a descriptor",
-    )
+@dataclass(frozen=True, kw_only=True)
+class AnyTicket(Passphrase):
+    """Of a sealed file."""
+
+    file: Path = option("FILE|FOLDER", positional=True)
+    """A sealed file, or a ticket's folder."""
+
+    identity: Path | None = option("KEY", None)
+    """The secret key that opens it: age's or ssh's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keygen:
+    """Make a secret key; its public key is printed."""
+
+    out: Path = option("FILE")
+    """A new file, readable by you alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seal(Passphrase):
+    """Seal a run's ticket for one recipient, with a watermark."""
+
+    run: Path = option("FOLDER")
+    """A run's folder, runs/NAME."""
+
+    name: str = option("NAME")
+    """The recipient, as trace will name them."""
+
+    to: tuple[str, ...] = option("KEY", ())
+    """Public keys, or files with one on each line; any of them opens the file."""
+
+    out: Path = option("FILE")
+    """A new file."""
+
+    no_watermark: bool = False
+    """Make a copy that cannot be traced, for yourself."""
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.to) != self.by_passphrase,
+            "give --to KEY, or a passphrase, and not both: age allows either",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Open(AnyTicket):
+    """Write the ticket in a sealed file as a folder."""
+
+    out: Path = option("FOLDER")
+    """A new folder, yours alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Show(AnyTicket):
+    """Show what a ticket keeps of each kind of parameter: as secret as itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify(AnyTicket):
+    """Say whether a ticket fits a model and comes from a run."""
+
+    model: Path | None = option("FOLDER", None)
+    """A release: names and shapes must be equal."""
+
+    run: Path | None = option("FOLDER", None)
+    """The owner's run it should come from."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.model is not None or self.run is not None,
+            "verify against what? Give --model FOLDER, --run FOLDER, or both",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class List:
+    """List the copies of a run's ticket that were sealed."""
+
+    run: Path = option("FOLDER")
+    """A run's folder, runs/NAME."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """Name the recipient whose copy leaked, or nobody."""
+
+    run: Path = option("FOLDER")
+    """A run's folder, runs/NAME."""
+
+    ticket: Path | None = option("FOLDER", None)
+    """The leaked ticket."""
+
+    model: Path | None = option("FOLDER", None)
+    """A model that was fine-tuned with it."""
+
+    base: Path | None = option("FOLDER", None)
+    """The model that --model was fine-tuned from. Default: the run's release."""
+
+    def __post_init__(self) -> None:
+        require(
+            (self.ticket is None) != (self.model is None),
+            "trace what? Give --ticket FOLDER or --model FOLDER",
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse(argv)
-    if getattr(args, "run", None) is not None and not RunDir(args.run).private.is_dir():
-        raise UserError(f"--run {args.run} is not a run: it has no private folder")
-    verbs = {
-        "keygen": keygen,
-        "seal": seal,
-        "open": open_,
-        "verify": verify,
-        "show": show,
-        "list": list_,
-        "trace": trace_,
-    }
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        verbs[args.command](args)
+        run_verb(VERBS, argv, prog="pmp-ds vault", description=__doc__)
     except BrokenPipeError:
         raise
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}") from None
 
 
-def keygen(args: argparse.Namespace) -> None:
+def keygen(args: Keygen) -> None:
     print(keys.new_identity(args.out))
 
 
-def seal(args: argparse.Namespace) -> None:
-    run, name = RunDir(args.run), vault.recipient(args.name)
+def seal(args: Seal) -> None:
+    run, name = _run(args.run), vault.recipient(args.name)
     _require_absent(args.out)
-    by_passphrase = args.passphrase or args.passphrase_file is not None
-    if bool(args.to) == by_passphrase:
-        raise UserError("give --to KEY, or a passphrase, and not both: age allows either")
     _warn(run.ticket, run.vault, run.init)
     known = vault.records(run.vault)
-    to = [] if by_passphrase else keys.public_keys([expanded(key, "--to") for key in args.to])
+    to = keys.public_keys([expanded(key, "--to") for key in args.to]) if args.to else []
     vault.check_recipient(known, name, to)
     ticket = vault.any_ticket(run.ticket, None)
     number, strength = None, ""
@@ -146,7 +185,9 @@ def seal(args: argparse.Namespace) -> None:
             "together still names one of them"
         )
     labels = tuple(key.label for key in to)
-    phrase = keys.read_passphrase(args.passphrase_file, confirm=True) if by_passphrase else None
+    phrase = None
+    if args.by_passphrase:
+        phrase = keys.read_passphrase(args.passphrase_file, confirm=True)
     sealed = vault.seal(ticket, phrase or to)
     date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     vault.remember(  # before the file exists: no copy without its line
@@ -160,7 +201,7 @@ def seal(args: argparse.Namespace) -> None:
         print(strength)
 
 
-def open_(args: argparse.Namespace) -> None:
+def open_(args: Open) -> None:
     from pmp_ds.ticket.ticket import save_ticket
 
     _require_absent(args.out)
@@ -173,12 +214,10 @@ def open_(args: argparse.Namespace) -> None:
     print("keep it private: whoever has it can fine-tune the model, and it names you")
 
 
-def verify(args: argparse.Namespace) -> None:
+def verify(args: Verify) -> None:
     from pmp_ds.ticket.trace import fitted_to
     from pmp_ds.ticket.watermark import missing_from
 
-    if args.model is None and args.run is None:
-        raise UserError("verify against what? Give --model FOLDER, --run FOLDER, or both")
     ticket = vault.any_ticket(args.file, _opener(args))
     if args.file.is_dir():
         _warn(args.file)
@@ -186,12 +225,12 @@ def verify(args: argparse.Namespace) -> None:
         fitted_to(ticket.mask, args.model)
         print(f"fits {args.model}: {len(ticket.mask.shapes)} parameters, same names and shapes")
     if args.run is not None:
-        own = vault.any_ticket(RunDir(args.run).ticket, None)
+        own = vault.any_ticket(_run(args.run).ticket, None)
         dropped = missing_from(ticket, own, args.file)
         print(f"comes from {args.run}: its ticket" + (" less a watermark" if dropped else ""))
 
 
-def show(args: argparse.Namespace) -> None:
+def show(args: Show) -> None:
     from pmp_ds.ticket import densities
 
     mask = vault.any_ticket(args.file, _opener(args)).mask
@@ -204,8 +243,8 @@ def show(args: argparse.Namespace) -> None:
         )
 
 
-def list_(args: argparse.Namespace) -> None:
-    run = RunDir(args.run)
+def list_(args: List) -> None:
+    run = _run(args.run)
     _warn(run.vault)
     found = vault.records(run.vault)
     for record in found:
@@ -214,16 +253,32 @@ def list_(args: argparse.Namespace) -> None:
     print(f"{len(found)} copies sealed")
 
 
-def trace_(args: argparse.Namespace) -> None:
-    trace.trace(RunDir(args.run), args.ticket, args.model, args.base)
+def trace_(args: Trace) -> None:
+    trace.trace(_run(args.run), args.ticket, args.model, args.base)
 
 
-def _opener(args: argparse.Namespace) -> Any:
+VERBS: Verbs = {
+    "keygen": (Keygen, keygen),
+    "seal": (Seal, seal),
+    "open": (Open, open_),
+    "verify": (Verify, verify),
+    "show": (Show, show),
+    "list": (List, list_),
+    "trace": (Trace, trace_),
+}
+
+
+def _run(folder: Path) -> RunDir:
+    run = RunDir(folder)
+    require(run.private.is_dir(), f"--run {folder} is not a run: it has no private folder")
+    return run
+
+
+def _opener(args: AnyTicket) -> Any:
     """Identities, a passphrase, or None."""
-    by_passphrase = args.passphrase or args.passphrase_file is not None
-    if by_passphrase and args.identity is not None:
+    if args.by_passphrase and args.identity is not None:
         raise UserError("--identity and a passphrase are two ways to open a file: give one")
-    if by_passphrase:
+    if args.by_passphrase:
         return keys.read_passphrase(args.passphrase_file, confirm=False)
     if args.identity is None:
         return None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pmp_ds.config.mask import MaskConfig
 from pmp_ds.config.model import DataConfig, InitConfig, ModelConfig, check_store
 from pmp_ds.config.run import GuardConfig, RunConfig
-from pmp_ds.config.train import Optimizer, Precision, Schedule, TrainConfig
+from pmp_ds.config.train import TrainConfig
 from pmp_ds.errors import require
 
 __all__ = [
@@ -19,10 +19,7 @@ __all__ = [
     "InitConfig",
     "MaskConfig",
     "ModelConfig",
-    "Optimizer",
-    "Precision",
     "RunConfig",
-    "Schedule",
     "TrainConfig",
     "check_store",
 ]

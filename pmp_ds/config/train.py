@@ -1,26 +1,25 @@
 """The optimization: `train`."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from pmp_ds.errors import require
+from pmp_ds.config.precision import PRECISIONS
+from pmp_ds.config.rules import RULES
+from pmp_ds.config.schedules import SCHEDULES
+from pmp_ds.errors import require, require_known
 
-Precision = Literal["fp32", "bf16", "fp16"]
-Optimizer = Literal["adamw", "lion", "sgd"]
-Schedule = Literal["cosine", "linear", "constant", "wsd"]
 
-_BETAS: dict[Optimizer, tuple[float, float]] = {
-    "adamw": (0.9, 0.999),
-    "lion": (0.9, 0.99),
-    "sgd": (0.9, 0.0),
-}
+def known_name(default: str, known: Mapping[str, object]) -> Any:
+    """Return a field that holds a name of the registry ``known``; --help lists them all."""
+    return field(default=default, metadata={"choices": known})
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The optimization: the paper's (appendix A), and torch's AdamW where the paper is silent."""
 
-    optimizer: Optimizer = "adamw"
+    optimizer: str = known_name("adamw", RULES)
     """The rule that updates the ticket's elements: `adamw` (the paper's), `lion`, or `sgd` with
     momentum; those two have no kernel of their own and run in torch operations."""
 
@@ -35,7 +34,7 @@ class TrainConfig:
     """Most sequences per forward pass on one rank; a rank's share is cut into as few micro-batches
     of equal size as that allows. May change between restarts of a run."""
 
-    precision: Precision = "bf16"
+    precision: str = known_name("bf16", PRECISIONS)
     """Precision of the weights in forward and backward; the master weights stay fp32. `fp16` scales
     the loss dynamically and needs ZeRO 1, 2 or 3."""
 
@@ -46,7 +45,7 @@ class TrainConfig:
     lr: float = 2e-5
     """Peak learning rate."""
 
-    schedule: Schedule = "cosine"
+    schedule: str = known_name("cosine", SCHEDULES)
     """Learning rate after the warm-up: a `cosine` or a `linear` fall to the last update,
     `constant`, or `wsd`: constant until a linear fall over the last `train.decay_steps` updates."""
 
@@ -74,8 +73,11 @@ class TrainConfig:
     """Largest norm of the masked gradient; 0 switches clipping off."""
 
     def __post_init__(self) -> None:
+        require_known("train.optimizer", self.optimizer, RULES, "optimizers")
+        require_known("train.precision", self.precision, PRECISIONS, "precisions")
+        require_known("train.schedule", self.schedule, SCHEDULES, "schedules")
         if self.betas is None:  # the same settings, whether the defaults were written out or not
-            object.__setattr__(self, "betas", _BETAS[self.optimizer])
+            object.__setattr__(self, "betas", RULES[self.optimizer].betas)
         assert self.betas is not None
         for name in ("steps", "global_batch_size", "micro_batch_size"):
             value = getattr(self, name)
@@ -87,7 +89,7 @@ class TrainConfig:
             f"train.steps={self.steps}",
         )
         require(
-            (self.decay_steps is not None) == (self.schedule == "wsd"),
+            (self.decay_steps is not None) == SCHEDULES[self.schedule].stable,
             f"train.decay_steps={self.decay_steps} does not go with train.schedule={self.schedule}:"
             " `wsd` needs it, and nothing else uses it",
         )

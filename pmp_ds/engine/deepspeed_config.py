@@ -11,12 +11,12 @@ from typing import Any
 
 from pmp_ds import dist, shipped
 from pmp_ds.config import TrainConfig
+from pmp_ds.config.precision import PRECISIONS, precision_of
 from pmp_ds.engine import deepspeed_keys, deepspeed_refused
 from pmp_ds.engine.cut import Cut
 from pmp_ds.engine.deepspeed_refused import REFUSED
 from pmp_ds.errors import UserError, require
 from pmp_ds.foreign import ForeignError, MissingError, read_bytes
-from pmp_ds.model.precision import PRECISIONS, precision_of
 
 OWN_SECTION = "pmp_ds"  # our settings in the JSON; DeepSpeed never sees them
 MAX_BYTES = 1 << 18

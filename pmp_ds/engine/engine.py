@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 
 from pmp_ds import dist
 from pmp_ds.config import TrainConfig
+from pmp_ds.config.precision import precision_of
 from pmp_ds.engine.clock import DeviceClock, Span
 from pmp_ds.engine.cut import Cut
 from pmp_ds.engine.deepspeed_config import merge, wants_compact_master
 from pmp_ds.engine.objective import NextToken, Objective
 from pmp_ds.engine.portable import Portable
-from pmp_ds.model.precision import precision_of
 from pmp_ds.optim.attach import arm, mask_gradients
 from pmp_ds.optim.logical_state import Collected, Read, collect, restore
 from pmp_ds.optim.masked import parameter_groups

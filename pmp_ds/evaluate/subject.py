@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.errors import UserError, quoted
 from pmp_ds.model.build import context_length
-from pmp_ds.model.folder import embeddings, few, open_folder, open_tensors, open_tokenizer
+from pmp_ds.model.folder import embeddings, few, open_folder, open_tokenizer, shape_of
 from pmp_ds.model.parameters import trained_shapes
 from pmp_ds.prepare.tokenizer import load_tokenizer
 from pmp_ds.results import model_digest
@@ -95,9 +95,9 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def read_parameters(folder: Path, model: nn.Module) -> Read:
-    """The parameters of ``model`` in another or the same folder of safetensors, by name. Raises
-    UserError when one is missing or of another shape."""
-    handles = open_tensors(folder)
+    """The parameters of ``model`` in another or the same model folder, by name. Raises UserError
+    when one is missing or of another shape."""
+    handles = open_folder(folder).handles
     known = set(model.state_dict())
     if strange := sorted(handles.keys() - known):
         raise UserError(
@@ -110,9 +110,9 @@ def read_parameters(folder: Path, model: nn.Module) -> Read:
                 f"{folder} lacks {name}: name a folder with whole weights of this very model, an "
                 "adapter merged"
             )
-        if (found := handles[name].get_slice(name).get_shape()) != list(param.shape):
+        if (found := shape_of(handles, name)) != tuple(param.shape):
             raise UserError(
-                f"{folder}: {name} has shape {found}, the model's is {list(param.shape)}"
+                f"{folder}: {name} has shape {list(found)}, the model's is {list(param.shape)}"
             )
     return lambda name: handles[name].get_tensor(name)
 

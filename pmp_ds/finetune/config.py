@@ -7,14 +7,15 @@ from typing import Any
 from pmp_ds.config import (
     Config,
     GuardConfig,
-    Optimizer,
-    Precision,
     RunConfig,
-    Schedule,
     TrainConfig,
     check_store,
 )
-from pmp_ds.errors import require
+from pmp_ds.config.precision import PRECISIONS
+from pmp_ds.config.rules import RULES
+from pmp_ds.config.schedules import SCHEDULES
+from pmp_ds.config.train import known_name
+from pmp_ds.errors import require, require_known
 from pmp_ds.finetune.method import METHODS
 
 
@@ -73,7 +74,7 @@ class LoraSettings:
 class TuneTrainConfig:
     """The optimization: AdamW with linear warm-up and a cosine to zero, unless told otherwise."""
 
-    optimizer: Optimizer = "adamw"
+    optimizer: str = known_name("adamw", RULES)
     """The rule that updates what is trained: `adamw`, `lion` or `sgd` with momentum."""
 
     lr: float = 5e-5
@@ -93,7 +94,7 @@ class TuneTrainConfig:
     """Most examples per forward pass on one rank; unset means a rank's whole share, up to 32. May
     change between restarts of a run."""
 
-    schedule: Schedule = "cosine"
+    schedule: str = known_name("cosine", SCHEDULES)
     """Learning rate after the warm-up: a `cosine` or a `linear` fall to zero, `constant`, or `wsd`:
     constant until a linear fall over the last `train.decay_ratio` of the updates."""
 
@@ -109,10 +110,11 @@ class TuneTrainConfig:
     clip_norm: float = 1.0
     """Largest gradient norm of what is trained; 0 switches clipping off."""
 
-    precision: Precision = "fp32"
+    precision: str = known_name("fp32", PRECISIONS)
     """Precision of the weights in forward and backward; master weights stay fp32."""
 
     def __post_init__(self) -> None:
+        require_known("train.schedule", self.schedule, SCHEDULES, "schedules")
         require(
             0.0 < self.epochs < math.inf, f"train.epochs={self.epochs} must be positive and finite"
         )
@@ -121,18 +123,23 @@ class TuneTrainConfig:
             f"train.warmup_ratio={self.warmup_ratio} must be in [0, 1]",
         )
         require(
-            self.schedule != "wsd" or 0.0 <= self.decay_ratio <= 1.0 - self.warmup_ratio,
+            not self._stable or 0.0 <= self.decay_ratio <= 1.0 - self.warmup_ratio,
             f"train.decay_ratio={self.decay_ratio} must be between 0 and 1 - train.warmup_ratio = "
             f"{1.0 - self.warmup_ratio:g}",
         )
         self.complete(self.global_batch_size, 1)
+
+    @property
+    def _stable(self) -> bool:
+        """Whether the rate falls only over ``decay_ratio`` of the updates."""
+        return SCHEDULES[self.schedule].stable
 
     def facts(self) -> dict[str, Any]:
         """Return what results record of it: all but how it fits on the machine, and nothing where
         it is what it was before it became a setting."""
         values = asdict(self)
         del values["micro_batch_size"]
-        if self.schedule != "wsd":
+        if not self._stable:
             del values["decay_ratio"]
         defaults = {"steps": None, "optimizer": "adamw", "schedule": "cosine"}
         return {k: v for k, v in values.items() if k not in defaults or v != defaults[k]}
@@ -145,7 +152,7 @@ class TuneTrainConfig:
         if steps is None:
             steps = max(1, math.ceil(self.epochs * num_samples / self.global_batch_size))
         warmup_steps, decay_steps = round(self.warmup_ratio * steps), None
-        if self.schedule == "wsd":
+        if self._stable:
             decay_steps = min(round(self.decay_ratio * steps), steps - warmup_steps)
         return TrainConfig(
             optimizer=self.optimizer,
@@ -173,7 +180,7 @@ class FinetuneConfig:
     """A GLUE task (cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte), or `lm`: next-token prediction on
     `data.store`."""
 
-    method: str = "full"
+    method: str = known_name("full", METHODS)
     """`full`: every weight. `lora`: low-rank adapters. `ticket`: the elements of the ticket
     (authorized). Controls: `random`, a random mask of equal density; `complement`, everything but
     the ticket. A classification head is new: outside every mask, it always trains."""
@@ -216,10 +223,7 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         require(self.model != "", "--model is missing: name the folder of a released model")
         require(self.task != "", "--task is missing: name a GLUE task such as sst2, or lm for text")
-        require(
-            self.method in METHODS,
-            f"--method {self.method!r} is unknown; the methods are {', '.join(METHODS)}",
-        )
+        require_known("--method", self.method, METHODS, "methods")
         method = METHODS[self.method]
         require(
             self.ticket is not None or not method.needs_ticket,

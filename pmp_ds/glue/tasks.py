@@ -1,11 +1,10 @@
 """The eight GLUE tasks behind the paper's nine columns: their rows and metrics."""
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from pmp_ds.errors import UserError
+from pmp_ds.errors import UserError, did_you_mean
 
 MAX_SIMILARITY = 5.0
 """Labels of a regression task (STS-B) lie in [0, MAX_SIMILARITY]."""
@@ -155,6 +154,5 @@ def find_task(name: str) -> Task:
     if name in TASKS:
         return TASKS[name]
     plain = name.lower().replace("-", "").replace("_", "")
-    close = difflib.get_close_matches(plain, TASKS, n=1)
-    guess = f" (did you mean {close[0]}?)" if close else ""
+    guess = did_you_mean(plain, TASKS)
     raise UserError(f"unknown task {name!r}{guess}; the tasks are {', '.join(TASKS)}")

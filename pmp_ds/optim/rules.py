@@ -1,22 +1,18 @@
 """The masked optimizer named by ``train.optimizer``, created from the settings."""
 
+import importlib
 from typing import Any
 
-from pmp_ds.config import Optimizer, TrainConfig
+from pmp_ds.config import TrainConfig
+from pmp_ds.config.rules import RULES
 from pmp_ds.optim.masked import MaskedOptimizer
-from pmp_ds.optim.masked_adamw import MaskedAdamW
-from pmp_ds.optim.masked_rules import MaskedLion, MaskedSGD
-
-_RULES: dict[Optimizer, type[MaskedOptimizer]] = {
-    "adamw": MaskedAdamW,
-    "lion": MaskedLion,
-    "sgd": MaskedSGD,
-}
 
 
 def rule_of(config: TrainConfig) -> type[MaskedOptimizer]:
     """Return the class of ``train.optimizer``."""
-    return _RULES[config.optimizer]
+    rule = RULES[config.optimizer]
+    found: type[MaskedOptimizer] = getattr(importlib.import_module(rule.module), rule.optimizer)
+    return found
 
 
 def optimizer_of(

@@ -4,11 +4,9 @@ The rate depends only on the settings and the update, so a resumed run has the r
 uninterrupted one.
 """
 
-import math
-
 from pmp_ds.config import TrainConfig
-
-_OPTIMIZERS = {"adamw": "AdamW", "lion": "Lion", "sgd": "SGD with momentum"}
+from pmp_ds.config.rules import RULES
+from pmp_ds.config.schedules import SCHEDULES
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -19,19 +17,14 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def _left(config: TrainConfig, step: int) -> float:
-    """Return the part of the decay that is still ahead at ``step``, from 1 down to 0."""
-    if config.schedule == "constant":
-        return 1.0
-    begin = config.warmup_steps
-    if config.schedule == "wsd":
+    """Return how much of the fall from the peak is still ahead at ``step``: from 1 down to 0."""
+    schedule, begin = SCHEDULES[config.schedule], config.warmup_steps
+    if schedule.stable:
         assert config.decay_steps is not None
         begin = config.steps - config.decay_steps
         if step <= begin or config.decay_steps == 0:
             return 1.0
-    progress = min(1.0, (step - begin) / max(1, config.steps - begin))
-    if config.schedule == "cosine":
-        return 0.5 * (1.0 + math.cos(math.pi * progress))
-    return 1.0 - progress
+    return schedule.left(min(1.0, (step - begin) / max(1, config.steps - begin)))
 
 
 def first_change(before: TrainConfig, now: TrainConfig, done: int) -> int | None:
@@ -41,16 +34,12 @@ def first_change(before: TrainConfig, now: TrainConfig, done: int) -> int | None
 
 
 def in_words(config: TrainConfig) -> str:
-    """Return optimizer and schedule in the words of a model card."""
-    after = {
-        "cosine": f"cosine over {config.steps:,} updates",
-        "linear": f"linear decay over {config.steps:,} updates",
-        "constant": f"constant over {config.steps:,} updates",
-        "wsd": f"constant, then linear decay over the last {config.decay_steps or 0:,} of "
-        f"{config.steps:,} updates",
-    }[config.schedule]
+    """Return rule and schedule as a model card states them."""
+    after = SCHEDULES[config.schedule].title.format(
+        updates=f"{config.steps:,}", decay=f"{config.decay_steps or 0:,}"
+    )
     return (
-        f"{_OPTIMIZERS[config.optimizer]}, peak learning rate {config.lr:g}, "
+        f"{RULES[config.optimizer].title}, peak learning rate {config.lr:g}, "
         f"{config.warmup_steps:,} updates of linear warm-up, {after}, gradient norm clipped at "
         f"{config.clip_norm:g}"
     )

@@ -17,11 +17,10 @@ from pathlib import Path
 
 import torch
 
-from pmp_ds.config import Precision
+from pmp_ds.config.precision import PRECISIONS
 from pmp_ds.errors import UserError
 from pmp_ds.lease import hold
 from pmp_ds.model.folder_rules import INDEX_FILE, SINGLE_FILE
-from pmp_ds.model.precision import PRECISIONS
 from pmp_ds.progress import Progress
 from pmp_ds.release.allow_list import SUMS_FILE, require_clean
 from pmp_ds.release.ledger import Claim
@@ -56,7 +55,7 @@ class ExportSummary:
     total_bytes: int
     """Bytes of all tensors."""
 
-    dtype: Precision
+    dtype: str
     logits_difference: float
     """Largest absolute difference between the logits of release and run; usually 0."""
 
@@ -67,7 +66,7 @@ def export(
     *,
     tokenizer_dir: Path,
     card: CardFacts | DerivativeFacts,
-    dtype: Precision = "bf16",
+    dtype: str = "bf16",
     max_shard_size: str | int = "5GB",
     private: bool = False,
     vocab_size: int | None = None,
@@ -187,7 +186,7 @@ def _digest(source: Source) -> str:
         return source.digest(bar.update)
 
 
-def _released_digest(folder: Path, source: Source, digest: str, dtype: Precision) -> str:
+def _released_digest(folder: Path, source: Source, digest: str, dtype: str) -> str:
     if source.dtype == PRECISIONS[dtype].dtype:
         return digest
     released = open_source(folder)
@@ -197,7 +196,7 @@ def _released_digest(folder: Path, source: Source, digest: str, dtype: Precision
         released.close()
 
 
-def _refuse_rounded(source: Source, dtype: Precision) -> None:
+def _refuse_rounded(source: Source, dtype: str) -> None:
     """Refuse fp32 or fp16 if any part of the weights was ever rounded to 16 bits."""
     stored = next(one.name for one in PRECISIONS.values() if one.dtype == source.dtype)
     if stored not in (dtype, "fp32"):
@@ -218,7 +217,7 @@ def _refuse_rounded(source: Source, dtype: Precision) -> None:
 
 
 def write_model(
-    source: Source, folder: Path, dtype: Precision, limit: int, *, quiet: bool = False
+    source: Source, folder: Path, dtype: str, limit: int, *, quiet: bool = False
 ) -> dict[str, str]:  # file -> sha256
     """Write weights in files of at most ``limit`` bytes, and the configs that transformers needs.
     Returns the sums of the weights."""
@@ -230,7 +229,7 @@ def write_model(
 
 
 def _write_weights(
-    source: Source, folder: Path, dtype: Precision, limit: int, quiet: bool
+    source: Source, folder: Path, dtype: str, limit: int, quiet: bool
 ) -> dict[str, str]:
     """Write shards greedily in the model's order, with one parameter in memory at a time."""
     shards: list[list[str]] = [[]]
@@ -268,7 +267,7 @@ def _write_weights(
     return sums
 
 
-def _total_bytes(source: Source, dtype: Precision) -> int:
+def _total_bytes(source: Source, dtype: str) -> int:
     return sum(source.nbytes(name, PRECISIONS[dtype].dtype) for name in source.shapes)
 
 

@@ -16,13 +16,12 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from pmp_ds.config import Precision
+from pmp_ds.config.precision import PRECISIONS
 from pmp_ds.errors import UserError
 from pmp_ds.model.build import build_model
 from pmp_ds.model.folder import few, read_config
 from pmp_ds.model.folder_rules import SINGLE_FILE, first_line
 from pmp_ds.model.parameters import constants
-from pmp_ds.model.precision import PRECISIONS
 from pmp_ds.model.secret_init import KEY_BYTES, Secret, initialize
 from pmp_ds.model.shrink import shrunk
 from pmp_ds.release.allow_list import about_model
@@ -149,7 +148,7 @@ def _require_causal(model: PreTrainedModel) -> None:
         )
 
 
-def _require_release(model: PreTrainedModel, scratch: Path, short: Precision) -> None:
+def _require_release(model: PreTrainedModel, scratch: Path, short: str) -> None:
     """Raise UserError when a release of ``model`` breaks the allow-list, does not load or computes
     different logits."""
     weights, folder = scratch / "weights", scratch / "release"

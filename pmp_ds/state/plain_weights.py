@@ -5,9 +5,9 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from pmp_ds.config.precision import precision_of
 from pmp_ds.errors import UserError
 from pmp_ds.model.parameters import constants
-from pmp_ds.model.precision import precision_of
 from pmp_ds.run_dir import RunDir, make_private
 from pmp_ds.state import shelf, theta0, weight_files
 from pmp_ds.state.run_record import load_config, read_data

@@ -9,6 +9,7 @@ from typing import Any
 from pmp_ds import formats
 from pmp_ds.cli import dump, parse
 from pmp_ds.config import Config
+from pmp_ds.config.schedules import SCHEDULES
 from pmp_ds.data.mixed_store import Dataset, Part
 from pmp_ds.errors import UserError
 from pmp_ds.fields import fit
@@ -181,7 +182,7 @@ def _on_schedule(run: RunDir, saved: Config, given: Config) -> Config:
     extended, or begin its decay, if no past learning rate changes. Raises UserError otherwise."""
     before, now = saved.train, given.train
     own = replace(now, steps=before.steps, decay_steps=before.decay_steps)
-    if own == now or before.schedule != "wsd":
+    if own == now or not SCHEDULES[before.schedule].stable:
         return given
     explored = (one["step"] for one in read_metrics(run.metrics) if one["phase"] == "discover")
     done = max(shelf.last_step(run), *explored, 0)

@@ -4,12 +4,12 @@ from typing import Any
 
 from pmp_ds import dist
 from pmp_ds.config import Config
+from pmp_ds.config.precision import precision_of
 from pmp_ds.data.loader import order_key
 from pmp_ds.data.mixture import realised
 from pmp_ds.engine.cut import Cut
 from pmp_ds.engine.deepspeed_config import wants_compact_master, zero_stage
 from pmp_ds.model.parameters import num_params
-from pmp_ds.model.precision import precision_of
 from pmp_ds.optim.rules import rule_of
 from pmp_ds.ticket.ticket import exact_k, load_ticket
 from pmp_ds.train.job import Job, given_ticket

@@ -1,4 +1,5 @@
-"""A method, a task and a score, each added in one place, work from the flag to the report."""
+"""A method, a task, a score, an optimizer and a schedule, each added in one place, work from the
+flag to the result."""
 
 import json
 from contextlib import ExitStack
@@ -12,7 +13,9 @@ import torch
 
 from pmp_ds import results
 from pmp_ds.cli import parse
-from pmp_ds.config import Config
+from pmp_ds.config import Config, TrainConfig
+from pmp_ds.config.rules import RULES, Rule
+from pmp_ds.config.schedules import SCHEDULES, Schedule
 from pmp_ds.errors import UserError
 from pmp_ds.evaluate.zero_shot import zero_shot
 from pmp_ds.finetune.config import FinetuneConfig
@@ -21,6 +24,8 @@ from pmp_ds.finetune.methods import with_head
 from pmp_ds.glue.read import load
 from pmp_ds.glue.tasks import TASKS, Task
 from pmp_ds.model.folder import open_folder, open_tokenizer
+from pmp_ds.optim.masked import MaskedOptimizer, Params
+from pmp_ds.optim.schedule import in_words, learning_rate
 from pmp_ds.study.glue_tables import table_methods
 from pmp_ds.study.runs import fine_tunes
 from pmp_ds.ticket.mask import ParamMask, full_bits, unpack
@@ -41,6 +46,43 @@ def only_norms(config: FinetuneConfig, ticket: Any, model: Any) -> tuple[ParamMa
 NORMS = Method(
     name="norms", title="Norms alone", kept=only_norms, facts={"norms": lambda c: c.density}
 )
+
+
+class SignDescent(MaskedOptimizer):
+    """A step of the same length for every trained element, after the sign of all gradients."""
+
+    moments = ("total",)
+    updates = 0
+
+    @classmethod
+    def settings(cls, config: TrainConfig) -> dict[str, Any]:
+        return {}
+
+    def __init__(
+        self, params: Params, lr: float, weight_decay: float = 0.0, *, compact_master: bool = False
+    ) -> None:
+        defaults = {"lr": lr, "weight_decay": weight_decay}
+        super().__init__(params, defaults, compact_master=compact_master)
+
+    def rule(
+        self,
+        weights: torch.Tensor,
+        gradient: torch.Tensor,
+        moments: list[torch.Tensor],
+        group: dict[str, Any],
+        step: float,
+    ) -> None:
+        SignDescent.updates += 1
+        (total,) = moments
+        weights.sub_(group["lr"] * total.add_(gradient).sign())
+
+
+SIGN = Rule("sign", "Sign descent", (0.0, 0.0), __name__, "SignDescent")
+STAIRS = Schedule(
+    name="stairs",
+    left=lambda progress: 1.0 if progress < 0.5 else 0.25,
+    title="a quarter for the second half of {updates} updates",
+)
 PARITY = Task(
     name="parity",
     folder="Parity",
@@ -57,10 +99,12 @@ def added() -> ExitStack:
     stack = ExitStack()
     stack.enter_context(mock.patch.dict(METHODS, {"norms": NORMS}))
     stack.enter_context(mock.patch.dict(TASKS, {"parity": PARITY}))
+    stack.enter_context(mock.patch.dict(RULES, {"sign": SIGN}))
+    stack.enter_context(mock.patch.dict(SCHEDULES, {"stairs": STAIRS}))
     return stack
 
 
-def tuned(folder: str) -> tuple[results.Result, tuple[int, ...]]:
+def tuned(folder: str) -> tuple[results.Result, tuple[int, ...], int]:
     """Fine-tune on the task with the method; return the result and the shape of its zero-shot
     scores."""
     home = Path(folder)
@@ -87,24 +131,25 @@ def tuned(folder: str) -> tuple[results.Result, tuple[int, ...]]:
                 "--run.checkpoint_every",
                 "9",
                 "--train.optimizer",
-                "lion",
+                "sign",
                 "--train.schedule",
-                "linear",
+                "stairs",
             ],
         )
         data = load(PARITY, home / "glue")
         release = home / "release"
         model = open_folder(release).load()
         shape = zero_shot(model, open_tokenizer(release), PARITY, data.validation["Parity"]).shape
-    return found, shape
+    return found, shape, SignDescent.updates
 
 
 @pytest.mark.distributed
-def test_a_method_and_a_task(ranks1, tmp_path):
-    ((found, shape),) = ranks1.run(tuned, str(tmp_path))
+def test_a_method_a_task_an_optimizer_and_a_schedule(ranks1, tmp_path):
+    ((found, shape, updates),) = ranks1.run(tuned, str(tmp_path))
     assert found.settings["method"] == "norms"
     assert (found.settings["task"], found.settings["norms"]) == ("parity", 0.7)
-    assert (found.settings["optimizer"], found.settings["schedule"]) == ("lion", "linear")
+    assert (found.settings["optimizer"], found.settings["schedule"]) == ("sign", "stairs")
+    assert updates > 0
     assert 0 <= found.values["metrics"]["Parity"]["accuracy"] <= 1
     assert found.values["trainable"] == 5 * 32 + 2 * 32  # norms of two blocks and the last; head
     assert results.read(tmp_path / "runs/finetune/results.jsonl") == [found]
@@ -128,6 +173,21 @@ def test_unknown_ones_are_told_all_names():
         assert parse(FinetuneConfig, [*given, "norms"])[0].method == "norms"
         with pytest.raises(UserError, match=r"'other' is unknown; .* full, lora, .*, norms$"):
             parse(FinetuneConfig, [*given, "other"])
+        for name, last in (("optimizer", "sgd, sign"), ("schedule", "wsd, stairs")):
+            found = parse(Config, [f"--train.{name}", last.partition(", ")[2]])[0]
+            assert getattr(found.train, name) == last.partition(", ")[2]
+            with pytest.raises(UserError, match=rf"train\.{name}='other' is unknown; .*, {last}$"):
+                parse(Config, [f"--train.{name}", "other"])
+        with pytest.raises(UserError, match=r"train\.precision='fp8' is unknown; the prec"):
+            parse(Config, ["--train.precision", "fp8"])
+
+
+def test_rates_and_words_of_a_schedule():
+    with added():
+        config = TrainConfig(optimizer="sign", schedule="stairs", steps=4, warmup_steps=0, lr=8.0)
+        assert [learning_rate(config, step) for step in range(1, 5)] == [8.0, 2.0, 2.0, 2.0]
+        assert "Sign descent, peak" in in_words(config)
+        assert "a quarter for the second half of 4 updates" in in_words(config)
 
 
 def _largest(value: torch.Tensor, gradient: torch.Tensor, scale: float, decay: float) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pmp_ds import dist
-from pmp_ds.config import Precision, TrainConfig
+from pmp_ds.config import TrainConfig
 from pmp_ds.engine.engine import Engine
 from pmp_ds.model.parameters import parameter_table
 from pmp_ds.optim.masked import parameter_groups
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.distributed
 MICRO, ACCUMULATION, WORLD_SIZE, STEPS = 2, 2, 2, 12
 
 
-def train_config(precision: Precision) -> TrainConfig:
+def train_config(precision: str) -> TrainConfig:
     return TrainConfig(
         steps=STEPS,
         warmup_steps=3,
@@ -42,7 +42,7 @@ def share(step: int) -> torch.Tensor:
     return tiny.batch(step, size * WORLD_SIZE)[dist.rank() * size :][:size]
 
 
-def ours(stage: int, precision: Precision, mask: ParamMask | None = None) -> dict[str, Any]:
+def ours(stage: int, precision: str, mask: ParamMask | None = None) -> dict[str, Any]:
     config = train_config(precision)
     engine = Engine(tiny.model(), config, tiny.ds_json(stage))
     engine.arm(mask)
@@ -55,7 +55,7 @@ def ours(stage: int, precision: Precision, mask: ParamMask | None = None) -> dic
     return {"losses": losses, "norms": norms, "weights": weights}
 
 
-def plain(stage: int, precision: Precision) -> dict[str, Any]:
+def plain(stage: int, precision: str) -> dict[str, Any]:
     """Train with DeepSpeed as documented, with nothing of pmp_ds.train."""
     c, model = train_config(precision), tiny.model()
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -99,7 +99,7 @@ def plain(stage: int, precision: Precision) -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "weights": weights}
 
 
-def compare(stage: int, precision: Precision) -> dict[str, Any]:
+def compare(stage: int, precision: str) -> dict[str, Any]:
     """Return the losses of this rank, norms, and the largest distance of a weight."""
     a, b = ours(stage, precision), plain(stage, precision)
     distance = (
@@ -121,7 +121,7 @@ def compare(stage: int, precision: Precision) -> dict[str, Any]:
     }
 
 
-def density_one(stage: int, precision: Precision) -> bool:
+def density_one(stage: int, precision: str) -> bool:
     """Return whether a mask that keeps everything gives the bits of no mask."""
     table = parameter_table(tiny.model())
     bits = {info.name: full_bits(info.numel) for info in table}

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pmp_ds import dist
-from pmp_ds.config import MaskConfig, Optimizer, Precision, TrainConfig
+from pmp_ds.config import MaskConfig, TrainConfig
 from pmp_ds.discover.discover import random_ticket
 from pmp_ds.engine.engine import Engine
 from pmp_ds.model.parameters import parameter_table
@@ -57,12 +57,12 @@ def share(step: int) -> torch.Tensor:
 def segment(
     root: str,
     stage: int,
-    precision: Precision,
+    precision: str,
     masked: bool | str,
     resume: bool,
     last: int,
     save: list[int],
-    optimizer: Optimizer = "adamw",
+    optimizer: str = "adamw",
 ) -> dict[str, Any]:
     """Train to update ``last``, from theta(0) or from the newest checkpoint below ``root``.
     ``masked`` may be "compact": with a compact fp32 master."""

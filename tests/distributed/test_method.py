@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pmp_ds import dist
-from pmp_ds.config import Config, MaskConfig, Precision, TrainConfig
+from pmp_ds.config import Config, MaskConfig, TrainConfig
 from pmp_ds.discover.discover import Discovery
 from pmp_ds.engine.engine import Engine
 from pmp_ds.model.parameters import num_params, parameter_table
@@ -36,7 +36,7 @@ CONFIG = Config(
 )
 
 
-def run_method(stage: int, precision: Precision) -> dict[str, Any] | None:
+def run_method(stage: int, precision: str) -> dict[str, Any] | None:
     """Run the whole method on the ranks of this process group; return rank 0's results."""
     config = replace(CONFIG, train=replace(CONFIG.train, precision=precision))
     ds_json, repeats = tiny.ds_json(stage), REPEATS // dist.world_size()

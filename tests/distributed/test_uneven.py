@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pmp_ds import dist
-from pmp_ds.config import Config, MaskConfig, Precision, TrainConfig
+from pmp_ds.config import Config, MaskConfig, TrainConfig
 from pmp_ds.discover.discover import Discovery
 from pmp_ds.engine.engine import Engine
 from pmp_ds.model.parameters import num_params, parameter_table
@@ -40,7 +40,7 @@ def share(step: int) -> torch.Tensor:
     return tiny.batch(step, BATCH).split(SHARES[dist.world_size()])[dist.rank()]
 
 
-def run_method(stage: int, precision: Precision, micro_batch_size: int) -> dict[str, Any] | None:
+def run_method(stage: int, precision: str, micro_batch_size: int) -> dict[str, Any] | None:
     """Run the whole method on the ranks of this process group; return rank 0's results."""
     train = replace(CONFIG.train, precision=precision, micro_batch_size=micro_batch_size)
     table, config = parameter_table(tiny.model()), replace(CONFIG, train=train)

@@ -111,4 +111,4 @@ def test_all_measures(main_run: MainRun, work: Path, texts: Path, tmp_path: Path
 
 def test_mistake(work: Path):
     """All others: tests/unit/evaluate/test_command.py."""
-    assert "invalid choice: 'sizes'" in error_of(run("evaluate.py", "sizes", *MODEL, cwd=work))
+    assert "unknown measure 'sizes'" in error_of(run("evaluate.py", "sizes", *MODEL, cwd=work))

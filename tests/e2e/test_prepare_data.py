@@ -158,7 +158,7 @@ def test_merge_and_inspect(corpus: Path):
         (("--tokenizer", "nowhere"), "error: tokenizer nowhere does not exist"),
         (("--input", "a.jsonl"), "error: 150 of 150 rows are malformed"),
         (("verify", "nowhere"), "error: the data folder nowhere does not exist"),
-        (("verify",), "error: the following arguments are required: DIR"),
+        (("verify",), "error: DIR is missing; see --help"),
         (("inspect", "nowhere"), "error: the data folder nowhere does not exist"),
         (("merge", "x", "nowhere"), "error: merge takes two or more"),
     ],

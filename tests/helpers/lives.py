@@ -25,6 +25,7 @@ import torch
 
 from pmp_ds import dist
 from pmp_ds.cli import parse
+from pmp_ds.commands.pretrain import Options
 from pmp_ds.config import Config
 from pmp_ds.data.loader import BlockLoader
 from pmp_ds.data.mixed_store import open_data
@@ -34,7 +35,6 @@ from pmp_ds.errors import exit_code
 from pmp_ds.log import TIMINGS, read_metrics
 from pmp_ds.run_dir import RunDir
 from pmp_ds.state import checkpoint
-from pmp_ds.state.shelf import AFRESH
 from pmp_ds.train import job, pipeline
 from pmp_ds.train.session import Work
 from tests.helpers import capabilities, tiny
@@ -82,13 +82,13 @@ def live(
 
     def main() -> None:
         given = [*recipe, *SETTINGS, *arguments]
-        config, options = parse(Config, given, options={AFRESH: {"action": "store_true"}})
+        config, options = parse(Config, given, options=Options)
         ds_config = read_json(folder / f"zero{stage}.json")
         merge(ds_config, config.train, dist.world_size())
         store, run = open_data(config.data.store), RunDir(Path(config.run.root) / config.run.name)
         job.check(config, store, run)
         pipeline.run(
-            config, ds_config, store, run, time.monotonic(), start_afresh=options["start_afresh"]
+            config, ds_config, store, run, time.monotonic(), start_afresh=options.start_afresh
         )
 
     out, err = io.StringIO(), io.StringIO()

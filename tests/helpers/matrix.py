@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pmp_ds.config import Precision
-
 SUPPORT = Path(__file__).resolve().parents[2] / "docs" / "SUPPORT.md"
 ARCHITECTURES = "\n## Architectures\n"
 """Heading of the part that tests/helpers/families.py writes."""
@@ -21,7 +19,7 @@ class Case:
     """Describe one engine: 2 ranks unless ``world_size`` says otherwise."""
 
     stage: int
-    precision: Precision
+    precision: str
     offload: str = "none"  # none, optimizer, optimizer + parameters
     accumulation: int = 1
     accumulate_fp32: bool = False
@@ -45,7 +43,7 @@ class Case:
         return "-".join(parts)
 
 
-PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
+PRECISIONS: tuple[str, ...] = ("fp32", "bf16", "fp16")
 DAILY = {
     (1, "fp32", "none"),
     (2, "fp16", "none"),
@@ -139,7 +137,7 @@ def table() -> str:
         "| | ZeRO 0 | ZeRO 1 | ZeRO 2 | ZeRO 3 |",
         "|---|---|---|---|---|",
     ]
-    rows: dict[str, dict[int, list[Precision]]] = {}
+    rows: dict[str, dict[int, list[str]]] = {}
     for case in cases():
         precisions = rows.setdefault(_kind(case), {}).setdefault(case.stage, [])
         if case.precision not in precisions:

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pmp_ds import shipped
-from pmp_ds.cli import HIDDEN, dump, parse
+from pmp_ds.cli import NoOptions, dump, option, parse, parse_options, run_verb
 from pmp_ds.config import Config, TrainConfig
 from pmp_ds.errors import UserError
 from pmp_ds.prepare.config import PrepareConfig
@@ -25,8 +25,128 @@ def write(tmp_path: Path):
     return write
 
 
+@dataclass(frozen=True, kw_only=True)
+class Extra:
+    """Beside the settings."""
+
+    deepspeed_config: Path | None = None
+    """Settings of DeepSpeed."""
+
+    resume: bool = False
+    """Go on."""
+
+    local_rank: int = option(default=-1, hidden=True)
+    """Not shown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """On what it is measured."""
+
+    seeds: tuple[int, ...] = (0, 1)
+    """Seeds."""
+
+    steps: tuple[float, ...] = option("A", ())
+    """Steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tool(Measured):
+    """Measure a model."""
+
+    what: tuple[str, ...] = option("WHAT", positional=True)
+    """One or several."""
+
+    model: Path = option("FOLDER")
+    """The model."""
+
+    again: bool = False
+    """Once more."""
+
+    prompt: str | None = None
+    """Text."""
+
+    kinds: tuple[Path, ...] = option("KIND", ())
+    """Kinds."""
+
+
+def tool(*argv: str) -> Tool:
+    return parse_options(Tool, [*argv, "--model", "m"], prog="x tool")
+
+
+@pytest.mark.parametrize(
+    ("argv", "changes"),
+    [
+        (["a"], {}),
+        (["a", "b c"], {"what": ("a", "b c")}),
+        (["--again", "a"], {"again": True}),  # a switch leaves the next word alone
+        (["a", "--again=false"], {}),
+        (["a", "--seeds", "3", "4"], {"seeds": (3, 4)}),
+        (["a", "--steps", "-0.5", "0", ".5", "-.25"], {"steps": (-0.5, 0.0, 0.5, -0.25)}),
+        (["a", "--kinds", "b", "--kinds", "~/c"], {"kinds": (Path("b"), Path("/home/me/c"))}),
+        (["a", "--prompt", "~ [1, {2: $X"], {"prompt": "~ [1, {2: $X"}),  # no path, no YAML
+        (["a", "--prompt", "007"], {"prompt": "007"}),
+        (["a", "--model", "$HOME/m"], {"model": Path("m")}),  # the later one
+    ],
+)
+def test_options_alone(argv: list[str], changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert tool(*argv) == replace(Tool(what=("a",), model=Path("m")), **changes)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "WHAT is missing; see --help"),
+        (["a", "--seeds", "x"], "--seeds: expected int, got x"),
+        (["a", "--seeds"], "argument --seeds: expected one argument"),
+        (["a", "--steps", ".nan"], "--steps=nan is not a finite number"),
+        (["a", "--seeds", str(10**20)], f"--seeds={10**20} is too large: at most 2^63 - 1"),
+        (["a", "--agains"], "unknown flag --agains (did you mean --again?)"),
+        (["~none/a", "--kinds", "~none/b"], "--kinds=~none/b: there is no such home; write it out"),
+        (["a", "--config", "x.yaml"], "unknown flag --config"),
+    ],
+)
+def test_mistakes_in_options(argv: list[str], message: str):
+    with pytest.raises(UserError) as caught:
+        tool(*argv)
+    assert str(caught.value).startswith(message)
+    with pytest.raises(UserError, match=r"^WHAT, --model are missing; see --help$"):
+        parse_options(Tool, [])
+
+
+def test_help_of_options(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="0"):
+        tool("--help")
+    text = capsys.readouterr().out
+    assert text.startswith(
+        "usage: x tool WHAT [WHAT ...] --model FOLDER [options]\n\nMeasure a mod"
+    )
+    assert "\nOn what it is measured:\n  --seeds N [N ...]     Seeds. (default: 0 1)\n" in text
+    assert "\n  --again               Once more.\n" in text
+    assert "--config" not in text
+
+
+def test_verbs(capsys: pytest.CaptureFixture[str]):
+    ran: list[Any] = []
+    verbs = {"tool": (Tool, ran.append), "extra": (Extra, ran.append)}
+    run_verb(verbs, ["extra", "--resume"], prog="x")
+    assert ran == [Extra(resume=True)]
+    with pytest.raises(
+        UserError, match=r"^unknown verb tol \(did you mean tool\?\); x --help lists"
+    ):
+        run_verb(verbs, ["tol"], prog="x")
+    for words in ([], ["--help"]):
+        with pytest.raises(SystemExit, match="0"):
+            run_verb(verbs, words, prog="x", description="What.\n")
+        text = capsys.readouterr().out
+        assert text.startswith(
+            "usage: x VERB [options]\n\nWhat.\n\nverbs:\n  tool   Measure a model.\n"
+        )
+
+
 def test_defaults():
-    assert parse(Config, []) == (Config(), {})
+    assert parse(Config, []) == (Config(), NoOptions())
 
 
 def test_overlays_and_flags_in_order(write):
@@ -48,17 +168,12 @@ def test_types_are_real():
     assert config.mask.always_train is False
 
 
-def test_extra_options(write):
-    options: dict[str, dict[str, Any]] = {
-        "--deepspeed-config": {"type": str, "help": "JSON of DeepSpeed"},
-        "--resume": {"action": "store_true"},
-        "--local_rank": {"type": int, "default": -1, "help": HIDDEN},
-    }
+def test_extra_options():
     argv = ["--local_rank=1", "--deepspeed-config", "z.json", "--train.steps", "2500"]
-    config, extras = parse(Config, argv, options=options)
-    assert extras == {"deepspeed_config": "z.json", "resume": False, "local_rank": 1}
+    config, found = parse(Config, argv, options=Extra)
+    assert found == Extra(deepspeed_config=Path("z.json"), local_rank=1)
     assert config.train.steps == 2500
-    assert parse(Config, [], options=options)[1]["deepspeed_config"] is None
+    assert parse(Config, ["--resume"], options=Extra)[1] == Extra(resume=True)
 
 
 def test_dump_reads_back(write, capsys):
@@ -168,7 +283,6 @@ def test_error_of_a_value_that_only_the_sum_of_files_has(write):
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]):
-    hidden: dict[str, dict[str, Any]] = {"--local_rank": {"type": int, "help": HIDDEN}}
     with pytest.raises(SystemExit) as stop:
         parse(
             Config,
@@ -176,7 +290,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]):
             prog="x.py",
             description="What.\n  indented",
             epilog="examples:",
-            options=hidden,
+            options=Extra,
         )
     assert stop.value.code == 0
     text = capsys.readouterr().out

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from pmp_ds import commands, shipped
-from pmp_ds.cli import parse
-from pmp_ds.commands import VERBS, evaluate, export, main, module_of, vault
+from pmp_ds.cli import parse, parse_options
+from pmp_ds.commands import VERBS, OnRanks, main, module_of
+from pmp_ds.commands.evaluate import Evaluate
+from pmp_ds.commands.export import Export
+from pmp_ds.commands.vault import Show
 from pmp_ds.config import Config
 from pmp_ds.engine.deepspeed_config import read_json
 from pmp_ds.errors import UserError
@@ -91,18 +94,19 @@ def test_the_version(capsys: pytest.CaptureFixture[str]):
 FLAGS = {
     "--train.micro_batch_size": (lambda words: parse(Config, words)[0].train.micro_batch_size, 2),
     "--deepspeed_config": (
-        lambda words: parse(Config, words, options={"--deepspeed-config": {"type": str}})[1][
-            "deepspeed_config"
-        ],
+        lambda words: str(parse(Config, words, options=OnRanks)[1].deepspeed_config),
         "2",
     ),
     "--batch_size": (
-        lambda words: evaluate.arguments(["glue", "--model", "m", *words]).batch_size,
+        lambda words: parse_options(Evaluate, ["glue", "--model", "m", *words]).batch_size,
         2,
     ),
-    "--max_shard_size": (lambda words: export.parse(["--run", "r", *words]).max_shard_size, "2"),
+    "--max_shard_size": (
+        lambda words: parse_options(Export, ["--run", "r", *words]).max_shard_size,
+        "2",
+    ),
     "--passphrase_file": (
-        lambda words: str(vault.parse(["show", "t", *words]).passphrase_file),
+        lambda words: str(parse_options(Show, ["t", *words]).passphrase_file),
         "2",
     ),
 }

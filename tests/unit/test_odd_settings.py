@@ -1,13 +1,13 @@
 """Every setting with odd values is valid or gives a one-line error; paths may begin with `~`."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
-from pmp_ds.cli import PlainParser, parse
-from pmp_ds.commands import audit, evaluate, export, report, vault
+from pmp_ds.cli import parse, parse_options
+from pmp_ds.cli.fields import fields_of
+from pmp_ds.commands import OnRanks, audit, evaluate, export, prepare_data, report, vault
 from pmp_ds.config import Config
 from pmp_ds.errors import UserError
 from pmp_ds.prepare.config import PrepareConfig
@@ -91,58 +91,51 @@ def test_no_such_home(text: str):
 
 def test_options_beside_the_settings(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", "/home/someone")
-    options: dict[str, dict[str, Any]] = {"--deepspeed-config": {"type": str}}
-    _, found = parse(Config, ["--deepspeed-config", "~/zero.json"], options=options)
-    assert found["deepspeed_config"] == "/home/someone/zero.json"
+    _, found = parse(Config, ["--deepspeed-config", "~/zero.json"], options=OnRanks)
+    assert found.deepspeed_config == Path("/home/someone/zero.json")
 
 
-PLAIN: dict[str, tuple[Callable[[list[str]], Any], list[str]]] = {
-    "export": (export.parse, ["--run", "r"]),
-    "audit": (audit.arguments, ["--release", "r"]),
-    "evaluate": (evaluate.arguments, ["glue", "--model", "m"]),
-    "report": (report.arguments, ["--study", "s"]),
-    "vault seal": (vault.parse, ["seal", "--run", "r", "--name", "n", "--out", "o"]),
-    "vault trace": (vault.parse, ["trace", "--run", "r"]),
+PLAIN: dict[str, tuple[type[Any], list[str]]] = {
+    "export": (export.Export, ["--run", "r"]),
+    "audit": (audit.Audit, ["--release", "r"]),
+    "evaluate": (evaluate.Evaluate, ["glue", "--model", "m"]),
+    "report": (report.Report, ["--study", "s"]),
+    "vault keygen": (vault.Keygen, ["--out", "o"]),
+    "vault seal": (vault.Seal, ["--run", "r", "--name", "n", "--to", "k", "--out", "o"]),
+    "vault open": (vault.Open, ["f", "--out", "o"]),
+    "vault verify": (vault.Verify, ["f", "--run", "r"]),
+    "vault show": (vault.Show, ["f"]),
+    "vault list": (vault.List, ["--run", "r"]),
+    "vault trace": (vault.Trace, ["--run", "r", "--model", "m"]),
+    "prepare-data inspect": (prepare_data.Inspect, ["f"]),
 }
+EXCLUDE_OTHERS = ("run", "derivative", "check", "study", "passphrase_file", "ticket", "model")
 
 
 @pytest.mark.parametrize("command", PLAIN)
 def test_plain_options(command: str, monkeypatch: pytest.MonkeyPatch):
     """Of every option of a command without a settings tree: paths are expanded, numbers finite."""
     monkeypatch.setenv("HOME", "/home/someone")
-    parsers: list[PlainParser] = []
-    parse_known_args = PlainParser.parse_known_args
-
-    def spied(self: PlainParser, *args: Any, **kwargs: Any) -> Any:
-        parsers.append(self)
-        return parse_known_args(self, *args, **kwargs)
-
-    monkeypatch.setattr(PlainParser, "parse_known_args", spied)
-    parse_words, words = PLAIN[command]
-    parse_words(words)
-    actions = [action for parser in list(parsers) for action in parser._actions]
+    cls, words = PLAIN[command]
+    assert parse_options(cls, words)
     tried = 0
-    for action in actions:
-        if action.nargs == 0 or not action.option_strings:
-            continue
-        (flag,) = action.option_strings
-        exclusive = flag in ("--run", "--derivative", "--check", "--study") and flag not in words
-        if action.type is Path and not exclusive:
-            value = getattr(parse_words([*words, f"{flag}=~/x"]), action.dest)
-            assert value in (Path("/home/someone/x"), [Path("/home/someone/x")]), flag
+    for field in fields_of(cls):
+        kinds = (field.hint, *get_args(field.hint))
+        if Path in kinds and not field.positional:
+            if field.name in EXCLUDE_OTHERS and field.flag not in words:
+                continue
+            value = getattr(parse_options(cls, [*words, f"{field.flag}=~/x"]), field.name)
+            assert value in (Path("/home/someone/x"), (Path("/home/someone/x"),)), field.flag
             tried += 1
-        if action.type in (int, float):
-            for number in ("abc", "nan", "inf", "1e400", ""):
+        if int in kinds or float in kinds:
+            odd = ["abc", "nan", "inf", "1e400", ""]
+            for number in odd + ["-1", "9" * 30] * (int in kinds):
                 with pytest.raises(UserError):
-                    parse_words([*words, f"{flag}={number}"])
-        if action.metavar in ("FOLDER", "FILE", "RUN", "STORE"):
-            assert action.type is Path, flag
-        if action.type is int:
-            with pytest.raises(UserError):
-                parse_words([*words, f"{flag}=-1"])
-            with pytest.raises(UserError):
-                parse_words([*words, f"{flag}={'9' * 30}"])
-    assert tried
+                    parse_options(cls, [*words, f"{field.flag}={number}"])
+            tried += 1
+        if field.metavar in ("FOLDER", "FILE", "FILE|FOLDER", "DIR", "RUN", "STORE"):
+            assert Path in kinds, field.name
+    assert tried or command == "vault show"
 
 
 @pytest.mark.parametrize("words", [["--input", "[ab]1.jsonl"], ["--config", "FILE"]])

@@ -60,7 +60,7 @@ def test_deepspeed_reads_no_other_key():
 
 
 def refusal(ds_config: dict, precision: str = "bf16") -> list[str]:
-    config = TrainConfig(global_batch_size=4, micro_batch_size=4, precision=precision)  # type: ignore[arg-type]
+    config = TrainConfig(global_batch_size=4, micro_batch_size=4, precision=precision)
     with pytest.raises(UserError) as caught:
         merge(ds_config, config, 1)
     return [line.strip() for line in str(caught.value).splitlines()[1:]]

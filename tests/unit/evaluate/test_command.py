@@ -46,7 +46,7 @@ STORE = ("--store", "store")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sizes"], "invalid choice: 'sizes'"),
+        (["sizes"], "unknown measure 'sizes'; the measures are perplexity"),
         (["perplexity"], "perplexity needs --store; see --help"),
         (["last_word"], "last_word needs --text"),
         (["lm_eval"], "lm_eval needs --tasks"),
@@ -69,7 +69,7 @@ STORE = ("--store", "store")
         (["gradients", *STORE, "--ticket", "other"], "the ticket belongs to another model"),
         (
             ["landscape", *STORE, "--ticket", "ticket", "--finetuned", "store"],
-            r"store is not a model: model.safetensors is missing",
+            "store is no model: it has no config.json",
         ),
     ],
 )

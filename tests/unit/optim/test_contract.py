@@ -24,7 +24,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from pmp_ds import dist
-from pmp_ds.config import Precision, TrainConfig
+from pmp_ds.config import TrainConfig
 from pmp_ds.engine.engine import Engine
 from pmp_ds.engine.portable import _SCALER
 from pmp_ds.optim.masked_adamw import MaskedAdamW
@@ -43,7 +43,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 @dataclass(frozen=True)
 class Setup:
     stage: int
-    precision: Precision
+    precision: str
     offload: bool = False  # of the optimizer, to CPU
 
     def __str__(self) -> str:
@@ -534,7 +534,7 @@ def batches() -> list[torch.Tensor]:
     return [tiny.batch(rank, MICRO * ACCUMULATION) for rank in range(WORLD_SIZE)]
 
 
-def expected_gradients(precision: Precision) -> dict[str, torch.Tensor]:
+def expected_gradients(precision: str) -> dict[str, torch.Tensor]:
     model = tiny.model()
     with torch.no_grad():
         for param in model.parameters():

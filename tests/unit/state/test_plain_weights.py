@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from pmp_ds import formats
 from pmp_ds.config import Config, InitConfig, RunConfig, TrainConfig
-from pmp_ds.model.precision import PRECISIONS
+from pmp_ds.config.precision import PRECISIONS
 from pmp_ds.release.source import open_source
 from pmp_ds.run_dir import RunDir, write_json
 from pmp_ds.state import plain_weights, run_record, theta0

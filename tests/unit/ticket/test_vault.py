@@ -460,8 +460,8 @@ def test_mistakes_of_the_command_line(run, tmp_path):
         ([*trace, "--ticket", "a", "--model", "b"], "trace what"),
         ([*trace, "--ticket", str(tmp_path / "foreign")], "belongs to another model"),
         ([*trace, "--model", out], "is not a folder: name the folder of a model"),
-        (["unseal"], "invalid choice: 'unseal'"),
-        (["seal", "--out", "x"], "required: --run, --name"),
+        (["unseal"], r"unknown verb unseal \(did you mean seal\?\)"),
+        (["seal", "--out", "x"], "--run, --name are missing"),
     ]:
         with pytest.raises(UserError, match=message):
             main(argv)
