@@ -11,7 +11,7 @@ from pmp_ds.optim import masked
 from pmp_ds.optim.kernels import cpu
 from pmp_ds.optim.masked import parameter_groups
 from pmp_ds.optim.masked_adamw import MaskedAdamW
-from pmp_ds.optim.zero_shards import Fragment
+from pmp_ds.optim.zero import Fragment
 from pmp_ds.ticket.mask import pack, popcount
 from tests.helpers.examples import examples
 
