@@ -5,7 +5,7 @@ torch's headers, so compiling takes a second and needs no Python headers. Withou
 ``library`` is None, and the torch reference in masked_adamw.py is used. A container image compiles
 them next to the source when it is built:
 
-    python -c 'from pmp_ds.optim.kernels import cpu; cpu.compile_beside_source()'
+    python -c 'from pmp_ds.optim.kernels import compiler; compiler.compile_beside_source()'
 """
 
 import ctypes
