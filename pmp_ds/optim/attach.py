@@ -26,9 +26,9 @@ def attach(target: Any, optimizer: MaskedOptimizer, mask: ParamMask | None) -> N
     """Train only the elements in ``mask`` (None: all) of ``target``, starting from fresh state.
 
     ``target`` is a DeepSpeed engine created with ``optimizer``, or a torch module whose parameters
-    ``optimizer`` holds. Gradients of the complement are zero before any norm is computed, so
-    clipping sees the ticket alone, both in DeepSpeed and with
-    ``torch.nn.utils.clip_grad_norm_`` after ``backward``.
+    ``optimizer`` holds. Clipping sees the ticket alone: an engine's ``step`` measures nothing else,
+    and in a module gradients of the complement are zero after ``backward``, in time for
+    ``torch.nn.utils.clip_grad_norm_``.
 
     Raises UserError, before anything changes, when a parameter of ``mask`` is missing from
     ``target`` or has another shape there, or when ``target`` trains a parameter outside ``mask``.
@@ -62,8 +62,8 @@ def _in_words(shape: tuple[int, ...] | None) -> str:
 
 
 def arm(optimizer: MaskedOptimizer, shards: ZeroShards, mask: ParamMask | None) -> MaskedStep:
-    """Give the optimizer its share of ``mask`` and DeepSpeed our step; return it. With a compact
-    master the fp32 one goes."""
+    """Give the optimizer its share of ``mask`` and replace DeepSpeed's ``step``; return ours. A
+    compact master also replaces the dense fp32 one."""
     segments = [fragment.segment for fragment in shards.fragments]
     optimizer.arm(flat_masks(shards, mask), segments, shards.groups)
     if optimizer.compact_master:

@@ -1,7 +1,8 @@
 """One update of a masked optimizer: the norm of its gradients, and the step itself.
 
 The operators of kernels/ need one launch for each and never wait for the device. Where there are
-none, torch operations give the same bits chunk by chunk.
+none, torch operations make the same step to the bit, chunk by chunk; their norm differs in the
+order in which fp64 squares are added.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pmp_ds.optim.kernels import Kernels, serve
+from pmp_ds.optim.kernels import Kernels, can_read
 from pmp_ds.optim.kernels.batch import Batch, Coefficients, Layout, Segment, Tensors
 from pmp_ds.ticket.mask import unpack
 
@@ -31,7 +32,7 @@ class Update:
     ) -> None:
         self._optimizer, self._segments, self._tensors = optimizer, segments, tensors
         self._operators: tuple[Kernels, Batch] | None = None
-        if kernels is not None and serve(kernels[0], tensors):
+        if kernels is not None and can_read(kernels[0], tensors):
             batch = Batch(kernels[1], tensors, compact_master=optimizer.compact_master)
             self._operators = kernels[0], batch
 
@@ -40,17 +41,21 @@ class Update:
         if self._operators is not None:
             kernels, batch = self._operators
             return kernels.sums_of_squares(batch)
-        sums = [torch.zeros((), dtype=torch.float64, device=t.master.device) for t in self._tensors]
+        device = self._tensors[0].master.device if self._tensors else None
+        sums = torch.zeros(len(self._tensors), dtype=torch.float64, device=device)
         for i, tensors, here, kept, _ in self._chunks():
             if tensors.gradient is not None:
                 gradient = tensors.gradient[here]
                 sums[i] += (gradient if kept is None else gradient[kept]).double().square().sum()
-        return torch.stack(sums)
+        return sums
 
     @torch.no_grad()
     def make(self, factor: torch.Tensor | None = None) -> None:
-        """Make the update with gradients that are multiplied in fp32 by ``factor``, () fp32. A
-        factor of NaN changes neither weights nor moments."""
+        """Make the update with gradients that are multiplied in fp32 by ``factor``, () fp32.
+
+        A factor of NaN changes neither weights nor moments; the update is counted all the same, as
+        only the device knows of it.
+        """
         counted = {id(t.state): t.state for t in self._tensors if t.gradient is not None}
         for state in counted.values():
             # A new tensor: ZeRO-3 may share one between sub-groups.
@@ -62,6 +67,8 @@ class Update:
         kernels.masked_adamw(batch, [self._coefficients(t) for t in self._tensors], factor)
 
     def _coefficients(self, tensors: Tensors) -> Coefficients:
+        if tensors.gradient is None:  # nothing reads them; before a first update there are none
+            return Coefficients(*[0.0] * len(Coefficients._fields))
         found = self._optimizer.coefficients(tensors.group, float(tensors.state["step"]))
         assert found is not None, "the operators implement the rule, or are not used"
         return found
@@ -91,18 +98,22 @@ class Update:
     def _chunks(self) -> Iterator[tuple[int, Tensors, slice, torch.Tensor | None, slice]]:
         """Yield by chunk: the segment's number and tensors, the chunk's place in the segment, its
         kept elements (None: all), and their place in the compact state."""
-        done: dict[int, int] = {}
+        done: dict[int, tuple[int, int]] = {}  # by tensor: elements, and the kept ones among them
         for i, (segment, tensors) in enumerate(zip(self._segments, self._tensors, strict=True)):
+            mask = tensors.mask
+            passed, before = done.get(segment.tensor, (0, 0))
+            if mask is not None and passed < segment.start:  # elements of no segment
+                before += int(unpack(mask, segment.start - passed, passed).sum())
             for first in range(0, segment.numel, CHUNK):
                 numel = min(CHUNK, segment.numel - first)
                 here, start = slice(first, first + numel), segment.start + first
-                if tensors.mask is None:
+                if mask is None:
                     yield i, tensors, here, None, slice(start, start + numel)
                     continue
-                kept = unpack(tensors.mask, numel, start).nonzero().view(-1)
-                before = done.get(segment.tensor, 0)
-                done[segment.tensor] = before + kept.numel()
-                yield i, tensors, here, kept, slice(before, done[segment.tensor])
+                kept = unpack(mask, numel, start).nonzero().view(-1)
+                yield i, tensors, here, kept, slice(before, before + kept.numel())
+                before += kept.numel()
+            done[segment.tensor] = segment.start + segment.numel, before
 
 
 def gather(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

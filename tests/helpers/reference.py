@@ -1,8 +1,7 @@
 """The whole method in plain, single-process PyTorch: what every sharding must agree with.
 
 Written from the paper alone, with nothing of pmp_ds.ticket, pmp_ds.optim or pmp_ds.train: sort
-instead of histograms, dense moments, one tensor after the other. Only `masked_adamw_ref`, which
-the operators must equal to the bit, is the library's own arithmetic.
+instead of histograms, dense moments, one tensor after the other.
 """
 
 import math
@@ -12,9 +11,6 @@ import torch
 from transformers import PreTrainedModel
 
 from pmp_ds.config import MaskConfig, TrainConfig
-from pmp_ds.optim.kernels.cpu import Coefficients
-from pmp_ds.optim.masked_adamw import adamw_ref
-from pmp_ds.ticket.mask import unpack
 
 Masks = dict[str, torch.Tensor]  # by parameter name, bool, in its shape
 Batch = Callable[[int], torch.Tensor]  # update (from 1) -> (B, T) int64
@@ -39,21 +35,6 @@ def iou(a: Masks, b: Masks) -> float:
     both = sum(int((a[n] & b[n]).sum()) for n in a)
     either = sum(int((a[n] | b[n]).sum()) for n in a)
     return both / either
-
-
-def masked_adamw_ref(
-    weights: torch.Tensor,  # (numel,) fp32, updated in place, as are the moments
-    gradient: torch.Tensor,  # (numel,)
-    bits: torch.Tensor | None,  # (ceil(numel / 8),) uint8; None: all kept
-    exp_avg: torch.Tensor,  # (num_kept,)
-    exp_avg_sq: torch.Tensor,  # (num_kept,)
-    coefficients: Coefficients,
-) -> None:
-    """What an operator of optim/kernels does, gathered and scattered at once."""
-    kept = slice(None) if bits is None else unpack(bits, weights.numel())
-    values = weights[kept].clone()
-    adamw_ref(values, gradient[kept], exp_avg, exp_avg_sq, coefficients)
-    weights[kept] = values
 
 
 class Trainer:

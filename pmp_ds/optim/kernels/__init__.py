@@ -53,7 +53,7 @@ def kernels_for(tensors: Sequence[torch.Tensor], *, compact_master: bool) -> Ker
     return _triton_kernels() if device.type == "cuda" else None
 
 
-def serve(kernels: Kernels, tensors: Sequence[Tensors]) -> bool:
+def can_read(kernels: Kernels, tensors: Sequence[Tensors]) -> bool:
     """Return whether the operators can read these gradients and weights: of one dtype each."""
     gradients = {t.gradient.dtype for t in tensors if t.gradient is not None}
     weights = {t.weights.dtype for t in tensors if t.weights is not None}
@@ -69,7 +69,7 @@ def _triton_kernels() -> Kernels | None:
     except ImportError as error:
         warnings.warn(
             "the masked optimizer runs in torch operations, many times slower on a GPU: triton "
-            f"cannot be imported ({error}); pip install triton, in the version torch asks for",
+            f"cannot be imported ({error}); pip install triton, in the version that torch needs",
             stacklevel=4,
         )
         return None

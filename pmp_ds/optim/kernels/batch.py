@@ -60,35 +60,31 @@ class Layout:
         device: torch.device,
     ) -> None:
         self.segments, self.device = tuple(segments), device
+        self.begin = torch.tensor([s.start for s in segments], dtype=torch.int64, device=device)
+        numel = torch.tensor([s.numel for s in segments], dtype=torch.int64, device=device)
+        self.end = self.begin + numel
+        self._blocks = -(-numel // BLOCK)
+        numbers = torch.arange(len(segments), device=device)
+        segment = numbers.repeat_interleave(self._blocks)
+        position = torch.arange(segment.numel(), device=device)
+        position -= (self._blocks.cumsum(0) - self._blocks)[segment]  # of a block in its segment
+        self.segment = segment.int()  # (num_blocks,)
+        self.first = self.begin[segment] + BLOCK * position  # (num_blocks,) int64
+        last = torch.minimum(self.first + BLOCK, self.end[segment])
+        self.kept_before = self.first.clone()  # (num_blocks,) int64
+        kept_after = last.clone()
         self.needed = dict.fromkeys((s.tensor for s in segments), 0)
         """By tensor: the length that compact state must have at least."""
-        numbers, firsts, before, counts = [], [], [], []
-        for number, (tensor, start, numel) in enumerate(segments):
-            first = torch.arange(start, start + numel, BLOCK, device=device)
+        tensors = torch.tensor([s.tensor for s in segments], dtype=torch.int64, device=device)
+        for tensor in self.needed:
+            blocks = (tensors == tensor)[segment].nonzero().view(-1)
             mask = masks[tensor]
-            if mask is None:
-                ends = (first + BLOCK).clamp(max=start + numel)
-                found, end = first, ends
-            else:
-                bounds = torch.cat([first, first.new_tensor([start + numel])])
-                kept = kept_before(mask, bounds)
-                found, end = kept[:-1], kept[1:]
-            if numel:
-                self.needed[tensor] = max(self.needed[tensor], int(end[-1]))
-            firsts.append(first)
-            before.append(found)
-            counts.append((end - found).int())
-            numbers.append(torch.full_like(first, number, dtype=torch.int32))
-        empty = torch.zeros(0, dtype=torch.int64, device=device)
-        self.segment = torch.cat([empty.int(), *numbers])  # (num_blocks,) int32
-        self.first = torch.cat([empty, *firsts])  # (num_blocks,) int64
-        self.kept_before = torch.cat([empty, *before])  # (num_blocks,) int64
-        self.kept_count = torch.cat([empty.int(), *counts])  # (num_blocks,) int32
-        self.begin = torch.tensor([s.start for s in segments], device=device, dtype=torch.int64)
-        self.end = self.begin + torch.tensor(
-            [s.numel for s in segments], device=device, dtype=torch.int64
-        )
-        self._blocks = torch.tensor([-(-s.numel // BLOCK) for s in segments], device=device)
+            if mask is not None:  # else all elements before a place are kept
+                places = torch.stack([self.first[blocks], last[blocks]])
+                self.kept_before[blocks], kept_after[blocks] = kept_before(mask, places)
+            if blocks.numel():
+                self.needed[tensor] = int(kept_after[blocks].max())
+        self.kept_count = (kept_after - self.kept_before).int()  # (num_blocks,)
 
     def by_segment(self, sums: torch.Tensor) -> torch.Tensor:
         """Add up (num_blocks,) numbers by segment, in one fixed order, (num_segments,)."""
@@ -98,14 +94,9 @@ class Layout:
     def num_blocks(self) -> int:
         return self.segment.numel()
 
-    @property
-    def nbytes(self) -> int:
-        tensors = (self.segment, self.first, self.kept_before, self.kept_count)
-        return sum(tensor.nbytes for tensor in tensors)
-
 
 def kept_before(mask: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Return the number of ones of a packed mask before each of ``places``, (n,) int64."""
+    """Return the number of ones of a packed mask before each of ``places``, in its shape, int64."""
     checks.packed(mask, 0, mask.device)
     table = torch.tensor([byte.bit_count() for byte in range(256)], dtype=torch.uint8)
     table = table.to(mask.device)
@@ -115,13 +106,14 @@ def kept_before(mask: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     ones = table[padded.int()].view(-1, stride)
     whole = ones.sum(dim=1, dtype=torch.int64)
     whole = whole.cumsum(0) - whole
-    byte, chunk = places // 8, places // BLOCK
-    found = whole[chunk]
-    if bool((places % BLOCK != 0).any()):
-        earlier = torch.arange(stride, device=mask.device) < (byte % stride)[:, None]
-        found = found + (ones[chunk] * earlier).sum(dim=1, dtype=torch.int64)
-        low_bits = (1 << (places % 8)) - 1
-        found = found + table[(padded[byte].long() & low_bits).int()]
+    found = whole[places // BLOCK]
+    inside = places % BLOCK != 0
+    place = places[inside]
+    byte = place // 8
+    earlier = torch.arange(stride, device=mask.device) < (byte % stride)[:, None]
+    found[inside] += (ones[place // BLOCK] * earlier).sum(dim=1, dtype=torch.int64)
+    low_bits = (1 << (place % 8)) - 1
+    found[inside] += table[(padded[byte].long() & low_bits).int()]
     return found
 
 
@@ -147,10 +139,10 @@ class Batch:
 
     def __init__(self, layout: Layout, tensors: Sequence[Tensors], *, compact_master: bool) -> None:
         self.layout, self.tensors, self.compact_master = layout, tuple(tensors), compact_master
-        self.gradient_dtype = _common("gradient", [t.gradient for t in tensors])
-        self.weight_dtype = _common("weights", [t.weights for t in tensors])
         for segment, each in zip(layout.segments, tensors, strict=True):
             self._check(segment, each)
+        self.gradient_dtype = _common("the gradient", [t.gradient for t in tensors])
+        self.weight_dtype = _common("the weights", [t.weights for t in tensors])
         columns = [
             (t.gradient, t.weights, t.master, t.moments[0], t.moments[1], t.mask) for t in tensors
         ]

@@ -168,6 +168,7 @@ def _masked_adamw(
         tl.store(master, p, mask=kept)
         if WEIGHTS != 0:
             weights = tl.load(row + num_segments)
+            kept = kept & (weights != 0)
             if WEIGHTS == _BF16:
                 rounded = weights.to(tl.pointer_type(tl.int16)) + place
                 tl.store(rounded, _round_to_bf16(p), mask=kept)

@@ -284,7 +284,7 @@ class Block {
     adamw(values, scaled, at<float>(kExpAvg) + kept_before_, at<float>(kExpAvgSq) + kept_before_,
           kept_count_, batch_.coefficients[segment_]);
     if (gathered) expand(weights, mask_, size_, master);
-    if (batch_.weight_type == kNone) return;
+    if (at<void>(kWeights) == nullptr) return;
     if (masked_) {
       const float* old = wide(at<void>(kWeights), batch_.weight_type, offset_, size_, dense);
       if (old != dense) std::memcpy(dense, old, size_ * sizeof(float));

@@ -51,7 +51,8 @@ class Stage0:
             self._engine.clip_fp32_gradients = lambda: None
 
     def before_step(self) -> None:
-        pass
+        if self._wrapped:
+            self._zero.overflow = False
 
     def count(self, overflow: bool, norm: torch.Tensor) -> None:
         self._zero._global_grad_norm = norm

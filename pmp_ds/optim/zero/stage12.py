@@ -77,6 +77,7 @@ class Stage12:
 
     def before_step(self) -> None:
         self._zero.micro_step_id = _FIRST_MICRO_STEP
+        self._zero.overflow = False
         self._zero._wait_for_offload_copies()
         if self._zero.cpu_offload:
             self._zero._offload_accumulated_param_ids = set()

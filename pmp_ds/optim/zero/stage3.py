@@ -66,6 +66,7 @@ class Stage3:
 
     def before_step(self) -> None:
         self._zero._pre_step()
+        self._zero.overflow = False
         self._zero._partition_all_parameters()
 
     def count(self, overflow: bool, norm: torch.Tensor) -> None:

@@ -8,21 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from pmp_ds.optim.kernels import cpu
+from pmp_ds.optim.kernels import compiler
 from tests.helpers.distributed import REPO
 
 pytestmark = pytest.mark.processes
 
-needs_compiler = pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(compiler.library() is None, reason="no C++ compiler")
 ASK = """
 import sys
 from pathlib import Path
-from pmp_ds.optim.kernels import cpu
+from pmp_ds.optim.kernels import compiler
 if len(sys.argv) > 1:
-    cpu.SOURCE = Path(sys.argv[1])
+    compiler.SOURCE = Path(sys.argv[1])
     if len(sys.argv) > 2:
-        print(cpu.compile_beside_source())
-loaded = cpu.library()
+        print(compiler.compile_beside_source())
+loaded = compiler.library()
 print(loaded and loaded._name)
 """
 
@@ -43,12 +43,12 @@ def ask(*words: str | Path, **environment: str) -> tuple[str, str]:
 @pytest.fixture
 def _compiled_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler, which hands out what it made of the same source before: 5 s less a test."""
-    compiler, made = cpu._compiler(), cpu.library()
-    assert compiler is not None
+    real, made = compiler._compiler(), compiler.library()
+    assert real is not None
     assert made is not None
     script = tmp_path / "c++"
     script.write_text(
-        f'#!/bin/bash\n[ "$1" = --version ] && exec {shlex.quote(compiler)} "$@"\n'
+        f'#!/bin/bash\n[ "$1" = --version ] && exec {shlex.quote(real)} "$@"\n'
         f'cp {shlex.quote(made._name)} "${{@: -1}}"\n'
     )
     script.chmod(0o755)
@@ -58,9 +58,9 @@ def _compiled_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """A copy, whose folder may be written to."""
-    path = tmp_path / "package" / cpu.SOURCE.name
+    path = tmp_path / "package" / compiler.SOURCE.name
     path.parent.mkdir()
-    path.write_bytes(cpu.SOURCE.read_bytes())
+    path.write_bytes(compiler.SOURCE.read_bytes())
     return path
 
 
