@@ -18,7 +18,7 @@ from pmp_ds.engine.engine import Engine
 from pmp_ds.errors import UserError
 from pmp_ds.model.parameters import ParamInfo, digest, num_params
 from pmp_ds.optim.schedule import learning_rate
-from pmp_ds.optim.zero_shards import Fragment
+from pmp_ds.optim.zero import Fragment
 from pmp_ds.state.checkpoint import Position
 from pmp_ds.state.state_reader import StateReader
 from pmp_ds.ticket.early_bird import EarlyBird

@@ -17,7 +17,7 @@ from pmp_ds.config import MaskConfig
 from pmp_ds.errors import UserError
 from pmp_ds.model.parameters import ParamInfo, num_params
 from pmp_ds.model.stream import uniforms
-from pmp_ds.optim.zero_shards import Fragment
+from pmp_ds.optim.zero import Fragment
 from pmp_ds.ticket.mask import unpack
 from pmp_ds.ticket.ticket import exact_k
 from pmp_ds.ticket.topk import select_top_k

@@ -1,8 +1,7 @@
 """A DeepSpeed engine that trains only a ticket.
 
-Between ``backward`` and ``step`` the complement of the reduced gradient shards is zeroed, so the
-norm that DeepSpeed reports and clips with is the ticket's. The client optimizer then updates the
-ticket's elements and no others (paper, Eq. 5).
+Once it is armed, DeepSpeed's ``step`` is ours (optim/zero/step.py): it measures and clips the
+ticket's gradients and updates the ticket's elements, and no others (paper, Eq. 5).
 """
 
 from collections.abc import Callable
@@ -20,11 +19,11 @@ from pmp_ds.engine.deepspeed_config import merge, wants_compact_master
 from pmp_ds.engine.objective import NextToken, Objective
 from pmp_ds.engine.portable import Portable
 from pmp_ds.model.precision import precision_of
-from pmp_ds.optim.attach import arm, mask_gradients
+from pmp_ds.optim.attach import arm
 from pmp_ds.optim.logical_state import Collected, Read, collect, restore
 from pmp_ds.optim.masked import parameter_groups
 from pmp_ds.optim.rules import optimizer_of
-from pmp_ds.optim.zero_shards import shards_of
+from pmp_ds.optim.zero import MaskedStep, shards_of
 from pmp_ds.ticket.mask import ParamMask
 
 
@@ -36,7 +35,7 @@ class Engine(Portable):
 
     mask: ParamMask | None = None
     """The mask passed to ``arm``."""
-    armed = False
+    _step: MaskedStep | None = None
 
     def __init__(
         self,
@@ -73,8 +72,11 @@ class Engine(Portable):
 
     def arm(self, mask: ParamMask | None) -> None:
         """Train the elements in ``mask`` (None: all) from fresh moments."""
-        self.mask, self.armed = mask, True
-        arm(self.optimizer, self.shards, mask)
+        self.mask, self._step = mask, arm(self.optimizer, self.shards, mask)
+
+    @property
+    def armed(self) -> bool:
+        return self._step is not None
 
     @property
     def device(self) -> torch.device:
@@ -107,7 +109,6 @@ class Engine(Portable):
                 loss = (self.losses(micro_batch) * weight).mean()
             self._engine.backward(loss)
             total += loss.detach()
-        self.shards.zero_padding()
         return total / steps
 
     @property
@@ -141,28 +142,21 @@ class Engine(Portable):
         return not bool(dist.all_reduce_sum((~flags.all()).float()))
 
     def step(self, lr: float) -> torch.Tensor | float:
-        """Mask the gradient, clip it and update the ticket. Returns the norm of the masked gradient
-        before clipping, over all ranks, without waiting for the device."""
-        assert self.armed
+        """Clip the ticket's gradient and update the ticket. Returns the gradient's norm before
+        clipping, over all ranks, without waiting for the device."""
+        assert self._step is not None
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        mask_gradients(self.optimizer, self.shards)
-        norm = self._gradient_norm() if self.shards.replicated else None
         self._engine.step()
-        return self._engine.get_global_grad_norm() if norm is None else norm
+        norm: torch.Tensor | float = self._engine.get_global_grad_norm()
+        return norm
 
     def skip(self) -> None:
         """Drop the gradients instead of ``step``; weights, moments and counters stay."""
-        for gradient in self.shards.gradients():
-            gradient.zero_()
-        self.shards.remeasure()
-        self.optimizer.paused = True
+        assert self._step is not None
+        self._step.skipping = True
         self._engine.step()
-        self.optimizer.paused = False
-
-    def _gradient_norm(self) -> torch.Tensor:
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in self.shards.gradients()]
-        return torch.linalg.vector_norm(torch.stack(norms))
+        self._step.skipping = False
 
     def evaluate(self, batch: torch.Tensor) -> torch.Tensor:
         """Return the losses of this rank's (B, T) int64 samples, (B,) fp32. Collective at stage 3:
@@ -212,4 +206,4 @@ class Engine(Portable):
             deepspeed.comm.log_summary()
         self._engine.destroy()
         self.optimizer.state.clear()
-        del self._engine, self.shards, self.optimizer
+        del self._engine, self._step, self.shards, self.optimizer
