@@ -43,6 +43,15 @@ class TrainConfig:
     """Add up the gradients of micro-batches in fp32 instead of `train.precision`; with `bf16` it
     needs ZeRO 2 or 3."""
 
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Recompute activations in the backward pass, for less memory: `full` keeps the inputs of the
+    layers alone; `selective` also the results of matrix products and attention, for a few percent
+    more time. The losses stay the same. May change between restarts of a run."""
+
+    compile: Literal["auto", "layers", "none"] = "auto"
+    """torch.compile of each repeated `layers`: faster from the second minute on, other last bits.
+    `auto` does so on a GPU at ZeRO 0, 1 and 2. May change between restarts of a run."""
+
     lr: float = 2e-5
     """Peak learning rate."""
 

@@ -15,7 +15,8 @@ from pmp_ds import dist
 from pmp_ds.config import TrainConfig
 from pmp_ds.engine.clock import DeviceClock, Span
 from pmp_ds.engine.cut import Cut
-from pmp_ds.engine.deepspeed_config import merge, wants_compact_master
+from pmp_ds.engine.deepspeed_config import merge, wants_compact_master, zero_stage
+from pmp_ds.engine.forward import compile_layers, recompute_activations
 from pmp_ds.engine.objective import NextToken, Objective
 from pmp_ds.engine.portable import Portable
 from pmp_ds.model.precision import precision_of
@@ -57,6 +58,7 @@ class Engine(Portable):
         self._clock = DeviceClock(dist.device())
         logger = ds_config.get("comms_logger") or {}
         self._measures_communication = bool(logger.get("enabled", False))
+        recompute_activations(model, config)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         self._engine, *_ = deepspeed.initialize(
             model=model,
@@ -69,6 +71,11 @@ class Engine(Portable):
         for name, buffer in self._engine.module.named_buffers():
             buffer.data = buffers[name].to(buffer.device)
         self.shards = shards_of(self._engine)
+        self.notes = [
+            note
+            for note in [compile_layers(model, config, self.device, zero_stage(ds_config))]
+            if note is not None
+        ]
 
     def arm(self, mask: ParamMask | None) -> None:
         """Train the elements in ``mask`` (None: all) from fresh moments."""
