@@ -56,6 +56,9 @@ class Engine(Portable):
         self._sixteen_bit = precision_of(config).has_master
         self._dynamic_scale = precision_of(config).scales_loss
         self._clock = DeviceClock(dist.device())
+        self._step_clock = DeviceClock(dist.device())
+        self.num_params = sum(param.numel() for param in model.parameters())
+        self.dtype = precision_of(config).dtype
         logger = ds_config.get("comms_logger") or {}
         self._measures_communication = bool(logger.get("enabled", False))
         recompute_activations(model, config)
@@ -125,6 +128,11 @@ class Engine(Portable):
         return self._clock.span
 
     @property
+    def step_span(self) -> Span:
+        """Device time of the last ``step``: norm, update, and the exchange of the weights."""
+        return self._step_clock.span
+
+    @property
     def overflow_is_normal(self) -> bool:
         """Whether non-finite gradients skip the update: fp16 with a dynamic loss scale."""
         return self._dynamic_scale
@@ -154,7 +162,9 @@ class Engine(Portable):
         assert self._step is not None
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self._engine.step()
+        self._step_clock.reset()
+        with self._step_clock:
+            self._engine.step()
         norm: torch.Tensor | float = self._engine.get_global_grad_norm()
         return norm
 

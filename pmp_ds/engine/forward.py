@@ -24,8 +24,10 @@ _KEPT = {
 
 
 def recompute_activations(model: PreTrainedModel, config: TrainConfig) -> None:
-    """Apply ``train.activation_checkpointing`` to the repeated layers of ``model``. Raises UserError
-    for a model that transformers cannot checkpoint."""
+    """Apply ``train.activation_checkpointing`` to the repeated layers of ``model``.
+
+    Raises UserError for a model that transformers cannot checkpoint.
+    """
     kind = config.activation_checkpointing
     if kind == "none":
         return
@@ -66,8 +68,8 @@ def compile_layers(
 ) -> str | None:
     """Apply ``train.compile``: each repeated layer by itself, which compiles once for all of them.
 
-    Returns a line that says why not, where the setting asks for it. A layer that the compiler cannot
-    handle runs as it is.
+    Returns a line that says why not, where the setting asks for it. A layer that the compiler
+    cannot handle runs as it is.
     """
     wanted = config.compile == "layers" or (config.compile == "auto" and device.type == "cuda")
     if not wanted:

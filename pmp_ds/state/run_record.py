@@ -28,6 +28,7 @@ _MAY_CHANGE = {
     "train.micro_batch_size",
     "train.activation_checkpointing",
     "train.compile",
+    "train.profile",
 }
 """Sections and settings that may change when a run resumes; stores are compared by content.
 ``_on_schedule`` decides when a run may change its length."""

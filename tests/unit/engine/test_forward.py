@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pmp_ds.config import TrainConfig
+from pmp_ds.engine.figures import flops_per_token, peak_flops
 from pmp_ds.engine.forward import compile_layers, recompute_activations, repeated_layers
 from pmp_ds.engine.objective import in_blocks
 from pmp_ds.errors import UserError
@@ -66,7 +67,7 @@ def test_selective_recomputes_no_matrix_product():
 def test_a_model_that_cannot_recompute(monkeypatch):
     monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
     config = TrainConfig(activation_checkpointing="full")
-    with pytest.raises(UserError, match=r"train\.activation_checkpointing=full does not work with Ll"):
+    with pytest.raises(UserError, match="activation_checkpointing=full does not work with Llama"):
         recompute_activations(tiny.model(tiny.LLAMA), config)
 
 
@@ -117,3 +118,26 @@ def test_compiled_layers_compute_the_same():
         losses.append(token_losses(logits, batch).mean())
     assert losses[0].allclose(losses[1], atol=1e-5, rtol=0.0)
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_flops_by_hand():
+    """6 * 1,000 + 12 * 2 layers * width 8 * 16 tokens."""
+    config = LlamaConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2)
+    assert flops_per_token(config, 1000, 16) == 6000 + 12 * 2 * 8 * 16
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"), [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("X", None)]
+)
+def test_peak_by_name(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    cuda = torch.device("cuda")
+    assert peak_flops(cuda, torch.bfloat16) == peak
+    assert peak_flops(cuda, torch.float32) is None
+    assert peak_flops(CPU, torch.bfloat16) is None
+
+
+@pytest.mark.parametrize("words", ["10", "3:2", "0:4", "a:b", "1:2:3"])
+def test_odd_updates_to_profile(words):
+    with pytest.raises(UserError, match=r"train\.profile='.*' must be FIRST:LAST"):
+        TrainConfig(profile=words)
