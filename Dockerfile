@@ -51,7 +51,7 @@ print(*project["dependencies"], sep="\n")' > /tmp/requirements.txt \
 # Our kernel is compiled here: at run time that would need a folder to write to and execute from.
 COPY . .
 RUN python3 -m pip install --no-cache-dir --no-deps -e . \
- && python3 -c 'from pmp_ds.optim.kernels import cpu; cpu.compile_beside_source()' \
+ && python3 -c 'from pmp_ds.optim.kernels import compiler; compiler.compile_beside_source()' \
  && python3 -m compileall -q pmp_ds \
  && mkdir -p runs tokenized_data && chmod 1777 runs tokenized_data
 

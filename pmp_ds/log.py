@@ -21,6 +21,10 @@ from pmp_ds.run_dir import RunDir, write_text
 TIMINGS = {
     "tokens_per_second",
     "loader_share",
+    "optimizer_share",
+    "mfu",
+    "peak_memory_allocated",
+    "peak_memory_reserved",
     "save_stall_seconds",
     "save_seconds",
 }

@@ -1,7 +1,7 @@
 """The files of a run. Every file name of a run is spelled here and nowhere else.
 
 runs/NAME/config.yaml  data.json  verified.json  tokenizer/  metrics.jsonl  tensorboard/  plots/
-               stacks/
+               stacks/  profile/
 runs/NAME/release/     the only folder to publish
 runs/NAME/private/     ticket/  init/  checkpoints/  vault/  ledger.jsonl   0700, files 0600
 """
@@ -66,6 +66,11 @@ class RunDir:
     def stacks(self) -> Path:
         """The stacks of the ranks of a run that hung."""
         return self.root / "stacks"
+
+    @property
+    def profile(self) -> Path:
+        """Traces of single updates, as `train.profile` asks for."""
+        return self.root / "profile"
 
     @property
     def release(self) -> Path:

@@ -42,6 +42,19 @@ class TrainConfig:
     """Add up the gradients of micro-batches in fp32 instead of `train.precision`; with `bf16` it
     needs ZeRO 2 or 3."""
 
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Recompute activations in the backward pass, for less memory: `full` keeps the inputs of the
+    layers alone; `selective` (ZeRO 0, 1 and 2) also the results of matrix products and attention,
+    and takes less time. The losses stay the same. May change between restarts of a run."""
+
+    compile: Literal["auto", "layers", "none"] = "auto"
+    """torch.compile of each repeated `layers`: faster from the second minute on, other last bits.
+    `auto` does so on a GPU at ZeRO 0, 1 and 2. May change between restarts of a run."""
+
+    profile: str | None = None
+    """Updates to write a trace of, such as 10:13, to `profile/` in the run's folder. May change
+    between restarts of a run."""
+
     lr: float = 2e-5
     """Peak learning rate."""
 
@@ -72,10 +85,24 @@ class TrainConfig:
     clip_norm: float = 1.0
     """Largest norm of the masked gradient; 0 switches clipping off."""
 
+    @property
+    def profiled(self) -> tuple[int, int] | None:
+        """The first and the last update of ``profile``."""
+        if self.profile is None:
+            return None
+        first, _, last = self.profile.partition(":")
+        valid = first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)
+        require(
+            valid,
+            f"train.profile={self.profile!r} must be FIRST:LAST, two updates from 1 such as 10:13",
+        )
+        return int(first), int(last)
+
     def __post_init__(self) -> None:
         require_known("train.optimizer", self.optimizer, RULES, "optimizers")
         require_known("train.precision", self.precision, PRECISIONS, "precisions")
         require_known("train.schedule", self.schedule, SCHEDULES, "schedules")
+        _ = self.profiled  # raises UserError for other words
         if self.betas is None:  # the same settings, whether the defaults were written out or not
             object.__setattr__(self, "betas", RULES[self.optimizer].betas)
         assert self.betas is not None

@@ -18,7 +18,7 @@ from pmp_ds.engine.engine import Engine
 from pmp_ds.errors import UserError
 from pmp_ds.model.parameters import ParamInfo, digest, num_params
 from pmp_ds.optim.schedule import learning_rate
-from pmp_ds.optim.zero_shards import Fragment
+from pmp_ds.optim.zero import Fragment
 from pmp_ds.state.checkpoint import Position
 from pmp_ds.state.state_reader import StateReader
 from pmp_ds.ticket.early_bird import EarlyBird
@@ -143,11 +143,10 @@ class Discovery:
             ]
 
     def _num_common(self, one: list[torch.Tensor], other: list[torch.Tensor]) -> int:
-        common = sum(count_common(a, b) for a, b in zip(one, other, strict=True))
-        if self._engine.shards.replicated:
-            return common
-        total = torch.tensor([common], dtype=torch.int64, device=self._engine.device)
-        return int(dist.all_reduce_sum(total))
+        total = torch.zeros(1, dtype=torch.int64, device=self._engine.device)
+        for a, b in zip(one, other, strict=True):
+            total += count_common(a, b).to(total.device, non_blocking=True)
+        return int(total if self._engine.shards.replicated else dist.all_reduce_sum(total))
 
     def _whole(self, bits: list[torch.Tensor]) -> ParamMask:
         replicated = self._engine.shards.replicated

@@ -17,10 +17,10 @@ from pmp_ds.config import MaskConfig
 from pmp_ds.errors import UserError
 from pmp_ds.model.parameters import ParamInfo, num_params
 from pmp_ds.model.stream import uniforms
-from pmp_ds.optim.zero_shards import Fragment
+from pmp_ds.optim.zero import Fragment
 from pmp_ds.ticket.mask import unpack
 from pmp_ds.ticket.ticket import exact_k
-from pmp_ds.ticket.topk import select_top_k
+from pmp_ds.ticket.topk import TopK
 
 _CHUNK = 1 << 20  # elements drawn at once: 8 MiB of float64
 
@@ -28,6 +28,7 @@ _CHUNK = 1 << 20  # elements drawn at once: 8 MiB of float64
 @dataclass(frozen=True)
 class _Pool:
     members: list[int]  # indices of this rank's fragments
+    top: TopK
     k: int  # kept, over all ranks
     num_drawn: int  # of these, drawn regardless of score
 
@@ -44,8 +45,8 @@ class Selector:
         *,
         replicated: bool = False,  # every rank holds all fragments
     ) -> None:
-        """Draw the random elements; collective if ``random_fraction`` is not 0. Raises UserError
-        when always-trained parameters leave no room for others."""
+        """Draw the random elements. Collective. Raises UserError when always-trained parameters
+        leave no room for others."""
         infos = {info.name: info for info in table}
         self._fragments, self._replicated = fragments, replicated
         self._starts = [infos[f.name].start + f.start for f in fragments]
@@ -56,31 +57,43 @@ class Selector:
                 _uniform(key, start, f.numel)
                 for f, start in zip(fragments, self._starts, strict=True)
             ]
-            self._drawn = self._top(draws, [pool.num_drawn for pool in self._pools])
+            of_draws = [(p.members, self._top_k(p.members), p.num_drawn) for p in self._pools]
+            self._drawn = self._best(draws, of_draws)
 
     def select(self, scores: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return the packed masks (ticket/mask.py) of the fragments. Their ``scores`` are (numel,)
         each and rank by magnitude. Collective; raises UserError as ``select_top_k`` does."""
         if self._drawn is not None:
+            pairs = zip(self._drawn, scores, strict=True)
+            self._drawn = [bits.to(score.device) for bits, score in pairs]  # once
             scores = [_lifted(s, bits) for s, bits in zip(scores, self._drawn, strict=True)]
-        return self._top(scores, [pool.k for pool in self._pools])
+        return self._best(scores, [(p.members, p.top, p.k) for p in self._pools])
 
     def _pool(self, names: set[str], k: int, num_drawn: int) -> _Pool:
-        return _Pool([i for i, f in enumerate(self._fragments) if f.name in names], k, num_drawn)
+        members = [i for i, f in enumerate(self._fragments) if f.name in names]
+        return _Pool(members, self._top_k(members), k, num_drawn)
 
-    def _top(self, scores: Sequence[torch.Tensor], counts: Sequence[int]) -> list[torch.Tensor]:
-        """Return packed masks with the ``counts[i]`` highest scores of pool i."""
+    def _top_k(self, members: Sequence[int]) -> TopK:
+        return TopK(
+            [self._starts[i] for i in members],
+            [self._fragments[i].name for i in members],
+            replicated=self._replicated,
+        )
+
+    def _best(
+        self, scores: Sequence[torch.Tensor], pools: Sequence[tuple[Sequence[int], TopK, int]]
+    ) -> list[torch.Tensor]:
+        """Return packed masks with the highest scores of each pool: members, selection, number."""
         bits: list[torch.Tensor] = [torch.empty(0)] * len(scores)
-        for pool, count in zip(self._pools, counts, strict=True):
-            found = select_top_k(
-                [scores[i] for i in pool.members],
-                [self._starts[i] for i in pool.members],
-                [self._fragments[i].name for i in pool.members],
-                count,
-                replicated=self._replicated,
-            )
-            for i, packed in zip(pool.members, found, strict=True):
+        of_pools, bad = [[scores[i] for i in members] for members, *_ in pools], []
+        for (members, top, count), own in zip(pools, of_pools, strict=True):
+            found, non_finite = top.select(own, count)
+            bad.append(non_finite)
+            for i, packed in zip(members, found, strict=True):
                 bits[i] = packed
+        if int(torch.stack(bad).sum()):  # the one thing to wait for
+            for (_, top, _), own in zip(pools, of_pools, strict=True):
+                top.raise_non_finite(own)
         return bits
 
 
@@ -128,5 +141,5 @@ def _uniform(key: bytes, start: int, numel: int) -> torch.Tensor:
 
 def _lifted(score: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
     """Return a copy in which drawn elements rank above all others; non-finite scores stay."""
-    drawn = unpack(bits.to(score.device), score.numel())
+    drawn = unpack(bits, score.numel())
     return score.masked_fill(drawn & score.isfinite(), torch.finfo(score.dtype).max)

@@ -37,7 +37,8 @@ REFUSED = {
     "hybrid_engine": "it is for reinforcement learning; remove it",
     "compile": "DeepCompile is not tested with masked updates; remove it",
     "graph_harvesting": "captured graphs are not tested with masked updates; remove it",
-    "activation_checkpointing": "transformers models do not use DeepSpeed's; remove it",
+    "activation_checkpointing": "transformers models ignore DeepSpeed's; set "
+    "train.activation_checkpointing instead",
     "aio": "NVMe offload is not supported; remove it",
     "checkpoint": "checkpoints are run.* in the recipe; remove it",
     "nebula": "checkpoints are run.* in the recipe; remove it",

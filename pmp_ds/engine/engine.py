@@ -1,8 +1,7 @@
 """A DeepSpeed engine that trains only a ticket.
 
-Between ``backward`` and ``step`` the complement of the reduced gradient shards is zeroed, so the
-norm that DeepSpeed reports and clips with is the ticket's. The client optimizer then updates the
-ticket's elements and no others (paper, Eq. 5).
+Once it is armed, DeepSpeed's ``step`` is ours (optim/zero/step.py): it measures and clips the
+ticket's gradients and updates the ticket's elements, and no others (paper, Eq. 5).
 """
 
 from collections.abc import Callable
@@ -17,14 +16,15 @@ from pmp_ds.config import TrainConfig
 from pmp_ds.config.precision import precision_of
 from pmp_ds.engine.clock import DeviceClock, Span
 from pmp_ds.engine.cut import Cut
-from pmp_ds.engine.deepspeed_config import merge, wants_compact_master
+from pmp_ds.engine.deepspeed_config import merge, wants_compact_master, zero_stage
+from pmp_ds.engine.forward import compile_layers, recompute_activations
 from pmp_ds.engine.objective import NextToken, Objective
 from pmp_ds.engine.portable import Portable
-from pmp_ds.optim.attach import arm, mask_gradients
+from pmp_ds.optim.attach import arm
 from pmp_ds.optim.logical_state import Collected, Read, collect, restore
 from pmp_ds.optim.masked import parameter_groups
 from pmp_ds.optim.rules import optimizer_of
-from pmp_ds.optim.zero_shards import shards_of
+from pmp_ds.optim.zero import MaskedStep, shards_of
 from pmp_ds.ticket.mask import ParamMask
 
 
@@ -36,7 +36,7 @@ class Engine(Portable):
 
     mask: ParamMask | None = None
     """The mask passed to ``arm``."""
-    armed = False
+    _step: MaskedStep | None = None
 
     def __init__(
         self,
@@ -56,8 +56,12 @@ class Engine(Portable):
         self._sixteen_bit = precision_of(config).has_master
         self._dynamic_scale = precision_of(config).scales_loss
         self._clock = DeviceClock(dist.device())
+        self._step_clock = DeviceClock(dist.device())
+        self.num_params = sum(param.numel() for param in model.parameters())
+        self.dtype = precision_of(config).dtype
         logger = ds_config.get("comms_logger") or {}
         self._measures_communication = bool(logger.get("enabled", False))
+        recompute_activations(model, config)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         self._engine, *_ = deepspeed.initialize(
             model=model,
@@ -70,11 +74,19 @@ class Engine(Portable):
         for name, buffer in self._engine.module.named_buffers():
             buffer.data = buffers[name].to(buffer.device)
         self.shards = shards_of(self._engine)
+        self.notes = [
+            note
+            for note in [compile_layers(model, config, self.device, zero_stage(ds_config))]
+            if note is not None
+        ]
 
     def arm(self, mask: ParamMask | None) -> None:
         """Train the elements in ``mask`` (None: all) from fresh moments."""
-        self.mask, self.armed = mask, True
-        arm(self.optimizer, self.shards, mask)
+        self.mask, self._step = mask, arm(self.optimizer, self.shards, mask)
+
+    @property
+    def armed(self) -> bool:
+        return self._step is not None
 
     @property
     def device(self) -> torch.device:
@@ -107,7 +119,6 @@ class Engine(Portable):
                 loss = (self.losses(micro_batch) * weight).mean()
             self._engine.backward(loss)
             total += loss.detach()
-        self.shards.zero_padding()
         return total / steps
 
     @property
@@ -115,6 +126,11 @@ class Engine(Portable):
         """Device time of the forward passes of the last ``backward``; it includes waiting for other
         ranks where the stage needs them."""
         return self._clock.span
+
+    @property
+    def step_span(self) -> Span:
+        """Device time of the last ``step``: norm, update, and the exchange of the weights."""
+        return self._step_clock.span
 
     @property
     def overflow_is_normal(self) -> bool:
@@ -141,28 +157,23 @@ class Engine(Portable):
         return not bool(dist.all_reduce_sum((~flags.all()).float()))
 
     def step(self, lr: float) -> torch.Tensor | float:
-        """Mask the gradient, clip it and update the ticket. Returns the norm of the masked gradient
-        before clipping, over all ranks, without waiting for the device."""
-        assert self.armed
+        """Clip the ticket's gradient and update the ticket. Returns the gradient's norm before
+        clipping, over all ranks, without waiting for the device."""
+        assert self._step is not None
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        mask_gradients(self.optimizer, self.shards)
-        norm = self._gradient_norm() if self.shards.replicated else None
-        self._engine.step()
-        return self._engine.get_global_grad_norm() if norm is None else norm
+        self._step_clock.reset()
+        with self._step_clock:
+            self._engine.step()
+        norm: torch.Tensor | float = self._engine.get_global_grad_norm()
+        return norm
 
     def skip(self) -> None:
         """Drop the gradients instead of ``step``; weights, moments and counters stay."""
-        for gradient in self.shards.gradients():
-            gradient.zero_()
-        self.shards.remeasure()
-        self.optimizer.paused = True
+        assert self._step is not None
+        self._step.skipping = True
         self._engine.step()
-        self.optimizer.paused = False
-
-    def _gradient_norm(self) -> torch.Tensor:
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in self.shards.gradients()]
-        return torch.linalg.vector_norm(torch.stack(norms))
+        self._step.skipping = False
 
     def evaluate(self, batch: torch.Tensor) -> torch.Tensor:
         """Return the losses of this rank's (B, T) int64 samples, (B,) fp32. Collective at stage 3:
@@ -212,4 +223,4 @@ class Engine(Portable):
             deepspeed.comm.log_summary()
         self._engine.destroy()
         self.optimizer.state.clear()
-        del self._engine, self.shards, self.optimizer
+        del self._engine, self._step, self.shards, self.optimizer

@@ -3,6 +3,7 @@
 from typing import Any, Protocol
 
 import torch
+from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
 
 from pmp_ds.data.documents import document_positions
 from pmp_ds.model.next_token import token_losses
@@ -18,6 +19,14 @@ class Objective(Protocol):
     def losses(self, logits: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
         """Return the loss of each sample, (B,) fp32."""
         ...
+
+
+def in_blocks(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    """Return what ``token_losses`` does, without the logits in fp32, whole: by DeepSpeed's Triton
+    kernels on a GPU, elsewhere by blocks of rows. Last bits differ."""
+    rows = logits[:, :-1].flatten(0, 1)
+    losses = chunked_cross_entropy(rows, input_ids[:, 1:].flatten(), reduction="none")
+    return losses.view(input_ids.shape[0], -1)
 
 
 class NextToken:
@@ -38,7 +47,8 @@ class NextToken:
         return logits
 
     def losses(self, logits: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
-        losses = token_losses(logits, batch)
+        of_device = in_blocks if logits.device.type == "cuda" else token_losses
+        losses = of_device(logits, batch)
         if self._separator_id is None:
             return losses.mean(dim=1)
         counted = batch[:, :-1] != self._separator_id

@@ -11,7 +11,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from pmp_ds import dist
 from pmp_ds.model.parameters import constants
 from pmp_ds.optim.logical_state import MASTER, Collected, Read, collect, restore
-from pmp_ds.optim.zero_shards import ZeroShards, shards_of
+from pmp_ds.optim.zero import ZeroShards, shards_of
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 

@@ -162,6 +162,7 @@ class TuneTrainConfig:
             global_batch_size=self.global_batch_size,
             micro_batch_size=micro_batch_size,
             precision=self.precision,
+            compile="none",  # the examples of a task have many lengths
             lr=self.lr,
             warmup_steps=warmup_steps,
             weight_decay=self.weight_decay,

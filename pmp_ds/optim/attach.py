@@ -16,18 +16,19 @@ import torch
 
 from pmp_ds.errors import UserError
 from pmp_ds.model.parameters import shapes, trainable, trained_shapes
-from pmp_ds.optim.masked import MaskedOptimizer, zero_complement_ref
-from pmp_ds.optim.zero_shards import ZeroShards, flat_masks, shards_of
-from pmp_ds.ticket.mask import ParamMask
+from pmp_ds.optim.masked import MaskedOptimizer
+from pmp_ds.optim.update import CHUNK
+from pmp_ds.optim.zero import MaskedStep, ZeroShards, flat_masks, shards_of
+from pmp_ds.ticket.mask import ParamMask, unpack
 
 
 def attach(target: Any, optimizer: MaskedOptimizer, mask: ParamMask | None) -> None:
     """Train only the elements in ``mask`` (None: all) of ``target``, starting from fresh state.
 
     ``target`` is a DeepSpeed engine created with ``optimizer``, or a torch module whose parameters
-    ``optimizer`` holds. Gradients of the complement are zero before any norm is computed, so
-    clipping sees the ticket alone, both in DeepSpeed and with
-    ``torch.nn.utils.clip_grad_norm_`` after ``backward``.
+    ``optimizer`` holds. Clipping sees the ticket alone: an engine's ``step`` measures nothing else,
+    and in a module gradients of the complement are zero after ``backward``, in time for
+    ``torch.nn.utils.clip_grad_norm_``.
 
     Raises UserError, before anything changes, when a parameter of ``mask`` is missing from
     ``target`` or has another shape there, or when ``target`` trains a parameter outside ``mask``.
@@ -36,7 +37,7 @@ def attach(target: Any, optimizer: MaskedOptimizer, mask: ParamMask | None) -> N
     if mask is not None:
         _require_fit(target.module if is_engine else target, mask)
     if is_engine:
-        _attach_engine(target, optimizer, mask)
+        arm(optimizer, shards_of(target), mask)
     else:
         _attach_module(target, optimizer, mask)
 
@@ -60,35 +61,16 @@ def _in_words(shape: tuple[int, ...] | None) -> str:
     return "missing" if shape is None else f"of shape {list(shape)}"
 
 
-def arm(optimizer: MaskedOptimizer, shards: ZeroShards, mask: ParamMask | None) -> None:
-    """Give the optimizer its share of ``mask``; a compact master replaces the dense fp32 one."""
-    optimizer.arm(flat_masks(shards, mask))
+def arm(optimizer: MaskedOptimizer, shards: ZeroShards, mask: ParamMask | None) -> MaskedStep:
+    """Give the optimizer its share of ``mask`` and replace DeepSpeed's ``step``; return ours. A
+    compact master also replaces the dense fp32 one."""
+    segments = [fragment.segment for fragment in shards.fragments]
+    optimizer.arm(flat_masks(shards, mask), segments, shards.groups)
     if optimizer.compact_master:
-
-        def set_factor(factor: torch.Tensor) -> None:
-            optimizer.gradient_factor = factor
-
-        shards.drop_fp32_master(set_factor)
-
-
-def mask_gradients(optimizer: MaskedOptimizer, shards: ZeroShards) -> None:
-    """Zero the complement of the reduced gradients, then update norms and overflow flags."""
-    shards.zero_padding()
-    optimizer.zero_complement(shards)
-    shards.remeasure()
-
-
-def _attach_engine(engine: Any, optimizer: MaskedOptimizer, mask: ParamMask | None) -> None:
-    shards = shards_of(engine)
-    arm(optimizer, shards, mask)
-    unmasked_step: Callable[..., Any] = engine.step
-
-    def step(*args: Any, **kwargs: Any) -> Any:
-        if engine.is_gradient_accumulation_boundary():
-            mask_gradients(optimizer, shards)
-        return unmasked_step(*args, **kwargs)
-
-    engine.step = step
+        shards.drop_fp32_master()
+    step = MaskedStep(optimizer, shards)
+    shards.replace_step(step)
+    return step
 
 
 def _attach_module(
@@ -109,6 +91,10 @@ def _zero_complement(bits: torch.Tensor | None) -> Callable[[torch.Tensor], None
     def hook(param: torch.Tensor) -> None:
         assert param.grad is not None
         assert bits is not None
-        zero_complement_ref(param.grad.view(-1), bits, 0)
+        gradient = param.grad.view(-1)
+        for start in range(0, gradient.numel(), CHUNK):
+            chunk = gradient[start : start + CHUNK]
+            kept = unpack(bits, chunk.numel(), start)
+            chunk.masked_fill_(~kept, 0.0)  # not a product: it may hold NaN
 
     return hook

@@ -10,7 +10,7 @@ import zlib
 import torch
 
 from pmp_ds.optim.masked import MaskedOptimizer
-from pmp_ds.optim.zero_shards import Fragment, ZeroShards
+from pmp_ds.optim.zero import Fragment, ZeroShards
 
 SAMPLE = 1024  # elements sampled per fragment; the frozen ones among them are kept
 

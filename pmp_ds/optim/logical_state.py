@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from pmp_ds.optim.zero_shards import Fragment, ZeroShards
+from pmp_ds.optim.zero import Fragment, ZeroShards
 from pmp_ds.ticket.mask import ParamMask
 
 MASTER = "master"

@@ -1,48 +1,50 @@
 """Element-wise optimizers whose state exists only for the ticket (paper, Eq. 5).
 
-Each tensor given to the optimizer (a parameter, or the flat fp32 master partition of a ZeRO rank)
-is armed with the packed mask of its elements. State is compact: one value per kept element, in
-row-major order. The other elements are never written: no momentum, no weight decay, no rounding.
+Each tensor that the optimizer is given (a parameter, or the flat fp32 master partition of a ZeRO
+rank) is armed with the packed mask of its elements. State is compact: one value per kept element,
+in row-major order. The other elements are never written: no momentum, no weight decay, no rounding.
 
-A subclass (masked_adamw.py, masked_rules.py) adds the update rule and the settings it reads.
+A subclass (masked_adamw.py, masked_rules.py) adds the rule, the settings it takes from a run and,
+if the operators of kernels/ implement it, their coefficients; update.py applies it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
 
 from pmp_ds.config import TrainConfig
 from pmp_ds.errors import UserError
-from pmp_ds.optim.kernels import kernels_for
-from pmp_ds.optim.zero_shards import ZeroShards
-from pmp_ds.ticket.mask import check_bits, popcount, unpack
-
-CHUNK = 1 << 20  # elements gathered at once; a multiple of 8
+from pmp_ds.optim.kernels import Kernels, kernels_for
+from pmp_ds.optim.kernels.batch import Coefficients, Layout, Segment, Tensors
+from pmp_ds.optim.update import Update, gather
+from pmp_ds.ticket.mask import check_bits, popcount
 
 Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]]
+PerSegment = Sequence[torch.Tensor | None]
+"""A tensor of (numel,) elements, or None, for each segment that ``arm`` was given."""
 
 
 class MaskedOptimizer(torch.optim.Optimizer):
-    """An optimizer that applies ``rule`` to the kept elements of each tensor, once armed.
+    """Applies ``rule`` to the kept elements of each tensor. Does nothing until ``arm`` is called.
 
-    State per tensor: `step` () fp32 and each of ``moments`` (num_kept,) fp32. ``step`` accepts
-    groups in any order and number, because ZeRO steps them one by one.
+    State per tensor: `step` () fp32 and each of ``moments`` (num_kept,) fp32. Groups may come in
+    any order and number at each ``step``, as ZeRO passes them one by one.
 
-    With ``compact_master`` the tensors hold 16-bit weights, and the state includes the fp32
-    `master` weights of kept elements (8.5 instead of 9.7 bytes per parameter at density 0.7).
+    With ``compact_master`` the tensors hold 16-bit weights and the fp32 `master` weights are state
+    as well, for kept elements only (8.5 instead of 9.7 bytes per parameter at density 0.7).
     """
 
     moments: ClassVar[tuple[str, ...]]
 
     @classmethod
     def settings(cls, config: TrainConfig) -> dict[str, Any]:
-        """Return the rule's own hyper-parameters, without learning rate and weight decay."""
+        """Return the rule's own hyper-parameters of a run: all but learning rate and decay."""
         raise NotImplementedError
 
     @classmethod
     def moment_bytes(cls, num_elements: int) -> int:
-        """Return the size in bytes of the moments of ``num_elements`` trained elements."""
+        """Return the bytes of the moments of so many trained elements."""
         return 4 * len(cls.moments) * num_elements
 
     def __init__(
@@ -50,11 +52,10 @@ class MaskedOptimizer(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, defaults)
         self.compact_master = compact_master
-        self.gradient_factor: torch.Tensor | None = None
-        """Factor on fp32 gradients before a compact master is updated, () fp32."""
-        self.paused = False
-        """While True, ``step`` changes neither weights nor state."""
-        self._masks: dict[torch.Tensor, Mask] | None = None
+        self._masks: dict[torch.Tensor, torch.Tensor | None] | None = None
+        self._segments: tuple[Segment, ...] = ()
+        self._groups: dict[torch.Tensor, int] = {}
+        self._kernels: tuple[Kernels, Layout] | None = None
 
     def rule(
         self,
@@ -62,53 +63,66 @@ class MaskedOptimizer(torch.optim.Optimizer):
         gradient: torch.Tensor,  # (n,) fp32
         moments: list[torch.Tensor],  # (n,) fp32 each, in the order of ``moments``
         group: dict[str, Any],
-        step: float,  # the number of this update, from 1
+        step: float,  # counts this update, from 1
     ) -> None:
-        """Update n elements, each independently of the others."""
+        """Update n elements, each on its own, in torch operations."""
         raise NotImplementedError
 
-    def arm(self, bits: dict[torch.Tensor, torch.Tensor | None]) -> None:
+    def coefficients(self, group: dict[str, Any], step: float) -> Coefficients | None:
+        """Return what the operators need for update ``step``, or None if they lack the rule."""
+        return None
+
+    def arm(
+        self,
+        bits: dict[torch.Tensor, torch.Tensor | None],
+        segments: Sequence[Segment] | None = None,
+        groups: Sequence[int] = (),
+    ) -> None:
         """Fix the mask of every tensor and start from fresh moments.
 
-        ``bits`` maps each tensor of this optimizer to its packed mask, (ceil(numel / 8),) uint8 on
-        the tensor's device, or to None to train all of it. Raises UserError for other bits.
+        ``bits``: for each tensor of this optimizer its packed mask (ceil(numel / 8),) uint8 on the
+        tensor's device, or None to train all of it. ``segments``: the runs of elements that
+        ``update`` gets gradients of, in the order of ``bits`` and then of elements; whole tensors
+        by default. No other element is ever updated. ``groups``: by tensor, the number of its
+        parameter group, for tensors that no group lists: ZeRO-3 empties the groups between steps.
+        Raises UserError for other bits.
         """
-        for tensor, mask_bits in bits.items():
-            if mask_bits is not None:
-                check_bits(mask_bits, tensor.numel(), "a packed mask")
-                if mask_bits.device != tensor.device:
+        for tensor, mask in bits.items():
+            if mask is not None:
+                check_bits(mask, tensor.numel(), "a packed mask")
+                if mask.device != tensor.device:
                     raise UserError(
-                        f"a packed mask is on {mask_bits.device}, its tensor on {tensor.device}"
+                        f"a packed mask is on {mask.device} and its tensor on {tensor.device}"
                     )
-        self._masks = {tensor: Mask(mask, tensor) for tensor, mask in bits.items()}
+        if segments is None:
+            segments = [Segment(i, 0, tensor.numel()) for i, tensor in enumerate(bits)]
+        self._masks, self._segments = dict(bits), tuple(segments)
+        self._groups = dict(zip(bits, groups, strict=True)) if groups else {}
         self.state.clear()
-        for tensor, mask in self._masks.items():
-            state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32)}
-            for name in self.moments:
-                state[name] = torch.zeros(mask.num_kept, device=tensor.device)
+        for tensor, mask in bits.items():
+            num_kept = tensor.numel() if mask is None else popcount(mask)
+            state = {name: torch.zeros(num_kept, device=tensor.device) for name in self.moments}
             if self.compact_master:
-                state["master"] = mask.gather(tensor.detach().view(-1)).float()
-            self.state[tensor] = state
-
-    def zero_complement(self, shards: ZeroShards) -> None:
-        """Zero the reduced gradient of every element outside the mask."""
-        assert self._masks is not None
-        for f, gradient in zip(shards.fragments, shards.gradients(), strict=True):
-            mask = self._masks[shards.flats[f.flat]]
-            if mask.bits is not None:
-                zero = mask.kernels.zero_complement if mask.kernels else zero_complement_ref
-                zero(gradient, mask.bits, f.flat_start)
+                state["master"] = gather(tensor.detach().view(-1), mask).float()
+            self.state[tensor] = {"step": torch.zeros((), dtype=torch.float32), **state}
+        kernels = None
+        if self.coefficients({**self.defaults}, 1.0) is not None:
+            kernels = kernels_for(list(bits), compact_master=self.compact_master)
+        self._kernels = kernels and (
+            kernels,
+            Layout(self._segments, list(bits.values()), next(iter(bits)).device),
+        )
 
     def bits(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """Return the packed mask of a tensor, or None when all of it is kept."""
+        """Return the packed mask of a tensor; None when all of it is kept."""
         assert self._masks is not None
-        return self._masks[tensor].bits
+        return self._masks[tensor]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of an optimizer that was armed with the same masks.
 
-        Unlike torch's own method, this keeps fp32 state in fp32 when weights are 16-bit. Raises
-        ValueError when the state belongs to other masks.
+        Unlike torch's own, keeps fp32 state fp32 when weights are 16-bit. Raises ValueError when
+        the state belongs to other masks.
         """
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
@@ -132,7 +146,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
     def state_bytes(self) -> int:
         """Return the bytes of moments, compact master and packed masks on this rank."""
         assert self._masks is not None
-        tensors = [mask.bits for mask in self._masks.values() if mask.bits is not None]
+        tensors = [mask for mask in self._masks.values() if mask is not None]
         for state in self.state.values():
             tensors += [value for name, value in state.items() if name != "step"]
         return sum(tensor.nbytes for tensor in tensors)
@@ -146,77 +160,49 @@ class MaskedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # Not armed: DeepSpeed 0.19.8 steps once inside `initialize` at stage 0 with fp32 masters.
-        if self._masks is None or self.paused:
-            return loss
-        for group in self.param_groups:
-            for tensor in group["params"]:
-                if tensor.grad is not None:
-                    state = self.state[tensor]
-                    # Not in place: ZeRO-3 may share one `step` tensor between sub-groups.
-                    state["step"] = state["step"] + 1
-                    self.update(tensor, self._masks[tensor], state, group)
+        if self._masks is not None:  # DeepSpeed steps once inside `initialize`
+            given = {t: t.grad for group in self.param_groups for t in group["params"]}
+            tensors = list(self._masks)
+            gradients = [given.get(tensors[s.tensor]) for s in self._segments]
+            self.update(
+                [
+                    None if g is None else _part(g.reshape(-1), s)
+                    for g, s in zip(gradients, self._segments, strict=True)
+                ]
+            ).make()
         return loss
 
-    def update(
-        self, tensor: torch.Tensor, mask: "Mask", state: dict[str, Any], group: dict[str, Any]
-    ) -> None:
-        """Apply ``rule`` to the kept elements of ``tensor`` in torch operations, in chunks."""
-        assert tensor.grad is not None
-        weights, gradient = tensor.view(-1), tensor.grad.reshape(-1)
-        done = 0
-        for start in range(0, weights.numel(), CHUNK):
-            p, g = weights[start : start + CHUNK], gradient[start : start + CHUNK]
-            kept = None
-            if mask.bits is not None:
-                kept = unpack(mask.bits, p.numel(), start).nonzero().view(-1)
-                g = g[kept]
-            span = slice(done, done + g.numel())
-            done = span.stop
-            if self.compact_master:
-                values = state["master"][span]
-                g = g.float()
-                if self.gradient_factor is not None:
-                    g = g * self.gradient_factor
-            else:
-                values = p if kept is None else p[kept]
-            self.rule(
-                values, g, [state[name][span] for name in self.moments], group, float(state["step"])
+    def update(self, gradients: PerSegment, weights: PerSegment | None = None) -> Update:
+        """Return the update of the segments that have a gradient; it is not made yet.
+
+        ``gradients``: fp32 or 16-bit. ``weights``: what receives the updated weights, rounded, in
+        fp32 or 16-bit; None where the armed tensors themselves are what the model computes with.
+        """
+        assert self._masks is not None
+        tensors, masks = list(self._masks), list(self._masks.values())
+        groups = {t: self.param_groups[number] for t, number in self._groups.items()}
+        groups |= {t: group for group in self.param_groups for t in group["params"]}
+        found = []
+        for i, (s, gradient) in enumerate(zip(self._segments, gradients, strict=True)):
+            tensor = tensors[s.tensor]
+            state, own = self.state[tensor], _part(tensor.detach().view(-1), s)
+            out = weights[i] if weights is not None else own if self.compact_master else None
+            found.append(
+                Tensors(
+                    gradient=gradient,
+                    weights=out,
+                    master=state["master"] if self.compact_master else own,
+                    moments=tuple(state[name] for name in self.moments),
+                    mask=masks[s.tensor],
+                    state=state,
+                    group=groups.get(tensor, self.defaults),  # without a gradient
+                )
             )
-            if kept is not None:
-                p[kept] = values.to(p.dtype)
-            elif self.compact_master:
-                p.copy_(values)
+        return Update(self, self._segments, found, self._kernels)
 
 
-class Mask:
-    """The packed mask of one tensor, with the kernels for its device and their prefix sums."""
-
-    def __init__(self, bits: torch.Tensor | None, tensor: torch.Tensor) -> None:
-        self.bits = bits
-        self.num_kept = tensor.numel() if bits is None else popcount(bits)
-        self.kernels = kernels_for(tensor)
-        self.prefix = None
-        if bits is not None and self.kernels:
-            self.prefix = self.kernels.block_prefix(bits)
-
-    def gather(self, values: torch.Tensor) -> torch.Tensor:
-        """Return a copy of the kept ones of (numel,) values, (num_kept,)."""
-        if self.bits is None:
-            return values.clone()
-        parts = [
-            chunk[unpack(self.bits, chunk.numel(), i * CHUNK)]
-            for i, chunk in enumerate(values.split(CHUNK))
-        ]
-        return torch.cat(parts)
-
-
-def zero_complement_ref(gradient: torch.Tensor, bits: torch.Tensor, start: int) -> None:
-    """Zero each element i of ``gradient`` whose bit ``start + i`` is 0, in place."""
-    for first in range(0, gradient.numel(), CHUNK):
-        chunk = gradient[first : first + CHUNK]
-        kept = unpack(bits, chunk.numel(), start + first)
-        chunk.masked_fill_(~kept, 0.0)  # a product would keep NaN
+def _part(flat: torch.Tensor, s: Segment) -> torch.Tensor:
+    return flat[s.start : s.start + s.numel]
 
 
 def parameter_groups(

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from pmp_ds.config import TrainConfig
-from pmp_ds.optim.kernels.cpu import Coefficients
-from pmp_ds.optim.masked import Mask, MaskedOptimizer, Params
+from pmp_ds.optim.kernels.batch import Coefficients
+from pmp_ds.optim.masked import MaskedOptimizer, Params
 
 
 class MaskedAdamW(MaskedOptimizer):
@@ -32,29 +32,8 @@ class MaskedAdamW(MaskedOptimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults, compact_master=compact_master)
 
-    def update(
-        self, tensor: torch.Tensor, mask: Mask, state: dict[str, Any], group: dict[str, Any]
-    ) -> None:
-        kernels, gradient = mask.kernels, tensor.grad
-        assert gradient is not None
-        arguments = (
-            tensor.view(-1),
-            gradient.reshape(-1),
-            mask.bits,
-            mask.prefix,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            coefficients(group, float(state["step"])),
-        )
-        if kernels and tensor.dtype == gradient.dtype == torch.float32 and not self.compact_master:
-            kernels.masked_adamw(*arguments)
-        elif kernels and self.compact_master and kernels.has_compact_master(tensor.dtype):
-            factor = self.gradient_factor
-            kernels.masked_adamw_master(
-                *arguments, state["master"], 1.0 if factor is None else float(factor)
-            )
-        else:
-            super().update(tensor, mask, state, group)
+    def coefficients(self, group: dict[str, Any], step: float) -> Coefficients:
+        return coefficients(group, step)
 
     def rule(
         self,

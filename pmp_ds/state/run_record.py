@@ -22,7 +22,15 @@ from pmp_ds.version import UNKNOWN, code_version
 
 _BEGUN = "# begun with "
 
-_MAY_CHANGE = {"run", "guard", "data.store", "train.micro_batch_size"}
+_MAY_CHANGE = {
+    "run",
+    "guard",
+    "data.store",
+    "train.micro_batch_size",
+    "train.activation_checkpointing",
+    "train.compile",
+    "train.profile",
+}
 """Sections and settings that may change when a run resumes; stores are compared by content.
 ``_on_schedule`` decides when a run may change its length."""
 

@@ -3,6 +3,7 @@
 True means kept: in the ticket, trained. A mask of 1.1 billion elements is 137 MB.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ MOST_ELEMENTS = 1 << 48  # in a model, and per dimension
 _MOST_DIMENSIONS = 16
 _LONGEST_NAME = 1000
 _BITS = (1, 2, 4, 8, 16, 32, 64, 128)
-_POPCOUNT = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.uint8)
 
 
 def pack(param_mask: torch.Tensor) -> torch.Tensor:
@@ -24,14 +24,14 @@ def pack(param_mask: torch.Tensor) -> torch.Tensor:
     num_bytes = (param_mask.numel() + 7) // 8
     padded = param_mask.new_zeros(num_bytes * 8)
     padded[: param_mask.numel()] = param_mask
-    weights = torch.tensor(_BITS, dtype=torch.uint8, device=param_mask.device)
+    weights = _bits(param_mask.device)
     return (padded.view(num_bytes, 8).to(torch.uint8) * weights).sum(dim=1, dtype=torch.uint8)
 
 
 def unpack(bits: torch.Tensor, numel: int, start: int = 0) -> torch.Tensor:
     """Unpack ``numel`` elements from ``start`` on: (ceil(n / 8),) uint8 to (numel,) bool."""
     first, last = start // 8, (start + numel + 7) // 8
-    weights = torch.tensor(_BITS, dtype=torch.uint8, device=bits.device)
+    weights = _bits(bits.device)
     dense = (bits[first:last, None] & weights).ne_(0).to(torch.bool).view(-1)
     return dense[start - 8 * first : start - 8 * first + numel]
 
@@ -45,13 +45,30 @@ def full_bits(numel: int, device: torch.device | str = "cpu") -> torch.Tensor:
 
 
 def popcount(bits: torch.Tensor) -> int:
-    """Return the number of ones."""
-    return int(_POPCOUNT.to(bits.device)[bits.int()].sum(dtype=torch.int64))
+    """Number of ones."""
+    return int(num_ones(bits))
 
 
-def count_common(a: torch.Tensor, b: torch.Tensor) -> int:
-    """Return the number of elements kept in both packed masks."""
-    return popcount(a & b)
+def num_ones(bits: torch.Tensor) -> torch.Tensor:
+    """Number of ones, () int64, without waiting for the device."""
+    return _ones_of_bytes(bits.device)[bits.int()].sum(dtype=torch.int64)
+
+
+def count_common(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Number of elements that are kept in both packed masks, () int64, without waiting."""
+    return num_ones(a & b)
+
+
+@functools.cache
+def _bits(device: torch.device) -> torch.Tensor:
+    """Made once: a copy to a GPU waits."""
+    return torch.tensor(_BITS, dtype=torch.uint8, device=device)
+
+
+@functools.cache
+def _ones_of_bytes(device: torch.device) -> torch.Tensor:
+    counts = [byte.bit_count() for byte in range(256)]
+    return torch.tensor(counts, dtype=torch.uint8, device=device)
 
 
 def iou(num_common: int, num_kept: int) -> float:

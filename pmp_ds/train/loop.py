@@ -13,8 +13,9 @@ import torch
 from pmp_ds import dist
 from pmp_ds.data.blocks import Blocks
 from pmp_ds.data.mixture import InTurn
-from pmp_ds.engine.clock import Later
+from pmp_ds.engine.clock import Later, Span
 from pmp_ds.engine.engine import Engine
+from pmp_ds.engine.figures import device_memory, flops_per_token, peak_flops
 from pmp_ds.optim.schedule import learning_rate
 from pmp_ds.train.session import Training
 from pmp_ds.watch.guard import BadUpdateError
@@ -30,6 +31,7 @@ def train(training: Training) -> None:
     ahead: _Update | None = None  # launched but not settled
     for step in range(training.done + 1, steps + 1):
         training.watch.dog.beat(f"update {step}")
+        training.profile.begin(step)
         update = _Update(training, step)
         asked = ahead.settle(rates) if ahead else False
         try:
@@ -66,12 +68,14 @@ class _Update:
         self._report = Later(dist.all_reduce_sum(torch.stack([loss, asked])))
         self._forward = self._engine.forward_span
         self._norm: Later | None = None
+        self._stepping: Span | None = None
 
     def finish(self, *, apply: bool) -> None:
         if not apply:
             self._engine.skip()
             return
         norm = self._engine.step(self.lr)  # a number, or a tensor that may not be computed yet
+        self._stepping = self._engine.step_span
         exact = norm if isinstance(norm, torch.Tensor) else torch.tensor(norm, dtype=torch.float64)
         self._norm = Later(exact)
 
@@ -85,7 +89,7 @@ class _Update:
         Collective."""
         training, config = self._training, self._training.config
         stop = self._report.read()[1] > 0
-        rates.count()
+        rates.count(self._stepping.read() if self._stepping else 0.0)
         training.bar.update(1)
         if self._norm is None:  # not applied
             return stop
@@ -100,15 +104,22 @@ class _Update:
 
 
 class _Rates:
-    """Tokens per second and the loader's share of the time, since the last record."""
+    """Tokens per second, the shares of the loader and the optimizer in the time, and what a GPU
+    made of it, since the last record."""
 
     def __init__(self, training: Training) -> None:
         self._loader, self._tokens = training.loader, training.tokens_per_update
-        self._updates = 0
+        engine, block = training.engine, round(training.work.tokens_per_sample)
+        flops = flops_per_token(engine.hf_config, engine.num_params, block)
+        peak = peak_flops(engine.device, engine.dtype)
+        self._flops = None if peak is None else flops / peak / dist.world_size()
+        self._device = engine.device
+        self._updates, self._stepping = 0, 0.0
         self._clock, self._waited = time.perf_counter(), self._loader.wait_seconds
 
-    def count(self) -> None:
+    def count(self, step_seconds: float) -> None:
         self._updates += 1
+        self._stepping += step_seconds
 
     def take(self, step: int) -> dict[str, float]:
         seconds = time.perf_counter() - self._clock
@@ -117,9 +128,13 @@ class _Rates:
             "tokens": step * self._tokens,
             "tokens_per_second": self._updates * self._tokens / seconds,
             "loader_share": waited / seconds,
+            "optimizer_share": self._stepping / seconds,
+            **device_memory(self._device),
         }
+        if self._flops is not None:
+            values["mfu"] = values["tokens_per_second"] * self._flops
         self._clock, self._waited = time.perf_counter(), self._loader.wait_seconds
-        self._updates = 0
+        self._updates, self._stepping = 0, 0.0
         return values
 
 

@@ -28,6 +28,7 @@ from pmp_ds.state.saver import Saver
 from pmp_ds.state.shelf import Found
 from pmp_ds.state.state_reader import StateReader
 from pmp_ds.ticket.mask import ParamMask
+from pmp_ds.train.profile import Profile
 from pmp_ds.watch.guard import Guard
 from pmp_ds.watch.watch import Watch
 
@@ -88,6 +89,7 @@ class Session:
         self, run: RunDir, config: Config, ds_config: dict[str, Any], watch: Watch
     ) -> None:
         self.config, self.ds_config, self.watch = config, ds_config, watch
+        self.run = run
         self.log = MetricsLog(run, enabled=dist.rank() == 0)
         self.saver = Saver(run, config, self.log)
 
@@ -102,7 +104,7 @@ class Session:
     def training(self, work: Work, found: Found | None) -> Iterator["Training"]:
         """Begin ``work``, or resume it from checkpoint ``found``. Collective."""
         training = Training(self, work, found)
-        with training.loader, training.bar:
+        with training.loader, training.bar, contextlib.closing(training.profile):
             yield training
         self.saver.wait()
         training.engine.close()
@@ -118,6 +120,8 @@ class Training:
             weight_files.load_weights(found[0] / "weights", work.model)
         self.engine = Engine(work.model, config.train, session.ds_config, work.objective)
         self.engine.arm(work.mask)
+        for note in self.engine.notes if dist.rank() == 0 else ():
+            print(note, flush=True)
         self.begin: Position | None = found[1] if found else None
         self.reader: StateReader | None = None
         if found:
@@ -135,6 +139,7 @@ class Training:
         batch = config.train.global_batch_size
         self.tokens_per_update = round(batch * work.tokens_per_sample)
         self.loader = work.loader(batch, self.done * batch)
+        self.profile = Profile(session.run, work.phase, config.train.profiled)
         self.bar = Progress(work.name, "update", work.steps, initial=self.done)
 
     def record(self, step: int, **values: float) -> None:

@@ -16,7 +16,7 @@ from pmp_ds.engine.engine import Engine
 from pmp_ds.errors import UserError
 from pmp_ds.model.parameters import ParamInfo, parameter_table
 from pmp_ds.model.stream import uniforms
-from pmp_ds.optim.zero_shards import Fragment
+from pmp_ds.optim.zero import Fragment
 from pmp_ds.ticket.mask import unpack
 from pmp_ds.ticket.ticket import exact_k
 from tests.distributed.test_method import CONFIG

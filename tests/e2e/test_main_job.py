@@ -27,6 +27,7 @@ from tests.helpers.workdir import BLOCK, STEPS
 pytestmark = pytest.mark.e2e
 
 STEP_FIELDS = {"loss", "lr", "grad_norm", "tokens", "tokens_per_second", "loader_share"}
+STEP_FIELDS |= {"optimizer_share"}
 
 
 def rows(run: RunDir, phase: str, field: str) -> list[dict[str, Any]]:

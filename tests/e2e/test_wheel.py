@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pmp_ds.optim.kernels import cpu
+from pmp_ds.optim.kernels import compiler
 from pmp_ds.version import COMMIT_VARIABLE
 from tests.helpers.commands import LAUNCHER, Done, ok
 from tests.helpers.distributed import REPO
@@ -21,7 +21,7 @@ from tests.helpers.workdir import SHORT, write_corpus
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.skipif(shutil.which("git") is None, reason="no git"),
-    pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler"),
+    pytest.mark.skipif(compiler.library() is None, reason="no C++ compiler"),
 ]
 
 FOLDERS = ("pmp_ds", "launcher", "ds_configs")
@@ -33,9 +33,9 @@ import pmp_ds
 from pmp_ds.optim.kernels import cpu
 from pmp_ds.version import code_version
 operator, calls = cpu.masked_adamw, []
-def counted(*arguments):
+def counted(batch, coefficients, factor):
     calls.append(1)
-    operator(*arguments)
+    operator(batch, coefficients, factor)
 cpu.masked_adamw = counted
 atexit.register(lambda: print(pmp_ds.__file__, len(calls), code_version().commit, sep="|"))
 del sys.argv[0]

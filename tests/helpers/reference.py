@@ -1,8 +1,7 @@
-"""The whole method in plain, single-process PyTorch: the reference for every sharding.
+"""The whole method in plain, single-process PyTorch: what every sharding must agree with.
 
 Written from the paper alone, with nothing of pmp_ds.ticket, pmp_ds.optim or pmp_ds.train: sort
-instead of histograms, dense moments, one tensor after the other. Only `masked_adamw_ref`, which
-the operators must equal to the bit, is the library's own arithmetic.
+instead of histograms, dense moments, one tensor after the other.
 """
 
 import math
@@ -12,17 +11,13 @@ import torch
 from transformers import PreTrainedModel
 
 from pmp_ds.config import MaskConfig, TrainConfig
-from pmp_ds.optim.kernels.cpu import Coefficients
-from pmp_ds.optim.masked_adamw import adamw_ref
-from pmp_ds.ticket.mask import unpack
 
 Masks = dict[str, torch.Tensor]  # by parameter name, bool, in its shape
 Batch = Callable[[int], torch.Tensor]  # update (from 1) -> (B, T) int64
 
 
 def top_k(scores: dict[str, torch.Tensor], k: int, forced: set[str]) -> Masks:
-    """Select exactly k ones: `forced` whole, then the highest scores, ties by lowest global
-    index."""
+    """Exactly k ones: `forced` whole, then the highest scores, ties by lowest global index."""
     flat = torch.cat([s.flatten().double().abs() for s in scores.values()])
     offset = 0
     for name, score in scores.items():
@@ -42,23 +37,8 @@ def iou(a: Masks, b: Masks) -> float:
     return both / either
 
 
-def masked_adamw_ref(
-    weights: torch.Tensor,  # (numel,) fp32, updated in place, as are the moments
-    gradient: torch.Tensor,  # (numel,)
-    bits: torch.Tensor | None,  # (ceil(numel / 8),) uint8; None: all kept
-    exp_avg: torch.Tensor,  # (num_kept,)
-    exp_avg_sq: torch.Tensor,  # (num_kept,)
-    coefficients: Coefficients,
-) -> None:
-    """Do the work of an operator of optim/kernels, gathered and scattered at once."""
-    kept = slice(None) if bits is None else unpack(bits, weights.numel())
-    values = weights[kept].clone()
-    adamw_ref(values, gradient[kept], exp_avg, exp_avg_sq, coefficients)
-    weights[kept] = values
-
-
 class Trainer:
-    """Masked AdamW with clipping, warm-up and cosine; with ``masks`` None everything is trained."""
+    """Masked AdamW with clipping, warm-up and cosine; ``masks`` None trains everything."""
 
     def __init__(self, model: PreTrainedModel, config: TrainConfig, masks: Masks | None) -> None:
         self.model, self.config, self.masks = model, config, masks
@@ -105,7 +85,7 @@ class Trainer:
 def discover(
     model: PreTrainedModel, train: TrainConfig, mask: MaskConfig, batch: Batch, k: int
 ) -> tuple[Masks, int, list[float]]:
-    """Return the ticket, the update that drew it, and the IoU trace."""
+    """The ticket, the update that drew it, and the IoU trace."""
     forced = {
         n for n, p in model.named_parameters() if mask.always_train and bool((p == p.max()).all())
     }
@@ -138,7 +118,7 @@ def discover(
 def pretrain(
     model: PreTrainedModel, train: TrainConfig, masks: Masks | None, batch: Batch
 ) -> tuple[list[float], list[float]]:
-    """Train ``model``; return losses and masked gradient norms of ``train.steps`` updates."""
+    """Losses and masked gradient norms of ``train.steps`` updates; ``model`` is trained."""
     trainer = Trainer(model, train, masks)
     losses, norms = [], []
     for step in range(1, train.steps + 1):

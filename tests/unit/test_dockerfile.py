@@ -62,7 +62,7 @@ def test_the_kernel_is_compiled_in_the_build():
     """At run time that would need a compiler and a folder to write to and execute from."""
     commands = " ".join(arguments_of("RUN"))
     assert "install -y --no-install-recommends g++" in commands
-    assert "cpu.compile_beside_source()" in commands
+    assert "compiler.compile_beside_source()" in commands
 
 
 def test_the_context_has_what_the_build_needs_and_no_run():

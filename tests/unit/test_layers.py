@@ -38,7 +38,8 @@ BEFORE_ALL = "account"  # pmp_ds/__init__.py runs before everything else and imp
 
 MAY_IMPORT_DEEPSPEED = {
     "pmp_ds.dist",
-    "pmp_ds.optim.zero_shards",
+    "pmp_ds.optim.zero.stage12",
+    "pmp_ds.optim.zero.stages",
     "pmp_ds.engine.engine",
     "pmp_ds.engine.portable",
     "pmp_ds.engine.deepspeed_keys",

@@ -1,75 +1,65 @@
-"""The masked update as one operator per kind of device.
+"""The masked update as operators, one implementation per kind of device.
 
 cpu.py (C++) and cuda.py (Triton) implement ``Kernels`` and give the same bits as the torch
-reference in masked_adamw.py, the fallback where neither is available.
+reference in masked_adamw.py and update.py, the fallback where neither is available.
 """
 
 import functools
 import warnings
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
-from pmp_ds.optim.kernels import cpu
+from pmp_ds.optim.kernels import compiler, cpu
+from pmp_ds.optim.kernels.batch import DTYPES, Batch, Coefficients, Tensors
 
 
 class Kernels(Protocol):
-    """The operators of one module; all tensors are contiguous and on its device."""
+    """The operators of one module, for tensors on its device."""
 
-    def block_prefix(self, bits: torch.Tensor) -> torch.Tensor:
-        """Return the number of kept elements before each of this module's blocks, once per mask."""
+    def supports(self, dtype: torch.dtype) -> bool:
+        """Return whether gradients and weights may be of this one of DTYPES."""
         ...
 
     def masked_adamw(
-        self,
-        weights: torch.Tensor,  # (numel,) fp32
-        gradient: torch.Tensor,  # (numel,) fp32
-        bits: torch.Tensor | None,  # (ceil(numel / 8),) uint8; None: all kept
-        prefix: torch.Tensor | None,  # block_prefix(bits)
-        exp_avg: torch.Tensor,  # (num_kept,) fp32
-        exp_avg_sq: torch.Tensor,  # (num_kept,) fp32
-        coefficients: cpu.Coefficients,
+        self, batch: Batch, coefficients: Sequence[Coefficients], factor: torch.Tensor | None
     ) -> None:
-        """Make one AdamW step on the kept elements, in place."""
+        """Make one AdamW step on the kept elements of all segments that have a gradient, in place.
+
+        ``coefficients``: of each segment. Gradients are multiplied in fp32 by ``factor``, () fp32;
+        NaN changes nothing.
+        """
         ...
 
-    def has_compact_master(self, dtype: torch.dtype) -> bool:
-        """Return whether ``masked_adamw_master`` supports weights of this 16-bit dtype."""
-        ...
-
-    def masked_adamw_master(
-        self,
-        weights: torch.Tensor,  # (numel,) bf16 or fp16
-        gradient: torch.Tensor,  # (numel,) fp32 or the dtype of the weights
-        bits: torch.Tensor | None,
-        prefix: torch.Tensor | None,
-        exp_avg: torch.Tensor,  # (num_kept,) fp32
-        exp_avg_sq: torch.Tensor,  # (num_kept,) fp32
-        coefficients: cpu.Coefficients,
-        master: torch.Tensor,  # (num_kept,) fp32
-        factor: float,
-    ) -> None:
-        """Make one AdamW step on the compact fp32 ``master``, in place, with the gradient times
-        ``factor``; the kept weights become the rounded master."""
-        ...
-
-    def zero_complement(
-        self,
-        values: torch.Tensor,  # (numel,) fp32, bf16 or fp16
-        bits: torch.Tensor,
-        start: int,
-    ) -> None:
-        """Zero each value i whose bit ``start + i`` is 0, in place."""
+    def sums_of_squares(self, batch: Batch) -> torch.Tensor:
+        """Return the sum of squares of the kept gradients of each segment, (num_segments,) fp64; 0
+        for a segment without one."""
         ...
 
 
-def kernels_for(tensor: torch.Tensor) -> Kernels | None:
-    """Return the operators for ``tensor``, or None where only torch operations can update it."""
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+def kernels_for(tensors: Sequence[torch.Tensor], *, compact_master: bool) -> Kernels | None:
+    """Return the operators that update the tensors of an optimizer, or None if only torch
+    operations can: fp32 master weights, or with ``compact_master`` 16-bit weights."""
+    if not tensors:
         return None
-    if tensor.device.type == "cpu":
-        return cpu if cpu.library() is not None else None
-    return _triton_kernels() if tensor.device.type == "cuda" else None
+    device, dtype = tensors[0].device, tensors[0].dtype
+    if any(t.device != device or t.dtype != dtype for t in tensors) or dtype not in DTYPES:
+        return None
+    if (dtype == torch.float32) == compact_master:
+        return None
+    if device.type == "cpu":
+        return cpu if compiler.library() is not None else None
+    return _triton_kernels() if device.type == "cuda" else None
+
+
+def can_read(kernels: Kernels, tensors: Sequence[Tensors]) -> bool:
+    """Return whether the operators can read these gradients and weights: of one dtype each."""
+    gradients = {t.gradient.dtype for t in tensors if t.gradient is not None}
+    weights = {t.weights.dtype for t in tensors if t.weights is not None}
+    return max(len(gradients), len(weights)) <= 1 and all(
+        dtype in DTYPES and kernels.supports(dtype) for dtype in gradients | weights
+    )
 
 
 @functools.cache
@@ -79,7 +69,7 @@ def _triton_kernels() -> Kernels | None:
     except ImportError as error:
         warnings.warn(
             "the masked optimizer runs in torch operations, many times slower on a GPU: triton "
-            f"cannot be imported ({error}); pip install triton, in the version that torch requires",
+            f"cannot be imported ({error}); pip install triton, in the version that torch needs",
             stacklevel=4,
         )
         return None

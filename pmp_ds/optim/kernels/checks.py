@@ -3,8 +3,6 @@ write other memory. Raises ValueError; never waits for a GPU."""
 
 import torch
 
-SIXTEEN_BIT = (torch.bfloat16, torch.float16)
-
 
 def require(
     name: str,
@@ -34,45 +32,3 @@ def packed(bits: torch.Tensor, numel: int, device: torch.device, start: int = 0)
             f"the packed mask of shape {list(bits.shape)} does not cover elements {start} to "
             f"{start + numel}"
         )
-
-
-def step(
-    weights: torch.Tensor,
-    gradient: torch.Tensor,
-    bits: torch.Tensor | None,
-    prefix: torch.Tensor | None,
-    compact: dict[str, torch.Tensor],  # by name: moments, and the master where there is one
-    *,
-    weight_dtypes: tuple[torch.dtype, ...],
-    gradient_dtypes: tuple[torch.dtype, ...],
-    block: int,
-) -> None:
-    """Require the arguments of one AdamW step to fit together."""
-    numel, device = weights.numel(), weights.device
-    require("the weights", weights, weight_dtypes, numel, device)
-    require("the gradient", gradient, gradient_dtypes, numel, device)
-    num_kept: int | None = numel
-    if bits is not None:
-        packed(bits, numel, device)
-        if bits.numel() != (numel + 7) // 8 or prefix is None:
-            raise ValueError(f"the packed mask of {numel} elements has {bits.numel()} bytes")
-        require("the prefix", prefix, (torch.int64,), -(-8 * bits.numel() // block), device)
-        num_kept = _num_kept(bits, prefix, block)
-    for name, tensor in compact.items():
-        require(name, tensor, (torch.float32,), num_kept, device)
-        num_kept = tensor.numel()
-    if num_kept is not None and num_kept > numel:
-        raise ValueError(f"{num_kept} elements are kept of {numel}")
-
-
-def _num_kept(bits: torch.Tensor, prefix: torch.Tensor, block: int) -> int | None:
-    """Return the number of kept elements, counted in the last block alone.
-
-    On a GPU, counting would wait for the device: None, and ``MaskedOptimizer.arm`` checked sizes.
-    """
-    if bits.device.type != "cpu":
-        return None
-    if not prefix.numel():
-        return 0
-    last = bits[(prefix.numel() - 1) * (block // 8) :].numpy().tobytes()
-    return int(prefix[-1]) + int.from_bytes(last, "little").bit_count()

@@ -1,151 +1,215 @@
-"""The Triton operators of the masked update, for GPU tensors (contract: ``Kernels``).
+"""The Triton operators of the masked update; ``Kernels`` has the contract.
 
-One program updates one block. It reads dense weights and gradients as whole cache lines and the
-moments of its kept elements contiguously; they start at the number of kept elements before the
-block. Contraction is off, and division and square root are correctly rounded, so every element
-gets the same bits as from the C++ operator and the torch reference.
+One program updates one block: dense weights and gradients as whole cache lines, the moments of its
+kept elements next to each other, at the number of kept elements before the block plus the rank
+inside it. Contraction is off, and division and square root are correctly rounded, so the bits are
+those of the C++ operator and the torch reference.
 
-This module needs triton, which comes with torch's CUDA build: import it through ``kernels_for``.
-With TRITON_INTERPRET=1 set before triton is first imported, the operators run, slowly, on CPU
-tensors: for tests.
+Importing this module needs triton, which comes with torch's CUDA build: go by way of
+``kernels_for``. With TRITON_INTERPRET=1 set before triton is first imported, the same operators
+run on CPU tensors, slowly: for tests.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from pmp_ds.optim.kernels import checks, cpu
+from pmp_ds.optim.kernels.batch import BLOCK, TYPES, Batch, Coefficients
 
-BLOCK = 1024  # elements per program and per entry of `prefix`, a multiple of 8
 WARPS = 8
-_BITS_OF_SIZE = {2: torch.int16, 4: torch.int32}  # bytes per value -> integer type to copy it as
+_FP32, _BF16, _FP16 = (
+    tl.constexpr(TYPES[t]) for t in (torch.float32, torch.bfloat16, torch.float16)
+)
 
 
-def block_prefix(bits: torch.Tensor) -> torch.Tensor:
-    """Return the number of kept elements before each block, (ceil(8 * len(bits) / BLOCK),)."""
-    return cpu.kept_before_blocks(bits, BLOCK)
+def supports(dtype: torch.dtype) -> bool:
+    """Return True: Triton has all of DTYPES."""
+    return True
 
 
 def masked_adamw(
-    weights: torch.Tensor,
-    gradient: torch.Tensor,
-    bits: torch.Tensor | None,
-    prefix: torch.Tensor | None,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    coefficients: cpu.Coefficients,
+    batch: Batch, coefficients: Sequence[Coefficients], factor: torch.Tensor | None
 ) -> None:
-    """Make one AdamW step on the kept elements, in place."""
-    checks.step(
-        weights,
-        gradient,
-        bits,
-        prefix,
-        {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq},
-        weight_dtypes=(torch.float32,),
-        gradient_dtypes=(torch.float32,),
-        block=BLOCK,
-    )
-    tensors = weights, gradient, bits, prefix, exp_avg, exp_avg_sq
-    numel = weights.numel()
-    if numel == 0:
+    """Make one AdamW step on the kept elements of all segments with a gradient, in place."""
+    on_device, times = batch.on_device(coefficients), batch.factor(factor)
+    _launch(_masked_adamw, batch, on_device, times, **_types(batch), COMPACT=batch.compact_master)
+
+
+def sums_of_squares(batch: Batch) -> torch.Tensor:
+    """Return the sum of squares of the kept gradients of each segment, (num_segments,) fp64."""
+    layout = batch.layout
+    sums = torch.empty(layout.num_blocks, dtype=torch.float64, device=layout.device)
+    _launch(_sums_of_squares, batch, sums, GRADIENT=TYPES[batch.gradient_dtype])
+    return layout.by_segment(sums)
+
+
+def _types(batch: Batch) -> dict[str, int]:
+    return {"GRADIENT": TYPES[batch.gradient_dtype], "WEIGHTS": TYPES[batch.weight_dtype]}
+
+
+def _launch(kernel: Any, batch: Batch, *arguments: torch.Tensor, **constants: Any) -> None:
+    layout = batch.layout
+    if not layout.num_blocks or batch.gradient_dtype is None:
         return
-    with torch.cuda.device_of(weights):
-        _masked_adamw[(triton.cdiv(numel, BLOCK),)](
-            *tensors,
-            numel,
-            **{name: getattr(coefficients, name) for name, *_ in coefficients._fields_},
+    table = layout.segment, layout.first, layout.kept_before, layout.kept_count
+    with torch.cuda.device_of(layout.first):
+        kernel[(layout.num_blocks,)](
+            *table,
+            layout.begin,
+            layout.end,
+            batch.addresses,
+            len(layout.segments),
+            *arguments,
+            **constants,
             BLOCK=BLOCK,
             num_warps=WARPS,
             enable_fp_fusion=False,
         )
 
 
-def has_compact_master(dtype: torch.dtype) -> bool:
-    """Return False: on a GPU, torch operations do this."""
-    return False
-
-
-def masked_adamw_master(*_: object) -> None:
-    raise AssertionError("has_compact_master is False")
-
-
-def zero_complement(values: torch.Tensor, bits: torch.Tensor, start: int) -> None:
-    """Zero each value i whose bit ``start + i`` is 0, in place."""
-    allowed = (torch.float32, *checks.SIXTEEN_BIT)
-    checks.require("the gradient", values, allowed, None, values.device)
-    checks.packed(bits, values.numel(), values.device, start)
-    numel = values.numel()
-    if numel == 0:
-        return
-    raw = values.view(-1).view(_BITS_OF_SIZE[values.element_size()])
-    with torch.cuda.device_of(values):
-        _zero_complement[(triton.cdiv(numel, BLOCK),)](
-            raw, bits, start, numel, BLOCK=BLOCK, num_warps=WARPS
-        )
+@triton.jit
+def _pointer(address, TYPE: tl.constexpr):
+    if TYPE == _FP32:
+        return address.to(tl.pointer_type(tl.float32))
+    elif TYPE == _BF16:
+        return address.to(tl.pointer_type(tl.bfloat16))
+    else:
+        return address.to(tl.pointer_type(tl.float16))
 
 
 @triton.jit
-def _index(BLOCK: tl.constexpr):
-    """Return the elements of this program. Without the hint, the compiler gives each thread four
-    neighbours, and a warp's compact accesses touch four times as many sectors."""
-    lanes = tl.max_contiguous(tl.arange(0, BLOCK), 1)
-    return tl.program_id(0).to(tl.int64) * BLOCK + lanes
-
-
-@triton.jit
-def _is_kept(bits, index, inside):
-    byte = tl.load(bits + index // 8, mask=inside, other=0).to(tl.int32)
-    return ((byte >> (index % 8).to(tl.int32)) & 1) != 0
-
-
-# Sizes vary between tensors and coefficients between steps; the kernel is specialized for neither
-# (Triton never treats floats as constants).
-@triton.jit(do_not_specialize=["numel"])
-def _masked_adamw(
-    weights,
-    gradient,
-    bits,
-    prefix,
-    exp_avg,
-    exp_avg_sq,
-    numel,
-    decay,
-    beta1,
-    grad_weight,
-    beta2,
-    grad_sq_weight,
-    minus_step_size,
-    sqrt_correction2,
-    eps,
+def _kept_gradients(
+    segment,
+    first,
+    kept_before,
+    kept_count,
+    begin,
+    end,
+    addresses,
+    num_segments,
+    GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    index = _index(BLOCK)
-    inside = index < numel
-    p = tl.load(weights + index, mask=inside)
-    g = tl.load(gradient + index, mask=inside)
-    if bits is None:
-        kept = inside
-        place = index
-    else:
-        kept = _is_kept(bits, index, inside)
-        rank = tl.cumsum(kept.to(tl.int32), 0) - 1
-        place = tl.load(prefix + tl.program_id(0)) + rank
-    m = tl.load(exp_avg + place, mask=kept)
-    v = tl.load(exp_avg_sq + place, mask=kept)
-    m = m * beta1 + g * grad_weight
-    v = v * beta2 + g * g * grad_sq_weight
-    denominator = tl.div_rn(tl.sqrt_rn(v), sqrt_correction2) + eps
-    updated = p * decay + tl.div_rn(m * minus_step_size, denominator)
-    tl.store(exp_avg + place, m, mask=kept)
-    tl.store(exp_avg_sq + place, v, mask=kept)
-    tl.store(weights + index, tl.where(kept, updated, p), mask=inside)
+    """The block of this program: its segment, places in the segment, whether they are kept, their
+    places in the compact state, and gradients, fp32."""
+    block = tl.program_id(0)
+    number = tl.load(segment + block)
+    start = tl.load(first + block)
+    # The hint keeps the compiler from giving a thread several in a row: then a warp's compact
+    # accesses would touch several times as many sectors.
+    lanes = tl.max_contiguous(tl.arange(0, BLOCK), 1)
+    index = start + lanes
+    inside = index < tl.load(end + number)
+    place = index - tl.load(begin + number)
+    address = tl.load(addresses + number)
+    mask = tl.load(addresses + 5 * num_segments + number)
+    bits = mask.to(tl.pointer_type(tl.uint8)) + index // 8
+    byte = tl.load(bits, mask=inside & (mask != 0), other=255).to(tl.int32)  # without one: all kept
+    kept = inside & (((byte >> (index % 8).to(tl.int32)) & 1) != 0)
+    rank = tl.cumsum(kept.to(tl.int32), 0) - 1
+    # There are more ones than when the moments were made only if memory has gone bad.
+    kept = kept & (rank < tl.load(kept_count + block))
+    compact = tl.load(kept_before + block) + rank
+    kept = kept & (address != 0)
+    gradient = tl.load(_pointer(address, GRADIENT) + place, mask=kept, other=0).to(tl.float32)
+    return number, place, kept, compact, gradient
 
 
-@triton.jit(do_not_specialize=["start", "numel"])
-def _zero_complement(values, bits, start, numel, BLOCK: tl.constexpr):
-    index = _index(BLOCK)
-    inside = index < numel
-    value = tl.load(values + index, mask=inside)
-    kept = _is_kept(bits, start + index, inside)
-    tl.store(values + index, tl.where(kept, value, 0), mask=inside)
+@triton.jit(do_not_specialize=["num_segments"])
+def _masked_adamw(
+    segment,
+    first,
+    kept_before,
+    kept_count,
+    begin,
+    end,
+    addresses,
+    num_segments,
+    coefficients,
+    factor,
+    GRADIENT: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    COMPACT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    times = tl.load(factor)
+    if times == times:
+        number, place, kept, compact, g = _kept_gradients(
+            segment,
+            first,
+            kept_before,
+            kept_count,
+            begin,
+            end,
+            addresses,
+            num_segments,
+            GRADIENT,
+            BLOCK,
+        )
+        g = g * times
+        row = addresses + number
+        master = tl.load(row + 2 * num_segments).to(tl.pointer_type(tl.float32))
+        exp_avg = tl.load(row + 3 * num_segments).to(tl.pointer_type(tl.float32)) + compact
+        exp_avg_sq = tl.load(row + 4 * num_segments).to(tl.pointer_type(tl.float32)) + compact
+        master += compact if COMPACT else place
+        c = coefficients + number * 8
+        p = tl.load(master, mask=kept)
+        m = tl.load(exp_avg, mask=kept)
+        v = tl.load(exp_avg_sq, mask=kept)
+        m = m * tl.load(c + 1) + g * tl.load(c + 2)
+        v = v * tl.load(c + 3) + g * g * tl.load(c + 4)
+        denominator = tl.div_rn(tl.sqrt_rn(v), tl.load(c + 6)) + tl.load(c + 7)
+        p = p * tl.load(c) + tl.div_rn(m * tl.load(c + 5), denominator)
+        tl.store(exp_avg, m, mask=kept)
+        tl.store(exp_avg_sq, v, mask=kept)
+        tl.store(master, p, mask=kept)
+        if WEIGHTS != 0:
+            weights = tl.load(row + num_segments)
+            kept = kept & (weights != 0)
+            if WEIGHTS == _BF16:
+                rounded = weights.to(tl.pointer_type(tl.int16)) + place
+                tl.store(rounded, _round_to_bf16(p), mask=kept)
+            else:
+                tl.store(_pointer(weights, WEIGHTS) + place, p, mask=kept)
+
+
+@triton.jit
+def _round_to_bf16(value):
+    """The nearest bf16, ties to even, as its bits, int16. In integers: the interpreter's own
+    conversion truncates."""
+    bits = value.to(tl.int32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return tl.where(value == value, rounded, 0x7FC0).to(tl.int16)
+
+
+@triton.jit(do_not_specialize=["num_segments"])
+def _sums_of_squares(
+    segment,
+    first,
+    kept_before,
+    kept_count,
+    begin,
+    end,
+    addresses,
+    num_segments,
+    sums,
+    GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    _number, _place, _kept, _compact, g = _kept_gradients(
+        segment,
+        first,
+        kept_before,
+        kept_count,
+        begin,
+        end,
+        addresses,
+        num_segments,
+        GRADIENT,
+        BLOCK,
+    )
+    g = g.to(tl.float64)
+    tl.store(sums + tl.program_id(0), tl.sum(g * g, 0))

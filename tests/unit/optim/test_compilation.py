@@ -1,4 +1,4 @@
-"""Where the C++ operators are compiled and found, and the message if they are not."""
+"""Where the C++ operators are compiled and found, and what is said where they are not."""
 
 import os
 import shlex
@@ -8,27 +8,27 @@ from pathlib import Path
 
 import pytest
 
-from pmp_ds.optim.kernels import cpu
+from pmp_ds.optim.kernels import compiler
 from tests.helpers.distributed import REPO
 
 pytestmark = pytest.mark.processes
 
-needs_compiler = pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(compiler.library() is None, reason="no C++ compiler")
 ASK = """
 import sys
 from pathlib import Path
-from pmp_ds.optim.kernels import cpu
+from pmp_ds.optim.kernels import compiler
 if len(sys.argv) > 1:
-    cpu.SOURCE = Path(sys.argv[1])
+    compiler.SOURCE = Path(sys.argv[1])
     if len(sys.argv) > 2:
-        print(cpu.compile_beside_source())
-loaded = cpu.library()
+        print(compiler.compile_beside_source())
+loaded = compiler.library()
 print(loaded and loaded._name)
 """
 
 
 def ask(*words: str | Path, **environment: str) -> tuple[str, str]:
-    """Return the path of the library that a fresh process loads, or `None`, and its warnings."""
+    """The path of what a fresh process loads, or `None`, and its warnings."""
     done = subprocess.run(
         [sys.executable, "-c", ASK, *map(str, words)],
         cwd=REPO,
@@ -42,14 +42,13 @@ def ask(*words: str | Path, **environment: str) -> tuple[str, str]:
 
 @pytest.fixture
 def _compiled_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand in for the compiler with its earlier output for the same source, which saves 5 s per
-    test."""
-    compiler, made = cpu._compiler(), cpu.library()
-    assert compiler is not None
+    """The compiler, which hands out what it made of the same source before: 5 s less a test."""
+    real, made = compiler._compiler(), compiler.library()
+    assert real is not None
     assert made is not None
     script = tmp_path / "c++"
     script.write_text(
-        f'#!/bin/bash\n[ "$1" = --version ] && exec {shlex.quote(compiler)} "$@"\n'
+        f'#!/bin/bash\n[ "$1" = --version ] && exec {shlex.quote(real)} "$@"\n'
         f'cp {shlex.quote(made._name)} "${{@: -1}}"\n'
     )
     script.chmod(0o755)
@@ -58,10 +57,10 @@ def _compiled_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Return a copy in a writable folder."""
-    path = tmp_path / "package" / cpu.SOURCE.name
+    """A copy, whose folder may be written to."""
+    path = tmp_path / "package" / compiler.SOURCE.name
     path.parent.mkdir()
-    path.write_bytes(cpu.SOURCE.read_bytes())
+    path.write_bytes(compiler.SOURCE.read_bytes())
     return path
 
 
@@ -96,7 +95,7 @@ def test_the_cache_is_private_whatever_the_umask(tmp_path: Path, umask: int):
 @needs_compiler
 @pytest.mark.usefixtures("_compiled_before")
 def test_what_others_could_have_written_is_compiled_again(tmp_path: Path):
-    """A folder that was open to all, as an older version made it, with a program in it."""
+    """A folder that was open to all, as an older version made it, and a program in it."""
     loaded, _ = ask(XDG_CACHE_HOME=str(tmp_path))
     for folder_mode, file_mode in ((0o777, 0o755), (0o700, 0o777)):
         Path(loaded).write_bytes(b"planted")

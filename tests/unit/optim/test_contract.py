@@ -28,7 +28,7 @@ from pmp_ds.config import TrainConfig
 from pmp_ds.engine.engine import Engine
 from pmp_ds.engine.portable import _SCALER
 from pmp_ds.optim.masked_adamw import MaskedAdamW
-from pmp_ds.optim.zero_shards import Fragment, _pieces
+from pmp_ds.optim.zero import Fragment, _pieces
 from pmp_ds.ticket.mask import ParamMask, pack
 from tests.helpers import tiny
 

@@ -11,16 +11,18 @@ import torch
 
 from pmp_ds.errors import UserError
 from pmp_ds.optim.attach import attach
-from pmp_ds.optim.kernels import cpu
-from pmp_ds.optim.masked_adamw import MaskedAdamW, coefficients
+from pmp_ds.optim.kernels import compiler, cpu
+from pmp_ds.optim.kernels.batch import Tensors, kept_before
+from pmp_ds.optim.masked_adamw import MaskedAdamW
 from pmp_ds.ticket.mask import ParamMask, pack
+from tests.helpers.batches import MARGIN, make_ref, work
+from tests.helpers.batches import same as unchanged
 
-N = 20_001  # two blocks of the C++ operator, and padding
-GROUP = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+Change = Callable[[Tensors], dict[str, Any]]
 
 
 def _operators() -> list[Any]:
-    found: list[Any] = [cpu] if cpu.library() is not None else []
+    found: list[Any] = [cpu] if compiler.library() is not None else []
     if os.environ.get("TRITON_INTERPRET") == "1":  # by tests/unit/optim/test_triton.py's ways
         from pmp_ds.optim.kernels import cuda
 
@@ -28,98 +30,146 @@ def _operators() -> list[Any]:
     return found
 
 
-def step(operators: Any, **changes: torch.Tensor | None) -> None:
-    kept = torch.arange(N) % 3 == 0
-    bits, num_kept = pack(kept), int(kept.sum())
-    given: dict[str, Any] = {
-        "weights": torch.zeros(N),
-        "gradient": torch.zeros(N),
-        "bits": bits,
-        "prefix": operators.block_prefix(bits),
-        "exp_avg": torch.zeros(num_kept),
-        "exp_avg_sq": torch.zeros(num_kept),
-    }
-    operators.masked_adamw(**given | changes, coefficients=coefficients(GROUP, 1.0))
+def fp64(name: str) -> Change:
+    return lambda t: {name: getattr(t, name).double()}
 
 
-def master_step(operators: Any, **changes: torch.Tensor | None) -> None:
-    given: dict[str, Any] = {
-        "weights": torch.zeros(N, dtype=torch.bfloat16),
-        "gradient": torch.zeros(N),
-        "bits": None,
-        "prefix": None,
-        "exp_avg": torch.zeros(N),
-        "exp_avg_sq": torch.zeros(N),
-        "master": torch.zeros(N),
-    }
-    operators.masked_adamw_master(
-        **given | changes, coefficients=coefficients(GROUP, 1.0), factor=1.0
-    )
+def shorter(name: str) -> Change:
+    return lambda t: {name: getattr(t, name)[:-1]}
 
 
-WRONG: dict[str, tuple[dict[str, torch.Tensor | None], str]] = {
-    "weights of fp64": ({"weights": torch.zeros(N).double()}, "the weights: dtype float64"),
-    "short gradient": ({"gradient": torch.zeros(N - 1)}, "the gradient: 20000 elements"),
-    "gradient of bf16": ({"gradient": torch.zeros(N).bfloat16()}, "dtype bfloat16, needed float32"),
-    "gradient with gaps": ({"gradient": torch.zeros(2 * N)[::2]}, "not contiguous"),
-    "gradient elsewhere": ({"gradient": torch.zeros(N, device="meta")}, "on meta, needed on cpu"),
-    "int64 bits": ({"bits": torch.full((N // 8 + 1,), -256)}, "the packed mask: dtype int64"),
-    "short bits": ({"bits": torch.zeros(8, dtype=torch.uint8)}, "does not cover elements"),
-    "long bits": ({"bits": torch.zeros(N, dtype=torch.uint8)}, "has 20001 bytes"),
-    "no prefix": ({"prefix": None}, "the packed mask of 20001 elements"),
-    "short prefix": ({"prefix": torch.zeros(1).long()}, "the prefix: 1 elements"),
-    "prefix of int32": ({"prefix": torch.zeros(2).int()}, "needed int64"),
-    "short moment": ({"exp_avg": torch.zeros(5)}, "exp_avg: 5 elements"),
-    "unequal moments": ({"exp_avg_sq": torch.zeros(N)}, "exp_avg_sq: 20001 elements"),
-    "moment of fp64": ({"exp_avg": torch.zeros(N // 3).double()}, "exp_avg: dtype float64"),
-    "more ones than moments": (
-        {"bits": torch.full((N // 8 + 1,), 255, dtype=torch.uint8)},
-        "exp_avg: 6667 elements",
+def with_gaps(name: str) -> Change:
+    return lambda t: {name: getattr(t, name).repeat_interleave(2)[::2]}
+
+
+def elsewhere(name: str) -> Change:
+    return lambda t: {name: getattr(t, name).to("meta")}
+
+
+def moments(*change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
+    return lambda t: {"moments": tuple(f(m) for f, m in zip(change, t.moments, strict=True))}
+
+
+def same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def cut(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor[:5]
+
+
+WRONG: dict[str, tuple[str, Change, str]] = {
+    "gradient of fp64": (
+        "fp32",
+        fp64("gradient"),
+        "the gradient: dtype float64, needed float32 or",
+    ),
+    "short gradient": ("fp32", shorter("gradient"), "the gradient: 3950 elements, needed 3951"),
+    "gradient with gaps": ("fp32", with_gaps("gradient"), "the gradient: not contiguous"),
+    "gradient elsewhere": ("fp32", elsewhere("gradient"), "on meta, needed on cpu"),
+    "weights of fp64": ("bf16", fp64("weights"), "the weights: dtype float64"),
+    "short weights": ("bf16", shorter("weights"), "the weights: 3950 elements"),
+    "weights with gaps": ("bf16", with_gaps("weights"), "the weights: not contiguous"),
+    "master of fp64": ("fp32", fp64("master"), "the master: dtype float64, needed float32"),
+    "short master": ("fp32", shorter("master"), "the master: 3950 elements, needed 3951"),
+    "master elsewhere": ("fp32", elsewhere("master"), "the master: on meta"),
+    "short compact master": ("bf16, compact", shorter("master"), r"the master: \d+ elements"),
+    "compact master of bf16": (
+        "bf16, compact",
+        lambda t: {"master": t.master.bfloat16()},
+        "the master: dtype bfloat16",
+    ),
+    "short moments": ("fp32", moments(cut, cut), r"moment 0: 5 elements, needed 3\d\d\d"),
+    "unequal moments": ("fp32", moments(same, cut), "moment 1: 5 elements"),
+    "moment of fp64": ("fp32", moments(torch.Tensor.double, same), "moment 0: dtype float64"),
+    "int64 mask": (
+        "fp32",
+        lambda t: {"mask": t.mask.long() if t.mask is not None else None},
+        "the packed mask: dtype int64",
+    ),
+    "short mask": ("fp32", shorter("mask"), "does not cover elements 1049 to 5000"),
+    "mask elsewhere": ("fp32", elsewhere("mask"), "the packed mask: on meta"),
+    "two dtypes of gradients": (
+        "fp32",
+        lambda t: {"gradient": t.gradient.half() if t.gradient is not None else None},
+        "the gradient: several dtypes in one batch",
+    ),
+    "two dtypes of weights": (
+        "bf16",
+        lambda t: {"weights": t.weights.half() if t.weights is not None else None},
+        "the weights: several dtypes in one batch",
     ),
 }
 
 
-@pytest.mark.skipif(not _operators(), reason="no C++ compiler")
-@pytest.mark.parametrize(("changes", "message"), WRONG.values(), ids=WRONG)
-def test_step(changes: dict[str, torch.Tensor | None], message: str) -> None:
-    for operators in _operators():
-        step(operators)  # as it should be
-        with pytest.raises(ValueError, match=message):
-            step(operators, **changes)
-
-
-@pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler")
-def test_step_of_a_compact_master() -> None:
-    master_step(cpu)
-    with pytest.raises(ValueError, match="master: 5 elements"):
-        master_step(cpu, master=torch.zeros(5))
-    with pytest.raises(ValueError, match="the weights: dtype float32"):
-        master_step(cpu, weights=torch.zeros(N))
-    with pytest.raises(ValueError, match="the gradient: dtype float16"):
-        master_step(cpu, gradient=torch.zeros(N).half())
+@pytest.mark.parametrize(("kind", "change", "message"), WRONG.values(), ids=WRONG)
+def test_batch(kind: str, change: Change, message: str) -> None:
+    one = work(kind)
+    one.batch()  # as it should be
+    fourth = one.tensors[3]  # elements 1049 to 5000 of the first tensor
+    one.tensors[3] = fourth.__class__(**vars(fourth) | change(fourth))
+    with pytest.raises(ValueError, match=message):
+        one.batch()
 
 
 @pytest.mark.skipif(not _operators(), reason="no C++ compiler")
-@pytest.mark.parametrize(
-    ("values", "bits", "start"),
-    [
-        (torch.zeros(9), torch.zeros(1, dtype=torch.uint8), 0),
-        (torch.zeros(8), torch.zeros(1, dtype=torch.uint8), 1),
-        (torch.zeros(8), torch.zeros(9, dtype=torch.uint8), -8),
-        (torch.zeros(8), torch.zeros(8), 0),
-        (torch.zeros(8).double(), torch.zeros(1, dtype=torch.uint8), 0),
-        (torch.zeros(16)[::2], torch.zeros(2, dtype=torch.uint8), 0),
-    ],
-)
-def test_zero_complement(values: torch.Tensor, bits: torch.Tensor, start: int) -> None:
+def test_factor() -> None:
     for operators in _operators():
-        with pytest.raises(ValueError, match=r"the packed mask|the gradient"):
-            operators.zero_complement(values, bits, start)
+        one = work("fp32")
+        made = one.update(operators)
+        for factor in (torch.tensor(1.0).double(), torch.ones(2), torch.ones((), device="meta")):
+            with pytest.raises(ValueError, match="the factor: "):
+                made.make(factor)
 
 
-def test_prefix_of_other_bits() -> None:
+def flip(bits: torch.Tensor, what: str) -> None:
+    if what == "all ones":
+        bits.fill_(255)
+    elif what == "all zeros":
+        bits.zero_()
+    else:
+        bits[200] ^= 4
+
+
+@pytest.mark.skipif(not _operators(), reason="no C++ compiler")
+@pytest.mark.parametrize("what", ["all ones", "all zeros", "one bit"])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "bf16, compact"])
+def test_mask_that_changed_in_memory(kind: str, what: str) -> None:
+    """After `arm`: there are more or fewer ones than moments. The C++ operators leave such blocks
+    alone, the Triton ones update no more elements than there are moments; nothing is written
+    outside, and other tensors are updated as always."""
+    for operators in _operators():
+        ours, expected = work(kind), work(kind)
+        for one in (ours, expected):
+            one.set_gradients(1)
+        before = [t.clone() for t in ours.memory]
+        made = ours.update(operators)
+        bits = ours.masks[0]
+        assert bits is not None
+        flip(bits, what)
+        squares = made.squares()
+        made.make()
+        make_ref(expected, None)
+        of_tensor = len(ours.memory) - sum(t.gradient is not None for t in ours.tensors)
+        of_tensor //= len(ours.masks)
+        assert of_tensor == 4  # moments, weights, master
+        assert unchanged(ours.memory[of_tensor:], expected.memory[of_tensor:])
+        for found, old in zip(ours.memory[:of_tensor], before, strict=False):
+            assert torch.equal(found[:MARGIN], old[:MARGIN])
+            assert torch.equal(found[-MARGIN:], old[-MARGIN:])
+        if operators is cpu and what != "one bit":
+            assert unchanged(ours.memory[:of_tensor], before[:of_tensor])
+            assert squares[:4].tolist() == [0.0] * 4
+        if operators is cpu and what == "one bit":  # in the block of elements 1049 to 2073
+            assert not unchanged(ours.memory[:of_tensor], before[:of_tensor])
+            changed = ours.memory[3] != expected.memory[3]
+            num_kept = int(ours.layout().kept_count[3]) if ours.compact_master else 1024
+            assert 0 < int(changed.sum()) <= num_kept + 1
+
+
+def test_places_in_other_bits() -> None:
     with pytest.raises(ValueError, match="the packed mask: dtype int64"):
-        cpu.kept_before_blocks(torch.full((4,), -256), 16)
+        kept_before(torch.full((4,), -256), torch.tensor([0]))
 
 
 def test_arm() -> None:

@@ -1,5 +1,4 @@
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -7,11 +6,11 @@ import torch
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
-from pmp_ds.optim import masked
-from pmp_ds.optim.kernels import cpu
+from pmp_ds.optim import update
+from pmp_ds.optim.kernels import compiler
+from pmp_ds.optim.kernels.batch import Segment
 from pmp_ds.optim.masked import parameter_groups
 from pmp_ds.optim.masked_adamw import MaskedAdamW
-from pmp_ds.optim.zero_shards import Fragment
 from pmp_ds.ticket.mask import pack, popcount
 from tests.helpers.examples import examples
 
@@ -26,11 +25,11 @@ CLOSE: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-7}
 def backend(request, monkeypatch) -> None:
     """Return the C++ operator, and the torch reference in chunks of several sizes."""
     if request.param == "c++":
-        if cpu.library() is None:
+        if compiler.library() is None:
             pytest.skip("no C++ compiler")
     else:
-        monkeypatch.setattr(cpu, "library", lambda: None)
-        monkeypatch.setattr(masked, "CHUNK", request.param)
+        monkeypatch.setattr(compiler, "library", lambda: None)
+        monkeypatch.setattr(update, "CHUNK", request.param)
 
 
 def tensors(seed: int = 0, shapes: Sequence[tuple[int, ...]] = SHAPES) -> list[torch.Tensor]:
@@ -138,8 +137,8 @@ def test_the_others_keep_their_bits(poison):
 def test_backends_and_chunks_change_nothing(monkeypatch):
     here, reference = tensors(), tensors()
     train(armed(here, masks(0.7)), here)
-    monkeypatch.setattr(cpu, "library", lambda: None)
-    monkeypatch.setattr(masked, "CHUNK", 1 << 20)
+    monkeypatch.setattr(compiler, "library", lambda: None)
+    monkeypatch.setattr(update, "CHUNK", 1 << 20)
     train(armed(reference, masks(0.7)), reference)
     assert all(torch.equal(a, b) for a, b in zip(here, reference, strict=True))
 
@@ -284,60 +283,112 @@ def test_any_mask_of_any_size(numel, data):
     assert torch.equal(w.detach()[~kept], start.detach()[~kept])
 
 
-@dataclass
-class FakeShards:
-    """Two flats: ``a`` holds [0, 6) of p, padding of 2 and all of q; ``b`` the rest of p."""
-
-    replicated = False
-    flats: list[torch.Tensor] = field(
-        default_factory=lambda: [torch.zeros(11).requires_grad_(), torch.zeros(4).requires_grad_()]
-    )
-    fragments: list[Fragment] = field(
-        default_factory=lambda: [
-            Fragment("p", 0, 6, 0, 0),
-            Fragment("q", 0, 3, 0, 8),
-            Fragment("p", 6, 4, 1, 0),
-        ]
-    )
-    gradient: list[torch.Tensor] = field(
-        default_factory=lambda: [torch.full((11,), torch.nan), torch.full((4,), 5.0)]
-    )
-
-    def gradients(self) -> list[torch.Tensor]:
-        return [
-            self.gradient[f.flat][f.flat_start : f.flat_start + f.numel] for f in self.fragments
-        ]
-
-    def zero_padding(self) -> None:
-        raise NotImplementedError
-
-    def remeasure(self) -> None:
-        raise NotImplementedError
-
-    def drop_fp32_master(self, set_factor: Any) -> None:
-        raise NotImplementedError
+SEGMENTS = (Segment(0, 0, 6), Segment(0, 8, 3), Segment(1, 0, 4))
+"""Two flats of 11 and 4 elements: two elements of the first are padding, of no fragment."""
 
 
-def test_zero_complement():
-    shards = FakeShards()
-    shards.gradient[0][[1, 5, 10]] = torch.tensor([1.0, 2.0, 3.0])
+def flats() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Two flats, and gradients of SEGMENTS: NaN in the complement and in the padding."""
+    (a,), (b,) = tensors(3, [(11,)]), tensors(4, [(4,)])
+    whole = [torch.full((11,), torch.nan), torch.full((4,), torch.nan)]
+    whole[0][[1, 5, 10]] = torch.tensor([1.0, 2.0, 4.0])
+    whole[1][[0, 3]] = torch.tensor([8.0, -16.0])
+    return [a, b], [whole[s.tensor][s.start : s.start + s.numel] for s in SEGMENTS]
+
+
+def kept_of_flats() -> list[torch.Tensor]:
     a = torch.tensor([0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 1]).bool()
-    b = torch.tensor([1, 0, 0, 1]).bool()
-    optimizer = MaskedAdamW(shards.flats)
-    optimizer.arm(dict(zip(shards.flats, [pack(a), pack(b)], strict=True)))
-    optimizer.zero_complement(shards)
-    nan = torch.nan  # the padding is not a fragment's: it is left alone
-    expected = torch.tensor([0.0, 1, 0, 0, 0, 2, nan, nan, 0, 0, 3])
-    torch.testing.assert_close(shards.gradient[0], expected, equal_nan=True, rtol=0, atol=0)
-    assert shards.gradient[1].tolist() == [5.0, 0.0, 0.0, 5.0]
+    return [a, torch.tensor([1, 0, 0, 1]).bool()]
 
 
-def test_zero_complement_without_a_mask():
-    shards = FakeShards()
-    optimizer = MaskedAdamW(shards.flats)
-    optimizer.arm(dict.fromkeys(shards.flats))
-    optimizer.zero_complement(shards)
-    assert shards.gradient[1].tolist() == [5.0] * 4
+def test_segments_of_flats():
+    """As ZeRO has them: the complement, whose gradients are NaN, enters neither norm nor update;
+    padding and complement keep their bits; the rest moves as plain tensors do."""
+    ours, gradient = flats()
+    kept = kept_of_flats()
+    optimizer = MaskedAdamW(ours, **HYPER)
+    optimizer.arm({w: pack(m) for w, m in zip(ours, kept, strict=True)}, SEGMENTS)
+    made = optimizer.update(gradient)
+    assert made.squares().tolist() == [5.0, 16.0, 320.0]
+    made.make(torch.tensor(0.5))
+    start, _ = flats()
+    for w, m, before, numbers in zip(
+        ours, kept, start, ([1.0, 2.0, 4.0], [8.0, -16.0]), strict=True
+    ):
+        alone = before.detach()[m].clone().requires_grad_()
+        plain = armed([alone], None)
+        alone.grad = torch.tensor(numbers) * 0.5
+        plain.step()
+        assert torch.equal(w.detach()[m], alone.detach())
+        assert torch.equal(w.detach()[~m], before.detach()[~m])
+        for name in optimizer.moments:
+            assert torch.equal(optimizer.state[w][name], plain.state[alone][name])
+
+
+def test_segments_without_a_mask():
+    """Padding is trained by nobody, although its moments have a place."""
+    ours, _ = flats()
+    optimizer = MaskedAdamW(ours, **HYPER)
+    optimizer.arm(dict.fromkeys(ours), SEGMENTS)
+    ones = [torch.ones(s.numel) for s in SEGMENTS]
+    made = optimizer.update(ones)
+    assert made.squares().tolist() == [6.0, 3.0, 4.0]
+    made.make()
+    start, _ = flats()
+    moved = [(w != before).tolist() for w, before in zip(ours, start, strict=True)]
+    assert moved == [[True] * 6 + [False] * 2 + [True] * 3, [True] * 4]
+    assert [bool(x) for x in optimizer.state[ours[0]]["exp_avg"]] == moved[0]
+
+
+def test_weights_of_the_model_are_the_rounded_master():
+    """The places of the complement keep what the model has there."""
+    ours, gradient = flats()
+    kept = kept_of_flats()
+    model = [torch.full((s.numel,), 3.0, dtype=torch.bfloat16) for s in SEGMENTS]
+    optimizer = MaskedAdamW(ours, **HYPER)
+    optimizer.arm({w: pack(m) for w, m in zip(ours, kept, strict=True)}, SEGMENTS)
+    optimizer.update(gradient, model).make()
+    for s, half in zip(SEGMENTS, model, strict=True):
+        part = slice(s.start, s.start + s.numel)
+        expected = torch.full((s.numel,), 3.0, dtype=torch.bfloat16)
+        here = kept[s.tensor][part]
+        expected[here] = ours[s.tensor].detach()[part][here].bfloat16()
+        assert torch.equal(half, expected)
+
+
+def test_factor_of_nan_changes_nothing_but_is_counted():
+    """The host never learns of it."""
+    ours, gradient = flats()
+    optimizer = MaskedAdamW(ours, **HYPER)
+    optimizer.arm({w: pack(m) for w, m in zip(ours, kept_of_flats(), strict=True)}, SEGMENTS)
+    optimizer.update(gradient).make(torch.tensor(torch.nan))
+    assert all(torch.equal(a, b) for a, b in zip(ours, flats()[0], strict=True))
+    assert not any(optimizer.state[w][name].any() for w in ours for name in optimizer.moments)
+    assert optimizer.num_updates == 1
+
+
+def test_groups_of_tensors_that_no_group_lists():
+    """ZeRO-3 empties the groups between steps: ``arm`` is told which tensor is of which."""
+    decays = [0.0, 0.5]
+    optimizers = []
+    for listed in (True, False):
+        params = tensors(0, [(20,), (30,)])
+        groups = [
+            {"params": [param], "weight_decay": decay}
+            for param, decay in zip(params, decays, strict=True)
+        ]
+        optimizer = MaskedAdamW(groups, lr=0.1)
+        optimizer.arm(dict.fromkeys(params), groups=() if listed else (0, 1))
+        if not listed:
+            for group in optimizer.param_groups:
+                group["params"] = []
+        optimizer.update([torch.ones(20), torch.ones(30)]).make()
+        optimizers.append((optimizer, params))
+    (_, a), (_, b) = optimizers
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    without_decay = [w - 0.1 for w in tensors(0, [(20,), (30,)])]
+    torch.testing.assert_close(a[0], without_decay[0])
+    assert not torch.allclose(a[1], without_decay[1], atol=1e-3)
 
 
 def test_parameter_groups_decay_matrices_alone():

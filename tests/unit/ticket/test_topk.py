@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pmp_ds.errors import UserError
-from pmp_ds.ticket import topk
+from pmp_ds.ticket import counting
 from tests.helpers import reference
 from tests.helpers.examples import examples
 from tests.helpers.selection import extra_bytes, select_masks
@@ -164,7 +164,7 @@ def test_any_finite_bit_pattern(patterns, data):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [15, 16, 17, 32, 100])
 def test_across_chunk_borders(monkeypatch, dtype, size):
-    monkeypatch.setattr(topk, "CHUNK", 16)
+    monkeypatch.setattr(counting, "CHUNK", 16)
     generator = torch.Generator().manual_seed(size)
     scores = torch.randint(-2, 3, (size,), generator=generator).to(dtype)
     for k in range(1, size + 1):
@@ -186,7 +186,7 @@ def test_scores_are_left_alone():
 @pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("chunk", [1 << 20, 16])
 def test_non_finite_names_parameter_and_rank_alone(monkeypatch, dtype, bad, chunk):
-    monkeypatch.setattr(topk, "CHUNK", chunk)
+    monkeypatch.setattr(counting, "CHUNK", chunk)
     good, poor = torch.full((40,), 0.625, dtype=dtype), torch.full((40,), 0.625, dtype=dtype)
     poor[-1] = bad
     with pytest.raises(UserError) as caught:

@@ -1,0 +1,234 @@
+"""What the operators are called with: the kept elements of many tensors as one list of blocks.
+
+A *segment* is a run of elements of one tensor that has one gradient tensor: a whole parameter, or a
+fragment of a ZeRO partition. A *block* is a run of up to BLOCK elements of one segment, so that an
+operator needs one launch for any number of tensors. `Layout` is made once for a mask, `Batch` for
+every update: tensors may have moved since the last one.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from pmp_ds.optim.kernels import checks
+
+BLOCK = 1024  # elements; a multiple of 16
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TYPES: dict[torch.dtype | None, int] = {
+    None: 0,
+    torch.float32: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+}
+
+
+class Coefficients(NamedTuple):
+    """What one AdamW step needs of its hyper-parameters: double here, fp32 in the operators."""
+
+    decay: float
+    beta1: float
+    grad_weight: float
+    beta2: float
+    grad_sq_weight: float
+    minus_step_size: float
+    sqrt_correction2: float
+    eps: float
+
+
+class Segment(NamedTuple):
+    """Elements [start, start + numel) of one tensor."""
+
+    tensor: int  # its number in the caller's list
+    start: int
+    numel: int
+
+
+class Layout:
+    """The blocks of ``segments``, on the device of the masks. Waits for it.
+
+    ``masks``: by tensor, packed, or None where all elements are kept; compact state holds one value
+    per kept element of a tensor, without a mask one per element.
+    """
+
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        masks: Sequence[torch.Tensor | None],
+        device: torch.device,
+    ) -> None:
+        self.segments, self.device = tuple(segments), device
+        self.begin = torch.tensor([s.start for s in segments], dtype=torch.int64, device=device)
+        numel = torch.tensor([s.numel for s in segments], dtype=torch.int64, device=device)
+        self.end = self.begin + numel
+        self._blocks = -(-numel // BLOCK)
+        numbers = torch.arange(len(segments), device=device)
+        segment = numbers.repeat_interleave(self._blocks)
+        position = torch.arange(segment.numel(), device=device)
+        position -= (self._blocks.cumsum(0) - self._blocks)[segment]  # of a block in its segment
+        self.segment = segment.int()  # (num_blocks,)
+        self.first = self.begin[segment] + BLOCK * position  # (num_blocks,) int64
+        last = torch.minimum(self.first + BLOCK, self.end[segment])
+        self.kept_before = self.first.clone()  # (num_blocks,) int64
+        kept_after = last.clone()
+        self.needed = dict.fromkeys((s.tensor for s in segments), 0)
+        """By tensor: the length that compact state must have at least."""
+        tensors = torch.tensor([s.tensor for s in segments], dtype=torch.int64, device=device)
+        for tensor in self.needed:
+            blocks = (tensors == tensor)[segment].nonzero().view(-1)
+            mask = masks[tensor]
+            if mask is not None:  # else all elements before a place are kept
+                places = torch.stack([self.first[blocks], last[blocks]])
+                self.kept_before[blocks], kept_after[blocks] = kept_before(mask, places)
+            if blocks.numel():
+                self.needed[tensor] = int(kept_after[blocks].max())
+        self.kept_count = (kept_after - self.kept_before).int()  # (num_blocks,)
+
+    def by_segment(self, sums: torch.Tensor) -> torch.Tensor:
+        """Add up (num_blocks,) numbers by segment, in one fixed order, (num_segments,)."""
+        return torch.segment_reduce(sums, "sum", lengths=self._blocks, unsafe=True)
+
+    @property
+    def num_blocks(self) -> int:
+        return self.segment.numel()
+
+
+def kept_before(mask: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Return the number of ones of a packed mask before each of ``places``, in its shape, int64."""
+    checks.packed(mask, 0, mask.device)
+    table = torch.tensor([byte.bit_count() for byte in range(256)], dtype=torch.uint8)
+    table = table.to(mask.device)
+    stride = BLOCK // 8
+    padded = mask.new_zeros(-(-(mask.numel() + 1) // stride) * stride)
+    padded[: mask.numel()] = mask
+    ones = table[padded.int()].view(-1, stride)
+    whole = ones.sum(dim=1, dtype=torch.int64)
+    whole = whole.cumsum(0) - whole
+    found = whole[places // BLOCK]
+    inside = places % BLOCK != 0
+    place = places[inside]
+    byte = place // 8
+    earlier = torch.arange(stride, device=mask.device) < (byte % stride)[:, None]
+    found[inside] += (ones[place // BLOCK] * earlier).sum(dim=1, dtype=torch.int64)
+    low_bits = (1 << (place % 8)) - 1
+    found[inside] += table[(padded[byte].long() & low_bits).int()]
+    return found
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """What one update has of a segment."""
+
+    gradient: torch.Tensor | None  # (numel,) fp32, bf16 or fp16; None: nothing is updated
+    weights: torch.Tensor | None  # (numel,) what the model computes with, unless that is `master`
+    master: torch.Tensor  # fp32: (numel,), or compact as the moments are
+    moments: tuple[torch.Tensor, ...]  # fp32, (number of kept elements,) of the whole tensor
+    mask: torch.Tensor | None  # packed, of the whole tensor
+    state: dict[str, Any]  # of the whole tensor, with `step`
+    group: dict[str, Any]  # its hyper-parameters
+
+
+class Batch:
+    """One launch: the addresses of every segment's tensors, which it keeps alive.
+
+    Raises ValueError for a tensor whose type, length, device or memory layout the operators would
+    misread. Does not wait for the device.
+    """
+
+    def __init__(self, layout: Layout, tensors: Sequence[Tensors], *, compact_master: bool) -> None:
+        self.layout, self.tensors, self.compact_master = layout, tuple(tensors), compact_master
+        for segment, each in zip(layout.segments, tensors, strict=True):
+            self._check(segment, each)
+        self.gradient_dtype = _common("the gradient", [t.gradient for t in tensors])
+        self.weight_dtype = _common("the weights", [t.weights for t in tensors])
+        columns = [
+            (t.gradient, t.weights, t.master, t.moments[0], t.moments[1], t.mask) for t in tensors
+        ]
+        table = [[0 if one is None else one.data_ptr() for one in column] for column in columns]
+        self.addresses = self._to_device(torch.tensor(table, dtype=torch.int64).view(-1, 6).t())
+        """(6, num_segments) int64: a row for each kind of tensor, 0 for none."""
+
+    def on_device(self, rows: Sequence[Coefficients]) -> torch.Tensor:
+        """Return the coefficients of each segment, (num_segments, 8) fp32."""
+        return self._to_device(torch.tensor(rows, dtype=torch.float64).float())
+
+    def factor(self, factor: torch.Tensor | None) -> torch.Tensor:
+        """Return what gradients are multiplied by, () fp32; 1 for None."""
+        if factor is None:
+            return torch.ones((), device=self.layout.device)
+        checks.require("the factor", factor, (torch.float32,), 1, self.layout.device)
+        return factor
+
+    def _check(self, segment: Segment, each: Tensors) -> None:
+        device, numel = self.layout.device, segment.numel
+        if each.gradient is not None:
+            checks.require("the gradient", each.gradient, DTYPES, numel, device)
+        if each.weights is not None:
+            checks.require("the weights", each.weights, DTYPES, numel, device)
+        if each.mask is not None:
+            checks.packed(each.mask, numel, device, segment.start)
+        compact = {f"moment {i}": moment for i, moment in enumerate(each.moments)}
+        if self.compact_master:
+            compact["the master"] = each.master
+        else:
+            checks.require("the master", each.master, (torch.float32,), numel, device)
+        length, needed = each.moments[0].numel(), self.layout.needed[segment.tensor]
+        for name, tensor in compact.items():
+            checks.require(name, tensor, (torch.float32,), length, device)
+            if length < needed:
+                raise ValueError(f"{name}: {length} elements, needed {needed}")
+
+    def _to_device(self, host: torch.Tensor) -> torch.Tensor:
+        host = host.contiguous()
+        if self.layout.device.type == "cpu":
+            return host
+        return host.pin_memory().to(self.layout.device, non_blocking=True)
+
+
+def _common(name: str, tensors: Sequence[torch.Tensor | None]) -> torch.dtype | None:
+    found = {tensor.dtype for tensor in tensors if tensor is not None}
+    if len(found) > 1:
+        raise ValueError(f"{name}: several dtypes in one batch: {', '.join(map(str, found))}")
+    return next(iter(found), None)
+
+
+class CBatch(ctypes.Structure):
+    """`Batch` for the C++ operators."""
+
+    _fields_ = [
+        ("num_blocks", ctypes.c_int64),
+        ("num_segments", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("segment", "first", "kept_before", "kept_count")),
+        *((name, ctypes.c_void_p) for name in ("begin", "end", "addresses", "coefficients")),
+        ("factor", ctypes.c_void_p),
+        ("gradient_type", ctypes.c_int32),
+        ("weight_type", ctypes.c_int32),
+        ("compact_master", ctypes.c_int32),
+    ]
+
+    @classmethod
+    def of(
+        cls,
+        batch: Batch,
+        coefficients: torch.Tensor | None = None,
+        factor: torch.Tensor | None = None,
+    ) -> "CBatch":
+        layout = batch.layout
+        return cls(
+            num_blocks=layout.num_blocks,
+            num_segments=len(layout.segments),
+            segment=layout.segment.data_ptr(),
+            first=layout.first.data_ptr(),
+            kept_before=layout.kept_before.data_ptr(),
+            kept_count=layout.kept_count.data_ptr(),
+            begin=layout.begin.data_ptr(),
+            end=layout.end.data_ptr(),
+            addresses=batch.addresses.data_ptr(),
+            coefficients=None if coefficients is None else coefficients.data_ptr(),
+            factor=None if factor is None else factor.data_ptr(),
+            gradient_type=TYPES[batch.gradient_dtype],
+            weight_type=TYPES[batch.weight_dtype],
+            compact_master=batch.compact_master,
+        )

@@ -1,0 +1,118 @@
+"""Stages 1 and 2: one flat per parameter group, padded at its end on the last ranks."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from deepspeed.runtime.utils import all_gather_dp_groups
+
+from pmp_ds import dist
+from pmp_ds.optim.zero.shards import Fragment, gradient_of, norm_over_ranks, pieces, slice_of
+
+_FIRST_MICRO_STEP = -1  # INITIAL_MICRO_STEP_ID of DeepSpeed: micro-batches count from 0
+
+
+class Stage12:
+    replicated = False
+
+    def __init__(self, zero: Any, names: Mapping[torch.Tensor, str]) -> None:
+        self._zero = zero
+        self.flats: list[torch.Tensor] = list(zero.single_partition_of_fp32_groups)
+        found: list[Fragment] = []
+        for flat, group in enumerate(zero.bit16_groups):
+            for param in group:
+                mapping = param._hp_mapping
+                if mapping is not None:
+                    here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+                    found.append(Fragment(names[param], here.start, here.numel, flat, there.start))
+        found.sort(key=lambda fragment: (fragment.flat, fragment.flat_start))
+        self.fragments = found
+        self._sizes = [sum(f.flat == flat for f in found) for flat in range(len(self.flats))]
+        self.groups = list(range(len(self.flats)))
+        self._has_master = True
+        self.clip_norm = float(zero.clip_grad)
+        self.scales_loss = zero.dtype == torch.float16
+
+    @property
+    def loss_scale(self) -> float:
+        return float(self._zero.loss_scale)
+
+    def gradients(self) -> list[torch.Tensor]:
+        if self._zero.cpu_offload:
+            flats = [[gradient_of(flat).view(-1)] for flat in self.flats]
+        else:
+            flats = [pieces(self._zero.averaged_gradients[i]) for i in range(len(self.flats))]
+        return [slice_of(flats[f.flat], f.flat_start, f.numel) for f in self.fragments]
+
+    def weights(self) -> list[torch.Tensor] | None:
+        if not self._has_master:
+            return None
+        return [f.of(self._half(f.flat)) for f in self.fragments]
+
+    def _half(self, flat: int) -> torch.Tensor:
+        """The rank's partition in the training dtype, on the device of the flats."""
+        zero = self._zero
+        if zero.cpu_offload:
+            half: torch.Tensor = zero.param_buffer_of_bit16_for_cpu_offload_groups[flat]
+            return half.detach()
+        half = zero.parallel_partitioned_bit16_groups[flat][dist.rank()]
+        return half.detach()
+
+    def norm(self, squares: torch.Tensor) -> torch.Tensor:
+        device = torch.device(self._zero.device) if self._zero.cpu_offload else squares.device
+        return norm_over_ranks(squares, self._sizes, torch.float32, device)
+
+    def drop_fp32_master(self) -> None:
+        for i, flat in enumerate(self.flats):
+            half = self._half(i)
+            half.copy_(flat.data)
+            flat.data = half
+        self._has_master = False
+
+    def replace_step(self, step: Any) -> None:
+        self._zero.step = step
+        if self._zero.cpu_offload:  # DeepSpeed leaves the buffer empty before its own first step
+            for i, flat in enumerate(self.flats):
+                self._half(i).copy_(flat.data)
+
+    def before_step(self) -> None:
+        self._zero.micro_step_id = _FIRST_MICRO_STEP
+        self._zero.overflow = False
+        self._zero._wait_for_offload_copies()
+        if self._zero.cpu_offload:
+            self._zero._offload_accumulated_param_ids = set()
+
+    def count(self, overflow: bool, norm: torch.Tensor) -> None:
+        self._zero.overflow, self._zero._global_grad_norm = overflow, norm
+        self._zero._update_scale(overflow)
+
+    def after_step(self) -> None:
+        zero = self._zero
+        if zero.cpu_offload:
+            for i, partitions in enumerate(zero.parallel_partitioned_bit16_groups):
+                partitions[dist.rank()].data.copy_(self._half(i), non_blocking=True)
+        self._free_gradients()
+        all_gather_dp_groups(
+            groups_flat=zero.bit16_groups_flat,
+            partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
+            dp_process_group=zero.real_dp_process_group,
+            start_alignment_factor=zero.nccl_start_alignment_factor,
+            allgather_bucket_size=zero.allgather_bucket_size,
+        )
+        for i in range(len(zero.bit16_groups)):
+            zero._update_model_bit16_weights(i)
+
+    def discard(self) -> None:
+        self._free_gradients()
+
+    def _free_gradients(self) -> None:
+        zero = self._zero
+        zero._release_preflattened_grad_buffers()
+        if zero.cpu_offload:
+            zero.reset_cpu_buffers()
+        for i in range(len(zero.bit16_groups)):
+            if not zero.cpu_offload:
+                zero.free_grad_in_param_list(zero.params_not_in_partition[i])
+                zero.free_grad_in_param_list(zero.params_in_partition[i])
+                zero.all_grad_tensors[i] = None
+            zero.averaged_gradients[i] = None
