@@ -199,8 +199,8 @@ def _zero_problems(zero: dict[str, Any], config: TrainConfig) -> list[str]:
         problems.append("fp16 needs stage 1, 2 or 3: stage 0 unscales gradients it did not scale")
     if stage == 3 and config.activation_checkpointing == "selective":
         problems.append(
-            "train.activation_checkpointing=selective works at stages 0 to 2, not at 3, which gathers "
-            "parameters inside the layers; choose full"
+            "train.activation_checkpointing=selective works at stages 0 to 2, not at 3, where the "
+            "layers gather their parameters; choose full"
         )
     if stage <= 1 and config.precision == "bf16" and config.accumulate_fp32:
         problems.append("train.accumulate_fp32 with bf16 needs stage 2 or 3; change one of them")

@@ -223,4 +223,5 @@ class Engine(Portable):
             deepspeed.comm.log_summary()
         self._engine.destroy()
         self.optimizer.state.clear()
-        del self._engine, self._step, self.shards, self.optimizer
+        self._step = None  # it holds the others, and not every engine was armed
+        del self._engine, self.shards, self.optimizer

@@ -1,14 +1,18 @@
-"""What optim/zero_shards.py, engine/engine.py and engine/portable.py assume of DeepSpeed beyond its
+"""What optim/zero/, engine/engine.py and engine/portable.py assume of DeepSpeed beyond its
 documented API.
 
 One row per attribute, each checked on real engines of 2 ranks. After an upgrade of DeepSpeed this
-is the first file to run: a failing row names the attribute and what is no longer true of it.
+is the first file to run: a failing row names the attribute and what is no longer true of it. Some
+attributes are read or called because DeepSpeed's own ``step``, which ours stands for, does so:
+`used` looks for them in its source, and ``test_step_is_deepspeeds`` compares the two.
 """
 
 import ast
+import functools
 import inspect
 import itertools
 import math
+import textwrap
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +22,10 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.utils import all_gather_dp_groups
+from deepspeed.runtime.zero import stage_1_and_2
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -28,9 +35,11 @@ from pmp_ds.config import TrainConfig
 from pmp_ds.engine.engine import Engine
 from pmp_ds.engine.portable import _SCALER
 from pmp_ds.optim.masked_adamw import MaskedAdamW
-from pmp_ds.optim.zero import Fragment, _pieces
+from pmp_ds.optim.zero import Fragment, flat_masks, stage12
+from pmp_ds.optim.zero.shards import pieces
 from pmp_ds.ticket.mask import ParamMask, pack
 from tests.helpers import tiny
+from tests.helpers.tiers import daily
 
 pytestmark = pytest.mark.distributed
 
@@ -232,7 +241,7 @@ def averaged_gradients_in_flat_order(p: Probe) -> None:
     for i, flat in enumerate(p.engine.shards.flats):
         gradients = p.zero.averaged_gradients[i]
         has(isinstance(gradients, list) or hasattr(gradients, "flat_partition"))
-        sizes = [piece.numel() for piece in _pieces(gradients)]
+        sizes = [piece.numel() for piece in pieces(gradients)]
         ends = [f.flat_start + f.numel for f in p.fragments if f.flat == i]
         has(max(ends, default=0) <= sum(sizes) <= flat.numel(), f"{sizes} for {flat.numel()}")
 
@@ -257,27 +266,8 @@ def offload_flag(p: Probe) -> None:
     has(bool(p.zero.cpu_offload if p.stage < 3 else p.zero.offload_optimizer) == p.setup.offload)
 
 
-def norms_by_parameter(p: Probe) -> None:
-    """DeepSpeed computes these norms during the reduction: they are not masked yet."""
-    ids = {name: p.zero.get_param_id(param) for name, param in p.ds.module.named_parameters()}
-    for f, gradient in zip(p.fragments, p.engine.shards.gradients(), strict=True):
-        found, expected = float(p.zero.norm_for_param_grads[ids[f.name]]), float(gradient.norm())
-        has(abs(found - expected) <= 1e-2 * expected, f"{f.name}: {found}, {expected}")
-
-
-def overflow_flag(p: Probe) -> None:
-    has(p.zero.local_overflow is False)
-
-
-def overflow_tensors(p: Probe) -> None:
-    has(p.zero.inf_or_nan_tracker.dtype == torch.bool)
-    has(not bool(p.zero.inf_or_nan_tracker.any()))
-    has(p.zero.grad_partitions_flat_buffer.is_floating_point())
-
-
 def updated(p: Probe) -> None:
-    """The update happens although every flag said overflow and the complement held NaN: see
-    poison()."""
+    """The update happens although the complement held NaN: see poison()."""
     has(p.ds.skipped_steps == 0, "the update was skipped")
     moved = 0
     for f in p.fragments:
@@ -290,6 +280,74 @@ def updated(p: Probe) -> None:
         has(bool(here.isfinite().all()), f"{f.name} is not finite")
         moved += int((here[kept] != weights[kept]).sum())
     has(moved, "nothing moved")
+
+
+def loss_scale_of_one(p: Probe) -> None:
+    has(p.zero.loss_scale == 1, str(p.zero.loss_scale))
+
+
+def dtype(p: Probe) -> None:
+    has(p.zero.dtype == DTYPES[p.precision], str(p.zero.dtype))
+
+
+def device(p: Probe) -> None:
+    has(torch.device(p.zero.device) == p.engine.device, str(p.zero.device))
+
+
+def group_of_sub_group(p: Probe) -> None:
+    """Matrices decay, vectors do not."""
+    for number, params in enumerate(p.zero.fp16_groups):
+        group = p.engine.optimizer.param_groups[p.zero.sub_group_to_group_id[number]]
+        for param in params:
+            has(bool(group["weight_decay"]) == (len(param.ds_shape) >= 2), f"{param.ds_shape}")
+
+
+def first_micro_step(p: Probe) -> None:
+    has(stage_1_and_2.INITIAL_MICRO_STEP_ID == stage12._FIRST_MICRO_STEP)
+    has("micro_step_id" in used_by_step(type(p.zero)))
+
+
+def gathering(p: Probe) -> None:
+    known = set(inspect.signature(all_gather_dp_groups).parameters)
+    given = {"groups_flat", "partitioned_param_groups", "dp_process_group"}
+    given |= {"start_alignment_factor", "allgather_bucket_size"}
+    has(given <= known, str(known))
+    has("all_gather_dp_groups" in inspect.getsource(type(p.zero).step))
+
+
+def of_take_model_step(name: str) -> Callable[[Probe], None]:
+    def check(p: Probe) -> None:
+        has(name in inspect.getsource(DeepSpeedEngine._take_model_step))
+
+    return check
+
+
+@functools.cache
+def used_by_step(kind: type) -> set[str]:
+    """The attributes that DeepSpeed's own ``step``, or a method that it calls, reads or sets."""
+    found, waiting, seen = set(), ["step"], set()
+    while waiting:
+        method = getattr(kind, waiting.pop(), None)
+        if not inspect.isfunction(method):
+            continue
+        # DeepSpeed's instrument_w_nvtx wraps some, without __wrapped__.
+        method = inspect.getclosurevars(method).nonlocals.get("func", method)
+        if method in seen:
+            continue
+        seen.add(method)
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(method)))):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self":
+                found.add(node.attr)
+                waiting.append(node.attr)
+    return found
+
+
+def used(name: str) -> Callable[[Probe], None]:
+    def check(p: Probe) -> None:
+        has(hasattr(p.zero, name), "it is gone")
+        has(name in used_by_step(type(p.zero)), "DeepSpeed's own step does not use it any more")
+
+    return check
 
 
 def scale(p: Probe) -> None:
@@ -339,13 +397,53 @@ def at(*stages: int, offload: bool | None = None, **fixed: str) -> Callable[[Set
 ALL, ZERO = at(0, 1, 2, 3), at(1, 2, 3)
 
 
+def WRAPPED(setup: Setup) -> bool:
+    return setup.precision == "bf16" or (setup.precision == "fp32" and setup.stage > 0)
+
+
+USED_BY_STEP: tuple[tuple[Callable[[Setup], bool], tuple[str, ...]], ...] = (
+    (at(0, precision="bf16"), ("_update_scale",)),
+    (
+        at(1, 2),
+        (
+            "_update_scale",
+            "_wait_for_offload_copies",
+            "_release_preflattened_grad_buffers",
+            "reset_cpu_buffers",
+            "free_grad_in_param_list",
+            "params_in_partition",
+            "params_not_in_partition",
+            "all_grad_tensors",
+            "bit16_groups_flat",
+            "real_dp_process_group",
+            "nccl_start_alignment_factor",
+            "allgather_bucket_size",
+            "_update_model_bit16_weights",
+        ),
+    ),
+    (at(1, 2, offload=True), ("_offload_accumulated_param_ids",)),
+    (
+        at(3),
+        (
+            "_update_scale",
+            "_pre_step",
+            "_partition_all_parameters",
+            "zero_grad",
+            "reset_cpu_buffers",
+            "_unflatten_partitioned_parameters",
+            "_post_step",
+        ),
+    ),
+)
+"""What our step does as DeepSpeed's does it."""
+
+
+def clip_norm(p: Probe) -> None:
+    has(p.ds.gradient_clipping() == 0.01, str(p.ds.gradient_clipping()))
+
+
 def clip_grad(p: Probe) -> None:
     has(p.zero.clip_grad == p.ds.gradient_clipping(), f"it is {p.zero.clip_grad}")
-
-
-def unscale(p: Probe) -> None:
-    parameters = list(inspect.signature(p.zero.unscale_and_clip_grads).parameters)
-    has(len(parameters) == 2, f"it takes {parameters}")
 
 
 def halves(p: Probe) -> None:
@@ -438,40 +536,10 @@ CONTRACT = (
         "after backward, reduced and averaged over ranks and accumulation steps",
         gradient_on_the_leaf,
     ),
-    Row(
-        "zero.norm_for_param_grads",
-        at(1, 2, 3, offload=True),
-        "by get_param_id: norm of the rank's share; the global norm is made of these",
-        norms_by_parameter,
-    ),
-    Row(
-        "zero.get_param_id",
-        at(1, 2, offload=True),
-        "is the key of norm_for_param_grads",
-        norms_by_parameter,
-    ),
-    Row(
-        "zero.local_overflow",
-        at(1, 2, offload=True),
-        "whether step skips the update",
-        overflow_flag,
-    ),
-    Row(
-        "zero.inf_or_nan_tracker",
-        at(3, offload=True),
-        "whether step skips the update",
-        overflow_tensors,
-    ),
-    Row(
-        "zero.grad_partitions_flat_buffer",
-        at(3, offload=True),
-        "searched for NaN by step, and not used otherwise",
-        overflow_tensors,
-    ),
     Row("engine.step", ALL, "applies the update when what is kept is finite", updated),
     Row(
         "engine.get_global_grad_norm",
-        ZERO,
+        ALL,
         "the norm over all ranks of the reduced gradients at step, before clipping",
         norm_is_of_the_masked_gradient,
     ),
@@ -484,12 +552,39 @@ CONTRACT = (
     Row(
         "optimizer.loss_scaler", at(1, 2, 3, precision="fp16"), "has the counters of _SCALER", scale
     ),
-    Row("zero.clip_grad", at(1, 2, 3), "the largest norm", clip_grad),
+    Row("optimizer.loss_scale", WRAPPED, "1 but in fp16", loss_scale_of_one),
+    Row("engine.gradient_clipping", ALL, "the largest norm", clip_norm),
+    Row("zero.clip_grad", ZERO, "the largest norm", clip_grad),
+    Row("zero.dtype", ZERO, "the training dtype", dtype),
+    Row("zero.device", ZERO, "where collectives are made", device),
+    Row("zero.sub_group_to_group_id", at(3), "the parameter group of each", group_of_sub_group),
     Row(
-        "zero.unscale_and_clip_grads",
-        at(1, 2, 3),
-        "called by step with the gradients or the sub-group, and the scaled norm",
-        unscale,
+        "optimizer.step", ALL, "called by engine.step", of_take_model_step("self.optimizer.step()")
+    ),
+    Row(
+        "engine.clip_fp32_gradients",
+        at(0, precision="fp32"),
+        "called by engine.step, before optimizer.step",
+        of_take_model_step("self.clip_fp32_gradients()"),
+    ),
+    Row(
+        "optimizer._global_grad_norm",
+        ALL,
+        "what engine.get_global_grad_norm returns after a step",
+        of_take_model_step("self._global_grad_norm = self.optimizer._global_grad_norm"),
+    ),
+    Row(
+        "optimizer.overflow",
+        ALL,
+        "whether engine.step counts a skipped one",
+        of_take_model_step("overflow = self.optimizer.overflow"),
+    ),
+    Row("zero.micro_step_id", at(1, 2), "INITIAL_MICRO_STEP_ID between steps", first_micro_step),
+    Row("utils.all_gather_dp_groups", at(1, 2), "gives all ranks the weights", gathering),
+    *(
+        Row(f"zero.{name}", where, "used by DeepSpeed's own step", used(name))
+        for where, names_used in USED_BY_STEP
+        for name in names_used
     ),
     Row(
         "zero.parallel_partitioned_bit16_groups",
@@ -546,16 +641,10 @@ def expected_gradients(precision: str) -> dict[str, torch.Tensor]:
 
 
 def poison(p: Probe) -> None:
-    """Put NaN into the gradient of the complement, and set DeepSpeed's flags as if it had met
-    it."""
+    """Put NaN into the gradient of the complement."""
     for f, gradient in zip(p.fragments, p.engine.shards.gradients(), strict=True):
         kept = p.kept[f.name].view(-1)[f.start : f.start + f.numel]
         gradient.masked_fill_(~kept, torch.nan)
-    if p.setup.offload and p.stage == 3:
-        p.zero.inf_or_nan_tracker.fill_(True)
-        p.zero.grad_partitions_flat_buffer.fill_(torch.nan)
-    elif p.setup.offload:
-        p.zero.local_overflow = True
 
 
 def examine(setup: Setup) -> dict[str, Any]:
@@ -648,7 +737,7 @@ def test_contract(examined, setup, number):
         if (problem := result["problems"].get(number)) is not None:
             pytest.fail(
                 f"{row.attribute} at {setup}, rank {rank}: a DeepSpeed upgrade changed what "
-                "pmp_ds/optim/zero_shards.py or pmp_ds/engine/engine.py rely on: "
+                "pmp_ds/optim/zero/ or pmp_ds/engine/ rely on: "
                 f"{row.assumption}\n{problem}"
             )
 
@@ -686,12 +775,75 @@ def relied_on(file: str, roots: set[str]) -> set[str]:
 
 def test_table_is_complete():
     """Code that relies on another attribute must add a row."""
-    found = relied_on(
-        "pmp_ds/optim/zero_shards.py",
-        {"zero", "self._zero", "optimizer", "engine", "mapping", "here", "there"},
-    )
+    found = set()
+    for path in sorted((REPO / "pmp_ds/optim/zero").glob("*.py")):
+        roots = {"zero", "self._zero", "self._engine", "engine", "mapping", "here", "there"}
+        found |= relied_on(str(path.relative_to(REPO)), roots)
     for file in ("pmp_ds/engine/engine.py", "pmp_ds/engine/portable.py"):
         roots = {"self._engine", "self._engine.optimizer", "engine", "engine.optimizer"}
         found |= relied_on(file, roots | {"self._scaler"})
+    assert {"bit16_groups", "grad_position", "clip_fp32_gradients", "_post_step"} <= found
     named = {row.attribute.rpartition(".")[2] for row in CONTRACT} | INSIDE | DOCUMENTED
     assert not found - named, "relied on, and without a row in CONTRACT"
+
+
+def three_updates(
+    stage: int, precision: Precision, masked: bool, own_step: bool
+) -> dict[str, torch.Tensor]:
+    """This rank's weights, masters and moments after three updates: by our step, or by the step of
+    DeepSpeed around the same optimizer, with the complement's gradients zeroed by hand."""
+    config = TrainConfig(
+        steps=3,
+        warmup_steps=0,
+        lr=1e-3,
+        weight_decay=0.1,
+        clip_norm=0.01,
+        precision=precision,
+        global_batch_size=MICRO * ACCUMULATION * WORLD_SIZE,
+        micro_batch_size=MICRO,
+    )
+    engine = Engine(tiny.model(), config, tiny.ds_json(stage))
+    kept = {}
+    for name, param in tiny.model().named_parameters():
+        generator = torch.Generator().manual_seed(len(kept))
+        kept[name] = torch.rand(param.shape, generator=generator) < 0.7
+    bits = {name: pack(mask) for name, mask in kept.items()}
+    shapes = {name: tuple(mask.shape) for name, mask in kept.items()}
+    mask = ParamMask(bits=bits, shapes=shapes) if masked else None
+    if own_step:
+        engine.mask = mask
+        engine.optimizer.arm(flat_masks(engine.shards, mask))
+    else:
+        engine.arm(mask)
+    norms = []
+    for step in range(1, 4):
+        batch = tiny.batch(step, MICRO * ACCUMULATION * WORLD_SIZE)
+        engine.backward(batch.chunk(WORLD_SIZE)[dist.rank()])
+        if own_step and mask is not None:
+            for f, gradient in zip(engine.shards.fragments, engine.shards.gradients(), strict=True):
+                gradient.masked_fill_(~mask.fragment(f.name, f.start, f.numel), 0.0)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = 1e-3 * step
+        engine._engine.step()
+        norms.append(float(engine._engine.get_global_grad_norm()))
+    found = dict(engine.parameters()) | engine.local_state()() | {"norms": torch.tensor(norms)}
+    engine.close()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "masked"),
+    daily(
+        itertools.product((1, 2, 3), ("fp32", "bf16"), (False, True)),
+        [(1, "bf16", True), (2, "fp32", False), (3, "bf16", True), (3, "fp32", False)],
+    ),
+)
+def test_step_is_deepspeeds(ranks2, stage, precision, masked):
+    """To the bit: clipping and accumulation included."""
+    ours = ranks2.run(three_updates, stage, precision, masked, False)
+    theirs = ranks2.run(three_updates, stage, precision, masked, True)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.keys() == other.keys()
+        assert bool((one["norms"] > 0.01).all())
+        for name in one:
+            assert torch.equal(one[name], other[name]), name

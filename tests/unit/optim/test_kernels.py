@@ -1,4 +1,4 @@
-"""Which operators serve a tensor, and the C++ ones against a plain loop. Triton's: test_triton.py."""
+"""Which operators serve a tensor, and the C++ ones against a plain loop; Triton's: test_triton."""
 
 import subprocess
 import sys
