@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from pmp_ds.config.precision import PRECISIONS
 from pmp_ds.config.rules import RULES

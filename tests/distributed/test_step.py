@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pmp_ds import dist
-from pmp_ds.config import MaskConfig, Precision, TrainConfig
+from pmp_ds.config import MaskConfig, TrainConfig
 from pmp_ds.discover.discover import random_ticket
 from pmp_ds.engine.engine import Engine
 from pmp_ds.model.parameters import parameter_table
@@ -27,7 +27,7 @@ Found = dict[str, torch.Tensor]
 @dataclass(frozen=True)
 class Setup:
     stage: int
-    precision: Precision
+    precision: str
     offload: bool = False
     compact: bool = False
 
@@ -230,7 +230,7 @@ def test_update_in_which_the_loss_scale_grows(ranks2, setup):
         assert same(ours, expected)
 
 
-def case(stage: int, precision: Precision, offload: bool = False, accumulation: int = 1) -> Case:
+def case(stage: int, precision: str, offload: bool = False, accumulation: int = 1) -> Case:
     where = "optimizer" if offload else "none"
     return Case(stage=stage, precision=precision, offload=where, accumulation=accumulation)
 

@@ -788,7 +788,7 @@ def test_table_is_complete():
 
 
 def three_updates(
-    stage: int, precision: Precision, masked: bool, own_step: bool
+    stage: int, precision: str, masked: bool, own_step: bool
 ) -> dict[str, torch.Tensor]:
     """This rank's weights, masters and moments after three updates: by our step, or by the step of
     DeepSpeed around the same optimizer, with the complement's gradients zeroed by hand."""

@@ -67,7 +67,7 @@ def test_count_common_and_iou(data):
         )
         for _ in range(2)
     )
-    common = count_common(pack(a), pack(b))
+    common = int(count_common(pack(a), pack(b)))
     assert common == int((a & b).sum())
     assert iou(common, kept) == int((a & b).sum()) / int((a | b).sum())
 
