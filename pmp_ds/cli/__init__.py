@@ -17,7 +17,7 @@ import yaml
 
 from pmp_ds.cli.fields import option
 from pmp_ds.cli.form import Form
-from pmp_ds.errors import UserError, did_you_mean
+from pmp_ds.errors import UserError, did_you_mean, require
 
 __all__ = ["NoOptions", "Verbs", "dump", "option", "parse", "parse_options", "run_verb"]
 
@@ -70,7 +70,8 @@ def run_verb(
     verbs: Verbs, argv: Sequence[str], *, prog: str, description: str | None = None
 ) -> None:
     """Run the verb that the first of the arguments names with the options in the others."""
-    word = argv[0] if argv else "--help"
+    require(len(argv) > 0, f"{prog} needs a verb; {prog} --help lists them all")
+    word = argv[0]
     if word in verbs:
         options, run = verbs[word]
         run(parse_options(options, argv[1:], prog=f"{prog} {word}"))

@@ -136,13 +136,14 @@ def test_verbs(capsys: pytest.CaptureFixture[str]):
         UserError, match=r"^unknown verb tol \(did you mean tool\?\); x --help lists"
     ):
         run_verb(verbs, ["tol"], prog="x")
-    for words in ([], ["--help"]):
-        with pytest.raises(SystemExit, match="0"):
-            run_verb(verbs, words, prog="x", description="What.\n")
-        text = capsys.readouterr().out
-        assert text.startswith(
-            "usage: x VERB [options]\n\nWhat.\n\nverbs:\n  tool   Measure a model.\n"
-        )
+    with pytest.raises(UserError, match=r"^x needs a verb; x --help lists them all$"):
+        run_verb(verbs, [], prog="x")
+    with pytest.raises(SystemExit, match="0"):
+        run_verb(verbs, ["--help"], prog="x", description="What.\n")
+    text = capsys.readouterr().out
+    assert text.startswith(
+        "usage: x VERB [options]\n\nWhat.\n\nverbs:\n  tool   Measure a model.\n"
+    )
 
 
 def test_defaults():
