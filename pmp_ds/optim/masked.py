@@ -105,13 +105,12 @@ class MaskedOptimizer(torch.optim.Optimizer):
             if self.compact_master:
                 state["master"] = gather(tensor.detach().view(-1), mask).float()
             self.state[tensor] = {"step": torch.zeros((), dtype=torch.float32), **state}
-        kernels = None
-        if self.coefficients({**self.defaults}, 1.0) is not None:
+        self._kernels = None
+        if self.coefficients(self.defaults, 1.0) is not None:
             kernels = kernels_for(list(bits), compact_master=self.compact_master)
-        self._kernels = kernels and (
-            kernels,
-            Layout(self._segments, list(bits.values()), next(iter(bits)).device),
-        )
+            if kernels is not None:
+                device = next(iter(bits)).device
+                self._kernels = kernels, Layout(self._segments, list(bits.values()), device)
 
     def bits(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """Return the packed mask of a tensor; None when all of it is kept."""

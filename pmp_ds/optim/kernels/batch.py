@@ -6,7 +6,6 @@ operator needs one launch for any number of tensors. `Layout` is made once for a
 every update: tensors may have moved since the last one.
 """
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -192,43 +191,3 @@ def _common(name: str, tensors: Sequence[torch.Tensor | None]) -> torch.dtype | 
     if len(found) > 1:
         raise ValueError(f"{name}: several dtypes in one batch: {', '.join(map(str, found))}")
     return next(iter(found), None)
-
-
-class CBatch(ctypes.Structure):
-    """`Batch` for the C++ operators."""
-
-    _fields_ = [
-        ("num_blocks", ctypes.c_int64),
-        ("num_segments", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("segment", "first", "kept_before", "kept_count")),
-        *((name, ctypes.c_void_p) for name in ("begin", "end", "addresses", "coefficients")),
-        ("factor", ctypes.c_void_p),
-        ("gradient_type", ctypes.c_int32),
-        ("weight_type", ctypes.c_int32),
-        ("compact_master", ctypes.c_int32),
-    ]
-
-    @classmethod
-    def of(
-        cls,
-        batch: Batch,
-        coefficients: torch.Tensor | None = None,
-        factor: torch.Tensor | None = None,
-    ) -> "CBatch":
-        layout = batch.layout
-        return cls(
-            num_blocks=layout.num_blocks,
-            num_segments=len(layout.segments),
-            segment=layout.segment.data_ptr(),
-            first=layout.first.data_ptr(),
-            kept_before=layout.kept_before.data_ptr(),
-            kept_count=layout.kept_count.data_ptr(),
-            begin=layout.begin.data_ptr(),
-            end=layout.end.data_ptr(),
-            addresses=batch.addresses.data_ptr(),
-            coefficients=None if coefficients is None else coefficients.data_ptr(),
-            factor=None if factor is None else factor.data_ptr(),
-            gradient_type=TYPES[batch.gradient_dtype],
-            weight_type=TYPES[batch.weight_dtype],
-            compact_master=batch.compact_master,
-        )

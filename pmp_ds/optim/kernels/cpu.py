@@ -6,7 +6,47 @@ from collections.abc import Sequence
 import torch
 
 from pmp_ds.optim.kernels import compiler
-from pmp_ds.optim.kernels.batch import BLOCK, Batch, CBatch, Coefficients
+from pmp_ds.optim.kernels.batch import BLOCK, TYPES, Batch, Coefficients
+
+
+class _CBatch(ctypes.Structure):
+    """`Batch` as masked_adamw.cpp declares it."""
+
+    _fields_ = [
+        ("num_blocks", ctypes.c_int64),
+        ("num_segments", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("segment", "first", "kept_before", "kept_count")),
+        *((name, ctypes.c_void_p) for name in ("begin", "end", "addresses", "coefficients")),
+        ("factor", ctypes.c_void_p),
+        ("gradient_type", ctypes.c_int32),
+        ("weight_type", ctypes.c_int32),
+        ("compact_master", ctypes.c_int32),
+    ]
+
+    @classmethod
+    def of(
+        cls,
+        batch: Batch,
+        coefficients: torch.Tensor | None = None,
+        factor: torch.Tensor | None = None,
+    ) -> "_CBatch":
+        layout = batch.layout
+        return cls(
+            num_blocks=layout.num_blocks,
+            num_segments=len(layout.segments),
+            segment=layout.segment.data_ptr(),
+            first=layout.first.data_ptr(),
+            kept_before=layout.kept_before.data_ptr(),
+            kept_count=layout.kept_count.data_ptr(),
+            begin=layout.begin.data_ptr(),
+            end=layout.end.data_ptr(),
+            addresses=batch.addresses.data_ptr(),
+            coefficients=None if coefficients is None else coefficients.data_ptr(),
+            factor=None if factor is None else factor.data_ptr(),
+            gradient_type=TYPES[batch.gradient_dtype],
+            weight_type=TYPES[batch.weight_dtype],
+            compact_master=batch.compact_master,
+        )
 
 
 def supports(dtype: torch.dtype) -> bool:
@@ -19,14 +59,14 @@ def masked_adamw(
 ) -> None:
     """Make one AdamW step on the kept elements of all segments with a gradient, in place."""
     on_device, times = batch.on_device(coefficients), batch.factor(factor)
-    _loaded().pmp_masked_adamw(ctypes.byref(CBatch.of(batch, on_device, times)), _threads())
+    _loaded().pmp_masked_adamw(ctypes.byref(_CBatch.of(batch, on_device, times)), _threads())
 
 
 def sums_of_squares(batch: Batch) -> torch.Tensor:
     """Return the sum of squares of the kept gradients of each segment, (num_segments,) fp64."""
     sums = torch.empty(batch.layout.num_blocks, dtype=torch.float64)
     _loaded().pmp_sums_of_squares(
-        ctypes.byref(CBatch.of(batch)), ctypes.c_void_p(sums.data_ptr()), _threads()
+        ctypes.byref(_CBatch.of(batch)), ctypes.c_void_p(sums.data_ptr()), _threads()
     )
     return batch.layout.by_segment(sums)
 

@@ -8,7 +8,6 @@ attributes are read or called because DeepSpeed's own ``step``, which ours stand
 """
 
 import ast
-import functools
 import inspect
 import itertools
 import math
@@ -322,10 +321,10 @@ def of_take_model_step(name: str) -> Callable[[Probe], None]:
     return check
 
 
-@functools.cache
 def used_by_step(kind: type) -> set[str]:
     """The attributes that DeepSpeed's own ``step``, or a method that it calls, reads or sets."""
-    found, waiting, seen = set(), ["step"], set()
+    found: set[str] = set()
+    waiting, seen = ["step"], set()
     while waiting:
         method = getattr(kind, waiting.pop(), None)
         if not inspect.isfunction(method):
@@ -803,7 +802,7 @@ def three_updates(
         micro_batch_size=MICRO,
     )
     engine = Engine(tiny.model(), config, tiny.ds_json(stage))
-    kept = {}
+    kept: dict[str, torch.Tensor] = {}
     for name, param in tiny.model().named_parameters():
         generator = torch.Generator().manual_seed(len(kept))
         kept[name] = torch.rand(param.shape, generator=generator) < 0.7

@@ -157,11 +157,10 @@ def test_optimizer_with_the_operators(triton_kernels, monkeypatch):
         bits = [pack(numbers(p.numel(), 7) < 0.5) for p in params]
         optimizer.arm(dict(zip(params, [bits[0], None, bits[2]], strict=True)))
         for step in range(1, 6):
-            for i, param in enumerate(params):
-                param.grad = numbers(param.numel(), 10 * step + i).view(param.shape)
+            gradients = [numbers(p.numel(), 10 * step + i) for i, p in enumerate(params)]
             if operators and not INTERPRETED:
                 torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
-            made = optimizer.update([param.grad.view(-1) for param in params])
+            made = optimizer.update(gradients)
             squares = made.squares()
             made.make((0.5 / squares.sum().sqrt()).float() if operators else factors[step - 1])
             if not INTERPRETED:
@@ -227,7 +226,7 @@ def registers_and_spills(ptx: str, folder: Path) -> tuple[int, int]:
         pytest.skip(f"this triton brings no {name}")
     source = folder / "kernel.ptx"
     source.write_text(ptx)
-    command = [ptxas, "-v", f"--gpu-name={target}", source, "-o", folder / "kernel.cubin"]
+    command = [str(ptxas), "-v", f"--gpu-name={target}", str(source), "-o", "/dev/null"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spilled = map(int, re.findall(r"(\d+) bytes spill", said))
     return int(re.findall(r"Used (\d+) registers", said)[0]), sum(spilled)
