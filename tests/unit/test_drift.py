@@ -1,6 +1,8 @@
 """Lists in documents match the code: settings, flags, layers, modules, DeepSpeed keys."""
 
 import dataclasses
+import importlib
+import pkgutil
 import re
 import typing
 from collections.abc import Iterator
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pmp_ds import commands
 from pmp_ds.config import Config, TrainConfig
 from pmp_ds.engine.deepspeed_config import OWN_SECTION, merge
 from pmp_ds.engine.deepspeed_refused import REFUSED
@@ -49,13 +52,22 @@ SETTINGS = {name for cls in (Config, FinetuneConfig, PrepareConfig) for name in 
 SECTIONS = {name.split(".")[0] for name in fields(Config) if "." in name}
 
 
+def options_of_commands() -> Iterator[str]:
+    """Return the fields of the dataclasses of pmp_ds.commands."""
+    for found in pkgutil.iter_modules(commands.__path__, f"{commands.__name__}."):
+        for value in vars(importlib.import_module(found.name)).values():
+            if isinstance(value, type) and dataclasses.is_dataclass(value):
+                yield from (field.name for field in dataclasses.fields(value))
+
+
 def flags() -> set[str]:
     """Return the flags of our own programs: settings, and those that the sources declare."""
     tops = ("launcher", "pmp_ds", "benchmarks", "tests/helpers", "tests/clients")
     sources = "\n".join(p.read_text() for top in tops for p in (REPO / top).rglob("*.py"))
     options = re.findall(r'^ +"(\w+)": (?:\{|dict\()', sources, re.MULTILINE)
     declared = re.findall(r'"(--[\w-]+)', sources)
-    found = {f"--{name}" for name in [*SETTINGS, *options]} | set(declared) | OTHERS
+    names = [*SETTINGS, *options, *options_of_commands()]
+    found = {f"--{name}" for name in names} | set(declared) | OTHERS
     return found | {flag.replace("_", "-") for flag in found}  # both are accepted
 
 
@@ -82,8 +94,11 @@ def test_modules_of_the_map_are_those_of_the_package() -> None:
     listed: dict[str, set[str]] = {}
     room = ""
     for line in text[text.index("pmp_ds/") :].partition("\nds_configs/")[0].splitlines():
-        found = re.match(r"(?:pmp_ds/|  (\w+)/) +(.*)", line)
-        room, rest = (found[1] or "", found[2]) if found else (room, line)
+        found = re.match(r"(?:pmp_ds/|( {2}| {4})(\w+)/) +(.*)", line)
+        if found:
+            inner = found[1] == " " * 4
+            room = f"{room.split('/')[0]}/{found[2]}" if inner else found[2] or ""
+        rest = found[3] if found else line
         listed.setdefault(room, set()).update(re.split(r" {3,}", rest.strip())[0].split())
     files = {
         room: {path.stem for path in (REPO / "pmp_ds" / room).glob("*.py")} - {"__init__"}
