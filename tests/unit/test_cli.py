@@ -103,7 +103,7 @@ def test_options_alone(argv: list[str], changes: dict[str, Any], monkeypatch: py
         (["a", "--steps", ".nan"], "--steps=nan is not a finite number"),
         (["a", "--seeds", str(10**20)], f"--seeds={10**20} is too large: at most 2^63 - 1"),
         (["a", "--agains"], "unknown flag --agains (did you mean --again?)"),
-        (["~none/a", "--kinds", "~none/b"], "--kinds=~none/b: there is no such home; write it out"),
+        (["~none/a", "--kinds", "~none/b"], "--kinds=~none/b: no such home; write it out"),
         (["a", "--config", "x.yaml"], "unknown flag --config"),
     ],
 )

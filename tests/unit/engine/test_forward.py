@@ -18,7 +18,7 @@ from tests.helpers import tiny
 CPU = torch.device("cpu")
 
 
-def step(kind: str) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
+def step(kind: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
     """Loss and gradients of one batch, and the bytes that were kept for the backward pass."""
     model = tiny.model(tiny.LLAMA)
     model.train()

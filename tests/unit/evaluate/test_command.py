@@ -69,7 +69,7 @@ STORE = ("--store", "store")
         (["gradients", *STORE, "--ticket", "other"], "the ticket belongs to another model"),
         (
             ["landscape", *STORE, "--ticket", "ticket", "--finetuned", "store"],
-            "store is no model: it has no config.json",
+            "store is not a model: it has no config.json",
         ),
     ],
 )
