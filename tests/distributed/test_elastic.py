@@ -163,7 +163,7 @@ def test_what_is_learned_may_not_change(lives, tmp_path):
         stage=2,
     )
     assert one.code == 1
-    assert one.err.rstrip().endswith("(run's, yours):\n  train.accumulate_fp32: False, True")
+    assert one.err.rstrip().endswith("(the run's, yours):\n  train.accumulate_fp32: False, True")
 
 
 def stop_in_training(update: int) -> Any:
