@@ -97,7 +97,7 @@ def test_modules_of_the_map_are_those_of_the_package() -> None:
         found = re.match(r"(?:pmp_ds/|( {2}| {4})(\w+)/) +(.*)", line)
         if found:
             inner = found[1] == " " * 4
-            room = f"{room.split('/')[0]}/{found[2]}" if inner else found[2] or ""
+            room = f"{room.split('/', maxsplit=1)[0]}/{found[2]}" if inner else found[2] or ""
         rest = found[3] if found else line
         listed.setdefault(room, set()).update(re.split(r" {3,}", rest.strip())[0].split())
     files = {
