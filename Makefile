@@ -41,11 +41,11 @@ DEEPSPEED = $(if $(filter-out 0,$(GPUS)),$(ON_GPU),$(ON_CPU)) --master_port $(PO
 
 .PHONY: help
 help:
-<<<<<<< ours
 	@echo 'make demo         tokenize a small corpus, find a ticket, pretrain, export and report (CPU or GPU)'
 	@echo 'make check        ruff, mypy and the unit tests that start no process'
 	@echo 'make test         ruff, mypy and a test of every guarantee: what CI runs first'
 	@echo 'make test-nightly the tests that `make test` omits; SLICE=2/4: a quarter, as in CI'
+	@echo 'make coverage     make test, and which lines of pmp_ds it ran'
 	@echo 'make families     test every causal architecture of transformers at tiny width, for docs/SUPPORT.md'
 	@echo 'make crafted      open 12,000 crafted files, settings and DeepSpeed JSONs; print a table with memory'
 	@echo 'make examples     the hypothesis tests with a hundred times as many examples'
@@ -53,20 +53,6 @@ help:
 	@echo 'make nightly      test, test-nightly, crafted, examples, fuzz, torture, families, clients: hours'
 	@echo 'make torture      SIGKILL a run 50 times in all of its phases; it must end with the same bits'
 	@echo 'make study        pretrain, fine-tune, attack and report as in RECIPE=FILE (STUDY_ARGS=--plan: print the plan)'
-=======
-	@echo 'make demo    tokenize a small corpus, find a ticket, pretrain, export and report (CPU or GPU)'
-	@echo 'make check   ruff, mypy and the unit tests that start no process'
-	@echo 'make test    ruff, mypy and tests of every guarantee once: what CI runs first'
-	@echo 'make test-nightly  the tests that are left out there; SLICE=2/4: a quarter, as CI runs'
-	@echo 'make coverage  make test, and which lines of pmp_ds it ran'
-	@echo 'make families      every causal architecture of transformers at tiny width, into docs/SUPPORT.md'
-	@echo 'make crafted       open 12,000 crafted files, settings and DeepSpeed JSONs; a table with memory'
-	@echo 'make examples      the tests with hypothesis, a hundred times as many examples'
-	@echo 'make fuzz          change the bytes of what the parsers read, ten minutes long (atheris)'
-	@echo 'make nightly       test, test-nightly, crafted, examples, fuzz, torture, families, clients: hours'
-	@echo 'make torture       SIGKILL a run 50 times in all of its phases; it must come to the same bits'
-	@echo 'make study   pretrain, fine-tune, attack and report, as RECIPE=FILE says (STUDY_ARGS=--plan: only say what)'
->>>>>>> theirs
 	@echo 'make clients      load tiny releases with transformers 4 and 5, llama.cpp, vLLM and others (12 GB)'
 	@echo 'make lint         only ruff and mypy'
 	@echo 'make setup        only install into .venv; the other targets do so when it is missing or out of date'
