@@ -106,9 +106,13 @@ def device() -> torch.device:
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum ``tensor`` over the ranks in place and return it."""
+    """Sum ``tensor`` over the ranks in place and return it. NCCL sums only on the device: one in
+    host memory (offloaded state) travels there and back."""
     if world_size() > 1:
-        torch_dist.all_reduce(tensor)
+        there = tensor.to(device())
+        torch_dist.all_reduce(there)
+        if there is not tensor:
+            tensor.copy_(there)
     return tensor
 
 
