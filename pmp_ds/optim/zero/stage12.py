@@ -74,6 +74,9 @@ class Stage12:
         if self._zero.cpu_offload:  # DeepSpeed leaves the buffer empty before its own first step
             for i, flat in enumerate(self.flats):
                 self._half(i).copy_(flat.data)
+            # It asks of every parameter's gradient whether it overflowed, and for its norm.
+            self._zero.update_offload_overflow_tracker_for_param_grad = lambda param: None
+            self._zero.set_norm_for_param_grad_in_gpu = lambda param: None
 
     def before_step(self) -> None:
         self._zero.micro_step_id = _FIRST_MICRO_STEP

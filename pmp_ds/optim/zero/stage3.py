@@ -77,7 +77,7 @@ class Stage3:
         self._free_gradients()
         for i, half in enumerate(zero.fp16_partitioned_groups_flat):
             if zero.offload_optimizer:
-                half.data.copy_(self.flats[i].data)
+                half.data.copy_(_rounded(self.flats[i], half), non_blocking=True)
             zero._unflatten_partitioned_parameters(i)
         zero._post_step(set())
 
@@ -96,3 +96,9 @@ class Stage3:
                 if gradient.is_cuda:  # it was allocated on the stream that reduces
                     gradient.record_stream(torch.cuda.current_stream())
             zero.averaged_gradients[i] = None
+
+
+def _rounded(flat: torch.Tensor, half: torch.Tensor) -> torch.Tensor:
+    """Return a flat in the dtype of ``half``, in memory that a GPU copies without the host."""
+    rounded = torch.empty(flat.shape, dtype=half.dtype, pin_memory=half.is_cuda)
+    return rounded.copy_(flat.detach())
