@@ -200,9 +200,11 @@ class Engine(Portable):
         self._place(step, counters)
 
     def close(self) -> None:
-        """Free the engine, so that this process can build another. Collective."""
+        """Free the engine and empty its model, so that this process can build another.
+        Collective."""
         if self._measures_communication:  # DeepSpeed prints its table only on request
             deepspeed.comm.log_summary()
         self._engine.destroy()
-        self.optimizer.state.clear()
+        self.shards.free()
+        vars(self.optimizer).clear()  # DeepSpeed's engine may live on, and holds it
         del self._engine, self._step, self.shards, self.optimizer

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 
 from pmp_ds import dist
-from pmp_ds.optim.zero.shards import Fragment, gradient_of, norm_over_ranks, pieces, slice_of
+from pmp_ds.optim.zero.shards import (
+    Fragment,
+    forget,
+    gradient_of,
+    norm_over_ranks,
+    pieces,
+    slice_of,
+)
 
 
 class Stage3:
@@ -63,6 +70,9 @@ class Stage3:
 
     def replace_step(self, step: Any) -> None:
         self._zero.step = step
+
+    def free(self) -> None:
+        forget(self._zero, [param for group in self._zero.fp16_groups for param in group])
 
     def before_step(self) -> None:
         self._zero._pre_step()
