@@ -106,10 +106,16 @@ def device() -> torch.device:
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum ``tensor`` over the ranks in place and return it."""
-    if world_size() > 1:
+    """Sum ``tensor`` over the ranks in place and return it. NCCL sums only on the device: one in
+    host memory (offloaded state) travels there and back."""
+    if world_size() == 1:
+        return tensor
+    if tensor.device.type == device().type:
         torch_dist.all_reduce(tensor)
-    return tensor
+        return tensor
+    there = tensor.pin_memory().to(device(), non_blocking=True)
+    torch_dist.all_reduce(there)
+    return tensor.copy_(there)
 
 
 def all_gather_object(value: T) -> list[T]:

@@ -129,6 +129,8 @@ def merge(ds_config: dict[str, Any], config: TrainConfig, world_size: int) -> di
         merged["data_types"] = {"grad_accum_dtype": "fp32"}
     if zero.get("stage", 0) in (1, 2):
         merged["zero_optimization"] = {"overlap_comm": False} | zero
+    # DeepSpeed 0.19.8 would wait for the device in every micro-batch, for a rate that we log too.
+    merged.setdefault("timers", {"throughput": {"enabled": False}})
     return merged | {
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # allows our optimizer under CPU offload

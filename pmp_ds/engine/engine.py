@@ -218,10 +218,12 @@ class Engine(Portable):
         self._place(step, counters)
 
     def close(self) -> None:
-        """Free the engine, so that this process can build another. Collective."""
+        """Free the engine and empty its model, so that this process can build another.
+        Collective."""
         if self._measures_communication:  # DeepSpeed prints its table only on request
             deepspeed.comm.log_summary()
         self._engine.destroy()
-        self.optimizer.state.clear()
+        self.shards.free()
+        vars(self.optimizer).clear()  # DeepSpeed's engine may live on, and holds it
         self._step = None  # it holds the others, and not every engine was armed
         del self._engine, self.shards, self.optimizer

@@ -11,6 +11,7 @@ from pmp_ds.config import Config
 from pmp_ds.data.loader import order_key
 from pmp_ds.data.mixed_store import Dataset
 from pmp_ds.engine.objective import NextToken
+from pmp_ds.model.attention import plain_attention
 from pmp_ds.model.parameters import ParamInfo, parameter_table
 from pmp_ds.model.secret_init import derive
 from pmp_ds.run_dir import RunDir
@@ -58,11 +59,13 @@ class Job:
     ) -> Work:
         """Return a phase from theta(0): ``steps`` updates on the ticket (None: dense), with the
         samples in the ``order`` of a seed or secret."""
-        separate = self.config.data.separate_documents
+        separate, model = self.config.data.separate_documents, self.fresh_model()
+        if not separate:
+            model = plain_attention(model, self.store.block_size)
         return Work(
             phase=phase,
             name=phase,
-            model=self.fresh_model(),
+            model=model,
             mask=ticket.mask if ticket else None,
             mask_id=ticket.id if ticket else None,
             objective=NextToken(self.store.eos_id if separate else None),

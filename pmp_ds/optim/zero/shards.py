@@ -82,6 +82,11 @@ class ZeroShards(Protocol):
         """Make DeepSpeed call ``step`` to update the weights."""
         ...
 
+    def free(self) -> None:
+        """Free what DeepSpeed keeps when its engine is destroyed; then nothing of the engine or
+        its model can be used."""
+        ...
+
     def before_step(self) -> None:
         """Do what DeepSpeed does first in ``step``."""
         ...
@@ -104,6 +109,16 @@ def gradient_of(param: torch.Tensor) -> torch.Tensor:
     if param.grad is None:
         param.grad = torch.zeros_like(param)
     return param.grad
+
+
+def forget(zero: Any, params: Sequence[torch.Tensor]) -> None:
+    """Free the tensors of one of DeepSpeed's optimizers and of its parameters. DeepSpeed 0.19.8
+    leaves them in reference cycles, at stage 3 through hooks in autograd's graph, which Python
+    cannot collect."""
+    for held in (*params, zero):
+        vars(held).clear()
+    for param in params:
+        param.data, param.grad = param.new_empty(0), None
 
 
 def pieces(gradients: Any) -> list[torch.Tensor]:

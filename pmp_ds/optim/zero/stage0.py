@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from pmp_ds.optim.zero.shards import Fragment, gradient_of, norm_over_ranks
+from pmp_ds.optim.zero.shards import Fragment, forget, gradient_of, norm_over_ranks
 
 
 class Stage0:
@@ -49,6 +49,9 @@ class Stage0:
         self._zero.step = step
         if not self._wrapped:  # the engine itself would clip first, gradients of any mask
             self._engine.clip_fp32_gradients = lambda: None
+
+    def free(self) -> None:
+        forget(self._zero, self._params)
 
     def before_step(self) -> None:
         if self._wrapped:

@@ -7,7 +7,14 @@ import torch
 from deepspeed.runtime.utils import all_gather_dp_groups
 
 from pmp_ds import dist
-from pmp_ds.optim.zero.shards import Fragment, gradient_of, norm_over_ranks, pieces, slice_of
+from pmp_ds.optim.zero.shards import (
+    Fragment,
+    forget,
+    gradient_of,
+    norm_over_ranks,
+    pieces,
+    slice_of,
+)
 
 _FIRST_MICRO_STEP = -1  # INITIAL_MICRO_STEP_ID of DeepSpeed: micro-batches count from 0
 
@@ -67,6 +74,10 @@ class Stage12:
             half = self._half(i)
             half.copy_(flat.data)
             flat.data = half
+            for param in self._zero.bit16_groups[i]:
+                if (mapping := param._hp_mapping) is not None:  # it would keep the fp32 memory
+                    there = mapping.hp_fragment_address
+                    mapping.hp_fragment = half.narrow(0, there.start, there.numel)
         self._has_master = False
 
     def replace_step(self, step: Any) -> None:
@@ -74,6 +85,12 @@ class Stage12:
         if self._zero.cpu_offload:  # DeepSpeed leaves the buffer empty before its own first step
             for i, flat in enumerate(self.flats):
                 self._half(i).copy_(flat.data)
+            # It asks of every parameter's gradient whether it overflowed, and for its norm.
+            self._zero.update_offload_overflow_tracker_for_param_grad = lambda param: None
+            self._zero.set_norm_for_param_grad_in_gpu = lambda param: None
+
+    def free(self) -> None:
+        forget(self._zero, [param for group in self._zero.bit16_groups for param in group])
 
     def before_step(self) -> None:
         self._zero.micro_step_id = _FIRST_MICRO_STEP

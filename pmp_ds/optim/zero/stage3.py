@@ -7,7 +7,14 @@ from typing import Any
 import torch
 
 from pmp_ds import dist
-from pmp_ds.optim.zero.shards import Fragment, gradient_of, norm_over_ranks, pieces, slice_of
+from pmp_ds.optim.zero.shards import (
+    Fragment,
+    forget,
+    gradient_of,
+    norm_over_ranks,
+    pieces,
+    slice_of,
+)
 
 
 class Stage3:
@@ -64,6 +71,9 @@ class Stage3:
     def replace_step(self, step: Any) -> None:
         self._zero.step = step
 
+    def free(self) -> None:
+        forget(self._zero, [param for group in self._zero.fp16_groups for param in group])
+
     def before_step(self) -> None:
         self._zero._pre_step()
         self._zero.overflow = False
@@ -78,7 +88,7 @@ class Stage3:
         self._free_gradients()
         for i, half in enumerate(zero.fp16_partitioned_groups_flat):
             if zero.offload_optimizer:
-                half.data.copy_(self.flats[i].data)
+                half.data.copy_(_rounded(self.flats[i], half), non_blocking=True)
             zero._unflatten_partitioned_parameters(i)
         zero._post_step(set())
 
@@ -97,3 +107,9 @@ class Stage3:
                 if gradient.is_cuda:  # it was allocated on the stream that reduces
                     gradient.record_stream(torch.cuda.current_stream())
             zero.averaged_gradients[i] = None
+
+
+def _rounded(flat: torch.Tensor, half: torch.Tensor) -> torch.Tensor:
+    """Return a flat in the dtype of ``half``, in memory that a GPU copies without the host."""
+    rounded = torch.empty(flat.shape, dtype=half.dtype, pin_memory=half.is_cuda)
+    return rounded.copy_(flat.detach())

@@ -67,6 +67,13 @@ def test_empty_json_is_completed():
     assert merged["zero_allow_untested_optimizer"] is True
 
 
+def test_deepspeeds_throughput_timer_is_off_unless_asked_for():
+    """It synchronizes the device around every micro-batch."""
+    off, on = ({"throughput": {"enabled": enabled}} for enabled in (False, True))
+    assert merge({}, CONFIG, WORLD_SIZE)["timers"] == off
+    assert merge({"timers": on}, CONFIG, WORLD_SIZE)["timers"] == on
+
+
 def test_auto_is_filled_in():
     assert merge(dict.fromkeys(OWNED, "auto"), CONFIG, WORLD_SIZE) == merge({}, CONFIG, WORLD_SIZE)
     inner = {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}
