@@ -45,6 +45,7 @@ help:
 	@echo 'make check   ruff, mypy and the unit tests that start no process'
 	@echo 'make test    ruff, mypy and tests of every guarantee once: what CI runs first'
 	@echo 'make test-nightly  the tests that are left out there; SLICE=2/4: a quarter, as CI runs'
+	@echo 'make test-gpu-less the tests on the pretend CUDA device (tests/pretend), for machines without a GPU'
 	@echo 'make families      every causal architecture of transformers at tiny width, into docs/SUPPORT.md'
 	@echo 'make crafted       open 12,000 crafted files, settings and DeepSpeed JSONs; a table with memory'
 	@echo 'make examples      the tests with hypothesis, a hundred times as many examples'
@@ -114,6 +115,10 @@ test: lint
 .PHONY: test-nightly
 test-nightly: $(STAMP)
 	$(PYTEST) -m nightly --slice=$(SLICE) $(PYTEST_ARGS)
+
+.PHONY: test-gpu-less
+test-gpu-less: $(STAMP)
+	$(PYTEST) -m pretend $(PYTEST_ARGS)
 
 .PHONY: families
 families: $(STAMP)
