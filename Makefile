@@ -46,6 +46,7 @@ help:
 	@echo 'make test         ruff, mypy and a test of every guarantee: what CI runs first'
 	@echo 'make test-nightly the tests that `make test` omits; SLICE=2/4: a quarter, as in CI'
 	@echo 'make coverage     make test, and which lines of pmp_ds it ran'
+	@echo 'make test-gpu-less  tests on a pretend CUDA device (tests/pretend), for machines without a GPU'
 	@echo 'make families     test every causal architecture of transformers at tiny width, for docs/SUPPORT.md'
 	@echo 'make crafted      open 12,000 crafted files, settings and DeepSpeed JSONs; print a table with memory'
 	@echo 'make examples     the hypothesis tests with a hundred times as many examples'
@@ -123,6 +124,10 @@ coverage: $(STAMP)
 	OMP_NUM_THREADS=1 coverage run -m pytest --numprocesses $(WORKERS) -m 'not nightly' $(PYTEST_ARGS)
 	coverage combine --quiet
 	coverage report
+
+.PHONY: test-gpu-less
+test-gpu-less: $(STAMP)
+	$(PYTEST) -m pretend $(PYTEST_ARGS)
 
 .PHONY: families
 families: $(STAMP)

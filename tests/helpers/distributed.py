@@ -60,8 +60,9 @@ class RankPool:
 
     ``init`` is called once in each rank before the first function: by default
     ``pmp_ds.dist.init()``, ``None`` for no process group. ``env`` is added to the ranks'
-    environment; a value of ``None`` removes a variable. After a failure the next ``run`` starts new
-    processes, so one failing test does not fail the others.
+    environment; a value of ``None`` removes a variable. ``worker`` is the module that each process
+    runs. After a failure the next ``run`` starts new processes, so one failing test does not fail
+    the others.
     """
 
     def __init__(
@@ -71,11 +72,12 @@ class RankPool:
         init: Target | None = INIT,
         env: Mapping[str, str | None] | None = None,
         start_timeout: float = 180.0,
+        worker: str = "tests.helpers.rank_worker",
     ) -> None:
         self.world_size = world_size
         self.init = None if init is None else _name(init)
         self.env = dict(env or {})
-        self.start_timeout = start_timeout
+        self.start_timeout, self.worker = start_timeout, worker
         self._ranks: list[_Rank] = []
 
     def __enter__(self) -> "RankPool":
@@ -120,7 +122,7 @@ class RankPool:
             ours, theirs = Pipe()
             output = tempfile.TemporaryFile()  # noqa: SIM115  closed by close()
             process = subprocess.Popen(
-                [sys.executable, "-m", "tests.helpers.rank_worker", str(theirs.fileno())],
+                [sys.executable, "-m", self.worker, str(theirs.fileno())],
                 cwd=REPO,
                 env=self._environment(index, port),
                 stdin=subprocess.DEVNULL,

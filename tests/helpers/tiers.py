@@ -86,6 +86,8 @@ def group(nodeid: str) -> str:
     file = nodeid.partition("::")[0]
     if file.startswith(WITH_RANKS):
         return "ranks"
+    if file.startswith("tests/pretend/"):
+        return "pretend"
     return "run" if file.startswith("tests/e2e/") else file  # its fixture main_run
 
 

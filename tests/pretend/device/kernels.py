@@ -1,0 +1,77 @@
+"""The Triton operators by their C++ twins, which read the same `Batch`: device tensors have their
+addresses in host memory here. Each call is one launch, as of a Triton kernel, and moves what that
+reads and writes: the tables of its blocks, the masks whole, all others at kept elements."""
+
+import ctypes
+import sys
+from collections.abc import Sequence
+from unittest import mock
+
+import torch
+
+from pmp_ds.optim import kernels
+from pmp_ds.optim.kernels import cpu
+from pmp_ds.optim.kernels.batch import Batch, CBatch, Coefficients
+
+_BLOCK_TABLES = 4 + 8 + 8 + 4  # bytes per block: segment, first, kept_before, kept_count
+_ADDRESSES, _COEFFICIENTS = (6 + 2) * 8, 8 * 4  # bytes per segment; addresses, begin, end
+_MOMENTS = 2
+
+supports = cpu.supports
+
+
+def masked_adamw(
+    batch: Batch, coefficients: Sequence[Coefficients], factor: torch.Tensor | None
+) -> None:
+    """See ``Kernels``."""
+    _launch(batch, "masked_adamw", updates=True)
+    cpu.masked_adamw(batch, coefficients, factor)
+
+
+def sums_of_squares(batch: Batch) -> torch.Tensor:
+    """See ``Kernels``."""
+    layout = batch.layout
+    sums = torch.empty(layout.num_blocks, dtype=torch.float64, device=layout.device)
+    _launch(batch, "sums_of_squares", updates=False, out=[sums])
+    cpu._loaded().pmp_sums_of_squares(
+        ctypes.byref(CBatch.of(batch)), ctypes.c_void_p(sums.data_ptr()), cpu._threads()
+    )
+    return layout.by_segment(sums)
+
+
+def _launch(batch: Batch, name: str, *, updates: bool, out: Sequence[torch.Tensor] = ()) -> None:
+    layout = batch.layout
+    reads = [layout.segment, layout.first, layout.kept_before, layout.kept_count, batch.addresses]
+    writes = list(out)
+    moved = layout.num_blocks * _BLOCK_TABLES + len(layout.segments) * _ADDRESSES
+    moved += sum(tensor.nbytes for tensor in out)
+    if updates:
+        moved += len(layout.segments) * _COEFFICIENTS
+    for numel, kept, each in zip(*_sizes(batch), batch.tensors, strict=True):
+        if each.gradient is None:
+            continue
+        reads += [tensor for tensor in (each.gradient, each.mask) if tensor is not None]
+        moved += kept * each.gradient.itemsize
+        moved += numel // 8 if each.mask is not None else 0
+        if updates:
+            written = [each.master, *each.moments]
+            reads += written
+            moved += kept * (1 + _MOMENTS) * 4 * 2
+            if each.weights is not None:
+                written.append(each.weights)
+                moved += kept * each.weights.itemsize
+            writes += written
+    torch.ops.pretend.launch([t.detach() for t in reads], [t.detach() for t in writes], name, moved)
+
+
+def _sizes(batch: Batch) -> tuple[list[int], list[int]]:
+    """The elements of each segment, and how many are kept."""
+    layout, alias = batch.layout, torch.ops.pretend.cpu_alias
+    kept = torch.zeros(len(layout.segments), dtype=torch.int64)
+    kept.index_add_(0, alias(layout.segment).long(), alias(layout.kept_count).long())
+    return [segment.numel for segment in layout.segments], kept.tolist()
+
+
+def install() -> None:
+    """Let the product find these where it looks for Triton's."""
+    mock.patch.object(kernels, "_triton_kernels", return_value=sys.modules[__name__]).start()
