@@ -152,9 +152,11 @@ class Engine(Portable):
         return self._dynamic_scale or self._all_finite()
 
     def _all_finite(self) -> bool:
-        finite = [torch.isfinite(gradient).all() for gradient in self.shards.gradients()]
-        flags = torch.stack([*finite, torch.tensor(True, device=self.device)])
-        return not bool(dist.all_reduce_sum((~flags.all()).float()))
+        flags = [torch.isfinite(gradient).all() for gradient in self.shards.gradients()]
+        bad = torch.zeros((), device=self.device)
+        if flags:  # in host memory under offload
+            bad += (~torch.stack(flags).all()).float().to(self.device, non_blocking=True)
+        return not bool(dist.all_reduce_sum(bad))
 
     def step(self, lr: float) -> torch.Tensor | float:
         """Clip the ticket's gradient and update the ticket. Returns the gradient's norm before

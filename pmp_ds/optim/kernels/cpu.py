@@ -9,7 +9,7 @@ from pmp_ds.optim.kernels import compiler
 from pmp_ds.optim.kernels.batch import BLOCK, TYPES, Batch, Coefficients
 
 
-class _CBatch(ctypes.Structure):
+class CBatch(ctypes.Structure):
     """`Batch` as masked_adamw.cpp declares it."""
 
     _fields_ = [
@@ -29,7 +29,7 @@ class _CBatch(ctypes.Structure):
         batch: Batch,
         coefficients: torch.Tensor | None = None,
         factor: torch.Tensor | None = None,
-    ) -> "_CBatch":
+    ) -> "CBatch":
         layout = batch.layout
         return cls(
             num_blocks=layout.num_blocks,
@@ -59,14 +59,14 @@ def masked_adamw(
 ) -> None:
     """Make one AdamW step on the kept elements of all segments with a gradient, in place."""
     on_device, times = batch.on_device(coefficients), batch.factor(factor)
-    _loaded().pmp_masked_adamw(ctypes.byref(_CBatch.of(batch, on_device, times)), _threads())
+    _loaded().pmp_masked_adamw(ctypes.byref(CBatch.of(batch, on_device, times)), _threads())
 
 
 def sums_of_squares(batch: Batch) -> torch.Tensor:
     """Return the sum of squares of the kept gradients of each segment, (num_segments,) fp64."""
     sums = torch.empty(batch.layout.num_blocks, dtype=torch.float64)
     _loaded().pmp_sums_of_squares(
-        ctypes.byref(_CBatch.of(batch)), ctypes.c_void_p(sums.data_ptr()), _threads()
+        ctypes.byref(CBatch.of(batch)), ctypes.c_void_p(sums.data_ptr()), _threads()
     )
     return batch.layout.by_segment(sums)
 

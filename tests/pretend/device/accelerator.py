@@ -8,7 +8,7 @@ from deepspeed.accelerator import set_accelerator
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
 
-class Accelerator(CUDA_Accelerator):  # type: ignore[misc]  # DeepSpeed has no types
+class Accelerator(CUDA_Accelerator):
     """CUDA's, without what only a driver has: NVML, NVTX, Triton, registered host memory."""
 
     def __init__(self) -> None:

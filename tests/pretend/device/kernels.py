@@ -3,15 +3,20 @@ addresses in host memory here. Each call is one launch, as of a Triton kernel, a
 reads and writes: the tables of its blocks, the masks whole, all others at kept elements."""
 
 import ctypes
+import functools
 import sys
 from collections.abc import Sequence
 from unittest import mock
 
 import torch
 
+from pmp_ds.engine import objective
 from pmp_ds.optim import kernels
 from pmp_ds.optim.kernels import cpu
-from pmp_ds.optim.kernels.batch import Batch, CBatch, Coefficients
+from pmp_ds.optim.kernels.batch import Batch, Coefficients
+from pmp_ds.optim.kernels.cpu import CBatch
+from pmp_ds.ticket import topk
+from pmp_ds.ticket.counting import Counting, CpuCounting, Scores, counting_for
 
 _BLOCK_TABLES = 4 + 8 + 8 + 4  # bytes per block: segment, first, kept_before, kept_count
 _ADDRESSES, _COEFFICIENTS = (6 + 2) * 8, 8 * 4  # bytes per segment; addresses, begin, end
@@ -72,6 +77,60 @@ def _sizes(batch: Batch) -> tuple[list[int], list[int]]:
     return [segment.numel for segment in layout.segments], kept.tolist()
 
 
+class HostCounting:
+    """The passes over scores of ticket/counting_cuda.py, a launch for each fragment."""
+
+    def histogram(
+        self, scores: Scores, bins: int, shift: int, top: torch.Tensor | None
+    ) -> torch.Tensor:
+        high = None if top is None else _alias(top)
+        found = CpuCounting().histogram(list(map(_alias, scores)), bins, shift, high)
+        (counts,) = _on_device([found])
+        for score in scores:
+            _counted("histogram", [score], [counts])
+        return counts
+
+    def equals(self, scores: Scores, key: torch.Tensor) -> list[torch.Tensor]:
+        found = _on_device(CpuCounting().equals(list(map(_alias, scores)), _alias(key)))
+        for score, counts in zip(scores, found, strict=True):
+            _counted("equals", [score, key], [counts])
+        return found
+
+    def masks(
+        self, scores: Scores, key: torch.Tensor, equals: list[torch.Tensor], quotas: torch.Tensor
+    ) -> list[torch.Tensor]:
+        given = [list(map(_alias, tensors)) for tensors in (scores, equals)]
+        made = CpuCounting().masks(given[0], _alias(key), given[1], _alias(quotas))
+        found = _on_device(made)
+        for score, counts, bits in zip(scores, equals, found, strict=True):
+            _counted("masks", [score, key, counts, quotas], [bits])
+        return found
+
+
+def _alias(tensor: torch.Tensor) -> torch.Tensor:
+    alias: torch.Tensor = torch.ops.pretend.cpu_alias(tensor)
+    return alias
+
+
+def _on_device(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    made = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in tensors]
+    for one, values in zip(made, tensors, strict=True):
+        _alias(one).copy_(values)
+    return made
+
+
+def _counted(name: str, reads: list[torch.Tensor], writes: list[torch.Tensor]) -> None:
+    moved = sum(tensor.nbytes for tensor in (*reads, *writes))
+    torch.ops.pretend.launch([t.detach() for t in reads], writes, name, moved)
+
+
+def _counting_for(device: torch.device) -> Counting:
+    return HostCounting() if device.type == "cuda" else counting_for(device)
+
+
 def install() -> None:
     """Let the product find these where it looks for Triton's."""
     mock.patch.object(kernels, "_triton_kernels", return_value=sys.modules[__name__]).start()
+    mock.patch.object(topk, "counting_for", _counting_for).start()
+    in_torch = functools.partial(objective.chunked_cross_entropy, backend="torch")
+    mock.patch.object(objective, "chunked_cross_entropy", in_torch).start()

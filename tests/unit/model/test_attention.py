@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
@@ -62,13 +64,14 @@ def test_short_windows_and_other_families_keep_their_masks() -> None:
 def test_the_positions_of_a_batch_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import masking_utils
 
-    looked = []
+    looked: list[torch.Tensor] = []
     real = masking_utils.find_packed_sequence_indices
-    monkeypatch.setattr(
-        masking_utils,
-        "find_packed_sequence_indices",
-        lambda positions: looked.append(1) or real(positions),
-    )
+
+    def looking(positions: torch.Tensor) -> Any:
+        looked.append(positions)
+        return real(positions)
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", looking)
     computed(small("llama"), torch.float32)
     assert looked, "transformers no longer looks: pmp_ds/model/attention.py may go"
     looked.clear()
