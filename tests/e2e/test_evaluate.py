@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,7 @@ def test_all_measures(main_run: MainRun, work: Path, texts: Path, tmp_path: Path
         for name, value in weights.items()
     }
     save_file(half, tuned / "model.safetensors")
+    shutil.copy(main_run.run.release / "config.json", tuned)
     glue = write_glue(tmp_path / "glue", num_train=6, num_validation=6)
     command = (
         "evaluate.py",
