@@ -203,6 +203,7 @@ def hp_mapping(p: Probe) -> None:
             here = param._hp_mapping.lp_fragment_address
             there = param._hp_mapping.hp_fragment_address
             has(here.numel == there.numel > 0)
+            has(param._hp_mapping.hp_fragment.numel() == there.numel)
             low = param.detach().view(-1)[here.start : here.start + here.numel].float()
             whole = p.zero.single_partition_of_fp32_groups[flat]
             high = whole[there.start : there.start + there.numel]
@@ -339,6 +340,21 @@ def used_by_step(kind: type) -> set[str]:
                 found.add(node.attr)
                 waiting.append(node.attr)
     return found
+
+
+def of_one_parameter(name: str) -> Callable[[Probe], None]:
+    """The step replaces the method, so look at the class."""
+
+    def check(p: Probe) -> None:
+        method = getattr(type(p.zero), name)
+        has(len(inspect.signature(method).parameters) == 2, "self and the parameter")
+        has(any(f".{name}(" in inspect.getsource(caller) for caller in methods(type(p.zero))))
+
+    return check
+
+
+def methods(kind: type) -> list[Any]:
+    return [value for value in vars(kind).values() if inspect.isfunction(value)]
 
 
 def used(name: str) -> Callable[[Probe], None]:
@@ -499,6 +515,18 @@ CONTRACT = (
         "None, or lp_fragment_address in the parameter and hp_fragment_address in the leaf",
         hp_mapping,
     ),
+    Row(
+        "zero.update_offload_overflow_tracker_for_param_grad",
+        at(1, 2, offload=True),
+        "called with each reduced parameter, only to find overflows",
+        of_one_parameter("update_offload_overflow_tracker_for_param_grad"),
+    ),
+    Row(
+        "zero.set_norm_for_param_grad_in_gpu",
+        at(1, 2, offload=True),
+        "called with each reduced parameter, only for the norm",
+        of_one_parameter("set_norm_for_param_grad_in_gpu"),
+    ),
     Row("zero.fp16_groups", at(3), "the module's parameters, a list per sub-group", module_groups),
     Row(
         "zero.fp32_partitioned_groups_flat",
@@ -604,7 +632,14 @@ CONTRACT = (
 )
 
 # Parts of rows above, and DeepSpeed's documented API.
-INSIDE = {"lp_fragment_address", "hp_fragment_address", "start", "numel", "flat_partition"}
+INSIDE = {
+    "lp_fragment_address",
+    "hp_fragment_address",
+    "hp_fragment",
+    "start",
+    "numel",
+    "flat_partition",
+}
 DOCUMENTED = {
     "module",
     "device",

@@ -211,11 +211,12 @@ def test_rounds_to_nearest_even_and_keeps_nan(dtype):
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_serves_master_weights_on_cpu(dtype):
-    """fp32 ones, or 16-bit weights whose master is compact."""
-    compact = dtype != torch.float32
+    """fp32 ones, or with a compact master any weights: ZeRO arms with fp32 flats and then puts
+    16-bit weights in their place."""
     tensors = [torch.zeros(1, dtype=dtype), torch.zeros(3, dtype=dtype)]
-    assert kernels_for(tensors, compact_master=compact) is cpu
-    assert kernels_for(tensors, compact_master=not compact) is None
+    assert kernels_for(tensors, compact_master=True) is cpu
+    dense = kernels_for(tensors, compact_master=False)
+    assert dense is (cpu if dtype == torch.float32 else None)
 
 
 def test_serves_nothing_else():
