@@ -24,7 +24,7 @@ FIGURE = re.compile(r"^figure (\w+) \d+\.\d+ goal <= \d+\.\d+ (?:met|short)$", r
             ["benchmarks.optimizer_step", "--without-deepspeed"],
             [
                 "optimizer_step_vs_torch_fused",
-                "optimizer_step_and_zeroing_vs_torch_fused",
+                "optimizer_phase_vs_torch_passes",
                 "optimizer_state_vs_torch_fused",
             ],
         ),
