@@ -147,6 +147,7 @@ class Meter:
         cost.waits += [(f.what, f.stack) for f in new if f.kind == "wait"]
         cost.late += sum(f.kind == "late" for f in new)
         cost.peak_bytes = self._watched.peak_bytes
+        gc.collect()  # or the peak would depend on when Python last did
         torch.ops.pretend.reset_peak()
         self._doing, self._num_findings = doing, self._num_findings + len(new)
 
