@@ -187,7 +187,7 @@ def strike(place: Place, blow: Blow, durations: dict[str, float], *more: str) ->
     # A checkpoint that was complete before the kill does not count as a kill during a save.
     return {"saving in discovery": "discovery", "saving in training": "training"}.get(
         blow.phase, blow.phase
-    )  # type: ignore[return-value]
+    )  # type: ignore[return-value]  # all are words of the type
 
 
 class Moment:

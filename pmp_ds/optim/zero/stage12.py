@@ -7,49 +7,25 @@ import torch
 from deepspeed.runtime.utils import all_gather_dp_groups
 
 from pmp_ds import dist
-from pmp_ds.optim.zero.shards import (
-    Fragment,
-    forget,
-    gradient_of,
-    norm_over_ranks,
-    pieces,
-    slice_of,
-)
+from pmp_ds.optim.zero.partitioned import Partitioned
+from pmp_ds.optim.zero.shards import Fragment, forget
 
 _FIRST_MICRO_STEP = -1  # INITIAL_MICRO_STEP_ID of DeepSpeed: micro-batches count from 0
 
 
-class Stage12:
-    replicated = False
+class Stage12(Partitioned):
+    norm_dtype = torch.float32
 
     def __init__(self, zero: Any, names: Mapping[torch.Tensor, str]) -> None:
-        self._zero = zero
-        self.flats: list[torch.Tensor] = list(zero.single_partition_of_fp32_groups)
-        found: list[Fragment] = []
+        flats = zero.single_partition_of_fp32_groups
+        found = []
         for flat, group in enumerate(zero.bit16_groups):
             for param in group:
                 mapping = param._hp_mapping
                 if mapping is not None:
                     here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
                     found.append(Fragment(names[param], here.start, here.numel, flat, there.start))
-        found.sort(key=lambda fragment: (fragment.flat, fragment.flat_start))
-        self.fragments = found
-        self._sizes = [sum(f.flat == flat for f in found) for flat in range(len(self.flats))]
-        self.groups = list(range(len(self.flats)))
-        self._has_master = True
-        self.clip_norm = float(zero.clip_grad)
-        self.scales_loss = zero.dtype == torch.float16
-
-    @property
-    def loss_scale(self) -> float:
-        return float(self._zero.loss_scale)
-
-    def gradients(self) -> list[torch.Tensor]:
-        if self._zero.cpu_offload:
-            flats = [[gradient_of(flat).view(-1)] for flat in self.flats]
-        else:
-            flats = [pieces(self._zero.averaged_gradients[i]) for i in range(len(self.flats))]
-        return [slice_of(flats[f.flat], f.flat_start, f.numel) for f in self.fragments]
+        super().__init__(zero, flats, found, range(len(flats)), offloaded=bool(zero.cpu_offload))
 
     def weights(self) -> list[torch.Tensor] | None:
         if not self._has_master:
@@ -59,15 +35,11 @@ class Stage12:
     def _half(self, flat: int) -> torch.Tensor:
         """The rank's partition in the training dtype, on the device of the flats."""
         zero = self._zero
-        if zero.cpu_offload:
+        if self._offloaded:
             half: torch.Tensor = zero.param_buffer_of_bit16_for_cpu_offload_groups[flat]
             return half.detach()
         half = zero.parallel_partitioned_bit16_groups[flat][dist.rank()]
         return half.detach()
-
-    def norm(self, squares: torch.Tensor) -> torch.Tensor:
-        device = torch.device(self._zero.device) if self._zero.cpu_offload else squares.device
-        return norm_over_ranks(squares, self._sizes, torch.float32, device)
 
     def drop_fp32_master(self) -> None:
         for i, flat in enumerate(self.flats):
@@ -81,8 +53,8 @@ class Stage12:
         self._has_master = False
 
     def replace_step(self, step: Any) -> None:
-        self._zero.step = step
-        if self._zero.cpu_offload:  # DeepSpeed leaves the buffer empty before its own first step
+        super().replace_step(step)
+        if self._offloaded:  # DeepSpeed leaves the buffer empty before its own first step
             for i, flat in enumerate(self.flats):
                 self._half(i).copy_(flat.data)
             # It asks of every parameter's gradient whether it overflowed, and for its norm.
@@ -96,16 +68,12 @@ class Stage12:
         self._zero.micro_step_id = _FIRST_MICRO_STEP
         self._zero.overflow = False
         self._zero._wait_for_offload_copies()
-        if self._zero.cpu_offload:
+        if self._offloaded:
             self._zero._offload_accumulated_param_ids = set()
-
-    def count(self, overflow: bool, norm: torch.Tensor) -> None:
-        self._zero.overflow, self._zero._global_grad_norm = overflow, norm
-        self._zero._update_scale(overflow)
 
     def after_step(self) -> None:
         zero = self._zero
-        if zero.cpu_offload:
+        if self._offloaded:
             for i, partitions in enumerate(zero.parallel_partitioned_bit16_groups):
                 partitions[dist.rank()].data.copy_(self._half(i), non_blocking=True)
         self._free_gradients()
@@ -125,10 +93,10 @@ class Stage12:
     def _free_gradients(self) -> None:
         zero = self._zero
         zero._release_preflattened_grad_buffers()
-        if zero.cpu_offload:
+        if self._offloaded:
             zero.reset_cpu_buffers()
         for i in range(len(zero.bit16_groups)):
-            if not zero.cpu_offload:
+            if not self._offloaded:
                 zero.free_grad_in_param_list(zero.params_not_in_partition[i])
                 zero.free_grad_in_param_list(zero.params_in_partition[i])
                 zero.all_grad_tensors[i] = None

@@ -7,23 +7,16 @@ from typing import Any
 import torch
 
 from pmp_ds import dist
-from pmp_ds.optim.zero.shards import (
-    Fragment,
-    forget,
-    gradient_of,
-    norm_over_ranks,
-    pieces,
-    slice_of,
-)
+from pmp_ds.optim.zero.partitioned import Partitioned
+from pmp_ds.optim.zero.shards import Fragment, forget
 
 
-class Stage3:
-    replicated = False
+class Stage3(Partitioned):
+    norm_dtype = torch.float64
 
     def __init__(self, zero: Any, names: Mapping[torch.Tensor, str]) -> None:
-        self._zero = zero
-        self.flats: list[torch.Tensor] = list(zero.fp32_partitioned_groups_flat)
-        found: list[Fragment] = []
+        flats = zero.fp32_partitioned_groups_flat
+        found = []
         for group in zero.fp16_groups:
             for param in group:
                 flat, flat_start, partition = zero.grad_position[zero.get_param_id(param)]
@@ -31,45 +24,21 @@ class Stage3:
                 numel = min(partition, param.ds_numel - start)
                 if numel:
                     found.append(Fragment(names[param], start, numel, flat, flat_start))
-        found.sort(key=lambda fragment: (fragment.flat, fragment.flat_start))
-        self.fragments = found
-        self._sizes = [sum(f.flat == flat for f in found) for flat in range(len(self.flats))]
-        self.groups = [zero.sub_group_to_group_id[i] for i in range(len(self.flats))]
-        self._has_master = True
-        self.clip_norm = float(zero.clip_grad)
-        self.scales_loss = zero.dtype == torch.float16
-
-    @property
-    def loss_scale(self) -> float:
-        return float(self._zero.loss_scale)
-
-    def gradients(self) -> list[torch.Tensor]:
-        if self._zero.offload_optimizer:
-            flats = [[gradient_of(flat).view(-1)] for flat in self.flats]
-        else:
-            flats = [pieces(self._zero.averaged_gradients[i]) for i in range(len(self.flats))]
-        return [slice_of(flats[f.flat], f.flat_start, f.numel) for f in self.fragments]
+        groups = [zero.sub_group_to_group_id[i] for i in range(len(flats))]
+        offloaded = bool(zero.offload_optimizer)
+        super().__init__(zero, flats, found, groups, offloaded=offloaded)
 
     def weights(self) -> list[torch.Tensor] | None:
-        if self._zero.offload_optimizer or not self._has_master:
+        if self._offloaded or not self._has_master:
             return None
         halves = self._zero.fp16_partitioned_groups_flat
         return [f.of(halves[f.flat].detach()) for f in self.fragments]
-
-    def norm(self, squares: torch.Tensor) -> torch.Tensor:
-        device = squares.device
-        if self._zero.offload_optimizer:
-            device = torch.device(self._zero.device)
-        return norm_over_ranks(squares, self._sizes, torch.float64, device)
 
     def drop_fp32_master(self) -> None:
         halves = self._zero.fp16_partitioned_groups_flat
         for flat, half in zip(self.flats, halves, strict=True):
             flat.data = half.data.to(flat.device)  # under offload a copy, which is copied back
         self._has_master = False
-
-    def replace_step(self, step: Any) -> None:
-        self._zero.step = step
 
     def free(self) -> None:
         forget(self._zero, [param for group in self._zero.fp16_groups for param in group])
@@ -79,28 +48,24 @@ class Stage3:
         self._zero.overflow = False
         self._zero._partition_all_parameters()
 
-    def count(self, overflow: bool, norm: torch.Tensor) -> None:
-        self._zero.overflow, self._zero._global_grad_norm = overflow, norm
-        self._zero._update_scale(overflow)
-
     def after_step(self) -> None:
         zero = self._zero
         self._free_gradients()
         for i, half in enumerate(zero.fp16_partitioned_groups_flat):
-            if zero.offload_optimizer:
+            if self._offloaded:
                 half.data.copy_(_rounded(self.flats[i], half), non_blocking=True)
             zero._unflatten_partitioned_parameters(i)
         zero._post_step(set())
 
     def discard(self) -> None:
         self._free_gradients()
-        if self._zero.offload_optimizer:
+        if self._offloaded:
             self._zero.reset_cpu_buffers()
 
     def _free_gradients(self) -> None:
         zero = self._zero
         zero.zero_grad(set_to_none=True)
-        if zero.offload_optimizer:
+        if self._offloaded:
             return
         for i in range(len(self.flats)):
             for gradient in zero.averaged_gradients[i]:
