@@ -1,6 +1,6 @@
 """The command line of every command: dataclasses from flags, positional words and YAML files.
 
-    config, options = parse(Config, argv, options=Options)      settings, and what is beside them
+    config, options = parse(Config, argv, options=Options)      settings, and separate options
     options = parse_options(Export, argv, prog="pmp-ds export", description=__doc__)
     run_verb({"seal": (Seal, seal)}, argv, prog="pmp-ds vault", description=__doc__)
 
@@ -30,7 +30,7 @@ _forms: dict[tuple[Any, ...], Form] = {}
 
 @dataclasses.dataclass(frozen=True)
 class NoOptions:
-    """Nothing beside the settings."""
+    """No options but the settings."""
 
 
 def parse(
@@ -42,8 +42,8 @@ def parse(
     description: str | None = None,
     epilog: str | None = None,
 ) -> tuple[C, Any]:
-    """The settings of type ``cls`` that the arguments describe, and the ``options`` beside them,
-    which ``dump`` leaves out.
+    """Return the settings of type ``cls`` that the arguments describe, and the separate
+    ``options``, which ``dump`` omits.
 
     Later flags and ``--config`` files win over earlier ones. ``--help`` and ``--print_config``
     print and raise ``SystemExit(0)``. Raises UserError.
@@ -58,8 +58,10 @@ def parse(
 def parse_options(
     cls: type[C], argv: Sequence[str], *, prog: str | None = None, description: str | None = None
 ) -> C:
-    """The options of type ``cls`` of a command without settings. ``--help`` prints and raises
-    ``SystemExit(0)``; its text is ``description``, or the docstring of ``cls``. Raises UserError.
+    """Return the options of type ``cls`` of a command without settings.
+
+    ``--help`` prints and raises ``SystemExit(0)``; its text is ``description``, or the docstring of
+    ``cls``. Raises UserError.
     """
     _, made = _form(None, cls, prog, description, None).read(argv)
     found: C = made[cls]
@@ -69,7 +71,7 @@ def parse_options(
 def run_verb(
     verbs: Verbs, argv: Sequence[str], *, prog: str, description: str | None = None
 ) -> None:
-    """Run the verb that the first of the arguments names with the options in the others."""
+    """Run the verb named by the first argument, with the options in the others."""
     require(len(argv) > 0, f"{prog} needs a verb; {prog} --help lists them all")
     word = argv[0]
     if word in verbs:
@@ -87,7 +89,7 @@ def run_verb(
 
 
 def dump(config: Any) -> str:
-    """The whole config as YAML; ``parse`` with ``--config`` of it gives an equal config."""
+    """Return the whole config as YAML; ``parse`` with ``--config`` of it gives an equal config."""
     # JSON on the way: yaml has no tuples.
     plain = json.loads(json.dumps(dataclasses.asdict(config)))
     text: str = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)

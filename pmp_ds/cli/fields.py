@@ -34,7 +34,7 @@ class Field:
     declared: dataclasses.Field[Any]
 
     def said(self, what: str) -> Any:
-        """What ``option``, or a field's own metadata, says: `choices` are names of a registry."""
+        """Return an entry of the field's metadata; `choices` are names of a registry."""
         return self.declared.metadata.get(what)
 
     @property
@@ -55,17 +55,17 @@ class Field:
 
     @property
     def flag(self) -> str:
-        """As the parser knows it."""
+        """The flag as declared to the parser."""
         return f"--{self.name}"
 
     @property
     def shown(self) -> str:
-        """What a mistake calls an option."""
+        """The name of an option in error messages."""
         return self.metavar if self.positional else self.flag.replace("_", "-")
 
     @property
     def metavar(self) -> str:
-        """What stands for the value in --help, or nothing to say."""
+        """The placeholder of the value in --help, or an empty text."""
         if choices := self.said("choices"):
             return "{" + ",".join(choices) + "}"
         union = get_origin(self.hint) in (Union, types.UnionType)
@@ -84,7 +84,7 @@ class Field:
 
 
 def fields_of(cls: Any, prefix: str = "") -> Iterator[Field]:
-    """Every value of the dataclass ``cls`` and of its sections."""
+    """Yield every value of the dataclass ``cls`` and of its sections."""
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
         hint = hints[field.name]

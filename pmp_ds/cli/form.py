@@ -1,4 +1,4 @@
-"""The parser of some dataclasses, and the objects that the words of a command line make of it."""
+"""The parser of some dataclasses, and the objects made from a command line."""
 
 import argparse
 import inspect
@@ -123,7 +123,7 @@ class Form:
                 self.parser._actions[-1].help = lines.get(field.name)
 
     def _show_values(self) -> None:
-        """Say in --help what each value is, and leave out what would only clutter it."""
+        """Name the kind of each value in --help, and hide entries that would only clutter it."""
         fields = {field.name: field for field in self.fields}
         for action in self.parser._actions:
             if action.dest == "help":

@@ -68,8 +68,8 @@ def with_lists(fields: Sequence[Field], argv: Sequence[str]) -> list[str]:
 
 
 def with_files(cls: type[Any], argv: Sequence[str]) -> list[str]:
-    """Put what a ``--config`` file says in the place of its name: jsonargparse would neither name
-    the file of a mistake nor notice all of them."""
+    """Replace the name of each ``--config`` file by its content, because jsonargparse would not
+    name the file of a mistake and would miss some."""
     words = iter(argv)
     out: list[str] = []
     for word in words:
@@ -106,7 +106,7 @@ def _read_file(cls: type[Any], path: str) -> dict[str, Any]:
 
 
 def _is_list(word: str) -> bool:
-    """Whether it is `[a, b]`; `[ab]1.jsonl` is a pattern."""
+    """Return whether it is `[a, b]`; `[ab]1.jsonl` is a pattern."""
     try:
         return word.startswith("[") and isinstance(parse_yaml(word), list)
     except yaml.YAMLError:

@@ -19,7 +19,7 @@ from pmp_ds.errors import UserError, did_you_mean, exit_code
 
 @dataclass(frozen=True, kw_only=True)
 class OnRanks:
-    """How it fits on this machine."""
+    """Settings of this machine."""
 
     deepspeed_config: Path = field(default=Path("zero1"), metadata={"metavar": "JSON"})
     """DeepSpeed settings for this machine: a file, or zero0, zero1, zero2, ..."""
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def module_of(verb: str) -> str:
-    """`pmp_ds.commands.prepare_data` of `prepare-data`; `python -m` and launchers start it."""
+    """Return `pmp_ds.commands.prepare_data` for `prepare-data`, which launchers start."""
     return f"{__name__}.{verb.replace('-', '_')}"
 
 

@@ -66,7 +66,7 @@ class Audit:
 
     @property
     def ticket_folder(self) -> Path | None:
-        """The ticket's folder, where one of its files may be named."""
+        """Return the ticket's folder, also if one of its files is named."""
         return self.ticket.parent if self.ticket and self.ticket.is_file() else self.ticket
 
     @property

@@ -243,7 +243,7 @@ def _jobs(subject: Any, ticket: Any, args: Evaluate) -> Iterator[Any]:
 
 
 def _ticket(args: Evaluate) -> Any:
-    """What --ticket holds, if a measurement needs it."""
+    """Return the ticket of --ticket, if a measurement needs it."""
     if args.ticket is None or not set(args.measures) & set(FROM_TICKET):
         return None
     from pmp_ds.ticket.keys import identities
@@ -264,7 +264,7 @@ def _device(name: str | None) -> str:
 
 
 def _about(settings: dict[str, Any]) -> str:
-    """What tells apart lines of one kind."""
+    """Return the words that distinguish lines of one kind."""
     parts = [str(settings["task"])] if "task" in settings else []
     parts += [f"seed {settings['seed']}"] if "seed" in settings else []
     return f"{', '.join(parts)}: " if parts else ""

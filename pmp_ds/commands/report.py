@@ -82,7 +82,7 @@ def _study(args: Report, study: Path) -> None:
 
 
 def _arm(text: str) -> tuple[str, Path]:
-    """`pmp=runs/demo`; of `runs/pmp` alone the arm is `pmp`."""
+    """Parse `pmp=runs/demo`; the arm of `runs/pmp` alone is `pmp`."""
     arm, equals, path = text.partition("=")
     where = Path(expanded(path if equals else text, "--collect"))
     found = (arm if equals else where.name, where)

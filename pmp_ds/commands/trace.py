@@ -50,7 +50,7 @@ def trace(run: RunDir, ticket: Path | None, model: Path | None, base: Path | Non
 
 
 def _report_missing(model: Path, mask: "ParamMask") -> None:
-    """A line about the parameters that cannot tell, where a leaked model lacks some."""
+    """Print which parameters give no evidence, because the leaked model lacks them."""
     from pmp_ds.model.folder import few
     from pmp_ds.ticket import trace
 
@@ -63,7 +63,7 @@ def _report_missing(model: Path, mask: "ParamMask") -> None:
 
 
 def _report(evidence: Mapping[str, Any]) -> None:
-    """A line for each recipient, the strongest evidence first, then the verdict."""
+    """Print a line for each recipient, the strongest evidence first, then the verdict."""
     from pmp_ds.ticket.trace import corrected, named
 
     for who, found in sorted(evidence.items(), key=lambda item: item[1].log10_p):
@@ -113,7 +113,7 @@ def secret_of(run: RunDir, known: Sequence[vault.Record], *, may_create: bool = 
 
 
 def code_of(mask: Any, secret: bytes) -> Any:
-    """The places that copies may lack, the same for all recipients of the run's ticket."""
+    """Return the places that copies may lack, the same for all recipients of the ticket."""
     from pmp_ds.model.secret_init import derive
     from pmp_ds.ticket.watermark import draw_code
 
@@ -121,7 +121,7 @@ def code_of(mask: Any, secret: bytes) -> Any:
 
 
 def watermark_of(secret: bytes, name: str) -> tuple[bytes, str]:
-    """The recipient's key and a number for it; the same name gives the same copy again."""
+    """Return the recipient's key and its number; the same name gives the same copy again."""
     from pmp_ds.model.secret_init import derive
 
     purpose = f"vault/{name.casefold()}"

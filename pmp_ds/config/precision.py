@@ -1,6 +1,6 @@
-"""The precisions that weights may have, each with all that differs between them.
+"""The precisions of weights, each with everything that differs between them.
 
-Another one is a ``Precision`` in ``PRECISIONS``. Nothing here imports torch before a dtype is asked
+A new one is a ``Precision`` in ``PRECISIONS``. Nothing here imports torch before a dtype is asked
 for.
 """
 
@@ -19,14 +19,14 @@ class Precision:
 
     name: str
     torch_name: str
-    """Of the weights in forward and backward, as config.json spells it: `bfloat16`."""
+    """The dtype of the weights in forward and backward passes, as in config.json: `bfloat16`."""
 
     scales_loss: bool = False
     """Whether the loss scale is dynamic; non-finite gradients then normally skip the update."""
 
     @property
     def dtype(self) -> "torch.dtype":
-        """Of the weights in forward and backward."""
+        """The dtype of the weights in forward and backward passes."""
         import torch
 
         found: torch.dtype = getattr(torch, self.torch_name)

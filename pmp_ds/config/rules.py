@@ -1,6 +1,6 @@
-"""The optimizers, as settings and model cards know them; their updates are in pmp_ds.optim.
+"""The names and defaults of the optimizers; their updates are in pmp_ds.optim.
 
-Another one is a ``Rule`` in ``RULES``. Nothing here imports torch.
+A new one is a ``Rule`` in ``RULES``. Nothing here imports torch.
 """
 
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ class Rule:
 
     name: str
     title: str
-    """As a model card states it."""
+    """The name in a model card."""
 
     betas: tuple[float, float]
-    """What ``train.betas`` is unless it is set."""
+    """The default of ``train.betas``."""
 
     module: str
-    """Where its class is: a ``MaskedOptimizer``."""
+    """The module of its class, a ``MaskedOptimizer``."""
 
     optimizer: str
     """The name of that class."""

@@ -1,6 +1,6 @@
-"""The learning rates after the warm-up, each with all that differs between them.
+"""The schedules of the learning rate after the warm-up, each with everything that differs.
 
-Another one is a ``Schedule`` in ``SCHEDULES``. Nothing here imports torch.
+A new one is a ``Schedule`` in ``SCHEDULES``. Nothing here imports torch.
 """
 
 import math
@@ -14,11 +14,11 @@ class Schedule:
 
     name: str
     left: Callable[[float], float]
-    """Takes the progress of the fall, from 0 to 1, and returns how much of it is still ahead, from
+    """Takes the progress of the decay, from 0 to 1, and returns the part that is still ahead, from
     1 down to 0."""
 
     title: str
-    """As a model card states it, with the number of `{updates}` and of `{decay}` updates."""
+    """The words of a model card, with the number of `{updates}` and of `{decay}` updates."""
 
     stable: bool = False
     """Whether the rate stays at the peak until the last ``train.decay_steps`` updates."""

@@ -87,7 +87,7 @@ class TrainConfig:
 
     @property
     def profiled(self) -> tuple[int, int] | None:
-        """The first and the last update of ``profile``."""
+        """The first and the last update of ``profile``; raises UserError for other words."""
         if self.profile is None:
             return None
         first, _, last = self.profile.partition(":")
