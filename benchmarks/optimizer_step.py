@@ -40,7 +40,7 @@ def main(options: argparse.Namespace) -> None:
         return tensor
 
     weights = leaf()
-    kernels = kernels_for([weights], compact_master=False)
+    kernels = kernels_for([weights], master="dense")
     backend = "torch operations" if kernels is None else {"cpu": "C++"}.get(device.type, "Triton")
     masked = MaskedAdamW([weights], **HYPER)
     masked.arm({weights: bits})

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pmp_ds.config.moments import MOMENTS
 from pmp_ds.config.precision import PRECISIONS
 from pmp_ds.config.rules import RULES
 from pmp_ds.config.schedules import SCHEDULES
@@ -37,6 +38,10 @@ class TrainConfig:
     precision: str = known_name("bf16", PRECISIONS)
     """Precision of the weights in forward and backward; the master weights stay fp32. `fp16` scales
     the loss dynamically and needs ZeRO 1, 2 or 3."""
+
+    moments: str = known_name("fp32", MOMENTS)
+    """Format of the optimizer's moments: `fp32`; `bf16`, rounded at random, for half the memory; or
+    `int8`, 8-bit floating-point numbers with an exponent for each block, for a quarter."""
 
     accumulate_fp32: bool = False
     """Add up the gradients of micro-batches in fp32 instead of `train.precision`; with `bf16` it
@@ -100,6 +105,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_known("train.optimizer", self.optimizer, RULES, "optimizers")
+        require_known("train.moments", self.moments, MOMENTS, "formats")
         require_known("train.precision", self.precision, PRECISIONS, "precisions")
         require_known("train.schedule", self.schedule, SCHEDULES, "schedules")
         _ = self.profiled  # raises UserError for other words

@@ -17,6 +17,7 @@ from pmp_ds.engine.cut import Cut
 from pmp_ds.engine.deepspeed_refused import REFUSED
 from pmp_ds.errors import UserError, require
 from pmp_ds.foreign import ForeignError, MissingError, read_bytes
+from pmp_ds.optim.kernels.batch import MASTERS, SPLIT, Master
 
 OWN_SECTION = "pmp_ds"  # our settings in the JSON; DeepSpeed never sees them
 MAX_BYTES = 1 << 18
@@ -138,9 +139,13 @@ def merge(ds_config: dict[str, Any], config: TrainConfig, world_size: int) -> di
     }
 
 
-def wants_compact_master(ds_config: dict[str, Any]) -> bool:
-    """Return whether `pmp_ds.compact_master` limits the fp32 master weights to the ticket."""
-    return bool((ds_config.get(OWN_SECTION) or {}).get("compact_master", False))
+def master_of(ds_config: dict[str, Any]) -> Master:
+    """Return where `pmp_ds.master` keeps the fp32 master weights: `dense`, or only for the ticket,
+    `compact` or `split`. `compact_master: true` is an older way to write the second."""
+    section = ds_config.get(OWN_SECTION) or {}
+    older: Master = "compact" if section.get("compact_master", False) else "dense"
+    found: Master = section.get("master", older)
+    return found
 
 
 def require_precision(config: TrainConfig) -> None:
@@ -173,17 +178,27 @@ def _fp16_problems(ds_config: dict[str, Any]) -> list[str]:
 
 def _own_problems(ds_config: dict[str, Any], config: TrainConfig) -> list[str]:
     section = ds_config.get(OWN_SECTION, {})
-    if not isinstance(section, dict) or not set(section) <= {"compact_master"}:
-        return [f"{OWN_SECTION} is {json.dumps(section)}; it may contain only compact_master"]
+    if not isinstance(section, dict) or not set(section) <= {"master", "compact_master"}:
+        return [f"{OWN_SECTION} is {json.dumps(section)}; it may contain only master"]
+    problems = []
+    given = section.get("master", "dense")
+    if not isinstance(given, str) or given not in MASTERS:
+        given, known = json.dumps(section["master"]), ", ".join(MASTERS)
+        problems.append(f"{OWN_SECTION}.master is {given}; it must be one of {known}")
     if not isinstance(section.get("compact_master", False), bool):
         given = json.dumps(section["compact_master"])
-        return [f"{OWN_SECTION}.compact_master is {given}; it must be true or false"]
-    problems = []
-    if wants_compact_master(ds_config):
-        if not precision_of(config).has_master or zero_stage(ds_config) == 0:
-            problems.append(f"{OWN_SECTION}.compact_master needs bf16 or fp16 and stage 1, 2 or 3")
-        if config.accumulate_fp32:
-            problems.append(f"{OWN_SECTION}.compact_master excludes train.accumulate_fp32")
+        problems.append(f"{OWN_SECTION}.compact_master is {given}; it must be true or false")
+    if len(section) == 2:
+        problems.append(f"{OWN_SECTION} has both master and compact_master; keep master")
+    if problems or (master := master_of(ds_config)) == "dense":
+        return problems
+    what = f"{OWN_SECTION}.master {master}"
+    if not precision_of(config).has_master or zero_stage(ds_config) == 0:
+        problems.append(f"{what} needs bf16 or fp16 and stage 1, 2 or 3")
+    elif master == "split" and precision_of(config).dtype != SPLIT:
+        problems.append(f"{what} needs bf16, not {config.precision}; choose compact")
+    if config.accumulate_fp32:
+        problems.append(f"{what} excludes train.accumulate_fp32")
     return problems
 
 

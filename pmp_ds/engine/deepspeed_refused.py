@@ -55,9 +55,9 @@ REFUSED = {
     "zero_optimization.zero_quantized_weights": "it rounds the complement; remove it",
     "zero_optimization.zero_quantized_nontrainable_weights": "it rounds the complement; remove it",
     "zero_optimization.offload_optimizer.super_offload": "it brings its own optimizer; remove it",
-    "bf16.bf16_master_weights_and_grads": "use pmp_ds.compact_master instead",
-    "bf16.bf16_optimizer_states": "moments stay fp32; use pmp_ds.compact_master to save memory",
-    "fp16.fp16_master_weights_and_grads": "use pmp_ds.compact_master instead",
+    "bf16.bf16_master_weights_and_grads": "use pmp_ds.master instead",
+    "bf16.bf16_optimizer_states": "use train.moments: bf16 instead",
+    "fp16.fp16_master_weights_and_grads": "use pmp_ds.master instead",
     "fp16.loss_scale": "with a static loss scale a checkpoint would be incomplete; remove it or "
     "write 0",
 }

@@ -4,7 +4,7 @@ Once it is armed, DeepSpeed's ``step`` is ours (optim/zero/step.py): it measures
 ticket's gradients and updates the ticket's elements, and no others (paper, Eq. 5).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import deepspeed
@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 from pmp_ds import dist
 from pmp_ds.config import TrainConfig
+from pmp_ds.config.moments import FP32
 from pmp_ds.config.precision import precision_of
 from pmp_ds.engine.clock import DeviceClock, Span
 from pmp_ds.engine.cut import Cut
-from pmp_ds.engine.deepspeed_config import merge, wants_compact_master, zero_stage
+from pmp_ds.engine.deepspeed_config import master_of, merge, zero_stage
 from pmp_ds.engine.forward import compile_layers, recompute_activations
 from pmp_ds.engine.objective import NextToken, Objective
 from pmp_ds.engine.portable import Portable
@@ -48,7 +49,7 @@ class Engine(Portable):
         self.optimizer = optimizer_of(
             config,
             parameter_groups(model.named_parameters(), config.weight_decay),
-            compact_master=wants_compact_master(ds_config),
+            master=master_of(ds_config),
         )
         self.hf_config = model.config
         self._objective = objective or NextToken()
@@ -200,9 +201,11 @@ class Engine(Portable):
     @property
     def state_bytes(self) -> int:
         """Bytes of ``local_state``, including padding of dense state."""
-        kinds = len(self.optimizer.moments) + self._sixteen_bit
-        moment = self.optimizer.moments[0]
-        return kinds * sum(state[moment].nbytes for state in self.optimizer.state.values())
+        optimizer = self.optimizer
+        moment = 4 if optimizer.moment_format is FP32 else 2  # 8-bit ones are written in bf16
+        master = 2 if optimizer.master == "split" else 4
+        each = len(optimizer.moments) * moment + self._sixteen_bit * master
+        return each * sum(s[optimizer.moments[0]].numel() for s in optimizer.state.values())
 
     def local_state(self) -> Collected:
         """Copy this rank's optimizer state; return a function that converts it to logical form."""
@@ -211,10 +214,12 @@ class Engine(Portable):
     def counters(self) -> dict[str, float]:
         return {"optimizer_step": float(self.optimizer.num_updates), **self._scale_counters()}
 
-    def restore(self, read: Read, step: int, counters: dict[str, float]) -> None:
-        """Load the state after ``step`` updates, saved with the same mask; the model's weights are
-        already those of that update."""
-        restore(self.optimizer, self.shards, self.mask, read, master=self._sixteen_bit)
+    def restore(
+        self, kinds: Iterable[str], read: Read, step: int, counters: dict[str, float]
+    ) -> None:
+        """Load the state of ``kinds`` after ``step`` updates, saved with the same mask; the model's
+        weights are already those of that update."""
+        restore(self.optimizer, self.shards, self.mask, kinds, read, master=self._sixteen_bit)
         for state in self.optimizer.state.values():
             state["step"] = torch.full_like(state["step"], counters["optimizer_step"])
         self._place(step, counters)

@@ -9,7 +9,9 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from pmp_ds import dist
+from pmp_ds.config.moments import FP32
 from pmp_ds.model.parameters import constants
+from pmp_ds.optim.kernels.batch import Master
 from pmp_ds.optim.logical_state import MASTER, Collected, Read, collect, restore
 from pmp_ds.optim.zero import ZeroShards, shards_of
 
@@ -87,7 +89,8 @@ class DenseEngine(Portable):
     """Any DeepSpeed engine whose optimizer is element-wise, with state tensors as large as the
     tensors it updates: AdamW, SGD with momentum, Lion."""
 
-    compact_master = False  # with ``state`` and ``moments``, required by logical_state
+    master: Master = "dense"  # with ``state`` and the like, required by logical_state
+    moment_format = FP32
 
     def __init__(self, engine: Any) -> None:
         self._engine, self.shards = engine, shards_of(engine)
@@ -108,6 +111,10 @@ class DenseEngine(Portable):
         flat = self.shards.flats[0]
         state = self.state.get(flat, {}).items()
         return tuple(name for name, value in state if torch.is_tensor(value) and value.dim())
+
+    @property
+    def signed(self) -> tuple[bool, ...]:
+        return (True,) * len(self.moments)
 
     @property
     def state_bytes(self) -> int:
@@ -131,7 +138,7 @@ class DenseEngine(Portable):
         for flat in self.shards.flats:
             for kind in set(kinds) - {MASTER}:
                 self.state[flat][kind] = torch.zeros_like(flat)
-        restore(self, self.shards, None, read, master=self._has_master)
+        restore(self, self.shards, None, kinds, read, master=self._has_master)
         self._count(counters["optimizer_step"])
         self._place(step, counters)
 

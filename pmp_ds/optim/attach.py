@@ -16,8 +16,10 @@ import torch
 
 from pmp_ds.errors import UserError
 from pmp_ds.model.parameters import shapes, trainable, trained_shapes
+from pmp_ds.optim.kernels.batch import Segment
+from pmp_ds.optim.low_bit import stream_of
 from pmp_ds.optim.masked import MaskedOptimizer
-from pmp_ds.optim.update import CHUNK
+from pmp_ds.optim.stored import CHUNK
 from pmp_ds.optim.zero import MaskedStep, ZeroShards, flat_masks, shards_of
 from pmp_ds.ticket.mask import ParamMask, unpack
 
@@ -63,10 +65,10 @@ def _in_words(shape: tuple[int, ...] | None) -> str:
 
 def arm(optimizer: MaskedOptimizer, shards: ZeroShards, mask: ParamMask | None) -> MaskedStep:
     """Give the optimizer its share of ``mask`` and replace DeepSpeed's ``step``; return ours. A
-    compact master also replaces the dense fp32 one."""
+    compact or split master also replaces the dense fp32 one."""
     segments = [fragment.segment for fragment in shards.fragments]
     optimizer.arm(flat_masks(shards, mask), segments, shards.groups)
-    if optimizer.compact_master:
+    if optimizer.master != "dense":
         shards.drop_fp32_master()
     step = MaskedStep(optimizer, shards)
     shards.replace_step(step)
@@ -80,11 +82,13 @@ def _attach_module(
     if any(param not in own for group in optimizer.param_groups for param in group["params"]):
         raise UserError("the optimizer holds a parameter that is not trainable in the model")
     bits: dict[torch.Tensor, torch.Tensor | None] = {}
+    segments: list[Segment] = []
     for name, param in trainable(module):
         bits[param] = None if mask is None else mask.bits[name].to(param.device)
         if mask is not None:
             param.register_post_accumulate_grad_hook(_zero_complement(bits[param]))
-    optimizer.arm(bits)
+        segments.append(Segment(len(segments), 0, param.numel(), 0, stream_of(name)))
+    optimizer.arm(bits, segments)
 
 
 def _zero_complement(bits: torch.Tensor | None) -> Callable[[torch.Tensor], None]:

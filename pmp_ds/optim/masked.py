@@ -3,6 +3,7 @@
 Each tensor that the optimizer is given (a parameter, or the flat fp32 master partition of a ZeRO
 rank) is armed with the packed mask of its elements. State is compact: one value per kept element,
 in row-major order. The other elements are never written: no momentum, no weight decay, no rounding.
+Moments and master weights may take fewer bits than fp32 (low_bit.py).
 
 A subclass (masked_adamw.py, masked_rules.py) adds the rule, the settings it takes from a run and,
 if the operators of kernels/ implement it, their coefficients; update.py applies it.
@@ -14,11 +15,13 @@ from typing import Any, ClassVar
 import torch
 
 from pmp_ds.config import TrainConfig
+from pmp_ds.config.moments import BLOCK, FP32, MomentFormat
 from pmp_ds.errors import UserError
 from pmp_ds.optim.kernels import Kernels, kernels_for
-from pmp_ds.optim.kernels.batch import Coefficients, Layout, Segment, Tensors
-from pmp_ds.optim.update import Update, gather
-from pmp_ds.ticket.mask import check_bits, popcount
+from pmp_ds.optim.kernels.batch import Coefficients, Layout, Master, Segment, Tensors
+from pmp_ds.optim.stored import EXPONENTS, MASTERS, fresh
+from pmp_ds.optim.update import Update
+from pmp_ds.ticket.mask import check_bits
 
 Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]]
 PerSegment = Sequence[torch.Tensor | None]
@@ -28,30 +31,34 @@ PerSegment = Sequence[torch.Tensor | None]
 class MaskedOptimizer(torch.optim.Optimizer):
     """Applies ``rule`` to the kept elements of each tensor. Does nothing until ``arm`` is called.
 
-    State per tensor: `step` () fp32 and each of ``moments`` (num_kept,) fp32. Groups may come in
-    any order and number at each ``step``, as ZeRO passes them one by one.
+    State per tensor: `step` () fp32 and each of ``moments`` (num_kept,) in the dtype of
+    ``moment_format``; 8-bit moments also have their exponents, as `exp_avg_exponents` (num_blocks,)
+    uint8. Groups may come in any order and number at each ``step``, as ZeRO passes them one by one.
 
-    With ``compact_master`` the tensors hold 16-bit weights and the fp32 `master` weights are state
-    as well, for kept elements only (8.5 instead of 9.7 bytes per parameter at density 0.7).
+    ``master``: with `compact` the tensors hold 16-bit weights and the fp32 `master` weights are
+    state as well, for kept elements only (8.5 instead of 9.7 bytes per parameter at density 0.7);
+    with `split`, the lower bits of these weights are, `master_low` (num_kept,) int16 (7.1 bytes).
     """
 
     moments: ClassVar[tuple[str, ...]]
+    squares: ClassVar[tuple[str, ...]] = ()
+    """Those among ``moments`` that are never negative, and divided by."""
 
     @classmethod
     def settings(cls, config: TrainConfig) -> dict[str, Any]:
         """Return the rule's own hyper-parameters of a run: all but learning rate and decay."""
         raise NotImplementedError
 
-    @classmethod
-    def moment_bytes(cls, num_elements: int) -> int:
-        """Return the bytes of the moments of so many trained elements."""
-        return 4 * len(cls.moments) * num_elements
-
     def __init__(
-        self, params: Params, defaults: dict[str, Any], *, compact_master: bool = False
+        self,
+        params: Params,
+        defaults: dict[str, Any],
+        *,
+        master: Master = "dense",
+        moment_format: MomentFormat = FP32,
     ) -> None:
         super().__init__(params, defaults)
-        self.compact_master = compact_master
+        self.master, self.moment_format = master, moment_format
         self._masks: dict[torch.Tensor, torch.Tensor | None] | None = None
         self._segments: tuple[Segment, ...] = ()
         self._groups: dict[torch.Tensor, int] = {}
@@ -99,15 +106,15 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self._masks, self._segments = dict(bits), tuple(segments)
         self._groups = dict(zip(bits, groups, strict=True)) if groups else {}
         self.state.clear()
-        for tensor, mask in bits.items():
-            num_kept = tensor.numel() if mask is None else popcount(mask)
-            state = {name: torch.zeros(num_kept, device=tensor.device) for name in self.moments}
-            if self.compact_master:
-                state["master"] = gather(tensor.detach().view(-1), mask).float()
+        for i, (tensor, mask) in enumerate(bits.items()):
+            blocks = sum(-(-s.numel // BLOCK) for s in segments if s.tensor == i)
+            state = fresh(
+                tensor, mask, blocks, self.moments, self.moment_format, master=self.master
+            )
             self.state[tensor] = {"step": torch.zeros((), dtype=torch.float32), **state}
         self._kernels = None
         if self.coefficients(self.defaults, 1.0) is not None:
-            kernels = kernels_for(list(bits), compact_master=self.compact_master)
+            kernels = kernels_for(list(bits), master=self.master)
             if kernels is not None:
                 device = next(iter(bits)).device
                 self._kernels = kernels, Layout(self._segments, list(bits.values()), device)
@@ -129,12 +136,18 @@ class MaskedOptimizer(torch.optim.Optimizer):
         for index, tensor in zip(saved, tensors, strict=True):
             state = state_dict["state"].get(index, {})
             for name, mine in self.state.get(tensor, {}).items():
-                if name not in state or state[name].shape != mine.shape:
+                theirs = state.get(name)
+                if theirs is None or (theirs.shape, theirs.dtype) != (mine.shape, mine.dtype):
                     raise ValueError(f"the saved {name} belongs to another mask or optimizer")
             states[tensor] = {k: v.to(tensor.device, copy=True) for k, v in state.items()}
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         for tensor, state in states.items():
             self.state[tensor] = state | {"step": state["step"].cpu()} if state else state
+
+    @property
+    def signed(self) -> tuple[bool, ...]:
+        """Whether each of ``moments`` may be negative."""
+        return tuple(name not in self.squares for name in self.moments)
 
     @property
     def num_updates(self) -> int:
@@ -143,7 +156,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     @property
     def state_bytes(self) -> int:
-        """Return the bytes of moments, compact master and packed masks on this rank."""
+        """Return the bytes of moments, compact or split master and packed masks on this rank."""
         assert self._masks is not None
         tensors = [mask for mask in self._masks.values() if mask is not None]
         for state in self.state.values():
@@ -181,17 +194,25 @@ class MaskedOptimizer(torch.optim.Optimizer):
         tensors, masks = list(self._masks), list(self._masks.values())
         groups = {t: self.param_groups[number] for t, number in self._groups.items()}
         groups |= {t: group for group in self.param_groups for t in group["params"]}
-        found = []
+        found, blocks = [], dict.fromkeys(range(len(tensors)), 0)
         for i, (s, gradient) in enumerate(zip(self._segments, gradients, strict=True)):
             tensor = tensors[s.tensor]
             state, own = self.state[tensor], _part(tensor.detach().view(-1), s)
-            out = weights[i] if weights is not None else own if self.compact_master else None
+            first = blocks[s.tensor]
+            blocks[s.tensor] += -(-s.numel // BLOCK)
+            exponents = ()
+            if self.moment_format.has_exponents:
+                exponents = tuple(
+                    state[name + EXPONENTS][first : blocks[s.tensor]] for name in self.moments
+                )
+            apart = self.master != "dense"
             found.append(
                 Tensors(
                     gradient=gradient,
-                    weights=out,
-                    master=state["master"] if self.compact_master else own,
+                    weights=weights[i] if weights is not None else own if apart else None,
+                    master=state[MASTERS[self.master]] if apart else own,
                     moments=tuple(state[name] for name in self.moments),
+                    exponents=exponents,
                     mask=masks[s.tensor],
                     state=state,
                     group=groups.get(tensor, self.defaults),  # without a gradient

@@ -14,6 +14,7 @@ class MaskedAdamW(MaskedOptimizer):
     """AdamW (Loshchilov and Hutter, 2019) with compact `exp_avg` and `exp_avg_sq`."""
 
     moments = ("exp_avg", "exp_avg_sq")
+    squares = ("exp_avg_sq",)
 
     @classmethod
     def settings(cls, config: TrainConfig) -> dict[str, Any]:
@@ -26,11 +27,10 @@ class MaskedAdamW(MaskedOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        *,
-        compact_master: bool = False,
+        **storage: Any,  # `master` and `moment_format`
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults, compact_master=compact_master)
+        super().__init__(params, defaults, **storage)
 
     def coefficients(self, group: dict[str, Any], step: float) -> Coefficients:
         return coefficients(group, step)

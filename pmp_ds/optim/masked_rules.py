@@ -24,11 +24,10 @@ class MaskedSGD(MaskedOptimizer):
         lr: float = 1e-2,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        *,
-        compact_master: bool = False,
+        **storage: Any,  # `master` and `moment_format`
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__(params, defaults, compact_master=compact_master)
+        super().__init__(params, defaults, **storage)
 
     def rule(
         self,
@@ -58,11 +57,10 @@ class MaskedLion(MaskedOptimizer):
         lr: float = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
-        *,
-        compact_master: bool = False,
+        **storage: Any,  # `master` and `moment_format`
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
-        super().__init__(params, defaults, compact_master=compact_master)
+        super().__init__(params, defaults, **storage)
 
     def rule(
         self,

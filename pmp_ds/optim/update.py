@@ -12,12 +12,12 @@ import torch
 
 from pmp_ds.optim.kernels import Kernels, can_read
 from pmp_ds.optim.kernels.batch import Batch, Coefficients, Layout, Segment, Tensors
+from pmp_ds.optim.low_bit import join, split
+from pmp_ds.optim.stored import CHUNK, Stored
 from pmp_ds.ticket.mask import unpack
 
 if TYPE_CHECKING:
     from pmp_ds.optim.masked import MaskedOptimizer
-
-CHUNK = 1 << 20  # elements gathered at once; a multiple of 8
 
 
 class Update:
@@ -33,7 +33,9 @@ class Update:
         self._optimizer, self._segments, self._tensors = optimizer, segments, tensors
         self._operators: tuple[Kernels, Batch] | None = None
         if kernels is not None and can_read(kernels[0], tensors):
-            batch = Batch(kernels[1], tensors, compact_master=optimizer.compact_master)
+            batch = Batch(
+                kernels[1], tensors, master=optimizer.master, moments=optimizer.moment_format
+            )
             self._operators = kernels[0], batch
 
     def squares(self) -> torch.Tensor:
@@ -77,23 +79,46 @@ class Update:
         if factor is not None and bool(factor.isnan()):
             return
         optimizer = self._optimizer
-        for _, tensors, here, kept, span in self._chunks():
+        for i, tensors, here, kept, span in self._chunks():
             if tensors.gradient is None:
                 continue
             gradient = tensors.gradient[here]
             gradient = (gradient if kept is None else gradient[kept]).float()
             if factor is not None:
                 gradient = gradient * factor
-            if optimizer.compact_master:
-                values = tensors.master[span]
-            else:
-                values = tensors.master[here] if kept is None else tensors.master[here][kept]
-            moments = [moment[span] for moment in tensors.moments]
-            optimizer.rule(values, gradient, moments, tensors.group, float(tensors.state["step"]))
-            if kept is not None and not optimizer.compact_master:
+            values = self._master(tensors, here, kept, span)
+            step = float(tensors.state["step"])
+            stored = Stored(
+                format=optimizer.moment_format,
+                signed=optimizer.signed,
+                segment=self._segments[i],
+                step=int(step),
+                tensors=tensors,
+                here=here,
+                kept=kept,
+                span=span,
+            )
+            moments = [stored.read(number) for number in range(len(tensors.moments))]
+            optimizer.rule(values, gradient, moments, tensors.group, step)
+            for number, moment in enumerate(moments):
+                stored.write(number, moment)
+            if optimizer.master == "split":
+                tensors.master[span] = split(values)
+            elif optimizer.master == "dense" and kept is not None:
                 tensors.master[here][kept] = values
             if tensors.weights is not None:
                 _write(tensors.weights[here], kept, values)
+
+    def _master(
+        self, tensors: Tensors, here: slice, kept: torch.Tensor | None, span: slice
+    ) -> torch.Tensor:
+        if self._optimizer.master == "compact":
+            return tensors.master[span]
+        if self._optimizer.master == "dense":
+            return tensors.master[here] if kept is None else tensors.master[here][kept]
+        assert tensors.weights is not None
+        weights = tensors.weights[here]
+        return join(weights if kept is None else weights[kept], tensors.master[span])
 
     def _chunks(self) -> Iterator[tuple[int, Tensors, slice, torch.Tensor | None, slice]]:
         """Yield by chunk: the segment's number and tensors, the chunk's place in the segment, its
@@ -114,16 +139,6 @@ class Update:
                 yield i, tensors, here, kept, slice(before, before + kept.numel())
                 before += kept.numel()
             done[segment.tensor] = segment.start + segment.numel, before
-
-
-def gather(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Return a copy of the kept ones of (numel,) values, (num_kept,)."""
-    if mask is None:
-        return values.clone()
-    parts = [
-        chunk[unpack(mask, chunk.numel(), i * CHUNK)] for i, chunk in enumerate(values.split(CHUNK))
-    ]
-    return torch.cat(parts)
 
 
 def _write(out: torch.Tensor, kept: torch.Tensor | None, values: torch.Tensor) -> None:

@@ -201,5 +201,5 @@ def load_state(folder: Path, engine: "Engine", position: Position) -> StateReade
     """Restore ``position`` in an engine that has the checkpoint's weights and mask: moments, fp32
     master weights, counters. Any world size and ZeRO stage."""
     reader = StateReader(folder)
-    engine.restore(reader.read, position.step, position.counters)
+    engine.restore(reader.kinds, reader.read, position.step, position.counters)
     return reader

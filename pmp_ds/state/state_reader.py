@@ -13,6 +13,7 @@ from pmp_ds.state.manifest import DamagedError
 from pmp_ds.ticket.mask import ParamMask
 
 MASKS_FILE = "state/masks.safetensors"
+_DTYPES = ("F32", "BF16", "I16")  # BF16: moments in fewer bits; I16: the lower bits of a master
 
 
 class StateReader:
@@ -35,22 +36,23 @@ class StateReader:
         return {part.partition("/")[0] for part in self._parts}
 
     def read(self, kind: str, name: str, first: int, count: int) -> torch.Tensor:
-        """Return elements [first, first + count) of parameter ``name``, (count,) fp32. For moments
-        and master weights, only kept elements are numbered; for scores, all."""
+        """Return elements [first, first + count) of parameter ``name``, (count,) fp32, or int16 for
+        the lower bits of master weights. For moments and master weights, only kept elements are
+        numbered; for scores, all."""
         parts = self._parts[f"{kind}/{name}"]
         pieces = []
         while count:
             start, number = parts[bisect_right(parts, first, key=lambda part: part[0]) - 1]
             stored = self._files[number].get_slice(f"{kind}/{name}/{start}")
             dtype, dimensions = stored.get_dtype(), len(stored.get_shape())
-            if dtype != "F32" or dimensions != 1:
+            if dtype not in _DTYPES or dimensions != 1:
                 raise DamagedError(
                     self._folder, f"{kind} of {name} is {dtype} in {dimensions} dimensions"
                 )
             piece = stored[first - start : first - start + count]
             if not piece.numel():
                 raise DamagedError(self._folder, f"{kind} of {name} ends before element {first}")
-            pieces.append(piece)
+            pieces.append(piece.float() if piece.is_floating_point() else piece)
             first, count = first + piece.numel(), count - piece.numel()
         return torch.cat(pieces) if pieces else torch.empty(0)
 

@@ -4,11 +4,12 @@ from typing import Any
 
 from pmp_ds import dist
 from pmp_ds.config import Config
+from pmp_ds.config.moments import moments_of
 from pmp_ds.config.precision import precision_of
 from pmp_ds.data.loader import order_key
 from pmp_ds.data.mixture import realised
 from pmp_ds.engine.cut import Cut
-from pmp_ds.engine.deepspeed_config import wants_compact_master, zero_stage
+from pmp_ds.engine.deepspeed_config import master_of, zero_stage
 from pmp_ds.model.parameters import num_params
 from pmp_ds.optim.rules import rule_of
 from pmp_ds.ticket.ticket import exact_k, load_ticket
@@ -75,14 +76,15 @@ def _memory(config: Config, ds_config: dict[str, Any], d: int, k: int, world: in
     weights = element * d / (world if stage >= 3 else 1)
     gradients = element * d / (world if stage >= 2 else 1)
     share = world if stage >= 1 else 1
-    kept = k if wants_compact_master(ds_config) else d
-    master = 0 if not precision.has_master and stage == 0 else 4 * kept / share
-    rule = rule_of(config.train)
-    moments, dense = (rule.moment_bytes(k) + d / 8) / share, rule.moment_bytes(d) / share
+    masters = {"dense": 4 * d, "compact": 4 * k, "split": 2 * k}
+    in_weights = not precision.has_master and stage == 0
+    master = 0 if in_weights else masters[master_of(ds_config)] / share
+    count, stored = len(rule_of(config.train).moments), moments_of(config.train)
+    moments, dense = (count * stored.num_bytes(k, d) + d / 8) / share, count * 4 * d / share
     mb = 1e6
     return (
         f"per rank {(weights + gradients + master + moments) / mb:,.1f} MB of model states: "
         f"weights {weights / mb:,.1f}, gradients {gradients / mb:,.1f}, master "
-        f"{master / mb:,.1f}, moments and mask {moments / mb:,.1f} (dense moments "
+        f"{master / mb:,.1f}, moments and mask {moments / mb:,.1f} (dense fp32 moments "
         f"{dense / mb:,.1f})"
     )

@@ -59,10 +59,10 @@ class SignDescent(MaskedOptimizer):
         return {}
 
     def __init__(
-        self, params: Params, lr: float, weight_decay: float = 0.0, *, compact_master: bool = False
+        self, params: Params, lr: float, weight_decay: float = 0.0, **storage: Any
     ) -> None:
         defaults = {"lr": lr, "weight_decay": weight_decay}
-        super().__init__(params, defaults, compact_master=compact_master)
+        super().__init__(params, defaults, **storage)
 
     def rule(
         self,

@@ -32,10 +32,22 @@ def config(case: Case) -> TrainConfig:
         weight_decay=0.1,
         clip_norm=0.3,
         precision=case.precision,
+        moments=case.moments,
         global_batch_size=GLOBAL,
         micro_batch_size=GLOBAL // case.accumulation // case.world_size,
         accumulate_fp32=case.accumulate_fp32,
     )
+
+
+BYTES = {
+    ("dense", "fp32"): 0.82,
+    ("compact", "fp32"): 0.72,
+    ("compact", "bf16"): 0.49,
+    ("split", "fp32"): 0.61,
+    ("split", "bf16"): 0.37,
+    ("dense", "int8"): 0.48,
+}
+"""Most bytes of master weights, moments and mask against the dense fp32 ones, padding included."""
 
 
 def build(case: Case) -> Any:
@@ -55,8 +67,8 @@ def ds_json(case: Case) -> dict[str, Any]:
         value["zero_optimization"]["offload_param"] = {"device": "cpu"}
     if case.precision == "fp16":
         value["fp16"] = {"initial_scale_power": 8}
-    if case.compact_master:
-        value["pmp_ds"] = {"compact_master": True}
+    if case.master != "dense":
+        value["pmp_ds"] = {"master": case.master}
     return value
 
 
@@ -103,8 +115,8 @@ def masked_norm(engine: Engine, mask: Any) -> float:
 
 
 def gather_master(engine: Engine) -> dict[str, torch.Tensor]:
-    """Gather the fp32 master weights of all ranks, by parameter; empty with a compact master."""
-    if engine.optimizer.compact_master:
+    """Gather the dense fp32 master weights of all ranks, by parameter; else nothing."""
+    if engine.optimizer.master != "dense":
         return {}
     local = [
         (f, engine.shards.flats[f.flat].detach().view(-1)[f.flat_start : f.flat_start + f.numel])
@@ -127,7 +139,7 @@ def state_bytes(engine: Engine) -> tuple[int, int]:
     """Return (ours, dense) bytes of master weights, moments and mask on this rank, with padding."""
     flats = engine.shards.flats
     # A compact master is part of state_bytes; its flats are the 16-bit weights.
-    master = 0 if engine.optimizer.compact_master else sum(flat.nbytes for flat in flats)
+    master = 0 if engine.optimizer.master != "dense" else sum(flat.nbytes for flat in flats)
     return engine.optimizer.state_bytes + master, 12 * sum(flat.numel() for flat in flats)
 
 
@@ -176,4 +188,4 @@ def test_case(request, case):
             torch.testing.assert_close(weight, weights[name], atol=1e-5, rtol=0)
     assert moved > 0.9 * mask.num_kept
     ours, dense = found["bytes"]
-    assert ours <= (0.72 if case.compact_master else 0.82) * dense
+    assert ours <= BYTES[case.master, case.moments] * dense

@@ -13,6 +13,7 @@ from pmp_ds.config import MaskConfig, TrainConfig
 from pmp_ds.discover.discover import random_ticket
 from pmp_ds.engine.engine import Engine
 from pmp_ds.model.parameters import parameter_table
+from pmp_ds.optim.kernels.batch import Master
 from tests.distributed.test_matrix import run_case
 from tests.helpers import tiny
 from tests.helpers.matrix import Case
@@ -29,12 +30,14 @@ class Setup:
     stage: int
     precision: str
     offload: bool = False
-    compact: bool = False
+    master: Master = "dense"
+    moments: str = "fp32"
 
     def __str__(self) -> str:
-        return (
-            f"{self.stage}-{self.precision}" + "-offload" * self.offload + "-compact" * self.compact
-        )
+        words = [str(self.stage), self.precision] + ["offload"] * self.offload
+        words += [self.master] * (self.master != "dense")
+        words += [f"{self.moments}-moments"] * (self.moments != "fp32")
+        return "-".join(words)
 
 
 SETUPS = (
@@ -46,10 +49,12 @@ SETUPS = (
         for precision in ("fp32", "bf16", "fp16")
     ),
     *(
-        Setup(stage, precision, compact=True)
+        Setup(stage, precision, master="compact")
         for stage in (1, 2, 3)
         for precision in ("bf16", "fp16")
     ),
+    *(Setup(stage, "bf16", o, "split", "bf16") for stage in (1, 2, 3) for o in (False, True)),
+    *(Setup(stage, "bf16", o, moments="int8") for stage in (1, 2, 3) for o in (False, True)),
 )
 DAILY = (
     Setup(0, "fp32"),
@@ -57,9 +62,11 @@ DAILY = (
     Setup(1, "fp32"),
     Setup(1, "fp16"),
     Setup(2, "bf16", offload=True),
-    Setup(2, "fp16", compact=True),
+    Setup(2, "fp16", master="compact"),
     Setup(3, "bf16"),
     Setup(3, "fp16", offload=True),
+    Setup(1, "bf16", master="split", moments="bf16"),
+    Setup(3, "bf16", moments="int8"),
 )
 FP16 = [setup for setup in SETUPS if setup.precision == "fp16"]
 
@@ -75,14 +82,15 @@ def armed(setup: Setup, **fp16: int) -> Engine:
         weight_decay=0.1,
         clip_norm=0.3,
         precision=setup.precision,
+        moments=setup.moments,
         global_batch_size=GLOBAL,
         micro_batch_size=GLOBAL // dist.world_size(),
     )
     ds_json = tiny.ds_json(setup.stage)
     if setup.offload:
         ds_json["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-    if setup.compact:
-        ds_json["pmp_ds"] = {"compact_master": True}
+    if setup.master != "dense":
+        ds_json["pmp_ds"] = {"master": setup.master}
     if setup.precision == "fp16":
         ds_json["fp16"] = {"initial_scale_power": 8} | fp16
     engine = Engine(tiny.model(), config, ds_json)
@@ -230,28 +238,44 @@ def test_update_in_which_the_loss_scale_grows(ranks2, setup):
         assert same(ours, expected)
 
 
-def case(stage: int, precision: str, offload: bool = False, accumulation: int = 1) -> Case:
+def case(
+    stage: int, precision: str, offload: bool = False, accumulation: int = 1, **bits: Any
+) -> Case:
     where = "optimizer" if offload else "none"
-    return Case(stage=stage, precision=precision, offload=where, accumulation=accumulation)
+    return Case(stage=stage, precision=precision, offload=where, accumulation=accumulation, **bits)
 
 
-AGREE: dict[str, tuple[Case, ...]] = {
-    f"{precision}, {accumulation}": tuple(
-        case(stage, precision, offload, accumulation)
-        for stage, offload in (
-            # Stage 2 adds up micro-batches after they are reduced, the others before.
-            [(0, False), (1, False), (1, True)] + [(2, False), (2, True)] * (accumulation == 1)
+AGREE: dict[str, tuple[Case, ...]] = (
+    {
+        f"{precision}, {accumulation}": tuple(
+            case(stage, precision, offload, accumulation)
+            for stage, offload in (
+                # Stage 2 adds up micro-batches after they are reduced, the others before.
+                [(0, False), (1, False), (1, True)] + [(2, False), (2, True)] * (accumulation == 1)
+            )
         )
-    )
-    for precision in ("fp32", "bf16")
-    for accumulation in (1, 2)
-} | {
-    f"{precision}, stage 3": (case(3, precision), case(3, precision, True))
-    for precision in ("fp32", "bf16", "fp16")
-}
+        for precision in ("fp32", "bf16")
+        for accumulation in (1, 2)
+    }
+    | {
+        f"{precision}, stage 3": (case(3, precision), case(3, precision, True))
+        for precision in ("fp32", "bf16", "fp16")
+    }
+    | {
+        # Random rounding depends on no rank's share; the blocks of 8-bit moments do.
+        "bf16 moments": tuple(
+            case(stage, "bf16", offload, moments="bf16")
+            for stage, offload in ((0, False), (1, False), (1, True), (2, False))
+        ),
+        "split master, bf16 moments": tuple(
+            case(stage, "bf16", offload, master="split", moments="bf16")
+            for stage, offload in ((1, False), (1, True), (2, False), (2, True))
+        ),
+    }
+)
 
 
-@pytest.mark.parametrize("name", daily(AGREE, ["fp32, 1", "bf16, 1"]))
+@pytest.mark.parametrize("name", daily(AGREE, ["fp32, 1", "bf16, 1", "bf16 moments"]))
 def test_stages_agree(ranks2, name):
     """Six updates give the same losses, norms, weights and masters to the bit, wherever the
     reduced gradients are the same."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pmp_ds.optim.kernels.batch import Master
+
 SUPPORT = Path(__file__).resolve().parents[2] / "docs" / "SUPPORT.md"
 ARCHITECTURES = "\n## Architectures\n"
 """Heading of the part that tests/helpers/families.py writes."""
@@ -23,7 +25,8 @@ class Case:
     offload: str = "none"  # none, optimizer, optimizer + parameters
     accumulation: int = 1
     accumulate_fp32: bool = False
-    compact_master: bool = False
+    master: Master = "dense"
+    moments: str = "fp32"
     option: str = "defaults"
     zero: dict[str, Any] = field(default_factory=dict)
     model: Model = "llama"
@@ -36,7 +39,8 @@ class Case:
         parts += [f"offload-{self.offload.replace(' + ', '-')}"] * (self.offload != "none")
         parts += [f"acc{self.accumulation}"] * (self.accumulation > 1)
         parts += ["fp32acc"] * self.accumulate_fp32
-        parts += ["compact"] * self.compact_master
+        parts += [self.master] * (self.master != "dense")
+        parts += [f"{self.moments}-moments"] * (self.moments != "fp32")
         parts += [self.option.replace(" ", "-")] * (self.option != "defaults")
         parts += [self.model] * (self.model != "llama")
         parts += [f"{self.world_size}ranks"] * (self.world_size != 2)
@@ -50,6 +54,19 @@ DAILY = {
     (2, "bf16", "optimizer"),
     (3, "fp32", "none"),
     (3, "bf16", "optimizer + parameters"),
+}
+FEWER_BITS: tuple[tuple[str, Master, str], ...] = (
+    ("bf16", "compact", "fp32"),
+    ("fp16", "compact", "fp32"),
+    ("bf16", "split", "fp32"),
+    ("bf16", "split", "bf16"),
+    ("bf16", "dense", "int8"),
+    ("fp16", "compact", "bf16"),
+)
+DAILY_BITS = {
+    (2, "none", "compact", "fp32"),
+    (1, "optimizer", "split", "bf16"),
+    (3, "none", "dense", "int8"),
 }
 OPTIONS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "no reduce_scatter": ((1, 2, 3), {"reduce_scatter": False}),
@@ -77,17 +94,21 @@ def _cases() -> Iterator[Case]:
                 quick = (stage, precision, offload) in DAILY
                 yield Case(stage=stage, precision=precision, offload=offload, quick=quick)
                 yield Case(stage=stage, precision=precision, offload=offload, accumulation=2)
-        for precision in PRECISIONS[1:]:
+        for precision, master, moments in FEWER_BITS:
             for offload in offloads:
-                quick = (stage, precision, offload) == (2, "bf16", "none")
+                quick = (stage, offload, master, moments) in DAILY_BITS
+                quick = quick and precision == "bf16"
                 yield Case(
                     stage=stage,
                     precision=precision,
                     offload=offload,
-                    compact_master=True,
+                    master=master,
+                    moments=moments,
                     quick=quick,
                 )
-            yield Case(stage=stage, precision=precision, accumulation=2, compact_master=True)
+            yield Case(
+                stage=stage, precision=precision, accumulation=2, master=master, moments=moments
+            )
         for precision in PRECISIONS[1:]:
             if (stage, precision) != (1, "bf16"):
                 yield Case(
@@ -155,8 +176,10 @@ def _kind(case: Case) -> str:
     if case.accumulation > 1:
         where = "fp32" if case.accumulate_fp32 else "the training precision"
         parts.append(f"gradients accumulated in {where}")
-    if case.compact_master:
-        parts.append("compact fp32 master")
+    if case.master != "dense":
+        parts.append(f"{case.master} fp32 master")
+    if case.moments != "fp32":
+        parts.append(f"{case.moments} moments")
     if case.option != "defaults":
         parts.append(case.option)
     if case.model != "llama":

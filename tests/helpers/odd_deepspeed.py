@@ -92,7 +92,8 @@ def every_key(model: Any = None, above: str = "") -> Iterator[str]:
 
 
 def odd() -> Iterator[Odd]:
-    every = dict.fromkeys([*every_key(), *REFUSED, OWN_SECTION, f"{OWN_SECTION}.compact_master"])
+    own = [OWN_SECTION, f"{OWN_SECTION}.compact_master", f"{OWN_SECTION}.master"]
+    every = dict.fromkeys([*every_key(), *REFUSED, *own])
     for key in every:
         for value in VALUES:
             yield Odd("value", _nested(key, value), f"{key} = {value}")

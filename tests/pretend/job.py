@@ -37,7 +37,8 @@ class Setup:
     ranks: int = 1
     offload: bool = False
     layers: int = 2
-    compact: bool = False
+    master: str = "dense"
+    moments: str = "fp32"
 
     def __repr__(self) -> str:
         changed = [f for f in fields(self) if getattr(self, f.name) != f.default]
@@ -46,7 +47,9 @@ class Setup:
     def __str__(self) -> str:
         words = [f"stage {self.stage}", self.precision]
         words += ["2 ranks"] * (self.ranks == 2)
-        words += ["offload"] * self.offload + ["compact master"] * self.compact
+        words += ["offload"] * self.offload
+        words += [f"{self.master} master"] * (self.master != "dense")
+        words += [f"{self.moments} moments"] * (self.moments != "fp32")
         words += [f"{self.num_tensors} tensors"] * (self.layers > 2)
         return ", ".join(words)
 
@@ -70,7 +73,7 @@ class Setup:
             }
         if self.offload:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-        own = {"pmp_ds": {"compact_master": True}} if self.compact else {}
+        own = {"pmp_ds": {"master": self.master}} if self.master != "dense" else {}
         return {"zero_optimization": zero} | own
 
 

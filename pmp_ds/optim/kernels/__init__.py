@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from pmp_ds.optim.kernels import compiler, cpu
-from pmp_ds.optim.kernels.batch import DTYPES, Batch, Coefficients, Tensors
+from pmp_ds.optim.kernels.batch import DTYPES, Batch, Coefficients, Master, Tensors
 
 
 class Kernels(Protocol):
@@ -38,16 +38,16 @@ class Kernels(Protocol):
         ...
 
 
-def kernels_for(tensors: Sequence[torch.Tensor], *, compact_master: bool) -> Kernels | None:
+def kernels_for(tensors: Sequence[torch.Tensor], *, master: Master) -> Kernels | None:
     """Return the operators that update the tensors of an optimizer, or None if only torch
-    operations can: fp32 master weights, or with ``compact_master`` weights of any of DTYPES (ZeRO
-    arms with fp32 flats, and then puts 16-bit weights in their place)."""
+    operations can: dense fp32 master weights, or with another ``master`` weights of any of DTYPES
+    (ZeRO arms with fp32 flats, and then puts 16-bit weights in their place)."""
     if not tensors:
         return None
     device, dtype = tensors[0].device, tensors[0].dtype
     if any(t.device != device or t.dtype != dtype for t in tensors) or dtype not in DTYPES:
         return None
-    if dtype != torch.float32 and not compact_master:
+    if dtype != torch.float32 and master == "dense":
         return None
     if device.type == "cpu":
         return cpu if compiler.library() is not None else None

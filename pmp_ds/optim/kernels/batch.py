@@ -8,14 +8,21 @@ every update: tensors may have moved since the last one.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
+from pmp_ds.config.moments import BLOCK, FP32, MomentFormat
 from pmp_ds.optim.kernels import checks
+from pmp_ds.optim.low_bit import key_of
 
-BLOCK = 1024  # elements; a multiple of 16
+Master = Literal["dense", "compact", "split"]
+"""Where fp32 master weights are: of all elements; of the kept ones; or the lower bits of the kept
+ones, whose upper bits are the bf16 weights (low_bit.py)."""
+MASTERS: dict[Master, int] = {"dense": 0, "compact": 1, "split": 2}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SPLIT = torch.bfloat16
+"""The dtype of the weights that a master weight can be split into."""
 TYPES: dict[torch.dtype | None, int] = {
     None: 0,
     torch.float32: 1,
@@ -38,11 +45,13 @@ class Coefficients(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Elements [start, start + numel) of one tensor."""
+    """Elements [start, start + numel) of one tensor; they are elements of one parameter too."""
 
     tensor: int  # its number in the caller's list
     start: int
     numel: int
+    place: int = 0  # of the first element in the parameter
+    stream: int = 0  # of the parameter's random bits: low_bit.stream_of
 
 
 class Layout:
@@ -62,6 +71,7 @@ class Layout:
         self.begin = torch.tensor([s.start for s in segments], dtype=torch.int64, device=device)
         numel = torch.tensor([s.numel for s in segments], dtype=torch.int64, device=device)
         self.end = self.begin + numel
+        self.place = torch.tensor([s.place for s in segments], dtype=torch.int64, device=device)
         self._blocks = -(-numel // BLOCK)
         numbers = torch.arange(len(segments), device=device)
         segment = numbers.repeat_interleave(self._blocks)
@@ -122,8 +132,9 @@ class Tensors:
 
     gradient: torch.Tensor | None  # (numel,) fp32, bf16 or fp16; None: nothing is updated
     weights: torch.Tensor | None  # (numel,) what the model computes with, unless that is `master`
-    master: torch.Tensor  # fp32: (numel,), or compact as the moments are
-    moments: tuple[torch.Tensor, ...]  # fp32, (number of kept elements,) of the whole tensor
+    master: torch.Tensor  # fp32, (numel,) or compact as the moments are; split: int16, compact
+    moments: tuple[torch.Tensor, ...]  # (number of kept elements,) of the whole tensor
+    exponents: tuple[torch.Tensor, ...]  # of 8-bit moments: (num_blocks,) uint8 of the segment
     mask: torch.Tensor | None  # packed, of the whole tensor
     state: dict[str, Any]  # of the whole tensor, with `step`
     group: dict[str, Any]  # its hyper-parameters
@@ -136,22 +147,39 @@ class Batch:
     misread. Does not wait for the device.
     """
 
-    def __init__(self, layout: Layout, tensors: Sequence[Tensors], *, compact_master: bool) -> None:
-        self.layout, self.tensors, self.compact_master = layout, tuple(tensors), compact_master
+    def __init__(
+        self,
+        layout: Layout,
+        tensors: Sequence[Tensors],
+        *,
+        master: Master = "dense",
+        moments: MomentFormat = FP32,
+    ) -> None:
+        self.layout, self.tensors = layout, tuple(tensors)
+        self.master, self.moments = master, moments
         for segment, each in zip(layout.segments, tensors, strict=True):
             self._check(segment, each)
         self.gradient_dtype = _common("the gradient", [t.gradient for t in tensors])
         self.weight_dtype = _common("the weights", [t.weights for t in tensors])
         columns = [
-            (t.gradient, t.weights, t.master, t.moments[0], t.moments[1], t.mask) for t in tensors
+            (t.gradient, t.weights, t.master, *t.moments, t.mask, *(t.exponents or (None, None)))
+            for t in tensors
         ]
         table = [[0 if one is None else one.data_ptr() for one in column] for column in columns]
-        self.addresses = self._to_device(torch.tensor(table, dtype=torch.int64).view(-1, 6).t())
-        """(6, num_segments) int64: a row for each kind of tensor, 0 for none."""
+        self.addresses = self._to_device(torch.tensor(table, dtype=torch.int64).view(-1, 8).t())
+        """(8, num_segments) int64: a row for each kind of tensor, 0 for none."""
 
     def on_device(self, rows: Sequence[Coefficients]) -> torch.Tensor:
-        """Return the coefficients of each segment, (num_segments, 8) fp32."""
-        return self._to_device(torch.tensor(rows, dtype=torch.float64).float())
+        """Return the coefficients of each segment, fp32, and the two keys of its random bits as
+        they are, (num_segments, 10) fp32."""
+        numbers = torch.tensor(rows, dtype=torch.float64).float()
+        keys = [(0, 0)] * len(rows)
+        if self.moments is not FP32:
+            steps = [int(t.state["step"]) for t in self.tensors]
+            streams = [s.stream for s in self.layout.segments]
+            keys = [key_of(stream, step) for stream, step in zip(streams, steps, strict=True)]
+        bits = torch.tensor(keys, dtype=torch.int64).view(-1, 2).int().view(torch.float32)
+        return self._to_device(torch.cat([numbers, bits], dim=1))
 
     def factor(self, factor: torch.Tensor | None) -> torch.Tensor:
         """Return what gradients are multiplied by, () fp32; 1 for None."""
@@ -169,15 +197,23 @@ class Batch:
         if each.mask is not None:
             checks.packed(each.mask, numel, device, segment.start)
         compact = {f"moment {i}": moment for i, moment in enumerate(each.moments)}
-        if self.compact_master:
-            compact["the master"] = each.master
-        else:
+        dtypes = dict.fromkeys(compact, self.moments.dtype)
+        if self.master == "dense":
             checks.require("the master", each.master, (torch.float32,), numel, device)
+        else:
+            compact["the master"] = each.master
+            dtypes["the master"] = torch.float32 if self.master == "compact" else torch.int16
         length, needed = each.moments[0].numel(), self.layout.needed[segment.tensor]
         for name, tensor in compact.items():
-            checks.require(name, tensor, (torch.float32,), length, device)
+            checks.require(name, tensor, (dtypes[name],), length, device)
             if length < needed:
                 raise ValueError(f"{name}: {length} elements, needed {needed}")
+        for i, exponents in enumerate(each.exponents):
+            checks.require(f"exponents {i}", exponents, (torch.uint8,), -(-numel // BLOCK), device)
+        if len(each.exponents) != len(each.moments) * self.moments.has_exponents:
+            raise ValueError(f"{len(each.exponents)} tensors of exponents")
+        if self.master == "split" and (each.weights is None or each.weights.dtype != SPLIT):
+            raise ValueError("a split master needs bf16 weights")
 
     def _to_device(self, host: torch.Tensor) -> torch.Tensor:
         host = host.contiguous()

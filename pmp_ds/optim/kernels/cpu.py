@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from pmp_ds.optim.kernels import compiler
-from pmp_ds.optim.kernels.batch import BLOCK, TYPES, Batch, Coefficients
+from pmp_ds.optim.kernels.batch import BLOCK, MASTERS, TYPES, Batch, Coefficients
 
 
 class CBatch(ctypes.Structure):
@@ -16,11 +16,12 @@ class CBatch(ctypes.Structure):
         ("num_blocks", ctypes.c_int64),
         ("num_segments", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("segment", "first", "kept_before", "kept_count")),
-        *((name, ctypes.c_void_p) for name in ("begin", "end", "addresses", "coefficients")),
-        ("factor", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("begin", "end", "place", "addresses")),
+        *((name, ctypes.c_void_p) for name in ("coefficients", "factor")),
         ("gradient_type", ctypes.c_int32),
         ("weight_type", ctypes.c_int32),
-        ("compact_master", ctypes.c_int32),
+        ("master", ctypes.c_int32),
+        ("moments", ctypes.c_int32),
     ]
 
     @classmethod
@@ -40,12 +41,14 @@ class CBatch(ctypes.Structure):
             kept_count=layout.kept_count.data_ptr(),
             begin=layout.begin.data_ptr(),
             end=layout.end.data_ptr(),
+            place=layout.place.data_ptr(),
             addresses=batch.addresses.data_ptr(),
             coefficients=None if coefficients is None else coefficients.data_ptr(),
             factor=None if factor is None else factor.data_ptr(),
             gradient_type=TYPES[batch.gradient_dtype],
             weight_type=TYPES[batch.weight_dtype],
-            compact_master=batch.compact_master,
+            master=MASTERS[batch.master],
+            moments=batch.moments.number,
         )
 
 

@@ -17,12 +17,15 @@ import torch
 import triton
 import triton.language as tl
 
-from pmp_ds.optim.kernels.batch import BLOCK, TYPES, Batch, Coefficients
+from pmp_ds.optim.kernels.batch import BLOCK, MASTERS, TYPES, Batch, Coefficients
+from pmp_ds.optim.kernels.cuda_low_bit import join, moments, random_words, split, store_moments
 
 WARPS = 8
 _FP32, _BF16, _FP16 = (
     tl.constexpr(TYPES[t]) for t in (torch.float32, torch.bfloat16, torch.float16)
 )
+_DENSE, _SPLIT = (tl.constexpr(MASTERS[where]) for where in ("dense", "split"))
+_ROW = tl.constexpr(10)  # of coefficients: eight numbers and two keys
 
 
 def supports(dtype: torch.dtype) -> bool:
@@ -35,7 +38,16 @@ def masked_adamw(
 ) -> None:
     """Make one AdamW step on the kept elements of all segments with a gradient, in place."""
     on_device, times = batch.on_device(coefficients), batch.factor(factor)
-    _launch(_masked_adamw, batch, on_device, times, **_types(batch), COMPACT=batch.compact_master)
+    _launch(
+        _masked_adamw,
+        batch,
+        batch.layout.place,
+        on_device,
+        times,
+        **_types(batch),
+        MASTER=MASTERS[batch.master],
+        MOMENTS=batch.moments.number,
+    )
 
 
 def sums_of_squares(batch: Batch) -> torch.Tensor:
@@ -128,11 +140,13 @@ def _masked_adamw(
     end,
     addresses,
     num_segments,
+    places,
     coefficients,
     factor,
     GRADIENT: tl.constexpr,
     WEIGHTS: tl.constexpr,
-    COMPACT: tl.constexpr,
+    MASTER: tl.constexpr,
+    MOMENTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     times = tl.load(factor)
@@ -151,23 +165,36 @@ def _masked_adamw(
         )
         g = g * times
         row = addresses + number
-        master = tl.load(row + 2 * num_segments).to(tl.pointer_type(tl.float32))
-        exp_avg = tl.load(row + 3 * num_segments).to(tl.pointer_type(tl.float32)) + compact
-        exp_avg_sq = tl.load(row + 4 * num_segments).to(tl.pointer_type(tl.float32)) + compact
-        master += compact if COMPACT else place
-        c = coefficients + number * 8
-        p = tl.load(master, mask=kept)
-        m = tl.load(exp_avg, mask=kept)
-        v = tl.load(exp_avg_sq, mask=kept)
+        weights = tl.load(row + num_segments)
+        master = tl.load(row + 2 * num_segments)
+        exp_avg = tl.load(row + 3 * num_segments)
+        exp_avg_sq = tl.load(row + 4 * num_segments)
+        in_segment = (tl.load(first + tl.program_id(0)) - tl.load(begin + number)) // BLOCK
+        exponent = tl.load(row + 6 * num_segments) + in_segment
+        exponent_sq = tl.load(row + 7 * num_segments) + in_segment
+        c = coefficients + number * _ROW
+        if MASTER == _SPLIT:
+            high = tl.load(weights.to(tl.pointer_type(tl.int16)) + place, mask=kept, other=0)
+            low = tl.load(master.to(tl.pointer_type(tl.int16)) + compact, mask=kept, other=0)
+            p = join(high, low)
+        else:
+            where = place if MASTER == _DENSE else compact
+            p = tl.load(master.to(tl.pointer_type(tl.float32)) + where, mask=kept)
+        m = moments(exp_avg, exponent, compact, kept, 15, MOMENTS)
+        v = moments(exp_avg_sq, exponent_sq, compact, kept, 31, MOMENTS)
         m = m * tl.load(c + 1) + g * tl.load(c + 2)
         v = v * tl.load(c + 3) + g * g * tl.load(c + 4)
         denominator = tl.div_rn(tl.sqrt_rn(v), tl.load(c + 6)) + tl.load(c + 7)
         p = p * tl.load(c) + tl.div_rn(m * tl.load(c + 5), denominator)
-        tl.store(exp_avg, m, mask=kept)
-        tl.store(exp_avg_sq, v, mask=kept)
-        tl.store(master, p, mask=kept)
+        word = random_words(tl.load(places + number) + place, c + 8, MOMENTS)
+        store_moments(m, exp_avg, exponent, compact, kept, word & 0xFFFF, 15, MOMENTS)
+        store_moments(v, exp_avg_sq, exponent_sq, compact, kept, word >> 16, 31, MOMENTS)
+        if MASTER == _SPLIT:
+            tl.store(master.to(tl.pointer_type(tl.int16)) + compact, split(p), mask=kept)
+        else:
+            where = place if MASTER == _DENSE else compact
+            tl.store(master.to(tl.pointer_type(tl.float32)) + where, p, mask=kept)
         if WEIGHTS != 0:
-            weights = tl.load(row + num_segments)
             kept = kept & (weights != 0)
             if WEIGHTS == _BF16:
                 rounded = weights.to(tl.pointer_type(tl.int16)) + place

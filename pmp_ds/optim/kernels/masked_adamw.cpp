@@ -29,6 +29,7 @@ constexpr int64_t kBytes = kBlock / 8 + 8;
 
 struct Coefficients {  // batch.py computes them in double precision
   float decay, beta1, grad_weight, beta2, grad_sq_weight, minus_step_size, sqrt_correction2, eps;
+  uint32_t key[2];  // of the random bits
 };
 
 // One step on n contiguous values.
@@ -157,6 +158,108 @@ constexpr bool has_fp16 = false;
 void widen_fp16(const uint16_t*, int64_t, float*) {}
 void narrow_fp16(const float*, int64_t, uint16_t*) {}
 #endif
+
+// Fewer bits for moments and master weights: low_bit.py says what each does.
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+inline float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint32_t mix(uint32_t x) {
+  x ^= x >> 16;
+  x *= 0x7FEB352Du;
+  x ^= x >> 15;
+  x *= 0x846CA68Bu;
+  return x ^ (x >> 16);
+}
+
+// 32 random bits for each of n elements from `place` of the parameter on, as bits of floats.
+CLONES void random_words(int64_t place, int64_t n, const uint32_t* key, float* out) {
+  const uint32_t first = key[0], second = key[1];
+  for (int64_t i = 0; i < n; ++i) {
+    const uint64_t where = static_cast<uint64_t>(place + i);
+    const uint32_t x = mix(static_cast<uint32_t>(where) ^ first);
+    const uint32_t word = mix(x + static_cast<uint32_t>(where >> 32) + second);
+    std::memcpy(out + i, &word, 4);
+  }
+}
+
+// Use the bits of `random` from `shift` on.
+CLONES void round_to_bf16(const float* in, const float* random, int shift, int64_t n,
+                          uint16_t* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t word = bits_of(random[i]) >> shift & 0xFFFF;
+    const uint32_t rounded = (bits_of(in[i]) + word) >> 16;
+    out[i] = static_cast<uint16_t>(in[i] != in[i] ? 0x7FC0 : rounded);
+  }
+}
+
+constexpr int kDropped = 20;  // bits of an fp32 mantissa that an 8-bit moment lacks
+
+CLONES int shared_exponent(const float* values, int64_t n) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t size = bits_of(values[i]) & 0x7FFFFFFF;
+    largest = size > largest ? size : largest;
+  }
+  const int exponent = static_cast<int>((largest + (1u << kDropped) - 1) >> 23);
+  return std::min(std::max(exponent, 40), 254);
+}
+
+CLONES void to_codes(const float* in, const float* random, int shift, bool has_sign, int shared,
+                     int64_t n, uint8_t* out) {
+  const int top = has_sign ? 15 : 31, largest = 8 * top + 7;
+  const float inverse_step = float_of(static_cast<uint32_t>(256 + top - shared) << 23);
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = bits_of(in[i]), size = bits & 0x7FFFFFFF;
+    const uint32_t word = bits_of(random[i]) >> shift & 0xFFFF;
+    const int normal = static_cast<int>((size + word * 16) >> kDropped) - ((shared - top) << 3);
+    const float steps = std::min(float_of(size) * inverse_step, 8.0f);
+    const int small = static_cast<int>(steps + static_cast<float>(word) * 0x1p-16f);
+    const bool is_normal = static_cast<int>(size >> 23) >= shared - top + 1;
+    int code = std::min(is_normal ? normal : small, largest);
+    if (has_sign) {
+      code |= static_cast<int>(bits >> 31 << 7);
+    } else if (code == 0 && size != 0) {
+      code = 1;
+    }
+    out[i] = static_cast<uint8_t>(code);
+  }
+}
+
+CLONES void from_codes(const uint8_t* in, bool has_sign, int shared, int64_t n, float* out) {
+  const int top = has_sign ? 15 : 31;
+  for (int64_t i = 0; i < n; ++i) {
+    const int code = in[i], size = has_sign ? code & 0x7F : code, exponent = size >> 3;
+    const int mantissa = (size & 7) + (exponent > 0 ? 8 : 0);
+    const int step = shared - top - 2 + (exponent > 0 ? exponent - 1 : 0);
+    const float value = static_cast<float>(mantissa) * float_of(static_cast<uint32_t>(step) << 23);
+    out[i] = has_sign && code >> 7 ? -value : value;
+  }
+}
+
+// The master weights of n bf16 weights, which are given as fp32.
+CLONES void join(const float* weights, const uint16_t* low, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t high = bits_of(weights[i]) >> 16;
+    out[i] = float_of((high - (low[i] >> 15)) << 16 | low[i]);
+  }
+}
+
+CLONES void split(const float* in, int64_t n, uint16_t* low) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = bits_of(in[i]), lower = bits & 0xFFFF;
+    low[i] = static_cast<uint16_t>(lower == 0x8000 ? 0x7FFF + 2 * (bits >> 16 & 1) : lower);
+  }
+}
+
 enum Type : int { kNone = 0, kFp32 = 1, kBf16 = 2, kFp16 = 3 };  // batch.py
 
 // Return n values of a type from element i on, as fp32: in place where they are fp32 already.
@@ -235,16 +338,19 @@ struct Batch {
   const int32_t* kept_count;   // and in it
   const int64_t* begin;        // of each segment: its first element in the tensor
   const int64_t* end;
+  const int64_t* place;  // of its first element in the parameter
   const int64_t* addresses;
   const Coefficients* coefficients;  // of each segment
   const float* factor;               // of all gradients; NaN: nothing is updated
-  int32_t gradient_type, weight_type, compact_master;
+  int32_t gradient_type, weight_type, master, moments;
 };
 }
 
 namespace {
 
-enum Row : int { kGradient, kWeights, kMaster, kExpAvg, kExpAvgSq, kMask };
+enum Row : int { kGradient, kWeights, kMaster, kExpAvg, kExpAvgSq, kMask, kExponents };
+enum Master : int { kDense, kCompact, kSplit };             // batch.py
+enum Moments : int { kIn32 = 1, kIn16 = 2, kIn8 = 3 };  // config/moments.py
 
 class Block {
  public:
@@ -275,15 +381,26 @@ class Block {
 
   void update(float factor) const {
     alignas(64) float dense[kBlock + kSlack], scaled[kBlock + kSlack], weights[kBlock + kSlack];
+    alignas(64) float exp_avg[kBlock], exp_avg_sq[kBlock], random[kBlock + kSlack];
+    const Coefficients& c = batch_.coefficients[segment_];
     const float* found = gradients(dense, scaled);
     for (int64_t i = 0; i < kept_count_; ++i) scaled[i] = found[i] * factor;
-    const bool gathered = masked_ && !batch_.compact_master;
-    float* master = at<float>(kMaster) + (batch_.compact_master ? kept_before_ : offset_);
-    if (gathered) compact(master, mask_, size_, weights);
-    float* values = gathered ? weights : master;
-    adamw(values, scaled, at<float>(kExpAvg) + kept_before_, at<float>(kExpAvgSq) + kept_before_,
-          kept_count_, batch_.coefficients[segment_]);
-    if (gathered) expand(weights, mask_, size_, master);
+    float* values = master(dense, weights);
+    float* m = moments(kExpAvg, exp_avg);
+    float* v = moments(kExpAvgSq, exp_avg_sq);
+    adamw(values, scaled, m, v, kept_count_, c);
+    if (batch_.moments != kIn32) {
+      const int64_t place = batch_.place[segment_] + offset_;
+      random_words(place, size_, c.key, masked_ ? dense : random);
+      if (masked_) compact(dense, mask_, size_, random);
+      store_moments(kExpAvg, m, random, 0);
+      store_moments(kExpAvgSq, v, random, 16);
+    }
+    if (batch_.master == kDense && masked_) {
+      expand(values, mask_, size_, at<float>(kMaster) + offset_);
+    } else if (batch_.master == kSplit) {
+      split(values, kept_count_, at<uint16_t>(kMaster) + kept_before_);
+    }
     if (at<void>(kWeights) == nullptr) return;
     if (masked_) {
       const float* old = wide(at<void>(kWeights), batch_.weight_type, offset_, size_, dense);
@@ -305,6 +422,52 @@ class Block {
     if (!masked_) return all;
     compact(all, mask_, size_, compacted);
     return compacted;
+  }
+
+  // The fp32 master weights of the kept elements, in place where they lie next to each other.
+  float* master(float* dense, float* out) const {
+    if (batch_.master == kCompact) return at<float>(kMaster) + kept_before_;
+    if (batch_.master == kDense) {
+      float* all = at<float>(kMaster) + offset_;
+      if (!masked_) return all;
+      compact(all, mask_, size_, out);
+      return out;
+    }
+    const float* high = wide(at<void>(kWeights), batch_.weight_type, offset_, size_, dense);
+    if (masked_) {
+      compact(high, mask_, size_, out);
+      high = out;
+    }
+    join(high, at<uint16_t>(kMaster) + kept_before_, kept_count_, out);
+    return out;
+  }
+
+  // The moments of the kept elements: in place in fp32, else in `buffer`.
+  float* moments(Row row, float* buffer) const {
+    if (batch_.moments == kIn32) return at<float>(row) + kept_before_;
+    if (batch_.moments == kIn16) {
+      widen_bf16(at<uint16_t>(row) + kept_before_, kept_count_, buffer);
+    } else {
+      from_codes(at<uint8_t>(row) + kept_before_, row == kExpAvg, *exponent(row), kept_count_,
+                 buffer);
+    }
+    return buffer;
+  }
+
+  void store_moments(Row row, const float* values, const float* random, int shift) const {
+    if (batch_.moments == kIn16) {
+      round_to_bf16(values, random, shift, kept_count_, at<uint16_t>(row) + kept_before_);
+      return;
+    }
+    const int shared = shared_exponent(values, kept_count_);
+    *exponent(row) = static_cast<uint8_t>(shared);
+    to_codes(values, random, shift, row == kExpAvg, shared, kept_count_,
+             at<uint8_t>(row) + kept_before_);
+  }
+
+  // What the 8-bit moments of this block share.
+  uint8_t* exponent(Row row) const {
+    return at<uint8_t>(static_cast<Row>(kExponents + (row - kExpAvg))) + offset_ / kBlock;
   }
 
   const Batch& batch_;

@@ -14,6 +14,7 @@ import torch
 
 from pmp_ds import dist
 from pmp_ds.optim.kernels.batch import Segment
+from pmp_ds.optim.low_bit import stream_of
 from pmp_ds.ticket.mask import ParamMask, pack
 
 
@@ -30,7 +31,7 @@ class Fragment:
 
     @property
     def segment(self) -> Segment:
-        return Segment(self.flat, self.flat_start, self.numel)
+        return Segment(self.flat, self.flat_start, self.numel, self.start, stream_of(self.name))
 
     def of(self, flat: torch.Tensor) -> torch.Tensor:
         """Return its part of a 1-D tensor as long as its flat, a view."""
@@ -41,7 +42,7 @@ class ZeroShards(Protocol):
     """This rank's share of the model, and what DeepSpeed's ``step`` does besides the update."""
 
     flats: list[torch.Tensor]
-    """What the client optimizer steps: fp32, or with a compact master 16-bit."""
+    """What the client optimizer steps: fp32, or with a compact or split master 16-bit."""
     fragments: list[Fragment]
     """In flat order."""
     groups: list[int]

@@ -19,8 +19,7 @@ from pmp_ds.ticket import topk
 from pmp_ds.ticket.counting import Counting, CpuCounting, Scores, counting_for
 
 _BLOCK_TABLES = 4 + 8 + 8 + 4  # bytes per block: segment, first, kept_before, kept_count
-_ADDRESSES, _COEFFICIENTS = (6 + 2) * 8, 8 * 4  # bytes per segment; addresses, begin, end
-_MOMENTS = 2
+_ADDRESSES, _COEFFICIENTS = (8 + 3) * 8, 10 * 4  # bytes per segment; addresses, begin, end, place
 
 supports = cpu.supports
 
@@ -59,11 +58,16 @@ def _launch(batch: Batch, name: str, *, updates: bool, out: Sequence[torch.Tenso
         moved += kept * each.gradient.itemsize
         moved += numel // 8 if each.mask is not None else 0
         if updates:
-            written = [each.master, *each.moments]
+            written = [each.master, *each.moments, *each.exponents]
             reads += written
-            moved += kept * (1 + _MOMENTS) * 4 * 2
+            moved += kept * sum(one.itemsize for one in (each.master, *each.moments)) * 2
+            moved += sum(exponents.nbytes for exponents in each.exponents) * 2
             if each.weights is not None:
                 written.append(each.weights)
+                moved += kept * each.weights.itemsize
+            if batch.master == "split":
+                assert each.weights is not None
+                reads.append(each.weights)
                 moved += kept * each.weights.itemsize
             writes += written
     torch.ops.pretend.launch([t.detach() for t in reads], [t.detach() for t in writes], name, moved)

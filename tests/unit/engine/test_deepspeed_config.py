@@ -8,9 +8,9 @@ import pytest
 from pmp_ds.config import TrainConfig
 from pmp_ds.engine.deepspeed_config import (
     OWN_SECTION,
+    master_of,
     merge,
     read_json,
-    wants_compact_master,
     zero_stage,
 )
 from pmp_ds.errors import UserError
@@ -320,8 +320,8 @@ def test_shipped_json(path, precision):
     ds_config = read_json(path)
     for name in OWNED:
         assert ds_config.get(name, "auto") == "auto", f"{path.name}: {name} is the recipe's"
-    if wants_compact_master(ds_config) and precision == "fp32":
-        with pytest.raises(UserError, match="compact_master needs bf16 or fp16"):
+    if master_of(ds_config) != "dense" and precision == "fp32":
+        with pytest.raises(UserError, match="master compact needs bf16 or fp16"):
             merge(ds_config, TrainConfig(precision=precision), 1)
         return
     merged = merge(ds_config, TrainConfig(precision=precision), 1)

@@ -34,7 +34,7 @@ def test_odd_values_of_every_key(tmp_path: Path):
         if one.kind == "misspelt":
             assert (
                 "does not know this key" in words
-                or "only compact_master" in words
+                or "only master" in words
                 or (
                     "remove it" in words  # the section above is refused already
                 )
@@ -164,3 +164,7 @@ def test_the_section_of_ours():
     assert OWN_SECTION not in deepspeed_keys._top().model_fields
     (line,) = refusal({OWN_SECTION: {"compact_master": 1}})
     assert line == "pmp_ds.compact_master is 1; it must be true or false"
+    (line,) = refusal({OWN_SECTION: {"master": "halved"}})
+    assert line == 'pmp_ds.master is "halved"; it must be one of dense, compact, split'
+    (line,) = refusal({OWN_SECTION: {"master": "split", "compact_master": True}})
+    assert line == "pmp_ds has both master and compact_master; keep master"

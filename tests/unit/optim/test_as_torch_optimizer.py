@@ -17,7 +17,7 @@ def armed(dtype: torch.dtype, kind: type[MaskedOptimizer] = MaskedAdamW) -> Mask
     generator = torch.Generator().manual_seed(1)
     weights = torch.randn(7, generator=generator).to(dtype).requires_grad_()
     compact = dtype != torch.float32
-    optimizer = kind([weights], lr=0.1, compact_master=compact)  # type: ignore[call-arg]
+    optimizer = kind([weights], lr=0.1, master="compact" if compact else "dense")  # type: ignore[call-arg]
     optimizer.arm({weights: pack(KEPT)})
     return optimizer
 

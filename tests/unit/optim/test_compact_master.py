@@ -32,7 +32,7 @@ def test_equals_a_dense_master(numel, density, dtype, gradient_dtype):
     initial = torch.randn(numel, generator=generator).to(dtype)
     kept = torch.rand(numel, generator=generator) < (1.0 if density is None else density)
     weights = initial.clone().requires_grad_()
-    optimizer = MaskedAdamW([weights], **GROUP, compact_master=True)
+    optimizer = MaskedAdamW([weights], **GROUP, master="compact")
     optimizer.arm({weights: None if density is None else pack(kept)})
     master = initial[kept].float()
     m, v = torch.zeros_like(master), torch.zeros_like(master)

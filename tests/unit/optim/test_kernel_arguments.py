@@ -163,7 +163,7 @@ def test_mask_that_changed_in_memory(kind: str, what: str) -> None:
         if operators is cpu and what == "one bit":  # in the block of elements 1049 to 2073
             assert not unchanged(ours.memory[:of_tensor], before[:of_tensor])
             changed = ours.memory[3] != expected.memory[3]
-            num_kept = int(ours.layout().kept_count[3]) if ours.compact_master else 1024
+            num_kept = int(ours.layout().kept_count[3]) if ours.kind.master == "compact" else 1024
             assert 0 < int(changed.sum()) <= num_kept + 1
 
 

@@ -78,7 +78,7 @@ def test_no_segments(operators):
 def test_step_is_the_reference(kind, density, operators, monkeypatch):
     """To the bit, over several updates, whatever the complement's gradient. The complement and what
     lies around every tensor keep their bits."""
-    monkeypatch.setattr(update, "CHUNK", 64)
+    monkeypatch.setattr(update, "CHUNK", BLOCK if "int8" in kind else 64)
     ours, expected = work(kind, density=density), work(kind, density=density)
     untouched = [t.clone() for t in ours.memory]
     for step, factor in enumerate((None, torch.tensor(0.37), torch.tensor(1e-3)), 1):
@@ -214,8 +214,8 @@ def test_serves_master_weights_on_cpu(dtype):
     """fp32 ones, or with a compact master any weights: ZeRO arms with fp32 flats and then puts
     16-bit weights in their place."""
     tensors = [torch.zeros(1, dtype=dtype), torch.zeros(3, dtype=dtype)]
-    assert kernels_for(tensors, compact_master=True) is cpu
-    dense = kernels_for(tensors, compact_master=False)
+    assert kernels_for(tensors, master="compact") is cpu
+    dense = kernels_for(tensors, master="dense")
     assert dense is (cpu if dtype == torch.float32 else None)
 
 
@@ -223,7 +223,7 @@ def test_serves_nothing_else():
     one = torch.zeros(1)
     for tensors in ([], [one.double()], [one.to("meta")], [one, one.half()], [one, one.to("meta")]):
         for compact in (False, True):
-            assert kernels_for(tensors, compact_master=compact) is None
+            assert kernels_for(tensors, master="compact" if compact else "dense") is None
 
 
 def test_without_triton_a_warning_and_the_reference(monkeypatch):

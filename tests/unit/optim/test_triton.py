@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from pmp_ds.config.moments import MOMENTS
 from pmp_ds.optim import masked
 from pmp_ds.optim.kernels import compiler, cpu
-from pmp_ds.optim.kernels.batch import TYPES
+from pmp_ds.optim.kernels.batch import MASTERS, TYPES
 from pmp_ds.optim.masked_adamw import MaskedAdamW
 from pmp_ds.ticket.mask import pack
 from tests.helpers.batches import KINDS, Work, make_ref, same, squares_ref, work
@@ -149,7 +150,7 @@ def test_optimizer_with_the_operators(triton_kernels, monkeypatch):
         return torch.randn(numel, generator=generator).to(DEVICE)
 
     def train(operators: Any) -> list[torch.Tensor]:
-        monkeypatch.setattr(masked, "kernels_for", lambda tensors, compact_master: operators)
+        monkeypatch.setattr(masked, "kernels_for", lambda tensors, master: operators)
         params = [
             numbers(torch.Size(s).numel(), i).view(s).requires_grad_() for i, s in enumerate(shapes)
         ]
@@ -189,7 +190,7 @@ def test_gpu_and_cpu_give_the_same_bits(triton_kernels, kind):
 POINTERS = {
     "segment": "*i32",
     "kept_count": "*i32",
-    **dict.fromkeys(("first", "kept_before", "begin", "end", "addresses"), "*i64"),
+    **dict.fromkeys(("first", "kept_before", "begin", "end", "addresses", "places"), "*i64"),
     "coefficients": "*fp32",
     "factor": "*fp32",
     "sums": "*fp64",
@@ -238,7 +239,14 @@ def registers_and_spills(ptx: str, folder: Path) -> tuple[int, int]:
     ("capability", "kind"),
     daily(
         product([80, 90, 100], [*KINDS, "squares"]),
-        [(90, "fp32"), (80, "bf16"), (90, "bf16, compact"), (100, "bf16"), (100, "squares")],
+        [
+            (90, "fp32"),
+            (80, "bf16"),
+            (90, "bf16, compact, int8 moments"),
+            (80, "bf16, split, bf16 moments"),
+            (100, "bf16"),
+            (100, "squares"),
+        ],
     ),
 )
 def test_compiles_to_separately_rounded_operations(
@@ -255,9 +263,10 @@ def test_compiles_to_separately_rounded_operations(
         constants |= {"GRADIENT": TYPES[torch.bfloat16]}
     else:
         kernel = triton_kernels._masked_adamw
-        gradients, weights, compact = KINDS[kind]
-        types = {"GRADIENT": TYPES[gradients], "WEIGHTS": TYPES[weights]}
-        constants |= types | {"COMPACT": compact}
+        gradients, weights, master, moments = KINDS[kind]
+        constants |= {"GRADIENT": TYPES[gradients], "WEIGHTS": TYPES[weights]}
+        constants |= {"MASTER": MASTERS[master], "MOMENTS": MOMENTS[moments].number}
+        expected |= {"min.f32"} if moments == "int8" else set()
     found = compiled(kernel, constants, capability, triton_kernels.WARPS)
     ptx = found.asm["ptx"]
     operations = set(re.findall(r"\b[a-z]+\.[\w.]*\bf32\b", ptx))

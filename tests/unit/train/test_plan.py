@@ -1,4 +1,4 @@
-"""The memory announced by a run depends on the rule of its optimizer."""
+"""The memory announced by a run depends on its optimizer's rule, moments and master weights."""
 
 import pytest
 
@@ -15,4 +15,23 @@ def test_moments(optimizer, moments, dense, total):
     config = Config(train=TrainConfig(optimizer=optimizer, precision="fp32"))
     said = _memory(config, {}, 10**6, 7 * 10**5, 1)
     assert said.startswith(f"per rank {total} MB")
-    assert f"moments and mask {moments} (dense moments {dense})" in said
+    assert f"moments and mask {moments} (dense fp32 moments {dense})" in said
+
+
+@pytest.mark.parametrize(
+    ("moments", "master", "total", "of_master", "of_moments"),
+    [
+        ("fp32", "dense", 13.7, 4.0, 5.7),
+        ("fp32", "compact", 12.5, 2.8, 5.7),
+        ("bf16", "compact", 9.7, 2.8, 2.9),
+        ("bf16", "split", 8.3, 1.4, 2.9),
+        ("int8", "dense", 9.5, 4.0, 1.5),
+    ],
+)
+def test_fewer_bits(moments, master, total, of_master, of_moments):
+    """bf16 at ZeRO 1: 2 bytes of weights and 2 of gradients besides."""
+    config = Config(train=TrainConfig(moments=moments))
+    json = {"zero_optimization": {"stage": 1}, "pmp_ds": {"master": master}}
+    said = _memory(config, json, 10**6, 7 * 10**5, 1)
+    assert said.startswith(f"per rank {total} MB")
+    assert f"master {of_master}, moments and mask {of_moments} (dense" in said

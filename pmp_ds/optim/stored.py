@@ -1,0 +1,115 @@
+"""The optimizer's state: made for a tensor; its moments, read and written in torch operations."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pmp_ds.config.moments import BLOCK, MomentFormat
+from pmp_ds.optim.kernels.batch import Master, Segment, Tensors
+from pmp_ds.optim.low_bit import (
+    LOWEST_EXPONENT,
+    from_codes,
+    key_of,
+    random_bits,
+    shared_exponents,
+    split,
+    to_bf16,
+    to_codes,
+)
+from pmp_ds.ticket.mask import popcount, unpack
+
+CHUNK = 1 << 20  # elements gathered at once; a multiple of BLOCK
+MASTERS: dict[Master, str] = {"compact": "master", "split": "master_low"}
+"""The names of fp32 master weights, and of their lower bits, in the state."""
+EXPONENTS = "_exponents"
+"""Follows a moment's name in the name of its blocks' exponents."""
+
+
+def fresh(
+    tensor: torch.Tensor,
+    mask: torch.Tensor | None,  # packed
+    num_blocks: int,  # of its segments
+    moments: Sequence[str],
+    moment_format: MomentFormat,
+    *,
+    master: Master,
+) -> dict[str, torch.Tensor]:
+    """Return moments of 0, and what ``master`` keeps of the weights."""
+    num_kept, device = tensor.numel() if mask is None else popcount(mask), tensor.device
+    state = {}
+    for name in moments:
+        state[name] = torch.zeros(num_kept, dtype=moment_format.dtype, device=device)
+        if moment_format.has_exponents:
+            lowest = torch.full((num_blocks,), LOWEST_EXPONENT, dtype=torch.uint8, device=device)
+            state[name + EXPONENTS] = lowest
+    if master != "dense":
+        kept = gather(tensor.detach().view(-1), mask).float()
+        state[MASTERS[master]] = kept if master == "compact" else split(kept)
+    return state
+
+
+def gather(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return a copy of the kept ones of (numel,) values, (num_kept,)."""
+    if mask is None:
+        return values.clone()
+    parts = [
+        chunk[unpack(mask, chunk.numel(), i * CHUNK)] for i, chunk in enumerate(values.split(CHUNK))
+    ]
+    return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The moments of a run of elements of a segment that begins with one of its blocks."""
+
+    format: MomentFormat
+    signed: tuple[bool, ...]  # whether each moment may be negative
+    segment: Segment
+    step: int  # of the update
+    tensors: Tensors
+    here: slice  # of the segment
+    kept: torch.Tensor | None  # (n,) their places in the run; None: all are kept
+    span: slice  # of compact state
+
+    def read(self, number: int) -> torch.Tensor:
+        """Return moment ``number`` of the kept elements, (n,) fp32: the stored one itself, if it is
+        stored in fp32."""
+        stored = self.tensors.moments[number][self.span]
+        if not self.format.has_exponents:
+            return stored if stored.dtype == torch.float32 else stored.float()
+        exponents = self.tensors.exponents[number][self._blocks].int()
+        return from_codes(
+            stored, exponents.repeat_interleave(self._counts), signed=self.signed[number]
+        )
+
+    def write(self, number: int, values: torch.Tensor) -> None:
+        """Store (n,) fp32 that ``read`` returned and the rule has updated."""
+        stored = self.tensors.moments[number][self.span]
+        if stored.dtype == torch.float32:
+            return
+        places = torch.arange(self.here.start, self.here.stop, device=values.device)
+        if self.kept is not None:
+            places = places[self.kept]
+        key = key_of(self.segment.stream, self.step)
+        random = random_bits(places + self.segment.place, key)[number]
+        if not self.format.has_exponents:
+            stored.copy_(to_bf16(values, random))
+            return
+        exponents, counts = self.tensors.exponents[number][self._blocks], self._counts
+        shared = shared_exponents(values, counts)
+        exponents.copy_(torch.where(counts > 0, shared, exponents))
+        each = shared.int().repeat_interleave(counts)
+        stored.copy_(to_codes(values, each, random, signed=self.signed[number]))
+
+    @property
+    def _blocks(self) -> slice:
+        return slice(self.here.start // BLOCK, -(-self.here.stop // BLOCK))
+
+    @property
+    def _counts(self) -> torch.Tensor:
+        """The number of kept elements of each block, int64."""
+        kept, size = self.kept, self.here.stop - self.here.start
+        if kept is None:
+            kept = torch.arange(size, device=self.tensors.master.device)
+        return torch.bincount(kept // BLOCK, minlength=-(-size // BLOCK))
