@@ -60,12 +60,18 @@ FORMATS = {
             ),
             Version(
                 3,
-                _NOW,
+                _BEFORE,
                 "version and commit of the code (`code`); unknown fields are ignored; "
                 "persistent buffers are among the weights of the architectures that have some",
             ),
+            Version(
+                4,
+                _NOW,
+                "moments may be in bf16, and `master_low`, the lower bits of fp32 master weights, "
+                "may replace these",
+            ),
         ),
-        (2, 3),
+        (2, 3, 4),
         "2 has everything that a run needs to resume; `code` is then unknown. 1 lacks the guard's "
         "memory and the digest: it is refused, and no older checkpoint is used instead.",
     ),

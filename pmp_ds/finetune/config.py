@@ -11,6 +11,7 @@ from pmp_ds.config import (
     TrainConfig,
     check_store,
 )
+from pmp_ds.config.moments import MOMENTS
 from pmp_ds.config.precision import PRECISIONS
 from pmp_ds.config.rules import RULES
 from pmp_ds.config.schedules import SCHEDULES
@@ -77,6 +78,9 @@ class TuneTrainConfig:
     optimizer: str = known_name("adamw", RULES)
     """The rule that updates what is trained: `adamw`, `lion` or `sgd` with momentum."""
 
+    moments: str = known_name("fp32", MOMENTS)
+    """Format of the optimizer's moments, as in pretraining: `fp32`, `bf16` or `int8`."""
+
     lr: float = 5e-5
     """Peak learning rate."""
 
@@ -141,7 +145,7 @@ class TuneTrainConfig:
         del values["micro_batch_size"]
         if not self._stable:
             del values["decay_ratio"]
-        defaults = {"steps": None, "optimizer": "adamw", "schedule": "cosine"}
+        defaults = {"steps": None, "optimizer": "adamw", "schedule": "cosine", "moments": "fp32"}
         return {k: v for k, v in values.items() if k not in defaults or v != defaults[k]}
 
     def complete(self, num_samples: int, world_size: int) -> TrainConfig:
@@ -156,6 +160,7 @@ class TuneTrainConfig:
             decay_steps = min(round(self.decay_ratio * steps), steps - warmup_steps)
         return TrainConfig(
             optimizer=self.optimizer,
+            moments=self.moments,
             schedule=self.schedule,
             decay_steps=decay_steps,
             steps=steps,

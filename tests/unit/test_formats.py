@@ -45,9 +45,9 @@ def test_table_makes_sense(form: formats.Format):
     ("found", "writer", "says"),
     [
         (1, None, "which a development version of pmp-ds 0.1.0 before commit 7175ad3 reads;"),
-        (4, None, "which a later version of pmp-ds reads;"),
-        (4, "pmp-ds 0.2.0 (commit abc)", "which pmp-ds 0.2.0 (commit abc) reads;"),
-        (4, ["x"], "which a later version of pmp-ds reads;"),
+        (5, None, "which a later version of pmp-ds reads;"),
+        (5, "pmp-ds 0.2.0 (commit abc)", "which pmp-ds 0.2.0 (commit abc) reads;"),
+        (5, ["x"], "which a later version of pmp-ds reads;"),
     ],
 )
 def test_another_version_is_told(found: int, writer: object, says: str):
