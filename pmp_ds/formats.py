@@ -181,7 +181,8 @@ def require(name: str, where: object, found: object, *, way_out: str, writer: ob
         return found
     later = writer if isinstance(writer, str) else "a later version of pmp-ds"
     reader = {version.number: version.written_by for version in form.versions}.get(found, later)
-    reads = " and ".join(map(str, form.reads))
+    *others, last = map(str, form.reads)
+    reads = f"{', '.join(others)} and {last}" if others else last
     raise FormatError(
         f"{form.what} {where} has format {found}, which {reader} reads; this is {code_version()}, "
         f"which reads format{'s' * (len(form.reads) > 1)} {reads}: {way_out}"

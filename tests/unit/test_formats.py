@@ -55,7 +55,7 @@ def test_another_version_is_told(found: int, writer: object, says: str):
         formats.require("checkpoint", "PLACE", found, way_out="do this", writer=writer)
     message = str(caught.value)
     assert message.startswith(f"checkpoint PLACE has format {found}, {says}")
-    assert message.endswith(f"this is {code_version()}, which reads formats 2 and 3: do this")
+    assert message.endswith(f"this is {code_version()}, which reads formats 2, 3 and 4: do this")
 
 
 @pytest.mark.parametrize("found", [None, "2", True, 2.0, [2]])
