@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.common import hardware, print_figure
 from pmp_ds.cli import dump, parse
 from pmp_ds.config import Config
-from pmp_ds.model.secret_init import create_key
+from pmp_ds.model.keys import create_key
 from pmp_ds.prepare.tokenizer import train_tokenizer
 from pmp_ds.run_dir import RunDir, write_json, write_text
 from pmp_ds.state import checkpoint, shelf, theta0

@@ -147,12 +147,18 @@ FORMATS = {
                 "`format_version`, and for secret initial "
                 "weights the one-way check value of the key (`key_check`)",
             ),
-            Version(3, _NOW, "the digest is sealed with the key (`seal`)"),
+            Version(3, _BEFORE, "the digest is sealed with the key (`seal`)"),
+            Version(
+                4,
+                _NOW,
+                "`digest` is `chunks`: the digest is that of the digests of chunks of 4 Mi "
+                "elements, which ranks compute together; without it, of all bytes in one sequence",
+            ),
         ),
-        (1, 2, 3),
+        (1, 2, 3, 4),
         "A file without a number is version 1. The next start of `pretrain.py` rewrites "
-        "it as version 3; until then `vault.py` draws theta(0) again to check the key (1), and "
-        "`export.py` to check the digest (1, 2).",
+        "it as version 4, with the digest that it has; until then `vault.py` draws theta(0) again "
+        "to check the key (1), and `export.py` to check the digest (1, 2).",
     ),
 }
 

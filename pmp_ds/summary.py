@@ -7,7 +7,7 @@ from pmp_ds.data.loader import order_key
 from pmp_ds.data.mixture import realised
 from pmp_ds.errors import quoted
 from pmp_ds.log import read_metrics
-from pmp_ds.model.parameters import num_params, parameter_table
+from pmp_ds.model.parameters import num_params
 from pmp_ds.release.export import generate_sample
 from pmp_ds.run_dir import RunDir
 from pmp_ds.state import plain_weights, theta0
@@ -21,8 +21,8 @@ def summarize(run: RunDir, prompt: str) -> str:
     config, data = load_config(run), read_data(run)
     records = read_metrics(run.metrics)
     weights = plain_weights.of_checkpoint(run, None)
-    initial = theta0.draw(config, data, theta0.init_of(run, config))
-    d = num_params(parameter_table(initial))
+    initial = theta0.initial_of(run, theta0.init_of(run, config))
+    d = num_params(initial.table)
     rows = {
         "data": f"{data.documents:,} documents, {data.tokens:,} tokens in "
         f"{data.tokens // data.block_size:,} blocks of {data.block_size}",

@@ -91,7 +91,7 @@ def secret_of(run: RunDir, known: Sequence[vault.Record], *, may_create: bool = 
     """Return what watermarks are drawn from: the run's key, or for a run with a public seed a key
     of the vault, made for the first copy with a watermark. Raises UserError when it is not the one
     that earlier copies were marked with."""
-    from pmp_ds.model.secret_init import KEY_FILE, create_key, load_key
+    from pmp_ds.model.keys import KEY_FILE, create_key, load_key
     from pmp_ds.state import theta0
     from pmp_ds.state.run_record import load_config
 
@@ -114,7 +114,7 @@ def secret_of(run: RunDir, known: Sequence[vault.Record], *, may_create: bool = 
 
 def code_of(mask: Any, secret: bytes) -> Any:
     """Return the places that copies may lack, the same for all recipients of the ticket."""
-    from pmp_ds.model.secret_init import derive
+    from pmp_ds.model.keys import derive
     from pmp_ds.ticket.watermark import draw_code
 
     return draw_code(mask, derive(secret, "vault/code"))
@@ -122,7 +122,7 @@ def code_of(mask: Any, secret: bytes) -> Any:
 
 def watermark_of(secret: bytes, name: str) -> tuple[bytes, str]:
     """Return the recipient's key and its number; the same name gives the same copy again."""
-    from pmp_ds.model.secret_init import derive
+    from pmp_ds.model.keys import derive
 
     purpose = f"vault/{name.casefold()}"
     number = bytes(derive(secret, f"{purpose}/number"))[:8].hex()

@@ -12,8 +12,8 @@ from pmp_ds.data.arrow_store import Store
 from pmp_ds.derivative.dither import Uniforms, dither, draw_donors
 from pmp_ds.errors import UserError
 from pmp_ds.model.folder import ModelFolder, open_folder
+from pmp_ds.model.keys import derive
 from pmp_ds.model.next_token import token_losses
-from pmp_ds.model.secret_init import derive
 from pmp_ds.model.stream import uniforms
 from pmp_ds.progress import Progress
 from pmp_ds.run_dir import make_private

@@ -4,6 +4,7 @@ Once it is armed, DeepSpeed's ``step`` is ours (optim/zero/step.py): it measures
 ticket's gradients and updates the ticket's elements, and no others (paper, Eq. 5).
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,7 +21,9 @@ from pmp_ds.engine.cut import Cut
 from pmp_ds.engine.deepspeed_config import master_of, merge, zero_stage
 from pmp_ds.engine.forward import compile_layers, recompute_activations
 from pmp_ds.engine.objective import NextToken, Objective
+from pmp_ds.engine.placement import Fill, place
 from pmp_ds.engine.portable import Portable
+from pmp_ds.model.parameters import shapes
 from pmp_ds.optim.attach import arm
 from pmp_ds.optim.logical_state import Collected, Read, collect, restore
 from pmp_ds.optim.masked import parameter_groups
@@ -32,7 +35,8 @@ from pmp_ds.ticket.mask import ParamMask
 class Engine(Portable):
     """One model under DeepSpeed with a masked optimizer; frozen until ``arm``.
 
-    ``model`` holds the initial weights, in fp32 on CPU.
+    ``model`` holds the initial weights, in fp32 on CPU; or its parameters are on the meta device,
+    and ``fill`` gives their values.
     """
 
     mask: ParamMask | None = None
@@ -45,7 +49,11 @@ class Engine(Portable):
         config: TrainConfig,
         ds_config: dict[str, Any],
         objective: Objective | None = None,  # NextToken() unless given
+        fill: Fill | None = None,
     ) -> None:
+        merged, dtype = merge(ds_config, config, dist.world_size()), precision_of(config).dtype
+        if fill is not None:
+            place(model, fill, merged, dtype, dist.device(), quiet=dist.rank() > 0)
         self.optimizer = optimizer_of(
             config,
             parameter_groups(model.named_parameters(), config.weight_decay),
@@ -58,8 +66,8 @@ class Engine(Portable):
         self._dynamic_scale = precision_of(config).scales_loss
         self._clock = DeviceClock(dist.device())
         self._step_clock = DeviceClock(dist.device())
-        self.num_params = sum(param.numel() for param in model.parameters())
-        self.dtype = precision_of(config).dtype
+        self.num_params = sum(math.prod(shape) for shape in shapes(model).values())
+        self.dtype = dtype
         logger = ds_config.get("comms_logger") or {}
         self._measures_communication = bool(logger.get("enabled", False))
         recompute_activations(model, config)
@@ -67,7 +75,7 @@ class Engine(Portable):
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=self.optimizer,
-            config=merge(ds_config, config, dist.world_size()),
+            config=merged,
             dist_init_required=False,
         )
         # Rotary frequencies must stay fp32, as in the release. DeepSpeed 0.19.8 leaves them so

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pmp_ds.evaluate.subject import Read
-from pmp_ds.model.secret_init import derive
+from pmp_ds.model.keys import derive
 from pmp_ds.model.stream import normals
 from pmp_ds.ticket.mask import ParamMask
 

@@ -6,7 +6,8 @@ row-major inside a tensor. It depends only on the model, never on ranks, ZeRO st
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,40 +26,49 @@ class ParamInfo:
     """Whether all elements are equal at theta(0), as in norms and biases."""
 
 
-def parameter_table(model: nn.Module) -> tuple[ParamInfo, ...]:
-    """Return the parameters that count in d, in order; ``constant`` is right only at theta(0).
+def parameter_table(
+    model: nn.Module, constant: Mapping[str, bool] | None = None
+) -> tuple[ParamInfo, ...]:
+    """Return the parameters that count in d, in order; ``constant``, by name, is found in the
+    weights if it is not given, and is right only at theta(0).
 
-    The model must be whole: neither on the meta device nor partitioned by ZeRO stage 3.
+    Without it the model must be whole: neither on the meta device nor partitioned by ZeRO stage 3.
     """
     table: list[ParamInfo] = []
     start = 0
     for name, param in trainable(model):
-        low, high = torch.aminmax(param.detach())
-        constant = bool(low == high)
-        table.append(ParamInfo(name, tuple(param.shape), param.numel(), start, constant))
-        start += param.numel()
+        shape = tuple(shape_of(param))
+        same = _is_constant(param) if constant is None else constant[name]
+        table.append(ParamInfo(name, shape, math.prod(shape), start, same))
+        start += table[-1].numel
     return tuple(table)
+
+
+def _is_constant(param: nn.Parameter) -> bool:
+    low, high = torch.aminmax(param.detach())
+    return bool(low == high)
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the parameters that a ticket covers, in order: neither frozen nor empty ones."""
     for name, param in model.named_parameters():
-        if param.requires_grad and _shape(param).numel() > 0:
+        if param.requires_grad and shape_of(param).numel() > 0:
             yield name, param
 
 
 def trained_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the names and shapes of a ticket for ``model``, in order. The model may be on the meta
     device or partitioned."""
-    return {name: tuple(_shape(param)) for name, param in trainable(model)}
+    return {name: tuple(shape_of(param)) for name, param in trainable(model)}
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the same, including frozen and empty parameters."""
-    return {name: tuple(_shape(param)) for name, param in model.named_parameters()}
+    return {name: tuple(shape_of(param)) for name, param in model.named_parameters()}
 
 
-def _shape(param: nn.Parameter) -> torch.Size:
+def shape_of(param: nn.Parameter) -> torch.Size:
+    """Return the shape of a parameter, whole or partitioned."""
     # Under ZeRO 3, DeepSpeed 0.19.8 leaves a parameter empty and keeps its shape in `ds_shape`.
     found: torch.Size = getattr(param, "ds_shape", param.shape)
     return found

@@ -17,6 +17,7 @@ import torch
 from pmp_ds.config import TrainConfig
 from pmp_ds.config.moments import BLOCK, FP32, MomentFormat
 from pmp_ds.errors import UserError
+from pmp_ds.model.parameters import shape_of
 from pmp_ds.optim.kernels import Kernels, kernels_for
 from pmp_ds.optim.kernels.batch import Coefficients, Layout, Master, Segment, Tensors
 from pmp_ds.optim.stored import EXPONENTS, MASTERS, fresh
@@ -233,7 +234,7 @@ def parameter_groups(
     vectors: list[torch.nn.Parameter] = []
     for _, parameter in named_parameters:
         if parameter.requires_grad:
-            (matrices if parameter.dim() >= 2 else vectors).append(parameter)
+            (matrices if len(shape_of(parameter)) >= 2 else vectors).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},

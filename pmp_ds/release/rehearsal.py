@@ -21,8 +21,9 @@ from pmp_ds.errors import UserError
 from pmp_ds.model.build import build_model
 from pmp_ds.model.folder import few, read_config
 from pmp_ds.model.folder_rules import SINGLE_FILE, first_line
+from pmp_ds.model.keys import KEY_BYTES, Secret
 from pmp_ds.model.parameters import constants
-from pmp_ds.model.secret_init import KEY_BYTES, Secret, initialize
+from pmp_ds.model.secret_init import initialize
 from pmp_ds.model.shrink import shrunk
 from pmp_ds.release.allow_list import about_model
 from pmp_ds.release.export import write_model

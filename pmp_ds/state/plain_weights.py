@@ -1,17 +1,22 @@
 """A run's plain private weights and facts for a model card: all that export may read."""
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedModel
+import torch
 
 from pmp_ds.config.precision import precision_of
 from pmp_ds.errors import UserError
+from pmp_ds.model.initial import WHOLE, Initial, Part
 from pmp_ds.model.parameters import constants
 from pmp_ds.run_dir import RunDir, make_private
 from pmp_ds.state import shelf, theta0, weight_files
-from pmp_ds.state.run_record import load_config, read_data
+from pmp_ds.state.run_record import load_config
 from pmp_ds.ticket.mask import ParamMask
+
+_CHUNK = 1 << 22  # elements
 
 
 @dataclass(frozen=True)
@@ -36,25 +41,37 @@ def of_checkpoint(run: RunDir, step: int | None) -> PlainWeights:
 def of_init(run: RunDir, folder: Path) -> PlainWeights:
     """Draw theta(0) again into ``folder``, in the dtype that training starts from."""
     config = load_config(run)
-    model = theta0.draw(config, read_data(run), theta0.init_of(run, config))
-    theta0.check(run, model)
-    fixed = {name: buffer.clone() for name, buffer in constants(model).items()}  # keep their dtype
-    model = model.to(precision_of(config.train).dtype)
+    initial = theta0.initial_of(run, theta0.init_of(run, config))
+    theta0.check(run, initial)
+    dtype, model = precision_of(config.train).dtype, initial.model()
     make_private(folder)
-    tensors = {name: param.detach() for name, param in model.named_parameters()}
-    weight_files.save_weights((tensors | fixed).items(), model.config, folder)
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, shape in initial.shapes.items():
+            yield name, initial.read(name, 0, math.prod(shape)).view(shape).to(dtype)
+        yield from constants(model).items()  # in their own dtype
+
+    weight_files.save_weights(tensors(), model.config, folder)
     return PlainWeights(folder, 0, None)
 
 
-def complement_changes(weights: PlainWeights, initial: PreTrainedModel, mask: ParamMask) -> int:
+def complement_changes(
+    weights: PlainWeights, initial: Initial, mask: ParamMask, part: Part = WHOLE
+) -> int:
     """Return how many elements outside the ticket, including frozen parameters, differ from
-    theta(0): 0, unless masking is broken."""
-    stored = weight_files.read_weights(weights.folder)
-    changed = 0
-    for name, param in initial.named_parameters():
-        now = stored(name)
-        differs = now != param.detach().to(now.dtype)
-        if name in mask.shapes:
-            differs &= ~mask.full(name)
-        changed += int(differs.sum())
+    theta(0): 0, unless masking is broken. ``part``: this rank's share of the elements."""
+    stored, changed, number = weight_files.slices(weights.folder), 0, 0
+    for name, shape in initial.shapes.items():
+        numel = math.prod(shape)
+        for start in range(0, numel, _CHUNK):
+            number += 1
+            if number % part[1] != part[0]:
+                continue
+            count = min(_CHUNK, numel - start)
+            now = stored(name, start, count)
+            differs = now != initial.read(name, start, count).to(now.dtype)
+            if name in mask.shapes:
+                differs &= ~mask.fragment(name, start, count)
+            changed += int(differs.sum())
+    initial.forget()
     return changed

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from pmp_ds import dist, formats
 from pmp_ds.config import Config
 from pmp_ds.errors import UserError
-from pmp_ds.model.build import build_model, model_config
-from pmp_ds.model.parameters import ParamInfo, digest, trained_shapes, weights_digest
-from pmp_ds.model.secret_init import KEY_FILE, Secret, create_key, derive, initialize, load_key
+from pmp_ds.model.build import model_config
+from pmp_ds.model.initial import Initial, digest_of
+from pmp_ds.model.keys import KEY_FILE, Secret, create_key, derive, load_key
+from pmp_ds.model.parameters import ParamInfo, digest, trained_shapes
 from pmp_ds.run_dir import RunDir, eventually, read_json, write_json
 from pmp_ds.state import shelf
 from pmp_ds.state.run_record import DataFacts, load_config, read_data
@@ -26,6 +27,7 @@ from pmp_ds.ticket.ticket import has_ticket
 _FILE = "theta0.json"
 _CHECK = "key_check"
 _SEAL = "seal"
+_KIND = "digest"
 Init = Secret | int  # a key, or the public seed of paper mode
 
 
@@ -108,31 +110,51 @@ def require_key(run: RunDir) -> Secret:
     """
     key = _key(run, may_create=False)
     if _CHECK not in _remembered(run):
-        config = load_config(run)
-        check(run, draw(config, read_data(run), key))
+        check(run, initial_of(run, key))
     return key
 
 
-def draw(config: Config, data: DataFacts, init: Init) -> PreTrainedModel:
-    """Return the configured model at theta(0), fp32 on CPU."""
-    model = build_model(architecture(config, data))
-    initialize(model, init)
-    return model
+def initial_of(run: RunDir, init: Init) -> Initial:
+    """Return theta(0) of an existing run."""
+    return Initial(architecture(load_config(run), read_data(run)), init)
 
 
-def check(run: RunDir, model: PreTrainedModel, *, may_be_new: bool = False) -> str:
-    """Return the digest of ``model``. Raises UserError unless it is the theta(0) recorded in
-    theta0.json; with ``may_be_new``, at the start of a run, the record may be missing."""
-    path, found = run.init / _FILE, weights_digest(model)
-    if may_be_new and not path.exists():
-        return found
+def check(run: RunDir, initial: Initial) -> str:
+    """Return the digest of theta(0), which this process computes alone. Raises UserError unless it
+    is the one recorded in theta0.json."""
+    older = _is_older(run)
+    found = initial.older_digest() if older else digest_of([initial.chunk_digests()])
+    initial.forget()
+    _require_recorded(run, found)
+    return found
+
+
+def check_together(run: RunDir, initial: Initial) -> str:
+    """Do the same at the start of a run, when theta0.json may be missing, on all ranks, which share
+    the work. Collective."""
+    if dist.on_rank0(lambda: _is_older(run)):
+        found = dist.on_rank0(initial.older_digest)
+    else:
+        part = dist.rank(), dist.world_size()
+        mine = dist.together(lambda: initial.chunk_digests(part), patient=True)
+        found = digest_of(dist.all_gather_object(mine))
+    initial.forget()
+    dist.on_rank0(lambda: _require_recorded(run, found) if is_known(run) else None)
+    return found
+
+
+def _is_older(run: RunDir) -> bool:
+    """Return whether theta0.json has the digest of an older version."""
+    return is_known(run) and _remembered(run).get(_KIND) is None
+
+
+def _require_recorded(run: RunDir, found: str) -> None:
     if lineage(run) != found:
         raise UserError(
-            f"theta(0) drawn again differs from the one recorded in {path}: the key or seed was "
-            "changed, or this version of transformers builds another model; use what the run was "
-            "started with"
+            f"theta(0) drawn again differs from the one recorded in {run.init / _FILE}: the key or "
+            "seed was changed, or this version of transformers builds another model; use what the "
+            "run was started with"
         )
-    return found
 
 
 def is_known(run: RunDir) -> bool:
@@ -147,6 +169,7 @@ def remember(run: RunDir, digest: str, init: Init) -> None:
     values = {
         "format_version": formats.current("theta0"),
         "sha256": digest,
+        _KIND: None if _is_older(run) else "chunks",
         _CHECK: _check_value(init) if isinstance(init, Secret) else None,
         _SEAL: _seal(init, digest) if isinstance(init, Secret) else None,
     }
@@ -173,8 +196,7 @@ def proven_lineage(run: RunDir) -> str:
     key, found = require_key(run), lineage(run)
     seal = _remembered(run).get(_SEAL)
     if seal is None:
-        config = load_config(run)
-        return check(run, draw(config, read_data(run), key))
+        return check(run, initial_of(run, key))
     if not hmac.compare_digest(str(seal), _seal(key, found)):
         raise UserError(
             f"{run.init / _FILE} was altered: its digest does not match the seal made with the "

@@ -1,6 +1,7 @@
 """Whole parameters as private safetensors files next to a config.json."""
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -72,16 +73,42 @@ def read_weights(folder: Path) -> Callable[[str], torch.Tensor]:
     return lambda name: where[name].get_tensor(name)
 
 
+def slices(folder: Path) -> Callable[[str, int, int], torch.Tensor]:
+    """Return a function from (name, first element, count) to these elements of a parameter in a
+    ``weights/`` folder, (count,). It reads whole rows, and no more of them than it needs."""
+    files = [safe_open(path, "pt") for path in sorted(folder.glob("*.safetensors"))]
+    where = {key: file for file in files for key in file.keys()}  # noqa: SIM118 - not a dict
+
+    def read(name: str, start: int, count: int) -> torch.Tensor:
+        stored = where[name].get_slice(name)
+        if not stored.get_shape():
+            return where[name].get_tensor(name).view(1)[start:][:count]
+        rows, *row = stored.get_shape()
+        size = math.prod(row)
+        low, high = start // size, min(rows, -(-(start + count) // size))
+        part: torch.Tensor = stored[low:high]
+        return part.reshape(-1)[start - low * size :][:count]
+
+    return read
+
+
 @torch.no_grad()
-def load_weights(folder: Path, model: torch.nn.Module) -> None:
-    """Load a model's parameters and constants from a ``weights/`` folder, cast to its dtype. The
-    model keeps its own constants if an older pmp-ds did not write them."""
+def load_constants(folder: Path, model: torch.nn.Module) -> None:
+    """Load a model's persistent buffers from a ``weights/`` folder. It keeps its own if an older
+    pmp-ds did not write them."""
     stored = read_weights(folder)
-    for name, param in model.named_parameters():
-        param.copy_(stored(name))
     for name, buffer in constants(model).items():
         with contextlib.suppress(KeyError):
             buffer.copy_(stored(name))
+
+
+@torch.no_grad()
+def load_weights(folder: Path, model: torch.nn.Module) -> None:
+    """Load a model's parameters and constants from a ``weights/`` folder, cast to its dtype."""
+    stored = read_weights(folder)
+    for name, param in model.named_parameters():
+        param.copy_(stored(name))
+    load_constants(folder, model)
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from pmp_ds import dist
 from pmp_ds.config import Config
@@ -12,8 +12,9 @@ from pmp_ds.data.loader import order_key
 from pmp_ds.data.mixed_store import Dataset
 from pmp_ds.engine.objective import NextToken
 from pmp_ds.model.attention import plain_attention
-from pmp_ds.model.parameters import ParamInfo, parameter_table
-from pmp_ds.model.secret_init import derive
+from pmp_ds.model.initial import Initial
+from pmp_ds.model.keys import derive
+from pmp_ds.model.parameters import ParamInfo
 from pmp_ds.run_dir import RunDir
 from pmp_ds.state import theta0
 from pmp_ds.state.manifest import Phase
@@ -32,12 +33,12 @@ class Job:
     run: RunDir
     store: Dataset
     init: theta0.Init
-    table: tuple[ParamInfo, ...]
+    initial: Initial
     theta0_digest: str = ""
 
-    def fresh_model(self) -> PreTrainedModel:
-        """Return a new model at theta(0), fp32 on CPU: always the same bits, on every rank."""
-        return theta0.draw(self.config, DataFacts.of(self.store), self.init)
+    @property
+    def table(self) -> tuple[ParamInfo, ...]:
+        return self.initial.table
 
     def key(self, purpose: str) -> bytes:
         """Return 32 bytes derived from the secret, or from the public seed in paper mode."""
@@ -59,13 +60,14 @@ class Job:
     ) -> Work:
         """Return a phase from theta(0): ``steps`` updates on the ticket (None: dense), with the
         samples in the ``order`` of a seed or secret."""
-        separate, model = self.config.data.separate_documents, self.fresh_model()
+        separate, model = self.config.data.separate_documents, self.initial.model()
         if not separate:
             model = plain_attention(model, self.store.block_size)
         return Work(
             phase=phase,
             name=phase,
             model=model,
+            fill=None if self.initial.reason else self.initial.read,
             mask=ticket.mask if ticket else None,
             mask_id=ticket.id if ticket else None,
             objective=NextToken(self.store.eos_id if separate else None),
@@ -100,11 +102,11 @@ def given_ticket(config: Config, run: RunDir) -> Path | None:
 
 
 def open_job(config: Config, ds_config: dict[str, Any], store: Dataset, run: RunDir) -> Job:
-    """Draw theta(0); on a resumed run, check that it is the same as before. Collective.
+    """Describe theta(0); on a resumed run, check that it is the same as before. Collective.
 
     Writes nothing except the key of a new run.
     """
     init = theta0.init_of(run, config, may_create=True)
-    model = theta0.draw(config, DataFacts.of(store), init)
-    digest = dist.on_rank0(lambda: theta0.check(run, model, may_be_new=True))
-    return Job(config, ds_config, run, store, init, parameter_table(model), digest)
+    initial = dist.together(lambda: Initial(architecture(config, store), init), patient=True)
+    digest = theta0.check_together(run, initial)
+    return Job(config, ds_config, run, store, init, initial, digest)

@@ -125,14 +125,14 @@ def pretrain(job: Job, started: float, *, start_afresh: bool = False) -> Outcome
     dist.on_rank0(lambda: start.go_on(job, [trained, explored], last))
     if step == config.train.steps:
         _say(f"already finished: {step:,} of {step:,} updates")
-        return dist.on_rank0(lambda: _outcome(job))
+        return _outcome(job)
     with (
         watching(run, config.run.max_seconds, config.guard.hang_seconds, started) as watch,
         Session(run, config, job.ds_config, watch) as session,
     ):
         ticket = _obtain_ticket(job, discovered, session)
         _train(job, ticket, found, session)
-    return dist.on_rank0(lambda: _outcome(job))
+    return _outcome(job)
 
 
 def _train(job: Job, ticket: Ticket | None, found: Found | None, session: Session) -> None:
@@ -156,11 +156,18 @@ def _say(text: str) -> None:
 
 
 def _outcome(job: Job) -> Outcome:
-    """Count in the files of the ticket and of the last checkpoint; rank 0 alone."""
+    """Count in the files of the ticket and of the last checkpoint, which all ranks share.
+    Collective."""
     d = num_params(job.table)
     if job.config.mask.source == "none":
         return Outcome(d, d, 0)
-    ticket = load_ticket(job.run.ticket, model_digest=digest(job.table))
-    weights = plain_weights.of_checkpoint(job.run, job.config.train.steps)
-    changed = plain_weights.complement_changes(weights, job.fresh_model(), ticket.mask)
-    return Outcome(d, ticket.mask.num_kept, changed)
+    weights = dist.on_rank0(lambda: plain_weights.of_checkpoint(job.run, job.config.train.steps))
+
+    def count() -> tuple[int, int]:
+        ticket = load_ticket(job.run.ticket, model_digest=digest(job.table))
+        part = dist.rank(), dist.world_size()
+        changed = plain_weights.complement_changes(weights, job.initial, ticket.mask, part)
+        return ticket.mask.num_kept, changed
+
+    kept, changed = dist.together(count, patient=True)
+    return Outcome(d, kept, sum(dist.all_gather_object(changed)))

@@ -18,6 +18,7 @@ from pmp_ds.config import Config
 from pmp_ds.data.loader import BlockLoader
 from pmp_ds.engine.engine import Engine
 from pmp_ds.engine.objective import Objective
+from pmp_ds.engine.placement import Fill
 from pmp_ds.errors import Stopped
 from pmp_ds.log import MetricsLog
 from pmp_ds.progress import Progress
@@ -44,7 +45,9 @@ class Work:
     name: str
     """The name on the progress bar."""
     model: Any
-    """The model at its first weights, fp32 on CPU: a PreTrainedModel, possibly inside peft's."""
+    """The model at its first weights, fp32 on CPU: a PreTrainedModel, possibly inside peft's. Or
+    its parameters are on the meta device, and their first values those of ``fill``."""
+    fill: Fill | None = None
     mask: ParamMask | None = None
     """The elements to train; None: all trainable ones."""
     mask_id: str | None = None
@@ -116,9 +119,13 @@ class Training:
     def __init__(self, session: Session, work: Work, found: Found | None) -> None:
         config, watch = session.config, session.watch
         self.session, self.work, self.config, self.watch = session, work, config, watch
-        if found:
+        fill = work.fill
+        if found and fill is not None:
+            weight_files.load_constants(found[0] / "weights", work.model)
+            fill = weight_files.slices(found[0] / "weights")
+        elif found:
             weight_files.load_weights(found[0] / "weights", work.model)
-        self.engine = Engine(work.model, config.train, session.ds_config, work.objective)
+        self.engine = Engine(work.model, config.train, session.ds_config, work.objective, fill)
         self.engine.arm(work.mask)
         for note in self.engine.notes if dist.rank() == 0 else ():
             print(note, flush=True)

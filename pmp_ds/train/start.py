@@ -145,7 +145,7 @@ def _check_lineage(job: Job, trained: Survey) -> None:
     folder, position = trained.found
     weights = plain_weights.PlainWeights(folder / "weights", position.step, position.val_loss)
     mask = load_ticket(job.run.ticket).mask
-    if changed := plain_weights.complement_changes(weights, job.fresh_model(), mask):
+    if changed := plain_weights.complement_changes(weights, job.initial, mask):
         raise UserError(
             f"theta0.json is missing from {job.run.init}, and the key or seed in use draws "
             f"{changed:,} weights outside the ticket that differ from those of {folder}: restore "

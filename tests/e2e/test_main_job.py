@@ -16,11 +16,10 @@ from pmp_ds.data.arrow_store import Store
 from pmp_ds.log import read_metrics
 from pmp_ds.model.parameters import parameter_table
 from pmp_ds.run_dir import RunDir
-from pmp_ds.state import theta0
-from pmp_ds.state.run_record import load_config, read_data
 from pmp_ds.state.weight_files import read_weights
 from pmp_ds.ticket.ticket import Ticket, load_ticket
 from tests.e2e.conftest import MainRun
+from tests.helpers import tiny
 from tests.helpers.commands import error_of, files_of, ok, run
 from tests.helpers.workdir import BLOCK, STEPS
 
@@ -36,9 +35,7 @@ def rows(run: RunDir, phase: str, field: str) -> list[dict[str, Any]]:
 
 def initial_weights(run: RunDir) -> dict[str, torch.Tensor]:
     """Draw theta(0) again from the run's key."""
-    config = load_config(run)
-    model = theta0.draw(config, read_data(run), theta0.init_of(run, config))
-    return {name: param.detach() for name, param in model.named_parameters()}
+    return {name: param.detach() for name, param in tiny.at_theta0(run).named_parameters()}
 
 
 def final_weights(run: RunDir, step: int = STEPS) -> dict[str, torch.Tensor]:
@@ -144,7 +141,7 @@ def test_private_files_are_private(main_run: MainRun):
 
 def test_only_the_ticket_was_trained(main_run: MainRun, ticket: Ticket):
     first, last = initial_weights(main_run.run), final_weights(main_run.run)
-    constants = {p.name for p in parameter_table(_model(main_run.run)) if p.constant}
+    constants = {p.name for p in parameter_table(tiny.at_theta0(main_run.run)) if p.constant}
     moved = kept = 0
     for name, before in first.items():
         mask = ticket.mask.full(name)
@@ -159,11 +156,6 @@ def test_only_the_ticket_was_trained(main_run: MainRun, ticket: Ticket):
     ious = [r["iou"] for r in rows(main_run.run, "discover", "iou")]
     assert ticket.step == len(ious) + 1
     assert min(ious[-2:]) >= 0.9
-
-
-def _model(run: RunDir) -> torch.nn.Module:
-    config = load_config(run)
-    return theta0.draw(config, read_data(run), theta0.init_of(run, config))
 
 
 def test_the_report_states_everything(main_run: MainRun, ticket: Ticket, work: Path):

@@ -39,8 +39,9 @@ from pmp_ds.finetune.methods import load_model, mask_of, open_ticket
 from pmp_ds.finetune.tasks import Glue
 from pmp_ds.model.build import build_model, model_config
 from pmp_ds.model.folder_rules import first_line
+from pmp_ds.model.keys import Secret
 from pmp_ds.model.parameters import parameter_table
-from pmp_ds.model.secret_init import Secret, initialize
+from pmp_ds.model.secret_init import initialize
 from pmp_ds.model.shrink import VOCAB, shrunk
 from pmp_ds.release import reload, verify
 from pmp_ds.release.export import export

@@ -14,8 +14,9 @@ from pmp_ds.discover.discover import random_ticket
 from pmp_ds.finetune import sweep
 from pmp_ds.finetune.config import FinetuneConfig
 from pmp_ds.model.build import build_model, model_config
+from pmp_ds.model.keys import Secret
 from pmp_ds.model.parameters import parameter_table
-from pmp_ds.model.secret_init import Secret, initialize
+from pmp_ds.model.secret_init import initialize
 from pmp_ds.results import Result
 from pmp_ds.run_dir import RunDir
 from pmp_ds.ticket.ticket import save_ticket

@@ -7,7 +7,11 @@ from transformers import PreTrainedModel
 
 from pmp_ds.config import ModelConfig
 from pmp_ds.model.build import build_model, model_config
-from pmp_ds.model.secret_init import Secret, initialize
+from pmp_ds.model.keys import Secret
+from pmp_ds.model.secret_init import initialize
+from pmp_ds.run_dir import RunDir
+from pmp_ds.state import theta0
+from pmp_ds.state.run_record import load_config, read_data
 
 VOCAB, BLOCK = 300, 32
 
@@ -42,6 +46,14 @@ def model(config: ModelConfig = LLAMA, key: bytes = b"k" * 32) -> PreTrainedMode
         model_config(config, vocab_size=VOCAB, eos_id=2, bos_id=None, block_size=BLOCK)
     )
     initialize(built, Secret(key))
+    return built
+
+
+def at_theta0(run: RunDir) -> PreTrainedModel:
+    """Return a run's whole model at theta(0), drawn again from its key."""
+    config = load_config(run)
+    built = build_model(theta0.architecture(config, read_data(run)))
+    initialize(built, theta0.init_of(run, config))
     return built
 
 

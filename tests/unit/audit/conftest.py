@@ -13,7 +13,8 @@ from pmp_ds.audit.attack import Attack, run_attacks
 from pmp_ds.audit.case import Case, Weights
 from pmp_ds.audit.report import ATTACKS
 from pmp_ds.model.build import build_model, model_config
-from pmp_ds.model.secret_init import Secret, initialize
+from pmp_ds.model.keys import Secret
+from pmp_ds.model.secret_init import initialize
 from pmp_ds.ticket.mask import ParamMask, pack
 from tests.helpers import tiny
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from pmp_ds.audit.case import Case, Shadow, Weights
 from pmp_ds.config import Config, InitConfig, MaskConfig
 from pmp_ds.errors import UserError
-from pmp_ds.model.secret_init import Secret
+from pmp_ds.model.keys import Secret
 from pmp_ds.ticket.mask import full_bits
 from tests.unit.audit.conftest import run_one, save, trained
 

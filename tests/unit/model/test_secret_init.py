@@ -24,10 +24,11 @@ from transformers import (
 from transformers import initialization as hf_init
 
 from pmp_ds.errors import UserError
-from pmp_ds.model import secret_init
+from pmp_ds.model import random_fill, secret_init
 from pmp_ds.model.build import build_model
+from pmp_ds.model.keys import Secret, create_key, derive, load_key
 from pmp_ds.model.parameters import weights_digest
-from pmp_ds.model.secret_init import Secret, create_key, derive, initialize, load_key
+from pmp_ds.model.secret_init import initialize
 from pmp_ds.model.stream import normals
 
 KEY = Secret(bytes(range(32)))
@@ -180,7 +181,8 @@ def test_bits_depend_on_the_key_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     initialize(model, KEY)
     digest = weights_digest(model)
     assert digest == GOLDEN_GPT2
-    monkeypatch.setattr(secret_init, "_CHUNK", 1000)
+    monkeypatch.setattr(secret_init, "CHUNK", 1000)
+    monkeypatch.setattr(random_fill, "CHUNK", 700)
     torch.manual_seed(7)
     state = torch.get_rng_state()
     initialize(model, KEY)
@@ -261,7 +263,8 @@ def test_every_kind_of_fill(monkeypatch: pytest.MonkeyPatch) -> None:
     assert abs(float(even.mean()) - 1.0) < 4 * 8 / math.sqrt(12) / 100
     assert model.parts[:, :2].abs().max() < 10 < 90 < model.parts[:, 2:].min()
     digest = weights_digest(model)
-    monkeypatch.setattr(secret_init, "_CHUNK", 64)
+    monkeypatch.setattr(secret_init, "CHUNK", 64)
+    monkeypatch.setattr(random_fill, "CHUNK", 64)
     initialize(model, KEY)
     assert weights_digest(model) == digest
 

@@ -37,8 +37,8 @@ def test_init_is_in_the_precision_of_the_run(tmp_path, precision):
     run = RunDir(tmp_path / "run")
     run_record.record_start(run, config)
     write_json(run.data, asdict(DATA) | {"format_version": formats.current("data")})
-    model = theta0.draw(config, DATA, 3)
-    theta0.remember(run, theta0.check(run, model, may_be_new=True), 3)
+    theta0.remember(run, theta0.check_together(run, theta0.initial_of(run, 3)), 3)
+    model = tiny.at_theta0(run)
     weights = plain_weights.of_init(run, tmp_path / "weights")
     dtype = PRECISIONS[precision].dtype
     assert open_source(weights.folder).dtype == dtype

@@ -10,7 +10,7 @@ from pmp_ds.commands.vault import main
 from pmp_ds.config import Config, InitConfig
 from pmp_ds.errors import UserError
 from pmp_ds.formats import FormatError
-from pmp_ds.model.secret_init import create_key
+from pmp_ds.model.keys import create_key
 from pmp_ds.run_dir import RunDir, write_text
 from pmp_ds.state import theta0
 from pmp_ds.ticket.ticket import save_ticket
