@@ -17,7 +17,7 @@ from pmp_ds.config.precision import precision_of
 from pmp_ds.engine.clock import DeviceClock, Span
 from pmp_ds.engine.cut import Cut
 from pmp_ds.engine.deepspeed_config import merge, wants_compact_master, zero_stage
-from pmp_ds.engine.forward import compile_layers, recompute_activations
+from pmp_ds.engine.forward import compile_layers, pad_vocabulary, recompute_activations
 from pmp_ds.engine.objective import NextToken, Objective
 from pmp_ds.engine.portable import Portable
 from pmp_ds.optim.attach import arm
@@ -62,6 +62,7 @@ class Engine(Portable):
         logger = ds_config.get("comms_logger") or {}
         self._measures_communication = bool(logger.get("enabled", False))
         recompute_activations(model, config)
+        pad_vocabulary(model, dist.device())
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         self._engine, *_ = deepspeed.initialize(
             model=model,
