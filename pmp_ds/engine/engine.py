@@ -122,6 +122,14 @@ class Engine(Portable):
             total += loss.detach()
         return total / steps
 
+    def trial(self, rows: torch.Tensor) -> None:
+        """Compute the gradients of an update of two micro-batches, ``rows`` (2 n, T) int64 on each
+        rank, and drop them; for an engine whose settings have two accumulation steps."""
+        n, world_size = len(rows) // 2, self._cut.world_size
+        self._cut = Cut(len(rows) * world_size, world_size, n, 2, n)
+        self.backward(rows)
+        self.skip()
+
     @property
     def forward_span(self) -> Span:
         """Device time of the forward passes of the last ``backward``; it includes waiting for other
