@@ -1,7 +1,7 @@
 """The files of a run. Every file name of a run is spelled here and nowhere else.
 
-runs/NAME/config.yaml  data.json  verified.json  tokenizer/  metrics.jsonl  tensorboard/  plots/
-               stacks/  profile/
+runs/NAME/config.yaml  data.json  verified.json  micro_batch.json  tokenizer/  metrics.jsonl
+               tensorboard/  plots/  stacks/  profile/
 runs/NAME/release/     the only folder to publish
 runs/NAME/private/     ticket/  init/  checkpoints/  vault/  ledger.jsonl   0700, files 0600
 """
@@ -45,6 +45,11 @@ class RunDir:
     def verified(self) -> Path:
         """The shards of its store found intact, so that a restart does not read them."""
         return self.root / "verified.json"
+
+    @property
+    def micro_batch(self) -> Path:
+        """What `train.micro_batch_size: auto` chose, by hardware."""
+        return self.root / "micro_batch.json"
 
     @property
     def tokenizer(self) -> Path:

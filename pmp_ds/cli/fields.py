@@ -5,7 +5,7 @@ import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 _METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 
@@ -70,7 +70,11 @@ class Field:
             return "{" + ",".join(choices) + "}"
         union = get_origin(self.hint) in (Union, types.UnionType)
         kinds = get_args(self.hint) if union else (self.item or self.hint,)
-        words = "|".join(_METAVARS[kind] for kind in kinds if kind in _METAVARS)
+        words = "|".join(
+            _METAVARS.get(kind) or "|".join(get_args(kind))
+            for kind in kinds
+            if kind in _METAVARS or (union and get_origin(kind) is Literal)
+        )
         return self.said("metavar") or words
 
     @property

@@ -42,9 +42,10 @@ def _plain_types(text: str) -> str:
     text = re.sub(r'Parser key "([^"]+)": ', r"\1: ", text)
     text = re.sub(r"the following arguments are required: (.*)$", r"\1 is missing", text)
     text = re.sub(r"<class '([\w.]+)'>", r"\1", text)
+    text = re.sub(r"typing\.Literal\[('[^',]*')\]", r"\1", text)
     if match := re.search(r"Subtypes: \[(.*?)\] Errors.*Given value: (.*)$", text):
         kinds = match[1].replace("NoneType", "null").replace(", ", " or ")
-        return f"expected {kinds}, got {match[2]}"
+        text = f"expected {kinds}, got {match[2]}"
     text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", text)
     text = re.sub(r"\bExpected an? ", "expected ", text)
     text = re.sub(r"\. Got value: ?(.*)$", r", got \1", text)

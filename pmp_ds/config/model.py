@@ -32,7 +32,8 @@ class ModelConfig:
     """For `auto`: a folder with a config.json, or the file itself. No weights are read."""
 
     vocab_size: int | None = None
-    """Rows of the embedding; unset means the tokenizer's own size."""
+    """Rows of the embedding; unset means the tokenizer's own size. Further rows count in d and k,
+    and the release leaves them out; no GPU needs them, however odd the number."""
 
     hidden_size: int = 2048
     """Width of the residual stream."""

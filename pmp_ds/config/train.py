@@ -31,9 +31,11 @@ class TrainConfig:
     """Sequences per update, over all ranks and accumulation steps; any number of ranks up to this
     shares them out."""
 
-    micro_batch_size: int = 32
+    micro_batch_size: int | Literal["auto"] = 32
     """Most sequences per forward pass on one rank; a rank's share is cut into as few micro-batches
-    of equal size as that allows. May change between restarts of a run."""
+    of equal size as that allows. `auto` takes what fits in 90% of the free memory, by two trial
+    passes, and the same again when the run resumes on the same hardware. Another number changes the
+    last bits of the losses, nothing else. May change between restarts of a run."""
 
     precision: str = known_name("bf16", PRECISIONS)
     """Precision of the weights in forward and backward; the master weights stay fp32. `fp16` scales
@@ -114,7 +116,7 @@ class TrainConfig:
         assert self.betas is not None
         for name in ("steps", "global_batch_size", "micro_batch_size"):
             value = getattr(self, name)
-            require(value >= 1, f"train.{name}={value} must be at least 1")
+            require(value == "auto" or value >= 1, f"train.{name}={value} must be at least 1")
         require(self.lr > 0.0, f"train.lr={self.lr} must be positive")
         require(
             0 <= self.warmup_steps <= self.steps,

@@ -22,19 +22,21 @@ class Cut:
     micro_batch_size: int
     accumulation_steps: int
     limit: int
-    """``train.micro_batch_size``: the largest micro-batch that the settings allow."""
+    """``train.micro_batch_size``, the largest micro-batch that the settings allow; with `auto`,
+    until it is a number, the whole share."""
 
     @classmethod
     def of(cls, config: TrainConfig, world_size: int) -> "Cut":
         """Return the cut with the fewest accumulation steps. Raises UserError when a rank would
         have no sequence."""
-        size, limit = config.global_batch_size, config.micro_batch_size
+        size = config.global_batch_size
         require(
             world_size <= size,
             f"train.global_batch_size={size} is less than one sequence for each of {world_size} "
             f"ranks: start at most {size} ranks, or begin another run with larger batches",
         )
         share = -(-size // world_size)
+        limit = share if config.micro_batch_size == "auto" else config.micro_batch_size
         steps = -(-share // limit)
         return cls(size, world_size, -(-share // steps), steps, limit)
 

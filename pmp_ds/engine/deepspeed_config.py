@@ -85,10 +85,11 @@ def merge(ds_config: dict[str, Any], config: TrainConfig, world_size: int) -> di
     Raises one UserError for all disagreements and refused sections.
     """
     cut, precision = Cut.of(config, world_size), precision_of(config)
+    auto = config.micro_batch_size == "auto"  # which numbers it gives is not known yet
     owned: dict[str, Any] = {
         "train_batch_size": config.global_batch_size,
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
-        "gradient_accumulation_steps": cut.accumulation_steps,
+        "gradient_accumulation_steps": "auto" if auto else cut.accumulation_steps,
         "gradient_clipping": config.clip_norm,
         **{name: {"enabled": name == precision.section} for name in _SECTIONS},
     }
@@ -97,7 +98,7 @@ def merge(ds_config: dict[str, Any], config: TrainConfig, world_size: int) -> di
     derived = {"train_micro_batch_size_per_gpu": cut.micro_batch_size}
     for name, value in owned.items():
         given = ds_config.get(name, "auto")
-        if given not in ("auto", derived.get(name)) and not _agrees(given, value):
+        if given not in ("auto", None if auto else derived.get(name)) and not _agrees(given, value):
             problems.append(f"{name} is {json.dumps(given)}, the recipe says {json.dumps(value)}")
     zero = ds_config.get("zero_optimization", {})
     stage = zero.get("stage", 0) if isinstance(zero, dict) else None

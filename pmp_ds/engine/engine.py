@@ -19,7 +19,7 @@ from pmp_ds.config.precision import precision_of
 from pmp_ds.engine.clock import DeviceClock, Span
 from pmp_ds.engine.cut import Cut
 from pmp_ds.engine.deepspeed_config import master_of, merge, zero_stage
-from pmp_ds.engine.forward import compile_layers, recompute_activations
+from pmp_ds.engine.forward import compile_layers, pad_vocabulary, recompute_activations
 from pmp_ds.engine.objective import NextToken, Objective
 from pmp_ds.engine.placement import Fill, place
 from pmp_ds.engine.portable import Portable
@@ -71,6 +71,7 @@ class Engine(Portable):
         logger = ds_config.get("comms_logger") or {}
         self._measures_communication = bool(logger.get("enabled", False))
         recompute_activations(model, config)
+        pad_vocabulary(model, dist.device())
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         self._engine, *_ = deepspeed.initialize(
             model=model,
@@ -129,6 +130,14 @@ class Engine(Portable):
             self._engine.backward(loss)
             total += loss.detach()
         return total / steps
+
+    def trial(self, rows: torch.Tensor) -> None:
+        """Compute the gradients of an update of two micro-batches, ``rows`` (2 n, T) int64 on each
+        rank, and drop them; for an engine whose settings have two accumulation steps."""
+        n, world_size = len(rows) // 2, self._cut.world_size
+        self._cut = Cut(len(rows) * world_size, world_size, n, 2, n)
+        self.backward(rows)
+        self.skip()
 
     @property
     def forward_span(self) -> Span:

@@ -8,6 +8,8 @@ from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
 from pmp_ds.data.documents import document_positions
 from pmp_ds.model.next_token import token_losses
 
+_NONE = -100  # no token
+
 
 class Objective(Protocol):
     """How to read the rows of a batch, (B, T) int64."""
@@ -24,9 +26,10 @@ class Objective(Protocol):
 def in_blocks(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
     """Return what ``token_losses`` does, without the logits in fp32, whole: by DeepSpeed's Triton
     kernels on a GPU, elsewhere by blocks of rows. Last bits differ."""
-    rows = logits[:, :-1].flatten(0, 1)
-    losses = chunked_cross_entropy(rows, input_ids[:, 1:].flatten(), reduction="none")
-    return losses.view(input_ids.shape[0], -1)
+    # The last position has no next token. To cut it off would copy the logits and their gradient.
+    tokens = torch.nn.functional.pad(input_ids[:, 1:], (0, 1), value=_NONE)
+    losses = chunked_cross_entropy(logits.flatten(0, 1), tokens.flatten(), _NONE, "none")
+    return losses.view_as(tokens)[:, :-1]
 
 
 class NextToken:

@@ -34,8 +34,11 @@ def describe(job: Job) -> str:
         k = load_ticket(folder).mask.num_kept
     cut = Cut.of(train, world)
     tokens = train.global_batch_size * job.store.block_size
+    divided = cut.in_words()
+    if train.micro_batch_size == "auto":
+        divided = f"{train.global_batch_size} sequences, as many at once as fit (measured below),"
     rows = {
-        "batch": f"{cut.in_words()} x {job.store.block_size} tokens = {tokens:,} tokens per update"
+        "batch": f"{divided} x {job.store.block_size} tokens = {tokens:,} tokens per update"
         + cut.unused,
         "updates": f"{train.steps:,}, {train.steps * tokens:,} tokens, "
         + _epochs(job, train.steps * train.global_batch_size),

@@ -42,6 +42,10 @@ def refused(work: Path, *arguments: str | Path, watched: tuple[Path, ...] = ()) 
         (("--run.name", "a/b"), "run.name='a/b' is not a folder name"),
         (("--mask.source", "file"), "mask.file=None does not go with mask.source='file'"),
         (("--train.micro_batch_size", "0"), "train.micro_batch_size=0 must be at least 1"),
+        (
+            ("--train.micro_batch_size", "many"),
+            "train.micro_batch_size: expected int or 'auto', got many",
+        ),
         (("--data.store", "nowhere"), "the data folder nowhere does not exist"),
         (("--data.store", "{store: 1, nowhere: 2}"), "the data folder nowhere does not exist"),
         (("--data.store", "{store: 1, b: 0}"), "data.store: the weight of b is 0.0; it must be"),

@@ -21,7 +21,7 @@ class Costs:
     bytes_per_parameter: float
     """That the optimizer phase reads and writes on the device."""
     peak_per_parameter: float
-    """The most bytes of tensors on the device in an update, activations included."""
+    """The most bytes of tensors on the device in the optimizer phase."""
 
     @classmethod
     def of(cls, ranks: Sequence[Measured]) -> "Costs":

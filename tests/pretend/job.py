@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 from tests.helpers.distributed import RankPool
@@ -39,6 +39,8 @@ class Setup:
     layers: int = 2
     master: str = "dense"
     moments: str = "fp32"
+    vocab: int = VOCAB
+    micro_batch: int | Literal["auto"] = MICRO_BATCH
 
     def __repr__(self) -> str:
         changed = [f for f in fields(self) if getattr(self, f.name) != f.default]
@@ -128,6 +130,9 @@ class Meter:
             beat(dog, doing)
 
         def stepping(masked: Any, closure: Any = None) -> None:
+            if not meter._doing:  # a trial of micro-batches, which looks at its own peak
+                step(masked, closure)
+                return
             with watch() as inside:
                 step(masked, closure)
                 cost = meter.costs.setdefault(meter._doing, Cost())
@@ -166,7 +171,7 @@ def measure(setup: Setup, folder: str) -> Measured:
     from pmp_ds.train import pipeline
 
     place = Path(folder)
-    dist.on_rank0(lambda: write_store(place / "store"))
+    dist.on_rank0(lambda: write_store(place / "store", setup.vocab))
     config = settings(setup, place)
     store = open_data(config.data.store)
     run, meter = RunDir(place / "job"), Meter()
@@ -224,9 +229,10 @@ def settings(setup: Setup, folder: Path) -> Any:
         mask=MaskConfig(density=0.7, max_steps=DISCOVERY, on_unstable="last"),
         train=TrainConfig(
             steps=UPDATES,
-            micro_batch_size=MICRO_BATCH,
+            micro_batch_size=setup.micro_batch,
             global_batch_size=MICRO_BATCH * ACCUMULATION * setup.ranks,
             precision=setup.precision,
+            moments=setup.moments,
             compile="none",  # there is no compiler for the device
             lr=1e-3,
             warmup_steps=2,
@@ -235,7 +241,7 @@ def settings(setup: Setup, folder: Path) -> Any:
     )
 
 
-def write_store(folder: Path) -> None:
+def write_store(folder: Path, vocab: int = VOCAB) -> None:
     """Write a store of random tokens with a skewed, learnable distribution."""
     import numpy as np
 
@@ -247,7 +253,7 @@ def write_store(folder: Path) -> None:
     splits = {}
     for split, count in (("train", 128), ("validation", 8)):
         (folder / split).mkdir(parents=True)
-        blocks = (generator.random((count, BLOCK)) ** 3 * VOCAB).astype(np.uint16)
+        blocks = (generator.random((count, BLOCK)) ** 3 * vocab).astype(np.uint16)
         shard = write_shard(folder, split, "00000-000.arrow", blocks)
         splits[split] = {"blocks": count, "documents": 1, "dropped_tokens": 0, "shards": [shard]}
     write_manifest(
@@ -255,7 +261,7 @@ def write_store(folder: Path) -> None:
         {
             "block_size": BLOCK,
             "dtype": "uint16",
-            "vocab_size": VOCAB,
+            "vocab_size": vocab,
             "eos_id": 2,
             "tokenizer": {"fingerprint": "f" * 64},
             "unigram_cross_entropy": 6.0,

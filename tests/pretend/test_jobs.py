@@ -1,14 +1,17 @@
 """Whole jobs of the product on the pretend device: they are correct on it, and cost what costs.py
 says."""
 
+import re
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
 from tests.helpers.distributed import RankPool
 from tests.helpers.tiers import daily
 from tests.pretend.costs import COSTS, QUICK, Costs, table
-from tests.pretend.job import Setup, measure
+from tests.pretend.job import VOCAB, Measured, Setup, measure
 
 pytestmark = [pytest.mark.pretend, pytest.mark.distributed]
 
@@ -32,6 +35,54 @@ def test_a_job(request: pytest.FixtureRequest, tmp_path: Path, setup: Setup) -> 
         f"write down what it is (python -m tests.pretend --python), and in docs/PERFORMANCE.md:\n"
         f"{setup!r}: {costs!r}"
     )
+
+
+ODD = 509  # tokens, a prime
+
+
+def measure_odd(setup: Setup, folder: str) -> tuple[Measured, set[int], str]:
+    """Return also how many rows the matrix products with weights had, and what was printed."""
+    import contextlib
+    import io
+
+    import torch
+
+    linear, rows, out = torch.nn.functional.linear, set(), io.StringIO()
+
+    def recorded(hidden: Any, weight: Any, bias: Any = None) -> Any:
+        rows.add(len(weight))
+        return linear(hidden, weight, bias)
+
+    with (
+        mock.patch("torch.nn.functional.linear", recorded),
+        mock.patch("pmp_ds.engine.forward.linear", recorded),
+        contextlib.redirect_stdout(out),
+    ):
+        measured = measure(setup, folder)
+    return measured, rows, out.getvalue()
+
+
+@pytest.mark.parametrize("stage", daily([0, 1, 2, 3], [3]))
+def test_an_odd_vocabulary_and_micro_batches_that_fit(
+    pretend1: RankPool, tmp_path: Path, stage: int
+) -> None:
+    """The last projection has 512 rows, and d those of the 509 tokens; as many sequences at once as
+    fit into 80 GB, all 4."""
+    setup = Setup(stage=stage, vocab=ODD, micro_batch="auto")
+    ((found, rows, out),) = pretend1.run(measure_odd, setup, str(tmp_path), timeout=240)
+    assert found.num_params == 135_488 - 2 * (VOCAB - ODD) * 64
+    assert ODD not in rows
+    assert VOCAB in rows
+    assert found.complement_changed == 0
+    assert found.losses[-1] < found.losses[0] - 0.1
+    assert dict(found.faults) == {}
+    said = re.search(
+        r"micro-batch 4: states (.*) MB \+ 4 x (.*) MB activations <= 90% of (.*)", out
+    )
+    assert said is not None, out
+    assert said[3] == "85.90 GB free"
+    assert 16 < float(said[1]) * 1e6 / found.num_params < 26, "bytes per parameter"
+    assert float(said[2]) > 64 * VOCAB * 8 / 1e6, "logits in bf16 and in fp32, and gradients"
 
 
 def test_the_written_costs_are_those_of_a_good_step() -> None:

@@ -329,3 +329,14 @@ def test_shipped_json(path, precision):
     assert OWN_SECTION not in merged
     for name, value in ds_config.items():
         assert name in (*OWNED, OWN_SECTION) or merged[name] == value
+
+
+@pytest.mark.parametrize(
+    ("key", "number"), [("train_micro_batch_size_per_gpu", 32), ("gradient_accumulation_steps", 1)]
+)
+def test_a_number_beside_auto(key, number):
+    """Even the numbers of a whole share: what fits is not known yet."""
+    config = TrainConfig(global_batch_size=32, micro_batch_size="auto")
+    with pytest.raises(UserError, match=rf'{key} is {number}, the recipe says "auto"'):
+        merge({key: number}, config, 1)
+    merge({key: "auto"}, config, 1)

@@ -9,13 +9,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pmp_ds.config import TrainConfig
 from pmp_ds.engine.figures import flops_per_token, peak_flops
-from pmp_ds.engine.forward import compile_layers, recompute_activations, repeated_layers
+from pmp_ds.engine.forward import (
+    compile_layers,
+    pad_vocabulary,
+    recompute_activations,
+    repeated_layers,
+)
 from pmp_ds.engine.objective import in_blocks
 from pmp_ds.errors import UserError
 from pmp_ds.model.next_token import token_losses
+from pmp_ds.model.parameters import digest, parameter_table
 from tests.helpers import tiny
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def step(kind: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
@@ -85,6 +91,58 @@ def test_the_loss_in_blocks(dtype):
     (expected * weights).sum().backward()
     assert logits.grad is not None
     torch.testing.assert_close(logits.grad, whole.grad, rtol=1e-5, atol=1e-7)
+
+
+class Sizes(TorchDispatchMode):
+    """Collects the sizes of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in ("mm", "addmm", "bmm"):
+            self.found |= {n for tensor in args for n in tensor.shape}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", [tiny.LLAMA, tiny.LLAMA_TIED], ids=["untied", "tied"])
+def test_a_padded_vocabulary(kind):
+    """300 tokens: a GPU computes with 320, and nothing else of the model knows of it."""
+    batch, found = tiny.batch(1, 4), []
+    for device in (CPU, CUDA):
+        model = tiny.model(kind)
+        order = digest(parameter_table(model))
+        pad_vocabulary(model, device)
+        assert digest(parameter_table(model)) == order
+        with Sizes() as sizes:
+            logits = model(input_ids=batch, use_cache=False).logits
+            assert logits.shape[-1] == tiny.VOCAB
+            in_blocks(logits, batch).mean().backward()
+        assert sizes.found & {tiny.VOCAB, 320} == {tiny.VOCAB if device == CPU else 320}
+        gradients = {name: param.grad for name, param in model.named_parameters()}
+        assert list(model.state_dict()) == list(tiny.model(kind).state_dict())
+        found.append((logits.detach(), gradients))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+def test_a_padded_vocabulary_with_biases():
+    model = tiny.model(tiny.LLAMA)
+    model.lm_head.bias = torch.nn.Parameter(torch.arange(tiny.VOCAB) / 100)
+    expected = model(input_ids=tiny.batch(1, 2), use_cache=False).logits
+    pad_vocabulary(model, CUDA)
+    with Sizes() as sizes:
+        found = model(input_ids=tiny.batch(1, 2), use_cache=False).logits
+    assert {320} <= sizes.found
+    torch.testing.assert_close(found, expected)
+
+
+def test_an_aligned_vocabulary_is_left_alone():
+    """Padding costs copies of the logits; rows of 16 bytes are what the fast kernels need."""
+    model = tiny.model(tiny.LLAMA)
+    model.resize_token_embeddings(304)
+    pad_vocabulary(model, CUDA)
+    assert type(model.lm_head) is torch.nn.Linear
 
 
 @pytest.mark.parametrize("kind", [tiny.LLAMA, tiny.GPT2], ids=["llama", "gpt2"])
