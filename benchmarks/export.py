@@ -31,6 +31,7 @@ from pmp_ds.run_dir import RunDir, write_json, write_text
 from pmp_ds.state import checkpoint, shelf, theta0
 from pmp_ds.state.checkpoint import Position, Snapshot
 from pmp_ds.state.run_record import DataFacts
+from pmp_ds.state.weight_files import Layout
 
 REPO = Path(__file__).resolve().parents[1]
 RECIPE = REPO / "launcher/recipes/tinyllama-1.1b.yaml"
@@ -95,8 +96,8 @@ def _make_run(folder: Path, settings: list[str]) -> RunDir:
         dataset_id="d" * 64,
         val_loss=None,
     )
-    num_bytes = 2 * sum(param.numel() for param in model.parameters())
-    snapshot = Snapshot(position, architecture, weights(), None, {}, {}, num_bytes)
+    layout = Layout.of({name: 2 * param.numel() for name, param in model.named_parameters()})
+    snapshot = Snapshot(position, architecture, layout, weights(), None, {}, {}, layout.num_bytes)
     checkpoint.write(run, snapshot)
     return run
 

@@ -42,9 +42,10 @@ def write_dithered(derivative: Path, base: Path, ticket: Path, out: Path) -> Non
     def after(name: str) -> torch.Tensor:
         return stored(name).to(before(name).dtype)
 
-    names = [*released.shapes, *released.constants]
+    names, sizes = [*released.shapes, *released.constants], {}
     for name in names:
-        changed = after(name) != before(name)
+        old = before(name)
+        sizes[name], changed = old.nbytes, after(name) != old
         if moved := int((changed & ~mask.full(name) if name in mask.shapes else changed).sum()):
             raise UserError(
                 f"{derivative} is not an authorized derivative of {base}: {moved:,} elements "
@@ -65,7 +66,8 @@ def write_dithered(derivative: Path, base: Path, ticket: Path, out: Path) -> Non
                 yield name, dither(old, new, mask.full(name), donors, draws)
                 bar.update()
 
-        weight_files.save_weights(tensors(), tuned.config, out)
+        layout = weight_files.Layout.of(sizes)
+        weight_files.save_weights(tensors(), layout, tuned.config, out)
 
 
 def loss_on(weights: Path, store: Path, blocks: int) -> float:

@@ -1,7 +1,8 @@
 """What a checkpoint reads from a DeepSpeed engine and restores, at any ZeRO stage."""
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 import deepspeed
@@ -10,7 +11,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from pmp_ds import dist
 from pmp_ds.config.moments import FP32
-from pmp_ds.model.parameters import constants
+from pmp_ds.model.parameters import constants, shape_of
 from pmp_ds.optim.kernels.batch import Master
 from pmp_ds.optim.logical_state import MASTER, Collected, Read, collect, restore
 from pmp_ds.optim.zero import ZeroShards, shards_of
@@ -26,17 +27,18 @@ class Portable(ABC):
     hf_config: Any = None
     """The Hugging Face config to write next to the weights, if any."""
 
-    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield each whole parameter in global element order: on rank 0 on CPU in the training
-        dtype, on other ranks empty. Collective: every rank must consume it to the end."""
+    def parameters(self, mine: Container[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield each parameter in global element order: those of ``mine`` (None: all on rank 0)
+        whole, on CPU in the training dtype, the others empty. Collective: every rank must consume
+        it to the end."""
         # At stage 3 this waits for parameters that an evaluation prefetched (DeepSpeed 0.19.8).
         self._engine.empty_partition_cache()
         for name, param in self._engine.module.named_parameters():
             partitioned = getattr(param, "ds_status", None) is not None
             with deepspeed.zero.GatheredParameters([param], enabled=partitioned):
                 assert not partitioned or param.ds_status == ZeroParamStatus.AVAILABLE
-                wanted = param.detach() if dist.rank() == 0 else torch.empty(0)
-                whole = wanted.to("cpu", copy=True)
+                wanted = dist.rank() == 0 if mine is None else name in mine
+                whole = (param.detach() if wanted else torch.empty(0)).to("cpu", copy=True)
             yield name, whole
 
     def constants(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -44,14 +46,14 @@ class Portable(ABC):
         for name, buffer in constants(self._engine.module).items():
             yield name, buffer.to("cpu", copy=True)
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of ``parameters`` and ``constants``, on rank 0."""
+    def weight_sizes(self) -> dict[str, int]:
+        """Return the bytes of ``parameters`` and ``constants``, by name in their order."""
         module = self._engine.module
-        return sum(
-            getattr(param, "ds_numel", param.numel()) * param.element_size()
-            for param in module.parameters()
-        ) + sum(buffer.nbytes for buffer in constants(module).values())
+        found = {
+            name: math.prod(shape_of(param)) * param.element_size()
+            for name, param in module.named_parameters()
+        }
+        return found | {name: buffer.nbytes for name, buffer in constants(module).items()}
 
     @property
     @abstractmethod

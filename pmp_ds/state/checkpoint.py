@@ -3,7 +3,7 @@
     private/checkpoints/update-00000500/      in masked pretraining; discover-XXXXXXXX in discovery
         manifest.json            format version, position, sha256 of every file and of itself
         weights/                 every whole parameter in the training dtype, persistent buffers in
-                                 their own, and config.json
+                                 their own, and config.json; every rank writes its share of files
         state/rank-00000.safetensors   this rank's compact optimizer state (optim/logical_state.py)
         state/masks.safetensors  in discovery: the candidates that its next update compares with
     private/checkpoints/latest   name of the newest, for people; written last
@@ -33,7 +33,7 @@ from pmp_ds.run_dir import RunDir, fsync_dir, make_private, sha256
 from pmp_ds.state import shelf
 from pmp_ds.state.manifest import DamagedError, Position, listed, verified, write_manifest
 from pmp_ds.state.state_reader import MASKS_FILE, StateReader
-from pmp_ds.state.weight_files import save_tensors, save_weights
+from pmp_ds.state.weight_files import Layout, save_tensors, save_weights
 
 if TYPE_CHECKING:  # export reads checkpoints without DeepSpeed
     from pmp_ds.engine.engine import Engine
@@ -52,6 +52,7 @@ class Snapshot:
 
     position: Position
     hf_config: PretrainedConfig | None
+    layout: Layout
     weights: Iterable[tuple[str, torch.Tensor]]
     state: Callable[[], Tensors] | None  # None: another rank writes the same
     more: Tensors
@@ -71,18 +72,21 @@ def take(
     With ``copy`` training may continue at once; otherwise ``write``, then also collective, must
     follow first.
     """
-    weights: Iterable[tuple[str, torch.Tensor]] = chain(engine.parameters(), engine.constants())
+    layout = Layout.of(engine.weight_sizes(), dist.world_size())
+    mine = layout.names_of(dist.rank())
+    weights: Iterable[tuple[str, torch.Tensor]] = chain(engine.parameters(mine), engine.constants())
     writes = dist.rank() == 0 or not engine.shards.replicated
     state = engine.local_state() if writes else None
     # The phase keeps changing its memory while a thread writes.
     full = replace(position, counters=engine.counters(), memory=deepcopy(position.memory))
     num_bytes = sum(tensor.nbytes for tensor in more.values())
     num_bytes += engine.state_bytes if writes else 0
+    num_bytes += sum(size for name, size in engine.weight_sizes().items() if name in mine)
     if dist.rank() == 0:
-        num_bytes += engine.weight_bytes + sum(bits.nbytes for bits in masks.values())
+        num_bytes += sum(bits.nbytes for bits in masks.values())
     if copy:
         weights = list(weights)
-    return Snapshot(full, engine.hf_config, weights, state, more, masks, num_bytes)
+    return Snapshot(full, engine.hf_config, layout, weights, state, more, masks, num_bytes)
 
 
 def write(run: RunDir, snapshot: Snapshot, gather: Gather = dist.all_gather_object) -> None:
@@ -154,16 +158,14 @@ def _create(folder: Path, num_bytes: int) -> None:
 
 def _write_part(folder: Path, snapshot: Snapshot) -> dict[str, str]:
     """Write this rank's files; return their sha256 by name."""
-    written = []
-    save_weights(snapshot.weights, snapshot.hf_config, folder / "weights")
+    rank, parts = dist.rank(), folder / "weights"
+    written = save_weights(snapshot.weights, snapshot.layout, snapshot.hf_config, parts, rank)
     if snapshot.state is not None:
-        written.append(folder / "state" / f"rank-{dist.rank():05d}.safetensors")
+        written.append(folder / "state" / f"rank-{rank:05d}.safetensors")
         save_tensors(snapshot.state() | snapshot.more, written[-1])
-    if dist.rank() == 0:
-        written += sorted((folder / "weights").iterdir())
-        if snapshot.masks:
-            written.append(folder / MASKS_FILE)
-            save_tensors(snapshot.masks, written[-1])
+    if rank == 0 and snapshot.masks:
+        written.append(folder / MASKS_FILE)
+        save_tensors(snapshot.masks, written[-1])
     return {str(path.relative_to(folder)): sha256(path) for path in written}
 
 

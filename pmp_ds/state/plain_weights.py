@@ -46,12 +46,17 @@ def of_init(run: RunDir, folder: Path) -> PlainWeights:
     dtype, model = precision_of(config.train).dtype, initial.model()
     make_private(folder)
 
+    fixed = constants(model)  # in their own dtype
+
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for name, shape in initial.shapes.items():
             yield name, initial.read(name, 0, math.prod(shape)).view(shape).to(dtype)
-        yield from constants(model).items()  # in their own dtype
+        yield from fixed.items()
 
-    weight_files.save_weights(tensors(), model.config, folder)
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in initial.shapes.items()}
+    sizes |= {name: buffer.nbytes for name, buffer in fixed.items()}
+    layout = weight_files.Layout.of(sizes)
+    weight_files.save_weights(tensors(), layout, model.config, folder)
     return PlainWeights(folder, 0, None)
 
 

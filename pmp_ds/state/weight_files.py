@@ -1,69 +1,113 @@
 """Whole parameters as private safetensors files next to a config.json."""
 
 import contextlib
+import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
-from pmp_ds import dist
 from pmp_ds.model.parameters import constants
 from pmp_ds.run_dir import write_json
 
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 2 << 30
+SHARE_BYTES = 64 << 20  # less is not worth a file of its own
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which files contain which tensors, and which rank writes each file."""
+
+    files: tuple[tuple[str, ...], ...]
+    num_bytes: int
+    writers: int
+
+    @classmethod
+    def of(cls, sizes: Mapping[str, int], writers: int = 1) -> "Layout":
+        """Cut tensors of these bytes, by name in order, into files of at most SHARD_BYTES, so that
+        several ``writers`` have about equal shares of a large model."""
+        total = sum(sizes.values())
+        limit = min(SHARD_BYTES, max(-(-total // writers), SHARE_BYTES))
+        files: list[list[str]] = [[]]
+        size = 0
+        for name, num_bytes in sizes.items():
+            if files[-1] and size + num_bytes > limit:
+                files.append([])
+                size = 0
+            files[-1].append(name)
+            size += num_bytes
+        return cls(tuple(map(tuple, files)), total, writers)
+
+    def names_of(self, rank: int) -> frozenset[str]:
+        """Return the tensors that a rank writes."""
+        return frozenset(name for names in self.files[rank :: self.writers] for name in names)
+
+    def file(self, number: int) -> str:
+        count = len(self.files)
+        return f"model{'' if count == 1 else f'-{number + 1:05d}-of-{count:05d}'}.safetensors"
+
+
+def save_all(
+    tensors: Mapping[str, torch.Tensor], hf_config: PretrainedConfig, folder: Path
+) -> None:
+    """Write tensors that are in memory, alone."""
+    layout = Layout.of({name: tensor.nbytes for name, tensor in tensors.items()})
+    save_weights(tensors.items(), layout, hf_config, folder)
 
 
 def save_weights(
-    parameters: Iterable[tuple[str, torch.Tensor]], hf_config: PretrainedConfig | None, folder: Path
-) -> None:
-    """Write whole parameters as Hugging Face safetensors, with at most one file's share in memory.
-    Every rank consumes ``parameters`` to the end, even when rank 0, which writes, fails."""
-    rest = iter(parameters)
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    layout: Layout,
+    hf_config: PretrainedConfig | None,
+    folder: Path,
+    rank: int = 0,
+) -> list[Path]:
+    """Write one rank's files of Hugging Face safetensors, with at most one file's share in memory;
+    rank 0 also writes index and config. Return the files.
+
+    ``tensors``: those of ``layout`` in its order, whole where this rank writes them. They are
+    consumed to the end, even when writing fails.
+    """
+    written, rest = [], iter(tensors)
     try:
-        if dist.rank() == 0:
-            _write_shards(rest, hf_config, folder)
+        for number, names in enumerate(layout.files):
+            mine = number % layout.writers == rank
+            found = {name: tensor for name, tensor in itertools.islice(rest, len(names)) if mine}
+            if mine:
+                assert tuple(found) == names
+                written.append(folder / layout.file(number))
+                save_tensors(found, written[-1])
+                del found
+        if rank == 0:
+            written += _write_descriptions(layout, hf_config, folder)
     finally:
         for _ in rest:  # consuming it may be collective
             pass
+    return written
 
 
-def _write_shards(
-    parameters: Iterator[tuple[str, torch.Tensor]], hf_config: PretrainedConfig | None, folder: Path
-) -> None:
-    shards: list[list[str]] = []
-    pending: dict[str, torch.Tensor] = {}
-    size = total = 0
-
-    def flush() -> None:
-        save_tensors(pending, folder / f"part-{len(shards)}")
-        shards.append(list(pending))
-        pending.clear()
-
-    for name, tensor in parameters:
-        if pending and size + tensor.nbytes > SHARD_BYTES:
-            flush()
-            size = 0
-        pending[name] = tensor
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-    flush()
-    count = len(shards)
-    weight_map: dict[str, str] = {}
-    for i, names in enumerate(shards):
-        part = "" if count == 1 else f"-{i + 1:05d}-of-{count:05d}"
-        file = f"model{part}.safetensors"
-        os.replace(folder / f"part-{i}", folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    if count > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(folder / INDEX_FILE, index, private=True)
+def _write_descriptions(
+    layout: Layout, hf_config: PretrainedConfig | None, folder: Path
+) -> list[Path]:
+    values: dict[Path, Any] = {}
+    if len(layout.files) > 1:
+        places = enumerate(layout.files)
+        weight_map = {name: layout.file(i) for i, names in places for name in names}
+        index = {"metadata": {"total_size": layout.num_bytes}, "weight_map": weight_map}
+        values[folder / INDEX_FILE] = index
     if hf_config is not None:
-        write_json(folder / "config.json", hf_config.to_dict(), private=True)
+        values[folder / "config.json"] = hf_config.to_dict()
+    for path, content in values.items():
+        write_json(path, content, private=True)
+    return list(values)
 
 
 def read_weights(folder: Path) -> Callable[[str], torch.Tensor]:

@@ -54,6 +54,10 @@ def describe(job: Job) -> str:
         "writes": f"{job.run.root}/ (metrics, plots), {job.run.private}/ (ticket, checkpoints: "
         "secret)",
     }
+    if (reason := job.initial.reason) is not None:
+        rows["theta(0)"] = (
+            f"drawn whole on every rank, {4 * d / 1e6:,.0f} MB of host memory: {reason}"
+        )
     return "\n".join(f"  {name:<11}{text}" for name, text in rows.items())
 
 

@@ -27,7 +27,7 @@ from pmp_ds.prepare.config import PrepareConfig
 from pmp_ds.prepare.prepare import prepare
 from pmp_ds.release.export import export
 from pmp_ds.release.model_card import CardFacts
-from pmp_ds.state.weight_files import save_weights
+from pmp_ds.state.weight_files import save_all
 from tests.helpers.distributed import REPO
 
 BLOCK, UPDATES, NEW_TOKENS = 64, 200, 12
@@ -110,8 +110,8 @@ def make(folder: Path, name: str) -> Path:
     model = build_model(config)
     loss = _train(model, store)
     (place / "weights").mkdir()
-    parameters = ((name, param.detach()) for name, param in model.named_parameters())
-    save_weights(parameters, model.config, place / "weights")
+    parameters = {name: param.detach() for name, param in model.named_parameters()}
+    save_all(parameters, model.config, place / "weights")
     card = CardFacts(
         name=name,
         secrecy="none",

@@ -275,6 +275,46 @@ def test_nothing_is_left_of_writing(written):
     assert not list(written.rglob("*incomplete*"))
 
 
+def shared(root: str, stage: int, background: bool) -> list[str]:
+    """Save a checkpoint of a fresh engine; return the files that this rank wrote."""
+    weight_files.SHARE_BYTES = 1
+    run, config = RunDir(Path(root)), replace(TRAIN, precision="bf16")
+    dist.on_rank0(run.create)
+    engine = Engine(tiny.model(), config, tiny.ds_json(stage))
+    engine.arm(None)
+    position = replace(POSITION, step=1, consumed_samples=BATCH)
+    snapshot = checkpoint.take(engine, position, copy=background, more={}, masks={})
+    layout = snapshot.layout
+    checkpoint.write(run, snapshot)
+    engine.close()
+    numbers = range(dist.rank(), len(layout.files), layout.writers)
+    return [layout.file(number) for number in numbers]
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("stage", daily([0, 1, 2, 3], [1, 3]))
+def test_ranks_share_the_weights(ranks4, tmp_path, stage, background):
+    """Each writes about a quarter of them, and together they are a Hugging Face folder whose slices
+    are the model's."""
+    parts = ranks4.run(shared, str(tmp_path / "run"), stage, background)
+    folder = tmp_path / "run/private/checkpoints/update-00000001/weights"
+    model = tiny.model().bfloat16()
+    total = sum(param.nbytes for param in model.parameters())
+    for part in parts:
+        mine = sum(t.nbytes for name in part for t in load_file(folder / name).values())
+        assert 0 < mine < 0.6 * total
+    assert sorted(name for part in parts for name in part) == sorted(
+        path.name for path in folder.glob("*.safetensors")
+    )
+    read = weight_files.slices(folder)
+    for name, param in model.named_parameters():
+        flat = param.detach().reshape(-1)
+        for start, count in ((0, flat.numel()), (5, 20), (flat.numel() - 3, 3), (1, 0)):
+            assert torch.equal(read(name, start, count), flat[start : start + count]), name
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert all(torch.equal(theirs.get_parameter(n), p) for n, p in model.named_parameters())
+
+
 @pytest.mark.parametrize("shard_bytes", [1, 30_000, 2 << 30])
 @pytest.mark.parametrize("config", [tiny.LLAMA, tiny.GPT2], ids=["llama", "gpt2"])
 def test_weights_are_a_hugging_face_folder(tmp_path, monkeypatch, shard_bytes, config):
@@ -282,7 +322,7 @@ def test_weights_are_a_hugging_face_folder(tmp_path, monkeypatch, shard_bytes, c
     monkeypatch.setattr(weight_files, "SHARD_BYTES", shard_bytes)
     model = tiny.model(config).bfloat16()
     parameters = [(name, param.detach()) for name, param in model.named_parameters()]
-    weight_files.save_weights(iter(parameters), model.config, tmp_path)
+    weight_files.save_all(dict(parameters), model.config, tmp_path)
     files = sorted(tmp_path.glob("*.safetensors"))
     most = {1: len(parameters), 2 << 30: 1}
     assert len(files) == most.get(shard_bytes, len(files)) > 0

@@ -87,6 +87,13 @@ def trained(setup: Setup, empty: bool) -> dict[str, Any] | None:
         engine = Engine(model, config, ds_json, fill=theta0.read)
     else:
         engine = Engine(tiny.model(setup.config, KEY), config, ds_json)
+    module = engine._engine.module
+    attributes = {name: sorted(vars(param)) for name, param in module.named_parameters()}
+    partitions = {
+        name: (sorted(vars(p.ds_tensor)), p.ds_tensor.shape, str(p.ds_tensor.device), p.ds_persist)
+        for name, p in module.named_parameters()
+        if hasattr(p, "ds_tensor")
+    }
     first = dict(engine.parameters())
     ticket = random_ticket(b"m" * 32, MaskConfig(source="random"), theta0.table)
     engine.arm(ticket.mask)
@@ -95,6 +102,8 @@ def trained(setup: Setup, empty: bool) -> dict[str, Any] | None:
         loss = engine.backward(tiny.batch(step, GLOBAL).chunk(dist.world_size())[dist.rank()])
         numbers.append((float(loss), float(engine.step(LR))))
     found = {
+        "attributes": attributes,
+        "partitions": partitions,
         "first": first,
         "last": dict(engine.parameters()),
         "state": engine.local_state()(),

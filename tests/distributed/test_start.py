@@ -12,14 +12,16 @@ from unittest import mock
 
 import pytest
 
-from pmp_ds import dist
+from pmp_ds import dist, formats
 from pmp_ds.config import Config
 from pmp_ds.errors import UserError
+from pmp_ds.model.parameters import weights_digest
 from pmp_ds.run_dir import RunDir
 from pmp_ds.state import shelf, theta0
 from pmp_ds.summary import summarize
 from pmp_ds.version import code_version
 from tests.distributed.test_damage import flip
+from tests.helpers import tiny
 from tests.helpers.commands import files_of
 from tests.helpers.faults import seen
 from tests.helpers.lives import Life, checkpoints, same_end
@@ -61,8 +63,9 @@ def spoil(run: RunDir) -> None:
 def another_format(folder: Path) -> None:
     manifest = folder / "manifest.json"
     text = manifest.read_text()
-    assert '"format_version": 3' in text
-    manifest.write_text(text.replace('"format_version": 3', '"format_version": 1'))
+    now = f'"format_version": {formats.current("checkpoint")}'
+    assert now in text
+    manifest.write_text(text.replace(now, '"format_version": 1'))
 
 
 def test_none_can_be_read(refused, lives, ended, calm):
@@ -235,18 +238,22 @@ def test_lost_digest(refused, lives, run):
 
 
 def test_digest_of_an_older_version(lives, run):
-    """An older digest lacks a check value of the key or a seal: both are added after theta(0)
-    was drawn and compared."""
+    """An older digest is of all bytes in one sequence, and may lack a check value of the key or a
+    seal: both are added after theta(0) was drawn and compared."""
     assert lives(*SECRET)[0].code == 0
     path = run.init / "theta0.json"
-    text = path.read_text()
-    values = json.loads(text)
-    assert sorted(values) == ["format_version", "key_check", "seal", "sha256"]
-    second = {"format_version": 2} | {key: values[key] for key in ("key_check", "sha256")}
-    for older in ({"sha256": values["sha256"]}, second):
+    values = json.loads(path.read_text())
+    assert sorted(values) == ["digest", "format_version", "key_check", "seal", "sha256"]
+    assert values["digest"] == "chunks"
+    first = {"sha256": weights_digest(tiny.at_theta0(run))}
+    assert first["sha256"] != values["sha256"]
+    for older in (first, {"format_version": 2, "key_check": values["key_check"]} | first):
         path.write_text(json.dumps(older))
         assert lives(*SECRET)[0].code == 0
-        assert path.read_text() == text
+        after = json.loads(path.read_text())
+        assert after == values | first | {"digest": None, "seal": after["seal"]}
+        assert after["seal"] != values["seal"]
+        assert theta0.proven_lineage(run) == first["sha256"]
     path.write_text(json.dumps({"sha256": "0" * 64}))
     one, _ = lives(*SECRET)
     assert "theta(0) drawn again differs" in one.err

@@ -47,7 +47,7 @@ from pmp_ds.release import reload, verify
 from pmp_ds.release.export import export
 from pmp_ds.release.model_card import DerivativeFacts
 from pmp_ds.release.rehearsal import rehearse
-from pmp_ds.state.weight_files import save_weights
+from pmp_ds.state.weight_files import save_all
 from pmp_ds.ticket.ticket import save_ticket
 from tests.helpers import tiny
 from tests.helpers.glue import byte_tokenizer, write_glue
@@ -176,7 +176,7 @@ def _pretrain(config: PreTrainedConfig, folder: Path, init: Secret | int) -> Non
     assert any(bool(where.any()) for where in changed.values())
     assert not any(bool((where & ~ticket.mask.full(n)).any()) for n, where in changed.items())
     (folder / "weights").mkdir()
-    save_weights(chain(engine.parameters(), engine.constants()), config, folder / "weights")
+    save_all(dict(chain(engine.parameters(), engine.constants())), config, folder / "weights")
     engine.close()
 
 

@@ -42,6 +42,7 @@ MAY_IMPORT_DEEPSPEED = {
     "pmp_ds.optim.zero.stages",
     "pmp_ds.engine.engine",
     "pmp_ds.engine.objective",
+    "pmp_ds.engine.placement",
     "pmp_ds.engine.portable",
     "pmp_ds.engine.deepspeed_keys",
 }

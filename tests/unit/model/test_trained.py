@@ -16,6 +16,7 @@ from pmp_ds.evaluate.subject import mask_on
 from pmp_ds.model.build import build_model
 from pmp_ds.model.classifier import classifier
 from pmp_ds.model.folder import ModelFolder, open_folder
+from pmp_ds.model.initial import Initial
 from pmp_ds.model.parameters import digest, parameter_table, trained_shapes
 from pmp_ds.optim.attach import attach
 from pmp_ds.optim.masked_adamw import MaskedAdamW
@@ -44,7 +45,7 @@ def model(kind: str) -> PreTrainedModel:
 
 @pytest.fixture
 def folder(model: PreTrainedModel, tmp_path: Path) -> ModelFolder:
-    weight_files.save_weights(model.named_parameters(), model.config, tmp_path)
+    weight_files.save_all(dict(model.named_parameters()), model.config, tmp_path)
     return open_folder(tmp_path)
 
 
@@ -91,10 +92,14 @@ def test_a_frozen_parameter_that_changed_is_counted(
     kind: str, model: PreTrainedModel, folder: ModelFolder
 ):
     weights, mask = PlainWeights(folder.path, 1, None), mask_of(model)
-    assert complement_changes(weights, model, mask) == 0
+    initial = Initial(model.config, 0)
+    assert complement_changes(weights, initial, mask) == 0
     with torch.no_grad():
-        model.get_parameter(FROZEN[kind]).add_(1)
-    assert complement_changes(weights, model, mask) == model.get_parameter(FROZEN[kind]).numel()
+        frozen = model.get_parameter(FROZEN[kind]).add_(1)
+    weight_files.save_all(dict(model.named_parameters()), model.config, folder.path)
+    assert complement_changes(weights, initial, mask) == frozen.numel()
+    shares = [complement_changes(weights, initial, mask, (rank, 3)) for rank in range(3)]
+    assert sum(shares) == frozen.numel()
 
 
 class Part(nn.Module):

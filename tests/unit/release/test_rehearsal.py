@@ -22,7 +22,7 @@ from pmp_ds.release.export import export, write_model
 from pmp_ds.release.rehearsal import rehearse
 from pmp_ds.release.reload import compute
 from pmp_ds.release.source import open_source
-from pmp_ds.state.weight_files import load_weights, save_weights
+from pmp_ds.state.weight_files import load_weights, save_all
 from tests.helpers.faults import seen
 from tests.unit.release.conftest import CARD, llama
 
@@ -64,7 +64,7 @@ def test_what_transformers_keeps_in_fp32_is_compared_in_fp32(tmp_path: Path) -> 
     for param in model.parameters():
         if param.ndim == 1:
             nn.init.normal_(param, mean=1.0, std=0.1)
-    save_weights([*model.named_parameters(), *constants(model).items()], model.config, tmp_path)
+    save_all(dict(model.named_parameters()) | constants(model), model.config, tmp_path)
     folder = tmp_path / "release"
     folder.mkdir()
     input_ids = verify.probe(model.config)
@@ -183,7 +183,7 @@ def test_constants_are_released(tmp_path: Path, tokenizer_dir: Path) -> None:
     weights = tmp_path / "weights"
     weights.mkdir()
     tensors = {name: param.detach().bfloat16() for name, param in model.named_parameters()}
-    save_weights((tensors | constants(model)).items(), model.config, weights)
+    save_all(tensors | constants(model), model.config, weights)
     resumed = build_model(model.config)
     load_weights(weights, resumed)
     assert torch.equal(resumed.get_buffer(BIAS), bias)
@@ -207,8 +207,8 @@ def test_an_old_checkpoint_without_constants_resumes_and_names_them(
     model = build_model(small("deepseek_v3", first_k_dense_replace=1))
     weights = tmp_path / "weights"
     weights.mkdir()
-    params = [(name, param.detach()) for name, param in model.named_parameters()]
-    save_weights(params, model.config, weights)
+    params = {name: param.detach() for name, param in model.named_parameters()}
+    save_all(params, model.config, weights)
     load_weights(weights, build_model(model.config))
     with pytest.raises(UserError, match=rf"lacks {BIAS}"):
         export(weights, tmp_path / "release", tokenizer_dir=tokenizer_dir, card=CARD)
