@@ -106,10 +106,11 @@ def prepare(argv: Sequence[str] | None = None) -> ranks.Prepared:
 def _tell(outcome: "Outcome", config: "Config", run: "RunDir") -> None:
     from pmp_ds import dist
     from pmp_ds.errors import quoted
-    from pmp_ds.plots import plot_run  # imports matplotlib: a second
 
     if dist.rank() != 0:
         return
+    from pmp_ds.plots import plot_run  # imports matplotlib: a second
+
     plot_run(run)
     print(
         f"done: ticket of {outcome.num_kept:,} elements of {outcome.num_params:,}, "

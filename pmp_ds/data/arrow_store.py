@@ -214,7 +214,7 @@ class Store:
                     batch = reader.read_next_batch()
             batch.validate()
             column = batch.column(COLUMN)
-            values = column.values.to_numpy(zero_copy_only=True)
+            values: Any = np.from_dlpack(column.values)  # to_numpy imports pandas
             blocks: Tokens = values.reshape(-1, column.type.list_size)
         except (OSError, pa.ArrowException, KeyError, AttributeError, StopIteration) as error:
             _damaged(path, f"it cannot be read ({error})")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pmp_ds.run_dir import RunDir
+from tests.helpers.commands import call
 from tests.helpers.distributed import RankPool
 from tests.helpers.lives import Life, live
 from tests.helpers.workdir import furnish
@@ -17,7 +18,7 @@ Living = Callable[..., list[Life]]
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a store, a recipe and DeepSpeed JSONs (helpers/workdir.py)."""
     folder = tmp_path_factory.mktemp("place")
-    furnish(folder)
+    furnish(folder, call)
     return folder
 
 

@@ -293,10 +293,10 @@ def shared(root: str, stage: int, background: bool) -> list[str]:
 
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("stage", daily([0, 1, 2, 3], [1, 3]))
-def test_ranks_share_the_weights(ranks4, tmp_path, stage, background):
-    """Each writes about a quarter of them, and together they are a Hugging Face folder whose slices
+def test_ranks_share_the_weights(ranks3, tmp_path, stage, background):
+    """Each writes about a third of them, and together they are a Hugging Face folder whose slices
     are the model's."""
-    parts = ranks4.run(shared, str(tmp_path / "run"), stage, background)
+    parts = ranks3.run(shared, str(tmp_path / "run"), stage, background)
     folder = tmp_path / "run/private/checkpoints/update-00000001/weights"
     model = tiny.model().bfloat16()
     total = sum(param.nbytes for param in model.parameters())

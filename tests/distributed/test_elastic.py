@@ -66,10 +66,10 @@ def values(run: RunDir, field: str) -> dict[tuple[str, int], float]:
     return {(r["phase"], r["step"]): r[field] for r in records if field in r}
 
 
-@pytest.fixture
-def shapes(request) -> list[Any]:
+def shapes(request: pytest.FixtureRequest, *ranks: int) -> list[Any]:
     """Return (pool, ZeRO stage) of the three parts."""
-    return [(request.getfixturevalue(f"ranks{n}"), stage) for n, stage in ((2, 1), (4, 3), (1, 2))]
+    pools = [request.getfixturevalue(f"ranks{n}") for n in ranks]
+    return list(zip(pools, (1, 3, 2), strict=True))
 
 
 Shape = tuple[Any, int, Sequence[str]]  # pool, ZeRO stage, flags
@@ -113,10 +113,11 @@ def compare(folder: Path, precision: str, updates: int = 12) -> None:
         assert torch.equal(moved[0][frozen], moved[1][frozen]), name
 
 
-@pytest.mark.parametrize("precision", daily(["fp32", "bf16"], ["bf16"]))
-def test_three_shapes(lives, shapes, ranks2, tmp_path, precision):
+@pytest.mark.nightly
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_three_shapes(lives, request, ranks2, tmp_path, precision):
     flags = (*FLAGS, "--train.precision", precision)
-    divided = [(pool, stage, flags) for pool, stage in shapes]
+    divided = [(pool, stage, flags) for pool, stage in shapes(request, 2, 4, 1)]
     whole_and_divided(lives, tmp_path, (ranks2, 1, flags), divided, (3, 8))
     compare(tmp_path, precision, 6 + 12)
 
@@ -176,14 +177,17 @@ def _if_masked(engine: Any) -> None:
         raise_signal(engine, signal.SIGTERM)
 
 
-@pytest.mark.parametrize("score", daily(["mean", "ema"], ["ema"]))
-def test_discovery_in_three_shapes(lives, shapes, tmp_path, score):
+@pytest.mark.parametrize(
+    ("score", "ranks"),
+    daily([("mean", (2, 4, 1)), ("ema", (2, 4, 1)), ("ema", (2, 1, 2))], [("ema", (2, 1, 2))]),
+)
+def test_discovery_in_three_shapes(lives, request, tmp_path, score, ranks):
     """If gradients are equal to the bit, so are scores, IoUs and the ticket."""
     flags = (*FLAGS, "--mask.score", score, "--train.steps", "2", "--train.warmup_steps", "1")
     same = (repeated_batches, (2,))
     one, _ = lives(*flags, "--run.name", "whole", fault=all_of, given=(same,))
     assert one.code == 0, one.err
-    for (pool, stage), stop in zip(shapes, (2, 4, None), strict=True):
+    for (pool, stage), stop in zip(shapes(request, *ranks), (2, 4, None), strict=True):
         given = [same, *([] if stop is None else [(act, (stop, 0, raise_signal, signal.SIGTERM))])]
         one, *_ = lives(
             *flags, "--run.name", "divided", fault=all_of, given=given, pool=pool, stage=stage

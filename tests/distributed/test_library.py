@@ -17,6 +17,7 @@ from pmp_ds.state.manifest import DamagedError
 from pmp_ds.state.shelf import find
 from tests.helpers import plain_loop
 from tests.helpers.plain_loop import train
+from tests.helpers.tiers import daily
 
 pytestmark = pytest.mark.distributed
 
@@ -28,9 +29,16 @@ def differ(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> floa
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
 @pytest.mark.parametrize(
-    ("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")]
+    ("stage", "precision", "kind"),
+    daily(
+        [
+            (stage, precision, kind)
+            for stage, precision in ((0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16"))
+            for kind in ("adamw", "sgd")
+        ],
+        [(0, "fp32", "sgd"), (1, "bf16", "adamw"), (2, "fp32", "sgd"), (3, "bf16", "adamw")],
+    ),
 )
 def test_resumed_to_the_bit(ranks2, tmp_path, stage, precision, kind):
     def run(name: str, steps: int) -> tuple[int, list[float], dict[str, torch.Tensor]]:
@@ -81,8 +89,9 @@ def test_lines_of_the_readme_name_what_there_is():
     assert all(f"library.{name}(" in Path(plain_loop.__file__).read_text() for name in used)
 
 
-def test_killed_while_it_trains_and_saves(tmp_path):
-    """After SIGKILL of all ranks, three times, only updates after the last checkpoint are lost."""
+@pytest.mark.parametrize("updates", daily([[6, 15], [12]], [[12]]))
+def test_killed_while_it_trains_and_saves(ranks2, tmp_path, updates):
+    """After SIGKILL of all ranks only updates after the last checkpoint are lost."""
 
     def start(name: str) -> subprocess.Popen[str]:
         command = ["-m", "pmp_ds.launch", "--ranks", "2", "tests/helpers/plain_loop.py"]
@@ -101,8 +110,7 @@ def test_killed_while_it_trains_and_saves(tmp_path):
         begun, losses = json.loads(out.splitlines()[-1])
         return begun, losses
 
-    whole = start("whole")
-    for update in (6, 15):
+    for update in updates:
         killed = start("killed")
         newest = tmp_path / f"killed/private/checkpoints/update-{update:08d}"
         while not newest.exists():
@@ -113,6 +121,6 @@ def test_killed_while_it_trains_and_saves(tmp_path):
         assert killed.stdout is not None
         killed.stdout.close()
     begun, losses = result(start("killed"))
-    _, undisturbed = result(whole)
-    assert begun >= 15
+    _, undisturbed, _ = ranks2.run(train, str(tmp_path / "whole"), 1, 30)[0]
+    assert begun >= updates[-1]
     assert losses == undisturbed[begun:]

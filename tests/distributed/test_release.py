@@ -39,14 +39,14 @@ def resume_and_save(root: str, other: str) -> int:
 
 
 def test_the_same_bytes_after_an_elastic_resume(
-    ranks4,
+    ranks2,
     ranks1,
     tmp_path,
     tokenizer_dir,  # noqa: F811
     monkeypatch,
 ):
-    roots = [str(tmp_path / "four"), str(tmp_path / "one")]
-    ranks4.run(segment, roots[0], 3, "bf16", "compact", False, 3, [3])
+    roots = [str(tmp_path / "two"), str(tmp_path / "one")]
+    ranks2.run(segment, roots[0], 3, "bf16", "compact", False, 3, [3])
     assert ranks1.run(resume_and_save, *roots) == [3]
     monkeypatch.setattr("pmp_ds.release.export.verify_reload", lambda *_: 0.0)
     outs = []

@@ -13,7 +13,7 @@ from tests.helpers.stores import write_store
 pytestmark = pytest.mark.distributed
 
 BATCH, STEPS = 8, 60
-LEGS = (("ranks1", 37), ("ranks4", 11), ("ranks2", 12))
+LEGS = (("ranks1", 37), ("ranks3", 11), ("ranks2", 12))
 
 
 def read(setting: Any, consumed: int, steps: int) -> tuple[list[list[int]], int]:
@@ -40,7 +40,7 @@ def in_order(ranks: list[tuple[list[list[int]], int]]) -> list[int]:
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["store", "mixture"])
-def test_one_rank_then_four_then_two(request, tmp_path, mixed):
+def test_one_rank_then_three_then_two(request, tmp_path, mixed):
     web = write_store(tmp_path / "web", 0, 150, shard=40)  # 480 samples: over three epochs
     code = write_store(tmp_path / "code", 1000, 50)
     setting = {web: 0.6, code: 0.4} if mixed else web

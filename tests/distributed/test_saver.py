@@ -49,7 +49,7 @@ def files(run: RunDir) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("stage", daily([1, 3], [3]))
+@pytest.mark.parametrize("stage", daily([1, 3], [1]))
 def test_background_and_foreground_write_the_same_bytes(lives, tmp_path, stage):
     """This includes checkpoints of discovery, which continues during the save. Discovery is
     stopped, because its checkpoints are deleted once there is a ticket."""

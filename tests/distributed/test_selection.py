@@ -23,6 +23,7 @@ from tests.distributed.test_method import CONFIG
 from tests.distributed.test_topk import SIZES, fragments, synthetic
 from tests.helpers import tiny
 from tests.helpers.commands import RECIPES
+from tests.helpers.tiers import daily
 
 pytestmark = pytest.mark.distributed
 
@@ -82,7 +83,18 @@ def expected(rule: MaskConfig) -> dict[str, list[bool]]:
 
 @pytest.mark.parametrize(
     ("sharding", "world_size"),
-    [("replicated", 1), ("replicated", 2), ("flat", 2), ("flat", 4), ("split", 4)],
+    daily(
+        [
+            ("replicated", 1),
+            ("replicated", 2),
+            ("flat", 2),
+            ("flat", 3),
+            ("split", 3),
+            ("flat", 4),
+            ("split", 4),
+        ],
+        [("replicated", 1), ("replicated", 2), ("flat", 2), ("flat", 3), ("split", 3)],
+    ),
 )
 def test_same_mask_under_every_sharding(request, sharding, world_size):
     results = request.getfixturevalue(f"ranks{world_size}").run(masks_of_this_rank, sharding)
@@ -153,10 +165,12 @@ def hardened_ticket(stage: int) -> tuple[str, dict[str, int]]:
     return ticket.id, {name: int(ticket.mask.full(name).sum()) for name in ticket.mask.shapes}
 
 
-def test_hardened_ticket_is_the_same_for_stages_and_ranks(ranks1, ranks2, ranks4):
+@pytest.mark.parametrize("more", daily([2, 4], [2]))
+def test_hardened_ticket_is_the_same_for_stages_and_ranks(request, ranks1, ranks2, more):
+    last = request.getfixturevalue(f"ranks{more}")
     (first, kept), *others = (
         pool.run(hardened_ticket, stage)[0]
-        for pool, stage in ((ranks1, 0), (ranks2, 1), (ranks2, 3), (ranks4, 2))
+        for pool, stage in ((ranks1, 0), (ranks2, 1), (ranks2, 3), (last, 2))
     )
     assert all(other == (first, kept) for other in others)
     table = parameter_table(tiny.model())

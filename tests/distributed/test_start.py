@@ -144,9 +144,10 @@ def test_lost_checkpoints(refused, lives, ended, calm, lost):
     same_end(calm, ended)
 
 
-def test_afresh_needs_the_ticket(refused, ended):
-    spoil(ended)
+def test_lost_ticket(refused, ended):
     shutil.rmtree(ended.ticket)
+    assert "the ticket of this run is missing" in refused().err
+    spoil(ended)
     assert "the ticket of this run is missing" in refused(AFRESH).err
 
 

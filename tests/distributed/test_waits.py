@@ -1,10 +1,12 @@
 """Between two validations or checkpoints the host waits for nothing and gathers nothing."""
 
 import json
+from itertools import product
 
 import pytest
 
 from tests.helpers.lives import waits_written
+from tests.helpers.tiers import daily
 
 pytestmark = pytest.mark.distributed
 
@@ -12,8 +14,12 @@ FLAGS = ("--run.checkpoint_every", "12", "--guard.hang_seconds", "600")
 UPDATES = [f"update {step}" for step in range(2, 12)]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    daily(
+        product(range(4), ("fp32", "bf16")), [(0, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
+    ),
+)
 def test_our_code_asks_for_nothing(lives, tmp_path, stage, precision):
     where = tmp_path / "waits"
     flags = (*FLAGS, "--train.precision", precision)

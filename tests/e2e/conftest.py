@@ -1,13 +1,15 @@
 """Fixtures for the end-to-end tests: one prepared store and one finished run."""
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from pmp_ds.run_dir import RunDir
-from tests.helpers.commands import DS_CONFIGS, Done, ok, run
+from tests.helpers.commands import DS_CONFIGS, Done, call, ok, run
+from tests.helpers.families import in_this_process
 from tests.helpers.torture import Place
 from tests.helpers.workdir import furnish
 
@@ -51,8 +53,16 @@ def main_run(_furnished: tuple[Path, Done]) -> MainRun:
     )
     ok(train)
     export = ok(run("export.py", "--run", "runs/main", "--prompt", "kana", cwd=work))
-    report = ok(run("report.py", "--run", "runs/main", "--prompt", "kana", cwd=work))
+    with in_this_process():
+        report = ok(call("report.py", "--run", "runs/main", "--prompt", "kana", cwd=work))
     return MainRun(RunDir(work / "runs" / "main"), prepare, train, export, report)
+
+
+@pytest.fixture
+def reloaded_here() -> Iterator[None]:
+    """Check releases in this process; ``main_run`` has loaded one in a fresh interpreter."""
+    with in_this_process():
+        yield
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from tests.e2e.conftest import MainRun
 from tests.helpers.commands import Done, ok, run
 from tests.helpers.faults import seen
 from tests.helpers.namespaces import needs
-from tests.helpers.tiers import daily
 from tests.helpers.workdir import PREPARE, SHORT
 
 UNSHARE = ("unshare", "-U", "--map-user=12345")
@@ -27,7 +26,7 @@ NAMELESS = (
     "-u",
     "HOME",
 )
-pytestmark = [pytest.mark.e2e, needs(*UNSHARE[1:])]
+pytestmark = [pytest.mark.e2e, pytest.mark.nightly, needs(*UNSHARE[1:])]
 
 
 def nameless(launcher: str, *arguments: str | Path, cwd: Path, ranks: int | None = None) -> Done:
@@ -45,7 +44,6 @@ def folder(main_run: MainRun, work: Path, tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
-@pytest.mark.nightly
 def test_a_release_is_made(folder: Path):
     shutil.rmtree(folder / "runs/main/release")
     (folder / "runs/main/private/ledger.jsonl").unlink()
@@ -57,22 +55,18 @@ def test_a_release_is_made(folder: Path):
 
 @pytest.mark.parametrize(
     "command",
-    daily(
-        [
-            "evaluate.py perplexity --model runs/main/release --store store",
-            "finetune.py --model runs/main/release --task lm --data.store store --train.steps 2",
-            "audit.py --release runs/main/release --ticket runs/main/private/ticket",
-            "vault.py show runs/main/private/ticket",
-            "report.py --run runs/main",
-        ],
-        ["report.py --run runs/main"],
-    ),
+    [
+        "evaluate.py perplexity --model runs/main/release --store store",
+        "finetune.py --model runs/main/release --task lm --data.store store --train.steps 2",
+        "audit.py --release runs/main/release --ticket runs/main/private/ticket",
+        "vault.py show runs/main/private/ticket",
+        "report.py --run runs/main",
+    ],
 )
 def test_a_release_is_used(folder: Path, command: str):
     nameless(*command.split(), cwd=folder)
 
 
-@pytest.mark.nightly
 def test_data_and_training(work: Path, tmp_path: Path):
     for file in work.glob("*.*"):
         shutil.copy(file, tmp_path)

@@ -30,7 +30,7 @@ FIELDS = {
 def audit(work: Path, name: str, *more: str | Path) -> tuple[Done, dict[str, Any]]:
     """Return the result of the command, and the attacks of its audit.json by name."""
     folder = work / "runs" / name
-    done = run(
+    done = call(
         "audit.py",
         "--release",
         folder / "release",

@@ -79,6 +79,7 @@ def test_a_second_command_on_one_run(place, begin, main_run):
     same_end(main_run.run, place.run)
 
 
+@pytest.mark.nightly  # tests/unit/test_meeting.py, without the rest of the command
 def test_a_taken_port(place, begin):
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]

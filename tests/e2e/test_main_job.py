@@ -20,7 +20,8 @@ from pmp_ds.state.weight_files import read_weights
 from pmp_ds.ticket.ticket import Ticket, load_ticket
 from tests.e2e.conftest import MainRun
 from tests.helpers import tiny
-from tests.helpers.commands import error_of, files_of, ok, run
+from tests.helpers.commands import files_of, ok
+from tests.helpers.forks import command
 from tests.helpers.workdir import BLOCK, STEPS
 
 pytestmark = pytest.mark.e2e
@@ -186,19 +187,7 @@ def test_the_report_states_everything(main_run: MainRun, ticket: Ticket, work: P
 def test_config_repeats_the_run(main_run: MainRun, work: Path):
     run_dir = main_run.run
     before = files_of(run_dir.private, run_dir.release), run_dir.metrics.read_bytes()
-    done = ok(run("pretrain.py", "--config", "runs/main/config.yaml", cwd=work))
+    done = ok(command("pretrain.py", "--config", "runs/main/config.yaml", cwd=work))
     assert f"already finished: {STEPS} of {STEPS} updates" in done.stdout
     assert "0 elements of the complement changed" in done.stdout
     assert before == (files_of(run_dir.private, run_dir.release), run_dir.metrics.read_bytes())
-
-
-def test_a_lost_ticket_stops_the_run(main_run: MainRun, work: Path):
-    aside = main_run.run.private / "aside"
-    main_run.run.ticket.rename(aside)
-    try:
-        before = files_of(main_run.run.root)
-        done = run("pretrain.py", "--config", "runs/main/config.yaml", cwd=work)
-        assert "the ticket of this run is missing" in error_of(done)
-        assert files_of(main_run.run.root) == before
-    finally:
-        aside.rename(main_run.run.ticket)

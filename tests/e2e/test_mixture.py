@@ -9,7 +9,8 @@ import pytest
 
 from pmp_ds.log import read_metrics
 from pmp_ds.run_dir import RunDir
-from tests.helpers.commands import DS_CONFIGS, call, error_of, ok, run
+from tests.helpers.commands import DS_CONFIGS, call, error_of, ok
+from tests.helpers.forks import command
 from tests.helpers.workdir import BLOCK, SHORT, write_corpus
 
 pytestmark = pytest.mark.e2e
@@ -55,7 +56,7 @@ def others(work: Path) -> tuple[str, str]:
 def test_mixture(work: Path, others: tuple[str, str]):
     second, third = others
     mixture = f"{{store: 3, {second}: 1}}"
-    out = ok(run(*COMMAND, "--data.store", mixture, cwd=work, ranks=2)).stdout
+    out = ok(command(*COMMAND, "--data.store", mixture, cwd=work, ranks=2)).stdout
     for name, share in (("store", "75.00%"), (second, "25.00%")):
         assert re.search(rf"^ +{share} {name}: \d+\.\d\d epochs of \d+ blocks$", out, re.MULTILINE)
     record = RunDir(work / "runs" / "mixed")
@@ -72,7 +73,7 @@ def test_mixture(work: Path, others: tuple[str, str]):
     # Another place or spelling is the same mixture; another mixture is refused.
     shutil.copytree(work / second, work / "moved")
     same = "{moved: 0.25, store: 0.75}"
-    assert "already finished" in ok(run(*COMMAND, "--data.store", same, cwd=work)).stdout
+    assert "already finished" in ok(command(*COMMAND, "--data.store", same, cwd=work)).stdout
     other = f"{{store: 1, {third}: 1}}"
     lines = error_of(call(*COMMAND, "--data.store", other, cwd=work)).splitlines()[1:]
     assert [re.sub("[0-9a-f]{12}", "ID", line) for line in lines] == [

@@ -18,8 +18,9 @@ from pmp_ds.run_dir import RunDir
 from pmp_ds.ticket.ticket import load_ticket
 from tests.e2e.conftest import MainRun
 from tests.e2e.test_main_job import final_weights, initial_weights
-from tests.helpers.commands import RECIPES, call, error_of, files_of, ok, run
+from tests.helpers.commands import RECIPES, call, error_of, files_of, ok
 from tests.helpers.faults import seen
+from tests.helpers.forks import command
 from tests.helpers.workdir import SHORT, STEPS
 
 pytestmark = pytest.mark.e2e
@@ -91,6 +92,7 @@ def test_it_holds_the_last_checkpoint(main_run: MainRun):
     assert "kana " in main_run.export.stdout.splitlines()[-1]
 
 
+@pytest.mark.usefixtures("reloaded_here")
 def test_initial_weights_go_to_a_private_folder_alone(main_run: MainRun, work: Path):
     export = ("export.py", "--run", "runs/main", "--checkpoint", "init")
     before = files_of(main_run.run.root)
@@ -116,10 +118,11 @@ def test_a_release_is_never_overwritten(main_run: MainRun, work: Path):
     assert before == files_of(main_run.run.root)
 
 
+@pytest.mark.usefixtures("reloaded_here")
 def test_a_public_seed_is_refused(work: Path):
     """Paper mode, through the random-mask overlay for speed."""
     done = ok(
-        run(
+        command(
             "pretrain.py",
             "--config",
             "tiny.yaml",
@@ -154,6 +157,7 @@ def test_what_left_is_remembered(main_run: MainRun):
     assert main_run.run.ledger.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.usefixtures("reloaded_here")
 def test_a_second_revision_is_refused(main_run: MainRun, work: Path):
     export = ("export.py", "--run", "runs/main", "--checkpoint", "30", "--out", "second")
     before = ledger_of(main_run)
@@ -196,6 +200,7 @@ def fine_tuned(main_run: MainRun, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("reloaded_here")
 def test_a_derivative_is_dithered(main_run: MainRun, work: Path):
     fine_tuned(main_run, work / "tuned")
     arguments = (

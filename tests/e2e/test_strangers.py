@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers import tiny
-from tests.helpers.commands import error_of, files_of, run
+from tests.helpers.commands import Done, error_of, files_of, run
 from tests.helpers.faults import seen
+from tests.helpers.forks import command
 from tests.helpers.glue import byte_tokenizer, write_glue
 from tests.helpers.strangers import write_ticket
 
@@ -27,10 +29,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def tune(place: Path, model: str, *arguments: str) -> tuple[int, str]:
+def tune(
+    place: Path, model: str, *arguments: str, do: Callable[..., Done] = command
+) -> tuple[int, str]:
     """Return the error with which launcher/finetune.py refuses ``model``."""
     before = files_of(place)
-    done = run(
+    done = do(
         "finetune.py",
         "--model",
         model,
@@ -79,5 +83,5 @@ def test_code_in_a_release(place: Path):
     values |= {"model_type": "own", "auto_map": {"AutoConfig": "own.C"}}
     (folder / "config.json").write_text(json.dumps(values))
     (folder / "own.py").write_text(f"open({str(place / 'ran')!r}, 'w')\n")
-    seen("code in a release", *tune(place, "code"))
+    seen("code in a release", *tune(place, "code", do=run))
     assert not (place / "ran").exists()

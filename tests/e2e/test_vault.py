@@ -16,9 +16,10 @@ from pmp_ds.run_dir import RunDir
 from pmp_ds.ticket.keys import identities, new_identity
 from pmp_ds.ticket.vault import open_sealed
 from tests.e2e.conftest import MainRun
-from tests.helpers.commands import call, error_of, files_of, ok, run
+from tests.helpers.commands import call, error_of, files_of, ok
 from tests.helpers.distributed import REPO
 from tests.helpers.faults import seen
+from tests.helpers.forks import command
 from tests.helpers.glue import write_glue
 
 pytestmark = pytest.mark.e2e
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.e2e
 def partner(main_run: MainRun, work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the partner's machine: a key of their own, the release and the sealed file only."""
     home = tmp_path_factory.mktemp("partner")
-    public = ok(run("vault.py", "keygen", "--out", "key.txt", cwd=home)).stdout
+    public = ok(call("vault.py", "keygen", "--out", "key.txt", cwd=home)).stdout
     (work / "a.pub").write_text(public)
     ok(
         call(
@@ -96,7 +97,7 @@ def test_one_command_of_the_partner(partner: Path):
     """Run the command of docs/VAULT.md on two ranks: only ticket and head change."""
     write_glue(partner / "glue")
     done = ok(
-        run(
+        command(
             "finetune.py",
             "--model",
             "release",
@@ -126,14 +127,7 @@ def test_one_command_of_the_partner(partner: Path):
         kept, old = mask.full(name), before[name].float()
         assert torch.equal(after[name][~kept], old[~kept]), "the complement changed"
         assert not torch.equal(after[name][kept], old[kept])
-    again = ok(
-        run(
-            "finetune.py",
-            "--config",
-            "runs/finetune/config.yaml",
-            cwd=partner,
-        )
-    )
+    again = ok(command("finetune.py", "--config", "runs/finetune/config.yaml", cwd=partner))
     assert "cells     1, of which 1 are finished" in again.stdout
 
 
@@ -230,6 +224,7 @@ def test_a_digest_of_other_initial_weights(copied: RunDir, tmp_path: Path, versi
     assert files_of(tmp_path) == before
 
 
+@pytest.mark.usefixtures("reloaded_here")
 def test_no_ledger_beside_a_release(copied: RunDir, tmp_path: Path):
     """Losing the ledger file does not erase earlier releases."""
     copied.ledger.unlink()

@@ -224,7 +224,8 @@ def tune(config: FinetuneConfig) -> torch.Tensor:
 def in_this_process() -> Iterator[None]:
     """Reload releases in this process: a fresh interpreter would take most of the time."""
     original = verify.run_alone
-    verify.run_alone = lambda **request: reload._check(request)
+    actions = {"check": reload._check, "generate": reload._generate}
+    verify.run_alone = lambda **request: actions[request["action"]](request)
     try:
         yield
     finally:

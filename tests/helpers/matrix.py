@@ -137,7 +137,7 @@ def _cases() -> Iterator[Case]:
                     quick=(stage, precision) == (3, "bf16"),
                 )
         yield Case(stage=stage, precision="bf16", world_size=1)
-        yield Case(stage=stage, precision="bf16", world_size=4, quick=stage == 3)
+        yield Case(stage=stage, precision="bf16", world_size=4)
     for model in ("gpt2 tied", "frozen parameters"):
         yield Case(stage=0, precision="bf16", model=model)
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.helpers import tiny
@@ -46,10 +47,11 @@ def write_corpus(path: Path, documents: int = 400, words: int = 80) -> None:
     path.write_text("\n".join(lines))
 
 
-def furnish(folder: Path) -> Done:
-    """Fill ``folder``: corpus.jsonl, store/, tiny.yaml, zero0.json to zero3.json."""
+def furnish(folder: Path, do: Callable[..., Done] = run) -> Done:
+    """Fill ``folder``: corpus.jsonl, store/, tiny.yaml, zero0.json to zero3.json. ``do`` runs the
+    command, in a fresh process or in this one."""
     write_corpus(folder / "corpus.jsonl")
     (folder / "tiny.yaml").write_text(RECIPE)
     for stage in range(4):
         (folder / f"zero{stage}.json").write_text(json.dumps(tiny.ds_json(stage)))
-    return ok(run("prepare_data.py", *PREPARE, "--out", "store", cwd=folder))
+    return ok(do("prepare_data.py", *PREPARE, "--out", "store", cwd=folder))

@@ -1,6 +1,7 @@
 """`make clients`: environments are made completely or not at all, and a table names every fault.
 
-The clients here are an empty package, from a folder of wheels; pip contacts nothing else.
+The clients here are an empty package, from a folder of wheels; pip contacts nothing else. The tests
+that take seconds run when `make clients` does: in `make nightly`.
 """
 
 import contextlib
@@ -66,6 +67,7 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
+@pytest.mark.nightly
 def test_an_environment_is_made_once_and_a_half_made_one_again(tmp_path: Path) -> None:
     client = replace(NOTHING, packages=("nothing", "unfit"), remove=("unfit",))
     place = client.place(tmp_path)
@@ -105,6 +107,7 @@ def test_torch_alone_is_taken_from_the_index_that_make_was_given(tmp_path: Path)
     assert ready(client, tmp_path)
 
 
+@pytest.mark.nightly
 def test_no_process_of_a_client_is_left(tmp_path: Path) -> None:
     """A server that a client started, after it ended and after its time was up."""
     start = "import subprocess, sys; child = subprocess.Popen(['sleep', '60']); print(child.pid)"
@@ -196,6 +199,7 @@ def test_a_table_of_one_run(
     assert log.exists(), "what another trial found was taken for this one's"
 
 
+@pytest.mark.nightly
 def test_a_client_that_is_missing_is_an_error_and_the_others_follow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -230,6 +234,7 @@ def test_what_was_not_as_expected_ends_the_command(
     assert "| 5 / 5 / 5 | 1e-06 / 1e-06 / 1e-06 | 4 / 5 / 5 |" in out
 
 
+@pytest.mark.nightly
 def test_a_half_made_release_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(releases, "UPDATES", 1)
     for left in ("tokenizer", "weights", "release"):

@@ -1,9 +1,6 @@
 """Ranks that meet before they compute: real processes at real ports."""
 
-import json
-import os
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,36 +8,33 @@ from collections.abc import Callable, Iterator
 import psutil
 import pytest
 
+from pmp_ds import meeting
+from pmp_ds.errors import exit_code
 from pmp_ds.meeting import in_words
-from tests.helpers.distributed import REPO, free_port
+from tests.helpers.distributed import free_port
+from tests.helpers.forks import Fork
 
 pytestmark = pytest.mark.processes
 
-# Meets as the arguments say: run, mistake, seconds. Then holds the port until its input ends.
-PROGRAM = """
-import json, sys
-from pmp_ds import meeting
-from pmp_ds.errors import exit_code
 
-run, mistake, seconds = json.loads(sys.argv[1])
-meeting.TELL_SECONDS, meeting.MISTAKE_SECONDS = 0.5, 2.0
+def meet(run: str | None, mistake: str | None, seconds: float) -> int:
+    """Meet, then hold the port until the input ends."""
+    meeting.TELL_SECONDS, meeting.MISTAKE_SECONDS = 0.5, 1.0
 
-def main():
-    met = meeting.meet(run, mistake, seconds)
-    print("met", met.name(1), flush=True)
-    sys.stdin.read()
+    def main() -> None:
+        met = meeting.meet(run, mistake, seconds)
+        print("met", met.name(1), flush=True)
+        sys.stdin.read()
 
-sys.exit(exit_code(main))
-"""
-Process = subprocess.Popen[str]
+    return exit_code(main)
 
 
 @pytest.fixture
-def rank() -> Iterator[Callable[..., Process]]:
+def rank() -> Iterator[Callable[..., Fork]]:
     """Start a rank: ``rank(0, port, run="a")``."""
-    started: list[Process] = []
+    started: list[Fork] = []
 
-    def start(number, port, run="runs/a", mistake=None, seconds=60.0, world=2) -> Process:
+    def start(number, port, run="runs/a", mistake=None, seconds=60.0, world=2) -> Fork:
         where = {
             "RANK": str(number),
             "WORLD_SIZE": str(world),
@@ -48,33 +42,20 @@ def rank() -> Iterator[Callable[..., Process]]:
             "MASTER_PORT": str(port),
             "TORCH_CPP_LOG_LEVEL": "ERROR",
         }
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, json.dumps([run, mistake, seconds])],
-                cwd=REPO,
-                env=os.environ | where,
-                text=True,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-            )
-        )
+        started.append(Fork(meet, run, mistake, seconds, env=where))
         return started[-1]
 
     yield start
     for process in started:
-        process.kill()
-        process.communicate()
+        process.close()
 
 
-def end(process: Process) -> tuple[int, str, str]:
-    out, err = process.communicate("", timeout=60)
-    return process.returncode, out, err
+def end(process: Fork) -> tuple[int, str, str]:
+    return process.end(60)
 
 
-def met(process: Process) -> bool:
-    assert process.stdout is not None
-    return process.stdout.readline() == f"met rank 1 on host {socket.gethostname()}\n"
+def met(process: Fork) -> bool:
+    return process.line() == f"met rank 1 on host {socket.gethostname()}\n"
 
 
 def test_they_meet(rank):

@@ -137,6 +137,13 @@ def test_urls_of_any_file_system(tmp_path: Path):
         find_sources([f"{tmp_path}/*.txt"])
 
 
+@pytest.fixture(autouse=True)
+def no_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After every stream `datasets` sleeps 5 s, for threads that would disturb the interpreter's
+    end."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.01)
+
+
 @pytest.fixture
 def dataset(tmp_path: Path) -> str:
     (tmp_path / "dataset").mkdir()

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from pmp_ds.errors import UserError
-from pmp_ds.ticket.keys import Passphrase
 from pmp_ds.ticket.mask import ParamMask, pack
 from pmp_ds.ticket.ticket import from_files, load_ticket
-from pmp_ds.ticket.vault import _archive, encrypt, open_sealed
+from pmp_ds.ticket.vault import _archive, open_sealed
+from tests.helpers.crafted.kinds import identity, sealed
 from tests.helpers.strangers import Bits, packed, ticket_files, write_ticket
 
 SHAPES = {"w": (3, 5), "b": (8,)}
@@ -119,22 +119,20 @@ def _part(files: dict[str, bytes], name: str, _: int) -> bytes:
 
 def test_a_sealed_one(tmp_path: Path) -> None:
     files = ticket_files(changed(torch.full((2,), -256)), SHAPES)
-    by = Passphrase("a long enough passphrase")
-    (tmp_path / "t.age").write_bytes(encrypt(_archive(files), by))
+    (tmp_path / "t.age").write_bytes(sealed(_archive(files)))
     with pytest.raises(UserError, match=r"t\.age is damaged: the mask of 'w' is int64"):
-        open_sealed(tmp_path / "t.age", by)
+        open_sealed(tmp_path / "t.age", [identity()])
 
 
 def test_two_members_of_one_name(tmp_path: Path) -> None:
     """Readers of tar differ in which of them they take."""
     files = ticket_files(packed(SHAPES), SHAPES)
-    by = Passphrase("a long enough passphrase")
     one = _archive(files)
     content = one.rstrip(b"\0")
     content += b"\0" * (-len(content) % 512) + one
-    (tmp_path / "t.age").write_bytes(encrypt(content, by))
+    (tmp_path / "t.age").write_bytes(sealed(content))
     with pytest.raises(UserError, match="contains two files named"):
-        open_sealed(tmp_path / "t.age", by)
+        open_sealed(tmp_path / "t.age", [identity()])
 
 
 def test_a_mask_in_memory() -> None:
