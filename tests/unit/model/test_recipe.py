@@ -91,10 +91,10 @@ def test_every_kind_of_fill(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, param in model.named_parameters():
         assert torch.equal(recipes[name].slice(KEY, 0, param.numel()), param.detach().view(-1))
         assert recipes[name].constant == (name == "gain")
-    parts: torch.Tensor = model.parts  # type: ignore[assignment]
+    parts = model.get_parameter("parts")
     assert parts[3].tolist() == [4.0, 5.0, 6.0, 7.0]
     assert parts[5].tolist() == [7.0] * 4
-    assert not model.embed.weight[3].any()
+    assert not model.get_parameter("embed.weight")[3].any()
 
 
 @pytest.mark.parametrize(
