@@ -80,8 +80,8 @@ def plainly(self: PreTrainedModel, module: nn.Module) -> None:
         hf_init.trunc_normal_(self.cut, std=0.5, a=-0.25, b=1.0)
         hf_init.uniform_(self.even, -3.0, 5.0)
         hf_init.normal_(self.parts)
-        self.parts.data[2:4].copy_(torch.arange(8.0).view(2, 4))
-        self.parts.data[5].fill_(torch.tensor(7.0))
+        self.get_parameter("parts").data[2:4].copy_(torch.arange(8.0).view(2, 4))
+        self.get_parameter("parts").data[5].fill_(torch.tensor(7.0))
 
 
 def test_every_kind_of_fill(monkeypatch: pytest.MonkeyPatch) -> None:
