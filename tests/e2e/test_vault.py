@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from pmp_ds.commands import vault
+from pmp_ds.model.parameters import weights_digest
 from pmp_ds.run_dir import RunDir
 from pmp_ds.ticket.keys import identities, new_identity
 from pmp_ds.ticket.vault import open_sealed
 from tests.e2e.conftest import MainRun
+from tests.helpers import tiny
 from tests.helpers.commands import call, error_of, files_of, ok
 from tests.helpers.distributed import REPO
 from tests.helpers.faults import seen
@@ -192,7 +194,7 @@ def test_no_copy_is_sealed_with_another_key(copied: RunDir, tmp_path: Path, faul
 def test_key_of_a_run_of_an_older_version(copied: RunDir, tmp_path: Path):
     """Without a check value of the key in theta0.json, theta(0) is drawn again."""
     path, key = copied.init / "theta0.json", copied.init / "key"
-    path.write_text(json.dumps({"sha256": json.loads(path.read_text())["sha256"]}))
+    path.write_text(json.dumps({"sha256": weights_digest(tiny.at_theta0(copied))}))
     right = key.read_bytes()
     key.write_bytes(right[:-1] + b"x")
     assert "theta(0) drawn again differs from the one" in error_of(call(*SEAL, cwd=tmp_path))
@@ -204,12 +206,12 @@ def test_key_of_a_run_of_an_older_version(copied: RunDir, tmp_path: Path):
     assert "theta0.json is missing or damaged" in error_of(call(*other, cwd=tmp_path))
 
 
-@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("version", [2, 4])
 def test_a_digest_of_other_initial_weights(copied: RunDir, tmp_path: Path, version: int):
     """Under another lineage a second revision could be released; version 2 has no seal to check."""
     path = copied.init / "theta0.json"
     values = json.loads(path.read_text())
-    assert values["format_version"] == 3
+    assert values["format_version"] == 4
     values["sha256"] = "0" * 64
     if version == 2:
         values["format_version"] = 2
@@ -217,7 +219,7 @@ def test_a_digest_of_other_initial_weights(copied: RunDir, tmp_path: Path, versi
     path.write_text(json.dumps(values))
     before = files_of(tmp_path)
     message = error_of(call("export.py", "--run", "main", "--out", "again", cwd=tmp_path))
-    if version == 3:
+    if version == 4:
         seen("altered digest", 1, message)
     else:
         assert "theta(0) drawn again differs from the one" in message
