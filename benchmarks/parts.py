@@ -64,8 +64,8 @@ def _on_gpu(machine: Machine) -> Iterator[Part]:
 
 def _on_cpu() -> Iterator[Part]:
     yield _part("rates")
-    yield _step("10m", "8x128")
-    yield _step("10m", "8x128", ranks=2)
+    yield _step("10m", "8x64")
+    yield _step("10m", "8x64", ranks=2)
     yield _discovery("10m", "32x128", "--repeats", "5")
     yield _part("optimizer_step", "--numel", "50000000")
     yield _part("topk", "--numel", "10000000")

@@ -43,7 +43,7 @@ def _llama(hidden_size: int, num_layers: int, intermediate_size: int) -> Callabl
 
 SHAPES = {
     "tiny": Shape(_llama(32, 2, 64), 128, (4, 16)),
-    "10m": Shape(_llama(256, 8, 704), 8192, (8, 128)),
+    "10m": Shape(_llama(256, 8, 704), 8192, (8, 64)),
     "gpt2-small": Shape(_of_recipe("gpt2-small"), 50257, (32, 256)),
     "tinyllama-1.1b": Shape(_of_recipe("tinyllama-1.1b"), 32000, (32, 256)),
 }
@@ -71,7 +71,7 @@ def training_arguments(description: str) -> argparse.ArgumentParser:
         default="auto",
         help="train.compile of ours",
     )
-    add("--repeats", type=int, default=7 if cuda else 11, help="timed rounds; the median counts")
+    add("--repeats", type=int, default=7 if cuda else 21, help="timed rounds; the median counts")
     add("--updates", type=int, default=5 if cuda else 1, help="updates in each turn")
     add("--local_rank", help=argparse.SUPPRESS)  # from the launcher of DeepSpeed
     return parser

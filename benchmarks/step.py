@@ -62,12 +62,13 @@ def _print_table(setup: Setup, turns: Turns, measured: dict[str, Measured]) -> N
     ours = cast(Ours, turns.contenders["ours"])
     print(f"hardware: {hardware(setup.device)}")
     print(setup.in_words(num_params(ours.table)))
-    print(f"{'':34}{'tokens/s':>10}{'ms':>9}{'forward, backward':>19}{'step':>9}{'peak GB':>9}")
+    columns = f"{'tokens/s':>10}{'ms':>9}{'forward, backward':>19}{'step':>9}{'CPU ms':>9}"
+    print(f"{'':34}{columns}{'peak GB':>9}")
     for name, one in measured.items():
         print(
             f"{turns.contenders[name].title:34}{_rate(setup, one):10,.0f}{one.median('ms'):9.1f}"
             f"{one.median('backward_ms'):19.1f}{one.median('step_ms'):9.1f}"
-            f"{one.median('peak_bytes') / 1e9:9.2f}"
+            f"{one.median('cpu_ms'):9.1f}{one.median('peak_bytes') / 1e9:9.2f}"
         )
 
 
@@ -87,6 +88,8 @@ def _print_figures(setup: Setup, measured: dict[str, Measured], mfu: float | Non
         )
         goal = speed if plain else None
         print_figure(f"step_speed_vs_{against}", one.against(ours, "ms"), goal, at_least=True)
+        if not on_gpu:
+            print_figure(f"step_cpu_time_vs_{against}", ours.against(one, "cpu_ms"))
         goal = (0.4 if on_gpu else 1.0) if plain else None
         print_figure(f"step_optimizer_vs_{against}", ours.against(one, "step_ms"), goal)
         goal = 0.85 if plain and on_gpu else None

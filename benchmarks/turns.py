@@ -16,7 +16,7 @@ from benchmarks.contenders import Contender
 from pmp_ds import dist
 from pmp_ds.engine.clock import DeviceClock
 
-WARM_UP = 2  # turns that are not measured
+WARM_UP = 1  # turns that do not count
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Round:
     backward_ms: float
     """Of its forward and backward passes."""
     step_ms: float
+    cpu_ms: float
+    """Of an update, of all threads: what else the machine does counts less."""
     peak_bytes: float
     """What the contender holds and needs, as if it were alone."""
 
@@ -77,29 +79,31 @@ class Turns:
         ranks = dist.all_gather_object(samples)
         return {name: _highest([rank[name] for rank in ranks]) for name in samples}
 
-    def _turn(self, contender: Contender) -> tuple[float, float, float, float]:
-        """Return the milliseconds of an update and of its two parts, and the extra memory."""
+    def _turn(self, contender: Contender) -> tuple[float, ...]:
+        """Return the four times of ``Round`` and the extra memory."""
         self._in_use()
         torch.use_deterministic_algorithms(contender.deterministic, warn_only=True)
         dist.barrier()
         times: list[float] = []
         extra = peak_extra_bytes(lambda: times.extend(self._timed(contender)), self._device)
-        ms, backward_ms, step_ms = times
-        return ms, backward_ms, step_ms, float("nan") if extra is None else extra
+        return *times, float("nan") if extra is None else extra
 
     def _timed(self, contender: Contender) -> list[float]:
+        contender.backward()  # caches and freed pages are as the contender before has left them
+        contender.step()
         backward, step = self._clocks
         backward.reset()
         step.reset()
         synchronize(self._device)
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         for _ in range(self._updates):
             with backward:
                 contender.backward()
             with step:
                 contender.step()
         synchronize(self._device)
-        seconds = time.perf_counter() - start, backward.span.read(), step.span.read()
+        wall, cpu = time.perf_counter() - start, time.process_time() - cpu
+        seconds = wall, backward.span.read(), step.span.read(), cpu
         return [one * 1e3 / self._updates for one in seconds]
 
     def _in_use(self) -> int:

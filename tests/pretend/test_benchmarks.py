@@ -35,4 +35,4 @@ def test_whole_updates_on_the_device(pretend1) -> None:
     assert "bf16, ZeRO 1" in output
     ratio = re.search(r"^figure step_peak_memory_vs_deepspeed (\S+) goal", output, re.MULTILINE)
     assert ratio is not None
-    assert 0.0 < float(ratio[1]) < 1.0, "the ticket's states take less than dense ones"
+    assert 0.5 < float(ratio[1]) <= 1.0, "DeepSpeed's buffers, of the same size, are most of it"
