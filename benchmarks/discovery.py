@@ -48,11 +48,16 @@ def main(options: argparse.Namespace) -> None:
     if dist.rank() == 0:
         print(f"hardware: {hardware(setup.device)}")
         print(f"{setup.in_words(num_params(ours.table))}, score {options.score}")
-        print(f"{'':34}{'ms':>9}")
+        print(f"{'':34}{'ms':>9}{'CPU ms':>9}")
         for name, one in measured.items():
-            print(f"{turns.contenders[name].title:34}{one.median('ms'):9.1f}")
+            print(
+                f"{turns.contenders[name].title:34}{one.median('ms'):9.1f}{one.median('cpu_ms'):9.1f}"
+            )
         ratio = measured["discovery"].against(measured["ordinary"], "ms")
         print_figure("discovery_update_vs_ordinary", ratio, 1.05 if setup.on_gpu else None)
+        if not setup.on_gpu:
+            cpu = measured["discovery"].against(measured["ordinary"], "cpu_ms")
+            print_figure("discovery_cpu_time_vs_ordinary", cpu)
 
 
 def arguments() -> argparse.ArgumentParser:

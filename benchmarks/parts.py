@@ -43,22 +43,22 @@ def parts(machine: Machine, *, tiny: bool) -> list[Part]:
 
 def _on_gpu(machine: Machine) -> Iterator[Part]:
     size, ranks = machine.gpu_bytes, machine.gpus
+    large = size > 60 * GB
     numel = LARGE if size > 70 * GB else LARGE // 5 if size > 20 * GB else LARGE // 20
     yield _part("rates")
-    if size > 60 * GB:
+    if large:
         yield _step("tinyllama-1.1b", "32x256")
+    yield _part("optimizer_step", "--numel", str(numel))
+    yield _part("topk", "--numel", str(numel))
+    if large:
         # The states of three and the activations of one fill about 90 GB.
         both = ("deepspeed", "torch-compiled")
         for rivals in [both] if size > 100 * GB else [both[:1], both[1:]]:
             yield _step("tinyllama-1.1b", "8x2048", *rivals)
-        yield _discovery("tinyllama-1.1b", "32x256")
-    else:
-        yield _discovery("gpt2-small", "32x256")
     yield _step("gpt2-small", "32x256", "deepspeed", "deepspeed-compiled", "torch-compiled")
+    yield _discovery("tinyllama-1.1b" if large else "gpt2-small", "32x256")
     if ranks > 1:
         yield _step("gpt2-small", f"{32 * ranks}x256", ranks=ranks)
-    yield _part("optimizer_step", "--numel", str(numel))
-    yield _part("topk", "--numel", str(numel))
     yield from _memory()
 
 

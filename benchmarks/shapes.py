@@ -1,6 +1,7 @@
 """What the benchmarks of training train: a model by name, a batch, the settings of both."""
 
 import argparse
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +127,8 @@ class Setup:
             bos_id=None,
             block_size=self.num_tokens,
         )
+        torch.manual_seed(0)
+        self._model = build_model(self.hf_config)  # takes ten times as long as a copy
         share = self.num_sequences // dist.world_size()
         generator = torch.Generator().manual_seed(dist.rank())
         self.batch = torch.randint(
@@ -136,8 +139,7 @@ class Setup:
 
     def model(self) -> PreTrainedModel:
         """Return the model, fp32 on CPU, the same at every call and on every rank."""
-        torch.manual_seed(0)
-        return build_model(self.hf_config)
+        return copy.deepcopy(self._model)
 
     def mask(self, model: PreTrainedModel) -> ParamMask:
         """Return a random mask, which takes less time to make than a ticket."""

@@ -175,7 +175,8 @@ def test_benchmark_of_whole_updates(ranks: int, options: tuple[str, ...]):
 @pytest.mark.nightly
 def test_benchmark_of_discovery():
     output = run_benchmark("benchmarks.discovery", "--shape", "tiny", "--repeats", "1")
-    assert names(output) == ["discovery_update_vs_ordinary"]
+    figures = ["discovery_update_vs_ordinary", "discovery_cpu_time_vs_ordinary"]
+    assert names(output) == figures
 
 
 @pytest.mark.nightly
