@@ -8,6 +8,7 @@
 #   TORTURE_ARGS="--seed 7"   repeat the same kills
 #   FUZZ_ARGS="-max_total_time=60"   libFuzzer's options, one minute here
 #   CRAFTED_ARGS=corpus  only that kind of input, with the message for each
+#   BENCH_ARGS="--only step"   only that part of the benchmarks
 #   CLIENTS_ARGS="--only vLLM TRL"   only those clients; the table is only printed
 
 SHELL := /bin/bash
@@ -23,6 +24,7 @@ SLICE ?= 1/1
 TORTURE_ARGS ?=
 FUZZ_ARGS ?= -max_total_time=600
 CRAFTED_ARGS ?=
+BENCH_ARGS ?=
 CLIENTS_ARGS ?=
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -54,6 +56,7 @@ help:
 	@echo 'make nightly      test, test-nightly, crafted, examples, fuzz, torture, families, clients: hours'
 	@echo 'make torture      SIGKILL a run 50 times in all of its phases; it must end with the same bits'
 	@echo 'make study        pretrain, fine-tune, attack and report as in RECIPE=FILE (STUDY_ARGS=--plan: print the plan)'
+	@echo 'make bench        measure this machine in ten minutes, GPU or CPU: one table, in bench/'
 	@echo 'make clients      load tiny releases with transformers 4 and 5, llama.cpp, vLLM and others (12 GB)'
 	@echo 'make lint         only ruff and mypy'
 	@echo 'make setup        only install into .venv; the other targets do so when it is missing or out of date'
@@ -128,6 +131,10 @@ coverage: $(STAMP)
 .PHONY: test-gpu-less
 test-gpu-less: $(STAMP)
 	$(PYTEST) -m pretend $(PYTEST_ARGS)
+
+.PHONY: bench
+bench: $(STAMP)
+	python -m benchmarks $(BENCH_ARGS)
 
 .PHONY: families
 families: $(STAMP)

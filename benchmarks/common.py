@@ -1,8 +1,11 @@
 """Shared parts of the benchmarks: hardware, interleaved timings, figure lines."""
 
 import argparse
+import contextlib
 import ctypes
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +22,11 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds; the median counts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
+
+
+def find_ninja() -> None:
+    """Let DeepSpeed find the ninja beside this Python, to build its optimizers."""
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
 def hardware(device: torch.device) -> str:
@@ -45,11 +53,11 @@ def interleaved_ms(
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for round_number in range(repeats + 1):
         for name, run in runs.items():
-            _synchronize(device)
+            synchronize(device)
             start = time.perf_counter()
             for _ in range(calls):
                 run()
-            _synchronize(device)
+            synchronize(device)
             if round_number:
                 samples[name].append((time.perf_counter() - start) * 1e3 / calls)
     return {name: statistics.median(times) for name, times in samples.items()}
@@ -58,27 +66,40 @@ def interleaved_ms(
 def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     """Return the peak memory of ``run`` beyond what was in use, its result included; None if the
     system does not report it."""
+    before = bytes_in_use(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory counts as free
         Path("/proc/self/clear_refs").write_text("5")  # reset the peak
-    except (AttributeError, OSError):
+    except OSError:
         return None
-    before = _status_bytes("VmRSS")
     run()
     return _status_bytes("VmHWM") - before
 
 
-def print_figure(name: str, value: float, goal: float, *, at_least: bool = False) -> None:
+def bytes_in_use(device: torch.device) -> int:
+    """Return the bytes of all tensors on a GPU; on CPU those of the process, without freed ones."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    with contextlib.suppress(AttributeError, OSError):  # without glibc
+        ctypes.CDLL(None).malloc_trim(0)
+    return _status_bytes("VmRSS")
+
+
+def print_figure(
+    name: str, value: float, goal: float | None = None, *, at_least: bool = False
+) -> None:
+    """Print the line of a figure, which `make bench` collects; some have no goal."""
+    if goal is None:
+        print(f"figure {name} {value:.2f}")
+        return
     sign, met = (">=", value >= goal) if at_least else ("<=", value <= goal)
     print(f"figure {name} {value:.2f} goal {sign} {goal} {'met' if met else 'short'}")
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

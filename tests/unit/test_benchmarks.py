@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import __main__ as bench
+from benchmarks import discovery, step
+from benchmarks.common import arguments
+from benchmarks.parts import Machine, Part, parts
 from pmp_ds.prepare.tokenizer import train_tokenizer
 from tests.unit.prepare.conftest import make_texts
 
@@ -25,6 +29,7 @@ FIGURE = re.compile(r"^figure (\w+) \d+\.\d+ goal <= \d+\.\d+ (?:met|short)$", r
             [
                 "optimizer_step_vs_torch_fused",
                 "optimizer_phase_vs_torch_passes",
+                "optimizer_phase_of_copy_bandwidth",
                 "optimizer_state_vs_torch_fused",
             ],
         ),
@@ -34,9 +39,11 @@ FIGURE = re.compile(r"^figure (\w+) \d+\.\d+ goal <= \d+\.\d+ (?:met|short)$", r
                 "topk_fp32_vs_kthvalue",
                 "topk_fp32_vs_topk",
                 "topk_fp32_vs_sort",
+                "topk_fp32_ms",
                 "topk_bf16_vs_kthvalue",
                 "topk_bf16_vs_topk",
                 "topk_bf16_vs_sort",
+                "topk_bf16_ms",
             ],
         ),
     ],
@@ -51,8 +58,13 @@ def test_benchmark_prints_its_figures(command, figures):
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert FIGURE.findall(result.stdout) == figures
+    assert names(result.stdout) == figures
     assert re.search("^hardware: .+", result.stdout, re.MULTILINE)
+
+
+def names(output: str) -> list[str]:
+    """Return the names of all figures, with a goal or without."""
+    return [figure[0] for figure in bench.FIGURE.findall(output)]
 
 
 AT_LEAST = re.compile(r"^figure (\w+) \d+\.\d+ goal >= \d+(?:\.\d+)? (?:met|short)$", re.MULTILINE)
@@ -132,3 +144,109 @@ def test_export_benchmark(tmp_path: Path):
     )
     assert FIGURE.findall(output) == ["export_peak_gb", "export_time_vs_copy"]
     assert not list(tmp_path.glob("runs/*"))
+
+
+STEP = [
+    "step_tokens_per_second",
+    *(
+        f"step_{figure}_vs_{rival}"
+        for rival in ("deepspeed", "torch", "ours_dense")
+        for figure in ("speed", "cpu_time", "optimizer", "peak_memory")
+    ),
+]
+RIVALS = ("--rivals", "deepspeed", "torch", "ours-dense")
+
+
+@pytest.mark.parametrize(("ranks", "options"), [(1, ()), (2, ("--micro-batch", "1"))])
+@pytest.mark.nightly  # DeepSpeed compiles its optimizer once
+def test_benchmark_of_whole_updates(ranks: int, options: tuple[str, ...]):
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m")
+    command = ("benchmarks.step", "--shape", "tiny", "--repeats", "1", *RIVALS, *options)
+    output = run_benchmark(*(launcher if ranks > 1 else ()), *command)
+    assert names(output) == STEP  # once, not for each rank
+    table = re.findall(r"^(ours|DeepSpeed|torch).*?((?: +[\d,.]+){6})$", output, re.MULTILINE)
+    assert [title for title, _ in table] == ["ours", "DeepSpeed", "torch", "ours"]
+    for _, numbers in table:
+        rate, ms, backward, stepping, cpu, _ = (float(n.replace(",", "")) for n in numbers.split())
+        assert min(rate, backward, stepping, cpu) > 0
+        assert rate == pytest.approx(4 * 16 / ms * 1e3, rel=0.02)
+
+
+@pytest.mark.nightly
+def test_benchmark_of_discovery():
+    output = run_benchmark("benchmarks.discovery", "--shape", "tiny", "--repeats", "1")
+    figures = ["discovery_update_vs_ordinary", "discovery_cpu_time_vs_ordinary"]
+    assert names(output) == figures
+
+
+@pytest.mark.nightly
+def test_all_benchmarks_in_one_table(tmp_path: Path):
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "--tiny", "--folder", str(tmp_path)],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    (file,) = tmp_path.glob("*.md")
+    text = file.read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in row.split("|")] for row in re.findall(r"^\| .*$", text, re.M)]
+    found = {row[2] for row in rows}
+    assert {"copy_gb_per_second", "matmul_tflops", *names(result.stdout)} <= found
+    assert {"step_speed_vs_deepspeed", "discovery_update_vs_ordinary", "topk_fp32_ms"} <= found
+    assert text[text.index("| part") : text.index("\n\n## ")] in result.stdout
+
+
+def printing(figure: str, code: int = 0) -> Part:
+    return Part(figure, (sys.executable, "-c", f"print('figure {figure} 1.50'); exit({code})"))
+
+
+def test_a_part_that_fails_does_not_end_the_others(monkeypatch, tmp_path, capfd):
+    first = [printing("good"), printing("bad", code=3), printing("last")]
+    monkeypatch.setattr(bench, "parts", lambda machine, tiny: first)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--folder", str(tmp_path)])
+    assert bench.main(bench.arguments().parse_args()) == 1
+    output = capfd.readouterr().out
+    assert "[3/3] last" in output
+    assert "2 of 3 parts ran to their end" in output
+    assert output.rstrip().endswith("not: bad (exit code 3)")
+    (file,) = tmp_path.iterdir()
+    assert "| last | last | 1.50 |  |  |" in file.read_text()
+    assert "| bad | exit code 3 | | | |" in file.read_text()
+
+
+def test_a_part_without_an_end_is_ended_with_its_children(monkeypatch):
+    monkeypatch.setattr(bench, "LEAST_SECONDS", 0)
+    endless = (
+        "import subprocess; print('figure a 1.00', flush=True); subprocess.run(['sleep', '600'])"
+    )
+    outcome = bench.run(Part("endless", (sys.executable, "-c", endless)), 3)
+    assert outcome.fault == "ended after 3 seconds"
+    assert bench.run(printing("b"), -1).fault == "no time left"
+    assert bench.run(printing("c"), 60).fault == ""
+
+
+GB = 10**9
+MACHINES = [Machine(gpus, size * GB) for gpus, size in [(0, 0), (1, 24), (1, 80), (8, 141)]]
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=str)
+def test_the_parts_of_every_machine_take_their_options(machine: Machine):
+    chosen = parts(machine, tiny=False)
+    assert {"rates", "step", "discovery", "optimizer_step", "topk"} <= {
+        part.name.split()[0] for part in chosen
+    }
+    assert len({part.name for part in chosen}) == len(chosen)
+    parsers = {"step": step.arguments(), "discovery": discovery.arguments()}
+    for part in chosen:
+        module = next(word for word in part.command if word.startswith("benchmarks."))
+        options = part.command[part.command.index(module) + 1 :]
+        parser = parsers.get(module.partition(".")[2], arguments("of flat tensors"))
+        parser.parse_args(options)
+
+
+def test_a_large_gpu_runs_the_models_of_the_goals():
+    names = [part.name for part in parts(MACHINES[-1], tiny=False)]
+    assert {"step tinyllama-1.1b 32x256", "step tinyllama-1.1b 8x2048"} <= set(names)
+    assert "topk numel 1100000000" in names
