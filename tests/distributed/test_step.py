@@ -230,28 +230,43 @@ def test_update_in_which_the_loss_scale_grows(ranks2, setup):
         assert same(ours, expected)
 
 
-def case(stage: int, precision: str, offload: bool = False, accumulation: int = 1) -> Case:
+def case(
+    stage: int, precision: str, offload: bool = False, accumulation: int = 1, **zero: bool
+) -> Case:
     where = "optimizer" if offload else "none"
-    return Case(stage=stage, precision=precision, offload=where, accumulation=accumulation)
-
-
-AGREE: dict[str, tuple[Case, ...]] = {
-    f"{precision}, {accumulation}": tuple(
-        case(stage, precision, offload, accumulation)
-        for stage, offload in (
-            # Stage 2 adds up micro-batches after they are reduced, the others before.
-            [(0, False), (1, False), (1, True)] + [(2, False), (2, True)] * (accumulation == 1)
-        )
+    return Case(
+        stage=stage, precision=precision, offload=where, accumulation=accumulation, zero=zero
     )
-    for precision in ("fp32", "bf16")
-    for accumulation in (1, 2)
-} | {
-    f"{precision}, stage 3": (case(3, precision), case(3, precision, True))
-    for precision in ("fp32", "bf16", "fp16")
-}
 
 
-@pytest.mark.parametrize("name", daily(AGREE, ["fp32, 1", "bf16, 1"]))
+AGREE: dict[str, tuple[Case, ...]] = (
+    {
+        f"{precision}, {accumulation}": tuple(
+            case(stage, precision, offload, accumulation)
+            for stage, offload in (
+                # Stage 2 adds up micro-batches after they are reduced, the others before.
+                [(0, False), (1, False), (1, True)] + [(2, False), (2, True)] * (accumulation == 1)
+            )
+        )
+        for precision in ("fp32", "bf16")
+        for accumulation in (1, 2)
+    }
+    | {
+        f"{precision}, stage 3": (case(3, precision), case(3, precision, True))
+        for precision in ("fp32", "bf16", "fp16")
+    }
+    | {
+        f"{precision}, stage {stage}, overlap": (
+            case(stage, precision, accumulation=2),
+            case(stage, precision, accumulation=2, overlap_comm=True),
+        )
+        for precision in ("fp32", "bf16")
+        for stage in (1, 2)
+    }
+)
+
+
+@pytest.mark.parametrize("name", daily(AGREE, ["fp32, 1", "bf16, 1", "bf16, stage 2, overlap"]))
 def test_stages_agree(ranks2, name):
     """Six updates give the same losses, norms, weights and masters to the bit, wherever the
     reduced gradients are the same."""

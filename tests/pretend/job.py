@@ -38,6 +38,9 @@ class Setup:
     offload: bool = False
     layers: int = 2
     compact: bool = False
+    overlap: bool = False
+    """Of communication with the backward pass at stages 1 and 2; stage 3 always does."""
+    accumulate_fp32: bool = False
 
     def __repr__(self) -> str:
         changed = [f for f in fields(self) if getattr(self, f.name) != f.default]
@@ -46,7 +49,8 @@ class Setup:
     def __str__(self) -> str:
         words = [f"stage {self.stage}", self.precision]
         words += ["2 ranks"] * (self.ranks == 2)
-        words += ["offload"] * self.offload + ["compact master"] * self.compact
+        words += ["overlap"] * self.overlap + ["offload"] * self.offload
+        words += ["accumulated in fp32"] * self.accumulate_fp32 + ["compact master"] * self.compact
         words += [f"{self.num_tensors} tensors"] * (self.layers > 2)
         return ", ".join(words)
 
@@ -68,6 +72,8 @@ class Setup:
                 "stage3_param_persistence_threshold": 100,
                 "stage3_prefetch_bucket_size": 20_000,
             }
+        if self.overlap:
+            zero["overlap_comm"] = True
         if self.offload:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
         own = {"pmp_ds": {"compact_master": True}} if self.compact else {}
@@ -224,6 +230,7 @@ def settings(setup: Setup, folder: Path) -> Any:
             micro_batch_size=MICRO_BATCH,
             global_batch_size=MICRO_BATCH * ACCUMULATION * setup.ranks,
             precision=setup.precision,
+            accumulate_fp32=setup.accumulate_fp32,
             compile="none",  # there is no compiler for the device
             lr=1e-3,
             warmup_steps=2,
