@@ -2,6 +2,7 @@
 finite, updates that are skipped, and the loss scale of fp16."""
 
 import math
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -228,6 +229,29 @@ def test_update_in_which_the_loss_scale_grows(ranks2, setup):
         assert scale == 2 * expected_scale
         assert norm == expected_norm
         assert same(ours, expected)
+
+
+def left_behind(setup: Setup) -> list[str]:
+    engine = armed(setup)
+    for step in (1, 2):
+        backward(engine, step)
+        engine.step(LR)
+    engine.evaluate(tiny.batch(3, 4))
+    held = dict(engine._engine.module.named_parameters()) | {
+        f"flat {i}": flat for i, flat in enumerate(engine.shards.flats)
+    }
+    held |= {"engine": engine._engine, "shards": engine.shards, "optimizer": engine.optimizer}
+    held["DeepSpeed's optimizer"] = engine._engine.optimizer
+    found = {name: weakref.ref(one) for name, one in held.items()}
+    del held
+    engine.close()
+    return [name for name, one in found.items() if one() is not None]
+
+
+@pytest.mark.parametrize("setup", daily(SETUPS, [Setup(1, "bf16"), Setup(3, "bf16")]), ids=str)
+def test_nothing_is_left_after_close(ranks2, setup):
+    """Without waiting for Python to look for reference cycles."""
+    assert ranks2.run(left_behind, setup) == [[], []]
 
 
 def case(

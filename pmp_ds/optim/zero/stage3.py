@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from pmp_ds import dist
@@ -61,7 +62,13 @@ class Stage3(Partitioned):
         self._reduced.wait()  # the current stream, not the host
 
     def free(self) -> None:
+        # DeepSpeed's globals hold the model: a list of its modules, and a cache of the coordinator.
+        offload, module = self._zero.parameter_offload, self._zero.module
+        FWD_MODULE_STACK[:] = [other for other in FWD_MODULE_STACK if other is not module]
+        for held in (*module.modules(), offload.get_param_coordinator(), offload):
+            vars(held).clear()
         forget(self._zero, self._params)
+        self._params.clear()
 
     def wait_for_gradients(self) -> None:
         if self._offloaded and self._reduced is not None:
