@@ -143,9 +143,11 @@ class Discovery:
             ]
 
     def _num_common(self, one: list[torch.Tensor], other: list[torch.Tensor]) -> int:
-        total = torch.zeros(1, dtype=torch.int64, device=self._engine.device)
+        # In host memory under offload; a rank may have no fragment.
+        device = one[0].device if one else self._engine.device
+        total = torch.zeros(1, dtype=torch.int64, device=device)
         for a, b in zip(one, other, strict=True):
-            total += count_common(a, b).to(total.device, non_blocking=True)
+            total += count_common(a, b)
         return int(total if self._engine.shards.replicated else dist.all_reduce_sum(total))
 
     def _whole(self, bits: list[torch.Tensor]) -> ParamMask:

@@ -206,8 +206,6 @@ def _own_problems(ds_config: dict[str, Any], config: TrainConfig) -> list[str]:
 def _zero_problems(zero: dict[str, Any], config: TrainConfig) -> list[str]:
     stage = zero.get("stage", 0)
     problems = []
-    if stage in (1, 2) and zero.get("overlap_comm"):
-        problems.append("zero_optimization.overlap_comm is not safe at stages 1 and 2; remove it")
     problems += [
         f"zero_optimization.{name} is {zero[name]}; it must be at most {_MAX_BUCKET} elements"
         for name in ("reduce_bucket_size", "allgather_bucket_size")

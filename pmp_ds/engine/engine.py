@@ -4,6 +4,7 @@ Once it is armed, DeepSpeed's ``step`` is ours (optim/zero/step.py): it measures
 ticket's gradients and updates the ticket's elements, and no others (paper, Eq. 5).
 """
 
+import gc
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -251,3 +252,4 @@ class Engine(Portable):
         vars(self.optimizer).clear()  # DeepSpeed's engine may live on, and holds it
         self._step = None  # it holds the others, and not every engine was armed
         del self._engine, self.shards, self.optimizer
+        gc.collect()  # DeepSpeed leaves reference cycles

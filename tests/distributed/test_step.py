@@ -2,6 +2,7 @@
 finite, updates that are skipped, and the loss scale of fp16."""
 
 import math
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -238,11 +239,34 @@ def test_update_in_which_the_loss_scale_grows(ranks2, setup):
         assert same(ours, expected)
 
 
+def left_behind(setup: Setup) -> list[str]:
+    engine = armed(setup)
+    for step in (1, 2):
+        backward(engine, step)
+        engine.step(LR)
+    engine.evaluate(tiny.batch(3, 4))
+    held = dict(engine._engine.module.named_parameters()) | {
+        f"flat {i}": flat for i, flat in enumerate(engine.shards.flats)
+    }
+    held |= {"engine": engine._engine, "shards": engine.shards, "optimizer": engine.optimizer}
+    held["DeepSpeed's optimizer"] = engine._engine.optimizer
+    found = {name: weakref.ref(one) for name, one in held.items()}
+    del held
+    engine.close()
+    return [name for name, one in found.items() if one() is not None]
+
+
+@pytest.mark.parametrize("setup", daily(SETUPS, [Setup(1, "bf16"), Setup(3, "bf16")]), ids=str)
+def test_nothing_is_left_after_close(ranks2, setup):
+    """Without waiting for Python to look for reference cycles."""
+    assert ranks2.run(left_behind, setup) == [[], []]
+
+
 def case(
-    stage: int, precision: str, offload: bool = False, accumulation: int = 1, **bits: Any
+    stage: int, precision: str, offload: bool = False, accumulation: int = 1, **more: Any
 ) -> Case:
     where = "optimizer" if offload else "none"
-    return Case(stage=stage, precision=precision, offload=where, accumulation=accumulation, **bits)
+    return Case(stage=stage, precision=precision, offload=where, accumulation=accumulation, **more)
 
 
 AGREE: dict[str, tuple[Case, ...]] = (
@@ -262,6 +286,14 @@ AGREE: dict[str, tuple[Case, ...]] = (
         for precision in ("fp32", "bf16", "fp16")
     }
     | {
+        f"{precision}, stage {stage}, overlap": (
+            case(stage, precision, accumulation=2),
+            case(stage, precision, accumulation=2, zero={"overlap_comm": True}),
+        )
+        for precision in ("fp32", "bf16")
+        for stage in (1, 2)
+    }
+    | {
         # Random rounding depends on no rank's share; the blocks of 8-bit moments do.
         "bf16 moments": tuple(
             case(stage, "bf16", offload, moments="bf16")
@@ -275,7 +307,9 @@ AGREE: dict[str, tuple[Case, ...]] = (
 )
 
 
-@pytest.mark.parametrize("name", daily(AGREE, ["fp32, 1", "bf16, 1", "bf16 moments"]))
+@pytest.mark.parametrize(
+    "name", daily(AGREE, ["fp32, 1", "bf16, 1", "bf16 moments", "bf16, stage 2, overlap"])
+)
 def test_stages_agree(ranks2, name):
     """Six updates give the same losses, norms, weights and masters to the bit, wherever the
     reduced gradients are the same."""

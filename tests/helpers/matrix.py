@@ -71,6 +71,7 @@ DAILY_BITS = {
 OPTIONS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "no reduce_scatter": ((1, 2, 3), {"reduce_scatter": False}),
     "bucket reduce to each rank": ((1, 2), {"use_multi_rank_bucket_allreduce": False}),
+    "communication overlaps": ((1, 2), {"overlap_comm": True}),
     "gradients not contiguous": ((1, 2, 3), {"contiguous_gradients": False}),
     "sub-groups of 700 elements": ((3,), {"sub_group_size": 700}),
     "all parameters persistent": ((3,), {"stage3_param_persistence_threshold": 10**6}),

@@ -41,6 +41,9 @@ class Setup:
     moments: str = "fp32"
     vocab: int = VOCAB
     micro_batch: int | Literal["auto"] = MICRO_BATCH
+    overlap: bool = False
+    """Of communication with the backward pass at stages 1 and 2; stage 3 always does."""
+    accumulate_fp32: bool = False
 
     def __repr__(self) -> str:
         changed = [f for f in fields(self) if getattr(self, f.name) != f.default]
@@ -49,7 +52,8 @@ class Setup:
     def __str__(self) -> str:
         words = [f"stage {self.stage}", self.precision]
         words += ["2 ranks"] * (self.ranks == 2)
-        words += ["offload"] * self.offload
+        words += ["overlap"] * self.overlap + ["offload"] * self.offload
+        words += ["accumulated in fp32"] * self.accumulate_fp32
         words += [f"{self.master} master"] * (self.master != "dense")
         words += [f"{self.moments} moments"] * (self.moments != "fp32")
         words += [f"{self.num_tensors} tensors"] * (self.layers > 2)
@@ -73,6 +77,8 @@ class Setup:
                 "stage3_param_persistence_threshold": 100,
                 "stage3_prefetch_bucket_size": 20_000,
             }
+        if self.overlap:
+            zero["overlap_comm"] = True
         if self.offload:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
         own = {"pmp_ds": {"master": self.master}} if self.master != "dense" else {}
@@ -233,6 +239,7 @@ def settings(setup: Setup, folder: Path) -> Any:
             global_batch_size=MICRO_BATCH * ACCUMULATION * setup.ranks,
             precision=setup.precision,
             moments=setup.moments,
+            accumulate_fp32=setup.accumulate_fp32,
             compile="none",  # there is no compiler for the device
             lr=1e-3,
             warmup_steps=2,

@@ -39,6 +39,7 @@ BEFORE_ALL = "account"  # pmp_ds/__init__.py runs before everything else and imp
 MAY_IMPORT_DEEPSPEED = {
     "pmp_ds.dist",
     "pmp_ds.optim.zero.stage12",
+    "pmp_ds.optim.zero.stage3",
     "pmp_ds.optim.zero.stages",
     "pmp_ds.engine.engine",
     "pmp_ds.engine.objective",

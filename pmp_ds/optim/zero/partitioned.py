@@ -36,7 +36,12 @@ class Partitioned:
     def loss_scale(self) -> float:
         return float(self._zero.loss_scale)
 
+    def wait_for_gradients(self) -> None:
+        """Wait until the gradients are in host memory, under offload; once between two steps."""
+        raise NotImplementedError
+
     def gradients(self) -> list[torch.Tensor]:
+        self.wait_for_gradients()
         if self._offloaded:
             flats = [[gradient_of(flat).view(-1)] for flat in self.flats]
         else:

@@ -1,6 +1,6 @@
 """Stages 1 and 2: one flat per parameter group, padded at its end on the last ranks."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ class Stage12(Partitioned):
                 if mapping is not None:
                     here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
                     found.append(Fragment(names[param], here.start, here.numel, flat, there.start))
+        self._wait_for_copies = zero._wait_for_offload_copies
         super().__init__(zero, flats, found, range(len(flats)), offloaded=bool(zero.cpu_offload))
 
     def weights(self) -> list[torch.Tensor] | None:
@@ -54,12 +55,41 @@ class Stage12(Partitioned):
 
     def replace_step(self, step: Any) -> None:
         super().replace_step(step)
+        zero = self._zero
+        if zero.overlap_comm and zero.reduction_stream is not None:  # None on CPU
+            end = zero.independent_gradient_partition_epilogue
+            zero.independent_gradient_partition_epilogue = lambda: self._end_backward(end)
         if self._offloaded:  # DeepSpeed leaves the buffer empty before its own first step
             for i, flat in enumerate(self.flats):
                 self._half(i).copy_(flat.data)
             # It asks of every parameter's gradient whether it overflowed, and for its norm.
             self._zero.update_offload_overflow_tracker_for_param_grad = lambda param: None
             self._zero.set_norm_for_param_grad_in_gpu = lambda param: None
+            if self._zero.cpu_offload_pin_memory:
+                # It stops the host for every parameter, in case that the memory is pageable.
+                self._zero._wait_for_offload_copies = self._order_copies
+
+    def _end_backward(self, end: Callable[[], None]) -> None:
+        """Do what DeepSpeed does after a backward pass whose reductions ran beside it. It would
+        stop the host, and free memory of the reductions' stream that this one still reads."""
+        zero, stream = self._zero, torch.cuda.current_stream()
+        zero.reduce_ipg_grads()
+        stream.wait_stream(zero.reduction_stream)
+        kept = [getattr(g, "flat_partition", None) for g in zero.averaged_gradients.values()]
+        for gradients in (zero.grads_in_partition, *kept):
+            if gradients is not None:
+                gradients.record_stream(stream)
+        zero._clear_previous_reduced_grads()
+        zero.overlap_comm = False  # nothing is left that could overlap
+        end()
+        zero.overlap_comm = True
+
+    def _order_copies(self) -> None:
+        for event in self._zero._pending_offload_events.values():
+            event.wait()
+
+    def wait_for_gradients(self) -> None:
+        self._wait_for_copies()
 
     def free(self) -> None:
         forget(self._zero, [param for group in self._zero.bit16_groups for param in group])
@@ -67,7 +97,7 @@ class Stage12(Partitioned):
     def before_step(self) -> None:
         self._zero.micro_step_id = _FIRST_MICRO_STEP
         self._zero.overflow = False
-        self._zero._wait_for_offload_copies()
+        self.wait_for_gradients()
         if self._offloaded:
             self._zero._offload_accumulated_param_ids = set()
 

@@ -11,6 +11,7 @@ import ast
 import inspect
 import itertools
 import math
+import re
 import textwrap
 import traceback
 from collections.abc import Callable
@@ -25,7 +26,11 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero import stage_1_and_2
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partition_parameters import (
+    NoGatherCoalescedHandle,
+    NoGatherHandle,
+    ZeroParamStatus,
+)
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -322,6 +327,21 @@ def of_take_model_step(name: str) -> Callable[[Probe], None]:
     return check
 
 
+def inside_nvtx(method: Any) -> Any:
+    """DeepSpeed's instrument_w_nvtx wraps some, without __wrapped__."""
+    return inspect.getclosurevars(method).nonlocals.get("func", method)
+
+
+def source(method: Any) -> str:
+    return textwrap.dedent(inspect.getsource(inside_nvtx(method)))
+
+
+def reads(method: Any) -> set[str]:
+    """The attributes of its object."""
+    found = re.findall(r"self\.(\w+)", source(method))
+    return set(found)
+
+
 def used_by_step(kind: type) -> set[str]:
     """The attributes that DeepSpeed's own ``step``, or a method that it calls, reads or sets."""
     found: set[str] = set()
@@ -330,8 +350,7 @@ def used_by_step(kind: type) -> set[str]:
         method = getattr(kind, waiting.pop(), None)
         if not inspect.isfunction(method):
             continue
-        # DeepSpeed's instrument_w_nvtx wraps some, without __wrapped__.
-        method = inspect.getclosurevars(method).nonlocals.get("func", method)
+        method = inside_nvtx(method)
         if method in seen:
             continue
         seen.add(method)
@@ -387,6 +406,75 @@ def counters(p: Probe) -> None:
     has(p.ds.train_batch_size() == MICRO * ACCUMULATION * WORLD_SIZE)
 
 
+def waits_after_backward(p: Probe) -> None:
+    text = source(type(p.zero).independent_gradient_partition_epilogue)
+    has(text.count("synchronize()") == 1, "waits in other ways")
+    has("self.reduce_and_partition_stream.synchronize()" in text)
+    has(p.zero.reduce_and_partition_stream is None, "a stream on CPU")
+
+
+def end_of_step(p: Probe) -> None:
+    """NVMe and ZeRO++ are refused, timers and the log are DeepSpeed's own."""
+    refused = {"swap_optimizer", "optimizer_swapper", "invalidate_secondary_tensor"}
+    ours = {"offload_optimizer", "reset_cpu_buffers", "persistent_parameters"}
+    found = reads(type(p.zero)._post_step)
+    has(found == ours | refused | {"timers"}, str(found))
+    has(all(param.ds_persist for param in p.zero.persistent_parameters))
+
+
+def handles_of_one_rank(p: Probe) -> None:
+    for handle in (NoGatherHandle, NoGatherCoalescedHandle):
+        text = source(handle.wait)
+        has("ds_status = ZeroParamStatus.AVAILABLE" in text)
+        calls = set(re.findall(r"(\w+)\(", text)) - {"wait", "ds_summary"}
+        stops = {"get_accelerator", "resolves_data_dependency", "current_stream", "synchronize"}
+        has(calls == stops, str(calls))
+    for param in p.ds.module.parameters():
+        has("params" in inspect.signature(inside_nvtx(param.all_gather_coalesced)).parameters)
+
+
+def gathering_stream(p: Probe) -> None:
+    offload = p.zero.parameter_offload
+    stream = vars(offload)["_DeepSpeedZeRoOffload__allgather_stream"]
+    has(stream is None, "a stream on CPU")
+    has("allgather_stream=self.__allgather_stream" in inspect.getsource(type(offload).__init__))
+
+
+def offload_param_flag(p: Probe) -> None:
+    has(p.zero.offload_param is False, str(p.zero.offload_param))
+
+
+def pending_copies(p: Probe) -> None:
+    zero = type(p.zero)
+    has(p.zero._pending_offload_events == {}, "events on CPU")
+    has(reads(zero._wait_for_offload_copies) == {"_pending_offload_events"})
+    has("_pending_offload_events[stream] = event" in source(zero._record_offload_copy))
+    has("_wait_for_offload_copies" in reads(zero.async_accumulate_grad_in_cpu_via_gpu))
+    has(p.zero.cpu_offload_pin_memory == p.ds.zero_offload_optimizer().pin_memory)
+
+
+def end_of_overlapping_backward(p: Probe) -> None:
+    zero = type(p.zero)
+    text = source(zero.independent_gradient_partition_epilogue)
+    body = text.split("if self.overlap_comm:\n")
+    has(len(body) == 2, "overlap_comm decides more")
+    has(re.findall(r"(\w+)\(\)", body[1].split("\n\n")[0]) == END_OF_OVERLAP, body[1])
+    has("self.reduce_ipg_grads()" in body[0])
+    caller = zero.overlapping_partition_gradients_reduce_epilogue
+    has(reads(caller) == {"independent_gradient_partition_epilogue"})
+    has("self.grads_in_partition = torch.empty(" in source(zero.copy_grads_in_partition))
+    has("stream = self.reduction_stream" in source(zero.reduce_ipg_grads))
+    has(p.zero.reduction_stream is None, "a stream on CPU")
+    has(p.zero.overlap_comm is False, str(p.zero.overlap_comm))
+
+
+END_OF_OVERLAP = [
+    "get_accelerator",
+    "resolves_data_dependency",
+    "get_accelerator",
+    "synchronize",
+    "_clear_previous_reduced_grads",
+]
 AFTER_STEP = (counters, norm_is_of_the_masked_gradient, updated)
 
 
@@ -446,7 +534,6 @@ USED_BY_STEP: tuple[tuple[Callable[[Setup], bool], tuple[str, ...]], ...] = (
             "zero_grad",
             "reset_cpu_buffers",
             "_unflatten_partitioned_parameters",
-            "_post_step",
         ),
     ),
 )
@@ -554,6 +641,51 @@ CONTRACT = (
         at(1, 2, 3, offload=False),
         "after backward, reduced and averaged over ranks and accumulation steps",
         reduced_gradients,
+    ),
+    Row(
+        "zero.reduce_and_partition_stream",
+        at(3),
+        "synchronized after a backward pass, so that gradients can be read",
+        waits_after_backward,
+    ),
+    Row(
+        "zero.persistent_parameters",
+        at(3),
+        "gathered by the end of DeepSpeed's step, which does nothing else that we need",
+        end_of_step,
+    ),
+    Row(
+        "Parameter.all_gather_coalesced",
+        at(3),
+        "returns a handle to wait for, which on one rank only sets ds_status",
+        handles_of_one_rank,
+    ),
+    Row("zero.offload_param", at(3), "tells whether weights are offloaded", offload_param_flag),
+    Row("zero.parameter_offload", at(3), "has the stream that gathers", gathering_stream),
+    *(
+        Row(
+            f"zero.{name}",
+            at(1, 2, offload=True),
+            "pageable copies: the host waits before it accumulates another gradient",
+            pending_copies,
+        )
+        for name in ("_pending_offload_events", "cpu_offload_pin_memory")
+    ),
+    *(
+        Row(
+            f"zero.{name}",
+            at(1, 2),
+            "with overlap_comm, the end of a backward pass waits for its reductions",
+            end_of_overlapping_backward,
+        )
+        for name in (
+            "overlap_comm",
+            "reduction_stream",
+            "independent_gradient_partition_epilogue",
+            "reduce_ipg_grads",
+            "grads_in_partition",
+            "_clear_previous_reduced_grads",
+        )
     ),
     Row("zero.cpu_offload", at(1, 2), "tells whether the optimizer is offloaded", offload_flag),
     Row("zero.offload_optimizer", at(3), "tells whether the optimizer is offloaded", offload_flag),
@@ -816,7 +948,7 @@ def test_table_is_complete():
     for file in ("pmp_ds/engine/engine.py", "pmp_ds/engine/portable.py"):
         roots = {"self._engine", "self._engine.optimizer", "engine", "engine.optimizer"}
         found |= relied_on(file, roots | {"self._scaler"})
-    assert {"bit16_groups", "grad_position", "clip_fp32_gradients", "_post_step"} <= found
+    assert {"bit16_groups", "grad_position", "clip_fp32_gradients", "reduction_stream"} <= found
     named = {row.attribute.rpartition(".")[2] for row in CONTRACT} | INSIDE | DOCUMENTED
     assert not found - named, "relied on, and without a row in CONTRACT"
 
