@@ -26,11 +26,13 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero import stage_1_and_2
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.partition_parameters import (
     NoGatherCoalescedHandle,
     NoGatherHandle,
     ZeroParamStatus,
 )
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -438,6 +440,8 @@ def gathering_stream(p: Probe) -> None:
     stream = vars(offload)["_DeepSpeedZeRoOffload__allgather_stream"]
     has(stream is None, "a stream on CPU")
     has("allgather_stream=self.__allgather_stream" in inspect.getsource(type(offload).__init__))
+    has(any(p.ds.module is held for held in FWD_MODULE_STACK), "its globals hold the model")
+    has(isinstance(offload.get_param_coordinator(), PartitionedParameterCoordinator))
 
 
 def offload_param_flag(p: Probe) -> None:
@@ -661,7 +665,12 @@ CONTRACT = (
         handles_of_one_rank,
     ),
     Row("zero.offload_param", at(3), "tells whether weights are offloaded", offload_param_flag),
-    Row("zero.parameter_offload", at(3), "has the stream that gathers", gathering_stream),
+    Row(
+        "zero.parameter_offload",
+        at(3),
+        "has the stream and the coordinator that gather",
+        gathering_stream,
+    ),
     *(
         Row(
             f"zero.{name}",
