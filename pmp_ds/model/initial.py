@@ -7,6 +7,7 @@ that no recipe describes, is drawn whole, 4 bytes per parameter.
 
 import copy
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -82,9 +83,9 @@ class Initial:
     def chunk_digests(self, part: Part = WHOLE) -> dict[int, bytes]:
         """Return the SHA-256 of this rank's share of the chunks of the trainable elements, fp32 in
         little-endian bytes, by number; ``digest_of`` combines those of all ranks."""
-        todo = list(enumerate(chunks(self.table, _DIGEST_CHUNK)))[part[0] :: part[1]]
+        todo = list(enumerate(cut(self._trained, _DIGEST_CHUNK)))[part[0] :: part[1]]
         found = {}
-        with self._progress("checking theta(0)", part) as bar:
+        with self.progress("checking theta(0)", part) as bar:
             for number, (name, start, count) in todo:
                 values = self.read(name, start, count).contiguous()
                 found[number] = hashlib.sha256(values.view(torch.uint8).numpy().data).digest()
@@ -95,24 +96,34 @@ class Initial:
         """Return ``parameters.weights_digest`` of theta(0), which runs of older versions remember:
         of all bytes in one sequence, on one rank."""
         sha = hashlib.sha256()
-        with self._progress("checking theta(0)", WHOLE) as bar:
-            for name, start, count in chunks(self.table, _DIGEST_CHUNK):
+        with self.progress("checking theta(0)") as bar:
+            for name, start, count in cut(self._trained, _DIGEST_CHUNK):
                 values = self.read(name, start, count).contiguous()
                 sha.update(values.view(torch.uint8).numpy().data)
                 bar.update(count)
         return sha.hexdigest()
 
-    def _progress(self, title: str, part: Part) -> Progress:
-        total = sum(info.numel for info in self.table)
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The number of elements of every parameter, frozen ones included."""
+        return {name: math.prod(shape) for name, shape in self.shapes.items()}
+
+    @property
+    def _trained(self) -> dict[str, int]:
+        return {info.name: info.numel for info in self.table}
+
+    def progress(self, title: str, part: Part = WHOLE) -> Progress:
+        """Return a bar for this rank's share of the elements, shown if it takes seconds."""
+        total = sum(self.sizes.values())
         quiet = total < _SHOW_PROGRESS or part[0] > 0
         return Progress(title, "element", total // part[1], scale=True, disable=quiet)
 
 
-def chunks(table: Sequence[ParamInfo], size: int) -> Iterator[tuple[str, int, int]]:
-    """Cut all parameters into runs of up to ``size`` elements: (name, first, count)."""
-    for info in table:
-        for start in range(0, info.numel, size):
-            yield info.name, start, min(size, info.numel - start)
+def cut(sizes: Mapping[str, int], most: int) -> Iterator[tuple[str, int, int]]:
+    """Cut parameters of these sizes into runs of up to ``most`` elements: (name, first, count)."""
+    for name, numel in sizes.items():
+        for start in range(0, numel, most):
+            yield name, start, min(most, numel - start)
 
 
 def digest_of(found: Sequence[Mapping[int, bytes]]) -> str:

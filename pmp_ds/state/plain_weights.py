@@ -9,7 +9,7 @@ import torch
 
 from pmp_ds.config.precision import precision_of
 from pmp_ds.errors import UserError
-from pmp_ds.model.initial import WHOLE, Initial, Part
+from pmp_ds.model.initial import WHOLE, Initial, Part, cut
 from pmp_ds.model.parameters import constants
 from pmp_ds.run_dir import RunDir, make_private
 from pmp_ds.state import shelf, theta0, weight_files
@@ -49,11 +49,13 @@ def of_init(run: RunDir, folder: Path) -> PlainWeights:
     fixed = constants(model)  # in their own dtype
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, shape in initial.shapes.items():
-            yield name, initial.read(name, 0, math.prod(shape)).view(shape).to(dtype)
+        with initial.progress("initial weights") as bar:
+            for name, shape in initial.shapes.items():
+                yield name, initial.read(name, 0, math.prod(shape)).view(shape).to(dtype)
+                bar.update(math.prod(shape))
         yield from fixed.items()
 
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in initial.shapes.items()}
+    sizes = {name: numel * dtype.itemsize for name, numel in initial.sizes.items()}
     sizes |= {name: buffer.nbytes for name, buffer in fixed.items()}
     layout = weight_files.Layout.of(sizes)
     weight_files.save_weights(tensors(), layout, model.config, folder)
@@ -65,18 +67,15 @@ def complement_changes(
 ) -> int:
     """Return how many elements outside the ticket, including frozen parameters, differ from
     theta(0): 0, unless masking is broken. ``part``: this rank's share of the elements."""
-    stored, changed, number = weight_files.slices(weights.folder), 0, 0
-    for name, shape in initial.shapes.items():
-        numel = math.prod(shape)
-        for start in range(0, numel, _CHUNK):
-            number += 1
-            if number % part[1] != part[0]:
-                continue
-            count = min(_CHUNK, numel - start)
+    stored, changed = weight_files.slices(weights.folder), 0
+    mine = list(cut(initial.sizes, _CHUNK))[part[0] :: part[1]]
+    with initial.progress("checking the complement", part) as bar:
+        for name, start, count in mine:
             now = stored(name, start, count)
             differs = now != initial.read(name, start, count).to(now.dtype)
             if name in mask.shapes:
                 differs &= ~mask.fragment(name, start, count)
             changed += int(differs.sum())
+            bar.update(count)
     initial.forget()
     return changed

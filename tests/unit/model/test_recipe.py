@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from pmp_ds.errors import UserError
 from pmp_ds.model import initial as initial_module
 from pmp_ds.model.build import build_model
-from pmp_ds.model.initial import Initial, chunks, digest_of
+from pmp_ds.model.initial import Initial, cut, digest_of
 from pmp_ds.model.keys import Secret
 from pmp_ds.model.parameters import parameter_table, weights_digest
 from pmp_ds.model.recipe import NotDescribedError, Recipe, describe
@@ -141,7 +141,7 @@ def test_digest_of_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         parts = [described.chunk_digests((rank, world)) for rank in range(world)]
         assert digest_of(parts) == expected
         assert len({number for part in parts for number in part}) == len(
-            list(chunks(described.table, 1000))
+            list(cut(described._trained, 1000))
         )
     assert digest_of([Initial(config, Secret(b"x" * 32)).chunk_digests()]) != expected
     model = build_model(config)
