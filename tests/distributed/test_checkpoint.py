@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,6 @@ DAILY = {
     (2, 1, "fp32", True),
     (2, 3, "bf16", True),
     (2, 2, "fp16", True),
-    (2, 2, "bf16", "compact"),
     (2, 1, "bf16", "split bf16"),
     (2, 3, "bf16", "dense int8"),
 }
@@ -291,18 +291,19 @@ def shared(root: str, stage: int, background: bool) -> list[str]:
     return [layout.file(number) for number in numbers]
 
 
-@pytest.mark.parametrize("background", [False, True])
-@pytest.mark.parametrize("stage", daily([0, 1, 2, 3], [1, 3]))
-def test_ranks_share_the_weights(ranks3, tmp_path, stage, background):
-    """Each writes about a third of them, and together they are a Hugging Face folder whose slices
+@pytest.mark.parametrize(
+    ("stage", "background"), daily(product(range(4), (False, True)), [(3, True)])
+)
+def test_ranks_share_the_weights(ranks2, tmp_path, stage, background):
+    """Each writes about a half of them, and together they are a Hugging Face folder whose slices
     are the model's."""
-    parts = ranks3.run(shared, str(tmp_path / "run"), stage, background)
+    parts = ranks2.run(shared, str(tmp_path / "run"), stage, background)
     folder = tmp_path / "run/private/checkpoints/update-00000001/weights"
     model = tiny.model().bfloat16()
     total = sum(param.nbytes for param in model.parameters())
     for part in parts:
         mine = sum(t.nbytes for name in part for t in load_file(folder / name).values())
-        assert 0 < mine < 0.6 * total
+        assert 0 < mine < 0.75 * total
     assert sorted(name for part in parts for name in part) == sorted(
         path.name for path in folder.glob("*.safetensors")
     )

@@ -51,7 +51,6 @@ SETUPS = [
     ),
 ]
 DAILY = [
-    Setup(0, "bf16"),
     Setup(1, "bf16", model="gpt2, tied"),
     Setup(2, "bf16", "optimizer"),
     Setup(3, "fp32"),

@@ -59,13 +59,10 @@ SETUPS = (
 )
 DAILY = (
     Setup(0, "fp32"),
-    Setup(0, "bf16"),
-    Setup(1, "fp32"),
     Setup(1, "fp16"),
     Setup(2, "bf16", offload=True),
     Setup(2, "fp16", master="compact"),
     Setup(3, "bf16"),
-    Setup(3, "fp16", offload=True),
     Setup(1, "bf16", master="split", moments="bf16"),
     Setup(3, "bf16", moments="int8"),
 )
@@ -150,7 +147,7 @@ def not_finite(setup: Setup, value: float) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("value", daily([math.nan, math.inf, -math.inf], [math.nan, math.inf]))
+@pytest.mark.parametrize("value", daily([math.nan, math.inf, -math.inf], [math.nan]))
 @pytest.mark.parametrize("setup", daily(SETUPS, DAILY), ids=str)
 def test_gradient_that_is_not_finite(ranks2, setup, value):
     """Nobody asks for it: on every rank weights, masters and moments keep their bits. In fp16 the
@@ -308,7 +305,7 @@ AGREE: dict[str, tuple[Case, ...]] = (
 
 
 @pytest.mark.parametrize(
-    "name", daily(AGREE, ["fp32, 1", "bf16, 1", "bf16 moments", "bf16, stage 2, overlap"])
+    "name", daily(AGREE, ["bf16, 1", "bf16 moments", "bf16, stage 2, overlap"])
 )
 def test_stages_agree(ranks2, name):
     """Six updates give the same losses, norms, weights and masters to the bit, wherever the

@@ -64,7 +64,6 @@ FEWER_BITS: tuple[tuple[str, Master, str], ...] = (
     ("fp16", "compact", "bf16"),
 )
 DAILY_BITS = {
-    (2, "none", "compact", "fp32"),
     (1, "optimizer", "split", "bf16"),
     (3, "none", "dense", "int8"),
 }

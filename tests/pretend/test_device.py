@@ -295,9 +295,9 @@ def check_the_masked_step_is_counted_at_its_kept_elements() -> None:
             optimizer.step()
         assert kinds(watched) == []
         if device == "cuda":
-            tables = 2 * (4 + 8 + 8 + 4) + (6 * 8 + 2 * 8 + 8 * 4)
+            tables = 2 * (4 + 8 + 8 + 4) + (8 * 8 + 3 * 8 + 10 * 4)
             kept = 1024 * (4 + 3 * 2 * 4)
-            copies = 2 * (6 * 8 + 8 * 4)  # addresses and coefficients from the host
+            copies = 2 * (8 * 8 + 10 * 4)  # addresses and coefficients from the host
             factor = 4
             moved = watched.bytes_moved - copies // 2 - factor
             assert moved == tables + kept + 2048 // 8, moved

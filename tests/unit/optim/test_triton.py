@@ -29,6 +29,15 @@ REPO = Path(__file__).resolve().parents[3]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 HYPER: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+DAILY_KINDS = (
+    "fp32",
+    "fp16",
+    "bf16, compact",
+    "fp32 gradients, bf16 weights, split",
+    "fp32, bf16 moments",
+    "bf16, compact, int8 moments",
+    "bf16, split, bf16 moments",
+)
 MOST_REGISTERS = 96  # 64 to 80 with Triton 3.7, so that three programs of 8 warps fit at once
 
 with_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
@@ -76,7 +85,7 @@ def updated(kind: str, density: float, operators: Any, device: str = DEVICE) -> 
     ("kind", "density"),
     daily(
         product(KINDS, [0.0, 0.01, 0.7, 1.1]),
-        [*((kind, 0.7) for kind in KINDS), ("bf16", 1.1), ("bf16, compact", 0.01), ("fp32", 0.0)],
+        [*((kind, 0.7) for kind in DAILY_KINDS), ("bf16, compact", 0.01), ("fp32", 0.0)],
     ),
 )
 def test_step_is_the_reference(triton_kernels, kind, density):
