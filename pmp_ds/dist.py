@@ -4,7 +4,6 @@ It works under ``deepspeed``, ``torchrun`` and plain ``python`` (one rank). Ever
 works before ``init`` and without a process group: this process is then rank 0 of 1.
 """
 
-import contextlib
 import datetime
 import logging
 import os
@@ -158,7 +157,6 @@ def on_rank0(action: Callable[[], T]) -> T:
             _meeting.wait(f"waits/{_waits}")
     message, result = broadcast_object(outcome)
     if message is not None:
-        _all_know()
         raise SharedError(message)
     return result
 
@@ -185,16 +183,8 @@ def together(action: Callable[[], T], *, patient: bool = False) -> T:
     names = [_meeting.name(r) if _meeting else f"rank {r}" for r in range(world_size())]
     text = in_words(mistakes, names)
     if text is not None:
-        _all_know()
         raise SharedError(text)
     return cast(T, result)
-
-
-def _all_know() -> None:
-    """Wait until every rank has what was just exchanged: a process that ends at once may close its
-    connections before another has read from them."""
-    with contextlib.suppress(RuntimeError):  # one has gone already, and knew
-        barrier()
 
 
 class SideChannel:
