@@ -76,7 +76,7 @@ def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int | N
     except OSError:
         return None
     run()
-    return _status_bytes("VmHWM") - before
+    return status_bytes("VmHWM") - before
 
 
 def bytes_in_use(device: torch.device) -> int:
@@ -85,7 +85,7 @@ def bytes_in_use(device: torch.device) -> int:
         return torch.cuda.memory_allocated(device)
     with contextlib.suppress(AttributeError, OSError):  # without glibc
         ctypes.CDLL(None).malloc_trim(0)
-    return _status_bytes("VmRSS")
+    return status_bytes("VmRSS")
 
 
 def print_figure(
@@ -104,7 +104,8 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _status_bytes(field: str) -> int:
+def status_bytes(field: str) -> int:
+    """Return a field of /proc/self/status, such as VmRSS, in bytes."""
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import hardware, print_figure
+from benchmarks.common import hardware, print_figure, status_bytes
 
 WIDTH = 2048
 UPDATES = 3
@@ -157,7 +157,7 @@ def _deepspeed(model: torch.nn.Module, how: list[str], options: argparse.Namespa
         "zero_force_ds_cpu_optimizer": False,
         "timers": {"throughput": {"enabled": False}},
     }
-    optimizer: torch.optim.Optimizer
+    optimizer: Any
     if ours:
         master: Any = how[0]
         optimizer = MaskedAdamW(
@@ -178,7 +178,7 @@ def _deepspeed(model: torch.nn.Module, how: list[str], options: argparse.Namespa
             name: pack(torch.rand(WIDTH * WIDTH) < options.density).to(engine.device)
             for name in shapes
         }
-        attach(engine, optimizer, ParamMask(bits=bits, shapes=shapes))  # type: ignore[arg-type]
+        attach(engine, optimizer, ParamMask(bits=bits, shapes=shapes))
 
     def step(batch: torch.Tensor) -> None:
         engine.backward(engine(batch).float().square().mean())
@@ -220,7 +220,7 @@ def _in_use(device: torch.device) -> int:
         torch.cuda.synchronize()
         return torch.cuda.memory_allocated(device)
     ctypes.CDLL(None).malloc_trim(0)
-    return _status("VmRSS")
+    return status_bytes("VmRSS")
 
 
 def _reset_peak(device: torch.device) -> None:
@@ -232,14 +232,9 @@ def _reset_peak(device: torch.device) -> None:
 
 
 def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise LookupError(field)
+    return (
+        torch.cuda.max_memory_allocated(device) if device.type == "cuda" else status_bytes("VmHWM")
+    )
 
 
 if __name__ == "__main__":

@@ -27,11 +27,6 @@ _CHUNK = 1 << 22  # elements
 _SHOW_PROGRESS = 1 << 27  # minimum elements: a few seconds
 
 
-def is_empty(model: nn.Module) -> bool:
-    """Return whether the parameters are on the meta device, for ``fill``."""
-    return all(param.is_meta for param in model.parameters())
-
-
 def place(
     model: nn.Module,
     fill: Fill,

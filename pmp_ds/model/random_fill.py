@@ -1,11 +1,12 @@
 """The random fills that initialisations make, drawn from a key's streams at any place."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers.initialization as hf_init
 from torch import nn
 
 from pmp_ds.errors import UserError
@@ -74,6 +75,29 @@ def random_fill(func: Any, given: dict[str, Any]) -> RandomFill | None:
     if func is torch.ops.aten.uniform_.default:
         return RandomFill("uniform", (given["from"], given["to"]))
     return None
+
+
+@contextlib.contextmanager
+def truncated_normals(fill: Callable[[torch.Tensor, RandomFill], torch.Tensor]) -> Iterator[None]:
+    """Call ``fill`` in place of `trunc_normal_`, whose algorithm differs between torch versions."""
+
+    def replacement(
+        tensor: torch.Tensor,
+        mean: float = 0.0,
+        std: float = 1.0,
+        a: float = -2.0,
+        b: float = 2.0,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:
+        return fill(tensor, RandomFill("truncated", (mean, std, a, b)))
+
+    functions = hf_init.TORCH_INIT_FUNCTIONS
+    original = functions["trunc_normal_"]
+    functions["trunc_normal_"] = replacement
+    try:
+        yield
+    finally:
+        functions["trunc_normal_"] = original
 
 
 @contextlib.contextmanager

@@ -18,7 +18,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from pmp_ds.model.random_fill import RandomFill, aliases_on_meta, arguments, random_fill
+from pmp_ds.model.random_fill import (
+    RandomFill,
+    aliases_on_meta,
+    arguments,
+    random_fill,
+    truncated_normals,
+)
 
 _MOST_GIVEN = 1 << 20  # elements of a tensor that is remembered as it is
 
@@ -97,7 +103,7 @@ def describe(config: PreTrainedConfig) -> tuple[PreTrainedModel, dict[str, Recip
     for owner in (*model.modules(), *params.values()):
         owner.__dict__.pop("_is_hf_initialized", None)
     recorder = _Recorder(params, recipes)
-    with aliases_on_meta(model), recorder.truncated_normal(), recorder:
+    with aliases_on_meta(model), truncated_normals(recorder.record_random), recorder:
         model.initialize_weights()
     for recipe in recipes.values():
         covered = any(fill.numel == recipe.numel for fill in recipe.fills)
@@ -125,11 +131,12 @@ def _parameters_on_meta(constants: dict[int, tuple[nn.Parameter, float]]) -> Ite
                 constants[id(meta)] = meta, float(low)
         self._parameters[name] = meta
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    # Where every module stores its parameters, also those of subclasses that do not ask.
+    nn.Module.register_parameter = register  # type: ignore[method-assign]  # put back below
     try:
         yield
     finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
+        nn.Module.register_parameter = original  # type: ignore[method-assign]  # as it was
 
 
 class _Recorder(TorchDispatchMode):
@@ -154,7 +161,7 @@ class _Recorder(TorchDispatchMode):
         given = arguments(func, args, kwargs)
         random = random_fill(func, given)
         if random is not None:
-            return self._record_random(target, random)
+            return self.record_random(target, random)
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise NotDescribedError(f"it draws with {func}")
         name = self._name(target)
@@ -174,7 +181,8 @@ class _Recorder(TorchDispatchMode):
             return self._record(name, target, value=value)
         raise NotDescribedError(f"it calls {func} on {name}")
 
-    def _record_random(self, target: torch.Tensor, random: RandomFill) -> torch.Tensor:
+    def record_random(self, target: torch.Tensor, random: RandomFill) -> torch.Tensor:
+        """Write down one random fill."""
         name = self._name(target)
         if name is None:
             if target.is_meta:  # a hidden alias of a tied weight
@@ -191,25 +199,3 @@ class _Recorder(TorchDispatchMode):
             fill = Fill(int(target.storage_offset()), target.numel(), **what)
             self._recipes[name].fills.append(fill)
         return target
-
-    @contextlib.contextmanager
-    def truncated_normal(self) -> Iterator[None]:
-        """Replace `trunc_normal_`, whose algorithm differs between torch versions."""
-
-        def record(
-            tensor: torch.Tensor,
-            mean: float = 0.0,
-            std: float = 1.0,
-            a: float = -2.0,
-            b: float = 2.0,
-            generator: torch.Generator | None = None,
-        ) -> torch.Tensor:
-            return self._record_random(tensor, RandomFill("truncated", (mean, std, a, b)))
-
-        functions = hf_init.TORCH_INIT_FUNCTIONS
-        original = functions["trunc_normal_"]
-        functions["trunc_normal_"] = record
-        try:
-            yield
-        finally:
-            functions["trunc_normal_"] = original

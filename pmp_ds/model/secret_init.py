@@ -6,13 +6,10 @@ stream keyed by the parameter's name. So the distribution is the model's own for
 processor.
 """
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-import transformers.initialization as hf_init
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
@@ -27,6 +24,7 @@ from pmp_ds.model.random_fill import (
     aliases_on_meta,
     arguments,
     random_fill,
+    truncated_normals,
 )
 from pmp_ds.progress import Progress
 
@@ -67,7 +65,7 @@ def _initialize_secret(model: PreTrainedModel, key: bytes) -> None:
     quiet = total < _SHOW_PROGRESS
     with Progress("initial weights", "element", total, scale=True, disable=quiet) as bar:
         mode = _Keystream(params, key, bar)
-        with aliases_on_meta(model), _truncated_normal(mode), mode:
+        with aliases_on_meta(model), truncated_normals(mode.fill), mode:
             model.initialize_weights()
     with torch.no_grad():
         for name, param in params.items():
@@ -94,18 +92,6 @@ def _poison(params: dict[str, nn.Parameter]) -> dict[str, float]:
                 constants[name] = float(low)
             param.fill_(float("nan"))
     return constants
-
-
-@contextlib.contextmanager
-def _truncated_normal(mode: "_Keystream") -> Iterator[None]:
-    """Replace `trunc_normal_`, whose algorithm differs between torch versions, by our own."""
-    functions = hf_init.TORCH_INIT_FUNCTIONS
-    original = functions["trunc_normal_"]
-    functions["trunc_normal_"] = mode.truncated_normal_
-    try:
-        yield
-    finally:
-        functions["trunc_normal_"] = original
 
 
 class _Keystream(TorchDispatchMode):
@@ -138,21 +124,12 @@ class _Keystream(TorchDispatchMode):
                 f"the model's initialisation draws with {func}, which secret initial weights "
                 f"cannot reproduce; {WAY_OUT}"
             )
-        return self._fill(args[0], func, random)
+        return self.fill(args[0], random, func)
 
-    def truncated_normal_(
-        self,
-        tensor: torch.Tensor,
-        mean: float = 0.0,
-        std: float = 1.0,
-        a: float = -2.0,
-        b: float = 2.0,
-        generator: torch.Generator | None = None,
+    def fill(
+        self, tensor: torch.Tensor, random: RandomFill, operation: Any = "trunc_normal_"
     ) -> torch.Tensor:
-        """Redraw normals outside [a, b] from further streams until all are inside."""
-        return self._fill(tensor, "trunc_normal_", RandomFill("truncated", (mean, std, a, b)))
-
-    def _fill(self, tensor: torch.Tensor, operation: Any, random: RandomFill) -> torch.Tensor:
+        """Draw into a parameter, or a part of one."""
         if tensor.is_meta or tensor.numel() == 0:
             return tensor
         address = tensor.data_ptr()

@@ -15,11 +15,11 @@ import torch
 from pmp_ds.config.moments import BLOCK, MomentFormat
 from pmp_ds.optim.kernels.batch import Master
 from pmp_ds.optim.low_bit import NEAREST, from_codes, join, shared_exponents, split, to_codes
-from pmp_ds.optim.stored import EXPONENTS, MASTERS
+from pmp_ds.optim.stored import EXPONENTS, MASTER_STATE
 from pmp_ds.optim.zero import Fragment, ZeroShards
 from pmp_ds.ticket.mask import ParamMask
 
-MASTER, MASTER_LOW = MASTERS["compact"], MASTERS["split"]
+MASTER, MASTER_LOW = MASTER_STATE["compact"], MASTER_STATE["split"]
 
 Collected = Callable[[], dict[str, torch.Tensor]]
 # (kind, parameter, first kept element, count) -> (count,) fp32, of `master_low` int16
@@ -49,7 +49,7 @@ def _kept(f: Fragment, mask: ParamMask | None) -> torch.Tensor:
 
 def _kept_by_block(f: Fragment, mask: ParamMask | None) -> torch.Tensor:
     """Return the number of kept elements of each block of a fragment, int64."""
-    kept = torch.zeros(-(-f.numel // BLOCK) * BLOCK, dtype=torch.bool)
+    kept = torch.zeros(f.segment.num_blocks * BLOCK, dtype=torch.bool)
     kept[: f.numel] = _kept(f, mask)
     return kept.view(-1, BLOCK).sum(dim=1)
 
@@ -59,7 +59,7 @@ def _blocks(shards: ZeroShards) -> Iterator[slice]:
     done = [0] * len(shards.flats)
     for f in shards.fragments:
         first = done[f.flat]
-        done[f.flat] += -(-f.numel // BLOCK)
+        done[f.flat] += f.segment.num_blocks
         yield slice(first, done[f.flat])
 
 
@@ -86,7 +86,7 @@ def collect(
 
     The function may run in any thread and returns `KIND/PARAMETER/FIRST` -> (count,) tensors.
     """
-    apart = MASTERS.get(optimizer.master)
+    apart = MASTER_STATE.get(optimizer.master)
     in_codes, signed = (
         optimizer.moment_format.has_exponents,
         dict(zip(optimizer.moments, optimizer.signed, strict=True)),
@@ -136,10 +136,10 @@ def restore(
     for (f, first, span), blocks in zip(_spans(shards, mask), _blocks(shards), strict=True):
         flat, count = shards.flats[f.flat], span.stop - span.start
         state = optimizer.state[flat]
+        counts = _kept_by_block(f, mask) if optimizer.moment_format.has_exponents else None
         for kind, signed in zip(optimizer.moments, optimizer.signed, strict=True):
             values = read(kind, f.name, first, count)
-            if optimizer.moment_format.has_exponents:
-                counts = _kept_by_block(f, mask)
+            if counts is not None:
                 exponents = shared_exponents(values, counts)
                 each = exponents.repeat_interleave(counts)
                 values = to_codes(values, each, NEAREST, signed=signed)

@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 import torch
 
 from pmp_ds.config import TrainConfig
-from pmp_ds.config.moments import BLOCK, FP32, MomentFormat
+from pmp_ds.config.moments import FP32, MomentFormat
 from pmp_ds.errors import UserError
 from pmp_ds.model.parameters import shape_of
 from pmp_ds.optim.kernels import Kernels, kernels_for
 from pmp_ds.optim.kernels.batch import Coefficients, Layout, Master, Segment, Tensors
-from pmp_ds.optim.stored import EXPONENTS, MASTERS, fresh
+from pmp_ds.optim.stored import EXPONENTS, MASTER_STATE, fresh
 from pmp_ds.optim.update import Update
 from pmp_ds.ticket.mask import check_bits
 
@@ -108,7 +108,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self._groups = dict(zip(bits, groups, strict=True)) if groups else {}
         self.state.clear()
         for i, (tensor, mask) in enumerate(bits.items()):
-            blocks = sum(-(-s.numel // BLOCK) for s in segments if s.tensor == i)
+            blocks = sum(s.num_blocks for s in segments if s.tensor == i)
             state = fresh(
                 tensor, mask, blocks, self.moments, self.moment_format, master=self.master
             )
@@ -195,23 +195,21 @@ class MaskedOptimizer(torch.optim.Optimizer):
         tensors, masks = list(self._masks), list(self._masks.values())
         groups = {t: self.param_groups[number] for t, number in self._groups.items()}
         groups |= {t: group for group in self.param_groups for t in group["params"]}
-        found, blocks = [], dict.fromkeys(range(len(tensors)), 0)
+        found, blocks = [], dict.fromkeys(range(len(tensors)), 0)  # those before, by tensor
         for i, (s, gradient) in enumerate(zip(self._segments, gradients, strict=True)):
             tensor = tensors[s.tensor]
             state, own = self.state[tensor], _part(tensor.detach().view(-1), s)
-            first = blocks[s.tensor]
-            blocks[s.tensor] += -(-s.numel // BLOCK)
             exponents = ()
             if self.moment_format.has_exponents:
-                exponents = tuple(
-                    state[name + EXPONENTS][first : blocks[s.tensor]] for name in self.moments
-                )
+                here = slice(blocks[s.tensor], blocks[s.tensor] + s.num_blocks)
+                exponents = tuple(state[name + EXPONENTS][here] for name in self.moments)
+                blocks[s.tensor] = here.stop
             apart = self.master != "dense"
             found.append(
                 Tensors(
                     gradient=gradient,
                     weights=weights[i] if weights is not None else own if apart else None,
-                    master=state[MASTERS[self.master]] if apart else own,
+                    master=state[MASTER_STATE[self.master]] if apart else own,
                     moments=tuple(state[name] for name in self.moments),
                     exponents=exponents,
                     mask=masks[s.tensor],

@@ -20,7 +20,7 @@ from pmp_ds.optim.low_bit import (
 from pmp_ds.ticket.mask import popcount, unpack
 
 CHUNK = 1 << 20  # elements gathered at once; a multiple of BLOCK
-MASTERS: dict[Master, str] = {"compact": "master", "split": "master_low"}
+MASTER_STATE: dict[Master, str] = {"compact": "master", "split": "master_low"}
 """The names of fp32 master weights, and of their lower bits, in the state."""
 EXPONENTS = "_exponents"
 """Follows a moment's name in the name of its blocks' exponents."""
@@ -45,7 +45,7 @@ def fresh(
             state[name + EXPONENTS] = lowest
     if master != "dense":
         kept = gather(tensor.detach().view(-1), mask).float()
-        state[MASTERS[master]] = kept if master == "compact" else split(kept)
+        state[MASTER_STATE[master]] = kept if master == "compact" else split(kept)
     return state
 
 

@@ -72,7 +72,8 @@ def take(
     With ``copy`` training may continue at once; otherwise ``write``, then also collective, must
     follow first.
     """
-    layout = Layout.of(engine.weight_sizes(), dist.world_size())
+    sizes = engine.weight_sizes()
+    layout = Layout.of(sizes, dist.world_size())
     mine = layout.names_of(dist.rank())
     weights: Iterable[tuple[str, torch.Tensor]] = chain(engine.parameters(mine), engine.constants())
     writes = dist.rank() == 0 or not engine.shards.replicated
@@ -81,7 +82,7 @@ def take(
     full = replace(position, counters=engine.counters(), memory=deepcopy(position.memory))
     num_bytes = sum(tensor.nbytes for tensor in more.values())
     num_bytes += engine.state_bytes if writes else 0
-    num_bytes += sum(size for name, size in engine.weight_sizes().items() if name in mine)
+    num_bytes += sum(size for name, size in sizes.items() if name in mine)
     if dist.rank() == 0:
         num_bytes += sum(bits.nbytes for bits in masks.values())
     if copy:

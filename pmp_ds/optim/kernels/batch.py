@@ -53,6 +53,10 @@ class Segment(NamedTuple):
     place: int = 0  # of the first element in the parameter
     stream: int = 0  # of the parameter's random bits: low_bit.stream_of
 
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.numel // BLOCK)
+
 
 class Layout:
     """The blocks of ``segments``, on the device of the masks. Waits for it.
@@ -209,7 +213,7 @@ class Batch:
             if length < needed:
                 raise ValueError(f"{name}: {length} elements, needed {needed}")
         for i, exponents in enumerate(each.exponents):
-            checks.require(f"exponents {i}", exponents, (torch.uint8,), -(-numel // BLOCK), device)
+            checks.require(f"exponents {i}", exponents, (torch.uint8,), segment.num_blocks, device)
         if len(each.exponents) != len(each.moments) * self.moments.has_exponents:
             raise ValueError(f"{len(each.exponents)} tensors of exponents")
         if self.master == "split" and (each.weights is None or each.weights.dtype != SPLIT):
