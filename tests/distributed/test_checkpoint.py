@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -277,13 +278,13 @@ def test_nothing_is_left_of_writing(written):
 
 def shared(root: str, stage: int, background: bool) -> list[str]:
     """Save a checkpoint of a fresh engine; return the files that this rank wrote."""
-    weight_files.SHARE_BYTES = 1
     run, config = RunDir(Path(root)), replace(TRAIN, precision="bf16")
     dist.on_rank0(run.create)
     engine = Engine(tiny.model(), config, tiny.ds_json(stage))
     engine.arm(None)
     position = replace(POSITION, step=1, consumed_samples=BATCH)
-    snapshot = checkpoint.take(engine, position, copy=background, more={}, masks={})
+    with mock.patch.object(weight_files, "SHARE_BYTES", 1):
+        snapshot = checkpoint.take(engine, position, copy=background, more={}, masks={})
     layout = snapshot.layout
     checkpoint.write(run, snapshot)
     engine.close()

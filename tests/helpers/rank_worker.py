@@ -26,10 +26,26 @@ def call(request: bytes) -> bytes:
     """Return (True, result) or (False, traceback), pickled."""
     try:
         name, args = pickle.loads(request)
-        result = resolve(name)(*args) if name is not None else None
+        target = resolve(name) if name is not None else lambda: None
+        before = package_names()
+        result = target(*args)
+        after = package_names()
+        if changed := [name for name, value in before.items() if after.get(name) is not value]:
+            raise AssertionError(f"left changed for the next test in this process: {changed}")
         return pickle.dumps((True, result))
     except BaseException:  # noqa: BLE001  SystemExit as well: the test hears of everything
         return pickle.dumps((False, traceback.format_exc()))
+
+
+def package_names() -> dict[str, Any]:
+    """Return every public name of the loaded modules of the package, and what it means."""
+    return {
+        f"{module.__name__}.{name}": value
+        for module in list(sys.modules.values())
+        if (getattr(module, "__name__", None) or "").split(".")[0] == "pmp_ds"
+        for name, value in list(vars(module).items())
+        if not name.startswith("_")
+    }
 
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h

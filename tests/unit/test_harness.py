@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from pmp_ds import ranks
 from tests.helpers.distributed import REPO, RankError, RankPool, run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -146,6 +147,18 @@ def test_environment_of_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         assert pool.run(environment, "OMP_NUM_THREADS") == ["1", "1"]
         assert pool.run(environment, "ADDED") == ["new", "new"]
         assert pool.run(environment, "INHERITED") == [None, None]
+
+
+def leave_a_constant_changed() -> None:
+    ranks.OTHER_RANKS_WAIT = 1.0
+
+
+def test_a_name_of_the_package_left_changed_fails_the_test_that_did_it() -> None:
+    with (
+        RankPool(1, init=None) as pool,
+        pytest.raises(RankError, match=r"left changed .*ranks\.OTHER_RANKS_WAIT"),
+    ):
+        pool.run(leave_a_constant_changed)
 
 
 def test_what_cannot_travel_is_refused() -> None:
