@@ -97,7 +97,7 @@ def _make_run(folder: Path, settings: list[str]) -> RunDir:
         val_loss=None,
     )
     layout = Layout.of({name: 2 * param.numel() for name, param in model.named_parameters()})
-    snapshot = Snapshot(position, architecture, layout, weights(), None, {}, {}, layout.num_bytes)
+    snapshot = Snapshot(position, architecture, layout, weights(), None, {}, layout.num_bytes)
     checkpoint.write(run, snapshot)
     return run
 

@@ -43,9 +43,7 @@ def read_bytes(
         raise ForeignError(f"{path} cannot be read: {_reason(error)}") from None
     try:
         status = os.fstat(fd)
-        regular = stat.S_ISREG(status.st_mode)
-        if not (regular or (pipe and stat.S_ISFIFO(status.st_mode))):
-            raise ForeignError(f"{path} is not a regular file")
+        regular = _check_kind(path, status, pipe)
         length = status.st_size if regular else most
         too_long = length > most
         with open(fd, "rb", closefd=False) as file:  # read(n) takes n bytes of memory at once
@@ -55,8 +53,35 @@ def read_bytes(
     finally:
         os.close(fd)
     if too_long or len(content) > most:
-        raise ForeignError(f"{path} is longer than {most:,} bytes, the maximum for such a file")
+        raise _too_long(path, most)
     return content
+
+
+def require_regular(path: Path, most: int) -> None:
+    """Raise ForeignError unless ``path`` is a regular file of at most ``most`` bytes, which another
+    function can then open."""
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise MissingError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise ForeignError(f"{path} cannot be read: {_reason(error)}") from None
+    _check_kind(path, status)
+    if status.st_size > most:
+        raise _too_long(path, most)
+
+
+def _check_kind(path: Path, status: os.stat_result, pipe: bool = False) -> bool:
+    """Return whether it is a regular file, and raise ForeignError if neither that nor a pipe that
+    is allowed."""
+    regular = stat.S_ISREG(status.st_mode)
+    if not (regular or (pipe and stat.S_ISFIFO(status.st_mode))):
+        raise ForeignError(f"{path} is not a regular file")
+    return regular
+
+
+def _too_long(path: Path, most: int) -> ForeignError:
+    return ForeignError(f"{path} is longer than {most:,} bytes, the maximum for such a file")
 
 
 def read_text(path: Path, most: int = MOST_BYTES, *, pipe: bool = False) -> str:

@@ -66,12 +66,17 @@ FORMATS = {
             ),
             Version(
                 4,
-                _NOW,
+                _BEFORE,
                 "moments may be in bf16, and `master_low`, the lower bits of fp32 master weights, "
                 "may replace these",
             ),
+            Version(
+                5,
+                _NOW,
+                "the candidate masks of discovery are in the ranks' files, not in one of their own",
+            ),
         ),
-        (2, 3, 4),
+        (2, 3, 4, 5),
         "2 has everything that a run needs to resume; `code` is then unknown. 1 lacks the guard's "
         "memory and the digest: it is refused, and no older checkpoint is used instead.",
     ),
@@ -150,7 +155,7 @@ FORMATS = {
             Version(3, _BEFORE, "the digest is sealed with the key (`seal`)"),
             Version(
                 4,
-                _NOW,
+                _BEFORE,
                 "`digest` is `chunks`: the digest is that of the digests of chunks of 4 Mi "
                 "elements, which ranks compute together; without it, of all bytes in one sequence",
             ),

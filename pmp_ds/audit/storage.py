@@ -5,7 +5,7 @@ import torch
 from pmp_ds.audit.attack import Attack, Finding
 from pmp_ds.audit.case import Case
 from pmp_ds.release.allow_list import is_release_file
-from pmp_ds.release.tensor_file import METADATA
+from pmp_ds.tensor_file import METADATA
 
 _OF_OPTIMIZERS = ("exp_avg", "momentum", "optim", "master", "grad")
 _MIXED = 0.01  # by chance 2^-16 of fp32 numbers have 16 low bits of zero

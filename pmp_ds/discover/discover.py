@@ -22,9 +22,10 @@ from pmp_ds.optim.zero import Fragment
 from pmp_ds.state.checkpoint import Position
 from pmp_ds.state.state_reader import StateReader
 from pmp_ds.ticket.early_bird import EarlyBird
-from pmp_ds.ticket.mask import ParamMask, count_common, iou, pack, unpack
+from pmp_ds.ticket.mask import count_common, iou, pack
 from pmp_ds.ticket.scores import Scores
-from pmp_ds.ticket.ticket import Ticket, exact_k
+from pmp_ds.ticket.shared import Piece, SharedTicket
+from pmp_ds.ticket.ticket import Origin, Ticket, exact_k
 
 Table = Sequence[ParamInfo]
 
@@ -81,9 +82,9 @@ class Discovery:
     def over(self) -> bool:
         return self._early_bird.stable or self.step >= self._mask.max_steps
 
-    def ticket(self) -> Ticket:
-        """Return the ticket, on every rank, once discovery is ``over``. Collective. Raises
-        UserError when the mask is not stable under ``on_unstable: error``."""
+    def ticket(self) -> SharedTicket:
+        """Return the ticket once discovery is ``over``. Raises UserError when the mask is not
+        stable under ``on_unstable: error``."""
         mask = self._mask
         if self._newest is None:
             raise UserError(
@@ -96,8 +97,7 @@ class Discovery:
                 raise UserError(_unstable(mask, self._early_bird))
             if mask.on_unstable == "best" and self._best is not None:
                 drawn, bits = self._best
-        return Ticket(
-            mask=self._whole(bits),
+        origin = Origin(
             density=mask.density,
             source="earlybird",
             score=mask.score,
@@ -105,28 +105,28 @@ class Discovery:
             stable=self._early_bird.stable,
             model_digest=digest(self._table),
         )
+        shards, device = self._engine.shards, self._engine.device
+        return _shared(origin, self._table, self._fragments, bits, device, shards.replicated)
 
-    def snapshot(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
-        """Return the state to resume from, besides the optimizer's: this rank's running scores by
-        `score/PARAMETER/FIRST`, the candidates by `WHICH/PARAMETER`, and the IoU history.
-        Collective."""
-        scores = {
-            f"score/{f.name}/{f.start}": values.cpu().clone()
-            for f, values in zip(self._fragments, self._scores.values or [], strict=False)
+    def snapshot(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Return the state to resume from, besides the optimizer's: of this rank's fragments the
+        running scores and packed candidates, by `KIND/PARAMETER/FIRST`, and the IoU history."""
+        kinds = {
+            "score": self._scores.values,
+            "newest": self._newest,
+            "best": self._best[1] if self._best else None,
         }
-        candidates = {"newest": self._newest, "best": self._best[1] if self._best else None}
-        masks = {
-            f"{which}/{name}": packed
-            for which, bits in candidates.items()
-            if bits is not None
-            for name, packed in self._whole(bits).bits.items()
+        state = {
+            f"{kind}/{f.name}/{f.start}": values.cpu().clone()
+            for kind, found in kinds.items()
+            for f, values in zip(self._fragments, found or [], strict=False)
         }
         memory = {
             "trace": self._early_bird.trace,
             "streak": self._early_bird.streak,
             "best_step": self._best[0] if self._best else None,
         }
-        return scores, masks, memory
+        return state, memory
 
     def restore(self, reader: StateReader, position: Position) -> None:
         """Load the result of ``snapshot``, at any world size and ZeRO stage."""
@@ -150,21 +150,12 @@ class Discovery:
             total += count_common(a, b)
         return int(total if self._engine.shards.replicated else dist.all_reduce_sum(total))
 
-    def _whole(self, bits: list[torch.Tensor]) -> ParamMask:
-        replicated = self._engine.shards.replicated
-        return _gather(
-            self._fragments, bits, self._table, self._engine.device, replicated=replicated
-        )
-
     def _local(self, which: str, reader: StateReader) -> list[torch.Tensor] | None:
-        """Return this rank's share of a whole candidate, packed by fragment."""
-        mask = reader.candidate(which, {info.name: info.shape for info in self._table})
-        if mask is None:
+        """Return this rank's share of a candidate, packed by fragment."""
+        kept = reader.candidate(which, {info.name: info.shape for info in self._table})
+        if kept is None:
             return None
-        return [
-            pack(mask.fragment(f.name, f.start, f.numel)).to(self._device(f))
-            for f in self._fragments
-        ]
+        return [pack(kept(f.name, f.start, f.numel)).to(self._device(f)) for f in self._fragments]
 
     def _device(self, f: Fragment) -> torch.device:
         """Return the device of a fragment's reduced gradients: the CPU under offload."""
@@ -172,8 +163,13 @@ class Discovery:
 
 
 def random_ticket(key: bytes, config: MaskConfig, table: Table) -> Ticket:
-    """Return the ablation's ticket: k elements of all parameters, drawn uniformly with ``key``
-    (32 bytes); the same at any number of ranks. Collective."""
+    """Return the ticket of ``draw_ticket``, whole on every rank. Collective."""
+    return draw_ticket(key, config, table).gathered()
+
+
+def draw_ticket(key: bytes, config: MaskConfig, table: Table) -> SharedTicket:
+    """Draw the ablation's ticket: k elements of all parameters, uniformly with ``key`` (32 bytes);
+    the same at any number of ranks. Collective."""
     share = [
         Fragment(info.name, 0, info.numel, 0, 0)
         for i, info in enumerate(table)
@@ -182,8 +178,7 @@ def random_ticket(key: bytes, config: MaskConfig, table: Table) -> Ticket:
     drawn = replace(config, random_fraction=1.0, quota="global")
     selector = Selector(share, table, drawn, key)
     kept = selector.select([torch.zeros(f.numel) for f in share])
-    return Ticket(
-        mask=_gather(share, kept, table, dist.device()),
+    origin = Origin(
         density=config.density,
         source="random",
         score=None,
@@ -191,27 +186,20 @@ def random_ticket(key: bytes, config: MaskConfig, table: Table) -> Ticket:
         stable=True,
         model_digest=digest(table),
     )
+    return _shared(origin, table, share, kept, dist.device())
 
 
-def _gather(
+def _shared(
+    origin: Origin,
+    table: Table,
     fragments: Sequence[Fragment],
     bits: list[torch.Tensor],
-    table: Table,
     device: torch.device,
-    *,
     replicated: bool = False,
-) -> ParamMask:
-    """Return the whole mask on every rank, gathered one parameter at a time."""
-    whole = {}
-    for info in table:
-        dense = torch.zeros(info.numel, dtype=torch.uint8, device=device)
-        for f, packed in zip(fragments, bits, strict=True):
-            if f.name == info.name:
-                dense[f.start : f.start + f.numel] = unpack(packed, f.numel).to(device)
-        if not replicated:
-            dist.all_reduce_sum(dense)
-        whole[info.name] = pack(dense.bool().cpu())
-    return ParamMask(bits=whole, shapes={info.name: tuple(info.shape) for info in table})
+) -> SharedTicket:
+    pieces = [Piece(f.name, f.start, f.numel, b) for f, b in zip(fragments, bits, strict=True)]
+    shapes = {info.name: tuple(info.shape) for info in table}
+    return SharedTicket(origin, shapes, pieces, device, replicated)
 
 
 def _unstable(mask: MaskConfig, early_bird: EarlyBird) -> str:

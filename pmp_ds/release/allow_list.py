@@ -22,7 +22,6 @@ from pmp_ds.model.folder_rules import INDEX_FILE
 from pmp_ds.release.architecture import strangers
 from pmp_ds.release.older_names import older_names
 from pmp_ds.release.source import open_source
-from pmp_ds.release.tensor_file import METADATA
 from pmp_ds.release.tokenizer_files import (
     TOKENIZER_FILES,
     TOKENIZER_JSON_KEYS,
@@ -30,6 +29,7 @@ from pmp_ds.release.tokenizer_files import (
     trainer_paths,
 )
 from pmp_ds.run_dir import sha256
+from pmp_ds.tensor_file import METADATA
 
 SUMS_FILE, SIGNATURE_FILE = "SHA256SUMS", "model.sig"
 REQUIRED = {"README.md", SUMS_FILE, "config.json", "generation_config.json"}

@@ -34,10 +34,10 @@ from pmp_ds.release.metadata import (
 from pmp_ds.release.model_card import CardFacts, DerivativeFacts, render
 from pmp_ds.release.signing import sign
 from pmp_ds.release.source import Source, open_source
-from pmp_ds.release.tensor_file import write_tensors
 from pmp_ds.release.tokenizer_files import as_json, copy_tokenizer, settle_tokenizer
 from pmp_ds.release.verify import run_alone, verify_reload
 from pmp_ds.run_dir import fsync_dir, sha256
+from pmp_ds.tensor_file import write_tensors
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 _ROUNDED_SHARE = 0.01  # of a matrix; by chance 2^-13 of fp32 numbers have 13 low bits of zero

@@ -30,9 +30,9 @@ from pmp_ds.release.export import write_model
 from pmp_ds.release.metadata import release_config
 from pmp_ds.release.reload import compute
 from pmp_ds.release.source import open_source
-from pmp_ds.release.tensor_file import write_tensors
 from pmp_ds.release.tokenizer_files import as_json
 from pmp_ds.release.verify import probe, reference_logits, require_same
+from pmp_ds.tensor_file import write_tensors
 
 _SMALL = 1 << 26  # parameters; a model this small that does not shrink is tried as it is
 _AHEAD = 1e-4  # of the largest logit; more than rounding

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from pmp_ds.errors import UserError
 from pmp_ds.model.folder import open_folder
 from pmp_ds.model.folder_rules import weight_files
-from pmp_ds.release.tensor_file import DTYPES, TRAINED, TensorFile, raw_bytes
+from pmp_ds.tensor_file import DTYPES, TRAINED, TensorFile, raw_bytes
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@
         manifest.json            format version, position, sha256 of every file and of itself
         weights/                 every whole parameter in the training dtype, persistent buffers in
                                  their own, and config.json; every rank writes its share of files
-        state/rank-00000.safetensors   this rank's compact optimizer state (optim/logical_state.py)
-        state/masks.safetensors  in discovery: the candidates that its next update compares with
+        state/rank-00000.safetensors   this rank's compact optimizer state (optim/logical_state.py),
+                                 and in discovery its share of scores and candidate masks
     private/checkpoints/latest   name of the newest, for people; written last
 
 A folder with such a name is complete: it is written as `*.incomplete`, renamed and read back. No
@@ -32,7 +32,7 @@ from pmp_ds.formats import FormatError
 from pmp_ds.run_dir import RunDir, fsync_dir, make_private, sha256
 from pmp_ds.state import shelf
 from pmp_ds.state.manifest import DamagedError, Position, listed, verified, write_manifest
-from pmp_ds.state.state_reader import MASKS_FILE, StateReader
+from pmp_ds.state.state_reader import StateReader
 from pmp_ds.state.weight_files import Layout, save_tensors, save_weights
 
 if TYPE_CHECKING:  # export reads checkpoints without DeepSpeed
@@ -56,7 +56,6 @@ class Snapshot:
     weights: Iterable[tuple[str, torch.Tensor]]
     state: Callable[[], Tensors] | None  # None: another rank writes the same
     more: Tensors
-    masks: Tensors
     num_bytes: int  # bytes that this rank will write
 
 
@@ -64,9 +63,7 @@ class NotWrittenError(UserError):
     """A checkpoint could not be written; existing ones are intact."""
 
 
-def take(
-    engine: "Portable", position: Position, *, copy: bool, more: Tensors, masks: Tensors
-) -> Snapshot:
+def take(engine: "Portable", position: Position, *, copy: bool, more: Tensors) -> Snapshot:
     """Take the content of a checkpoint, plus ``more`` state of this rank. Collective.
 
     With ``copy`` training may continue at once; otherwise ``write``, then also collective, must
@@ -83,11 +80,9 @@ def take(
     num_bytes = sum(tensor.nbytes for tensor in more.values())
     num_bytes += engine.state_bytes if writes else 0
     num_bytes += sum(size for name, size in sizes.items() if name in mine)
-    if dist.rank() == 0:
-        num_bytes += sum(bits.nbytes for bits in masks.values())
     if copy:
         weights = list(weights)
-    return Snapshot(full, engine.hf_config, layout, weights, state, more, masks, num_bytes)
+    return Snapshot(full, engine.hf_config, layout, weights, state, more, num_bytes)
 
 
 def write(run: RunDir, snapshot: Snapshot, gather: Gather = dist.all_gather_object) -> None:
@@ -128,7 +123,7 @@ def write(run: RunDir, snapshot: Snapshot, gather: Gather = dist.all_gather_obje
 
 def save(run: RunDir, engine: "Portable", position: Position) -> None:
     """Call ``take`` and ``write`` with one parameter or file part in memory. Collective."""
-    write(run, take(engine, position, copy=False, more={}, masks={}))
+    write(run, take(engine, position, copy=False, more={}))
 
 
 def _together(gather: Gather, action: Callable[[], T]) -> list[T]:
@@ -164,9 +159,6 @@ def _write_part(folder: Path, snapshot: Snapshot) -> dict[str, str]:
     if snapshot.state is not None:
         written.append(folder / "state" / f"rank-{rank:05d}.safetensors")
         save_tensors(snapshot.state() | snapshot.more, written[-1])
-    if rank == 0 and snapshot.masks:
-        written.append(folder / MASKS_FILE)
-        save_tensors(snapshot.masks, written[-1])
     return {str(path.relative_to(folder)): sha256(path) for path in written}
 
 

@@ -38,7 +38,6 @@ class Saver:
         position: Position,
         *,
         more: Tensors | None = None,
-        masks: Tensors | None = None,
         must: bool = False,
     ) -> float:
         """Take a checkpoint and start writing it. Returns the seconds that training waited.
@@ -49,9 +48,7 @@ class Saver:
         start = time.perf_counter()
         self.wait()
         background = self._channel is not None
-        snapshot = checkpoint.take(
-            engine, position, copy=background, more=more or {}, masks=masks or {}
-        )
+        snapshot = checkpoint.take(engine, position, copy=background, more=more or {})
         self.newest = position.name
         if background:
             self._thread = threading.Thread(target=self._write, args=(snapshot,), name="saver")

@@ -1,8 +1,10 @@
 """Read optimizer state from a checkpoint's files, written by any number of ranks."""
 
+import math
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,10 +12,12 @@ from safetensors import safe_open
 
 from pmp_ds.errors import UserError
 from pmp_ds.state.manifest import DamagedError
-from pmp_ds.ticket.mask import ParamMask
+from pmp_ds.ticket.mask import ParamMask, check_bits, unpack
 
-MASKS_FILE = "state/masks.safetensors"
+_MASKS_FILE = "state/masks.safetensors"
 _DTYPES = ("F32", "BF16", "I16")  # BF16: moments in fewer bits; I16: the lower bits of a master
+
+Kept = Callable[[str, int, int], torch.Tensor]
 
 
 class StateReader:
@@ -56,10 +60,44 @@ class StateReader:
             first, count = first + piece.numel(), count - piece.numel()
         return torch.cat(pieces) if pieces else torch.empty(0)
 
-    def candidate(self, which: str, shapes: Mapping[str, tuple[int, ...]]) -> ParamMask | None:
-        """Return a candidate mask of discovery on the parameters of ``shapes``, or None. Raises
-        DamagedError when it is not a mask of this model."""
-        path, prefix, bits = self._folder / MASKS_FILE, f"{which}/", {}
+    def candidate(self, which: str, shapes: Mapping[str, tuple[int, ...]]) -> Kept | None:
+        """Return a candidate mask of discovery on the parameters of ``shapes``, as a function from
+        (name, start, count) to (count,) bool, or None if there is none. Raises DamagedError, also
+        when called, when it is not a mask of this model."""
+        if which in self.kinds:
+            return partial(self._bits, which, shapes)
+        older = self._older_candidate(which, shapes)
+        return None if older is None else older.fragment
+
+    def _bits(
+        self,
+        which: str,
+        shapes: Mapping[str, tuple[int, ...]],
+        name: str,
+        start: int,
+        count: int,
+    ) -> torch.Tensor:
+        parts, pieces = self._parts[f"{which}/{name}"], []
+        ends = [first for first, _ in parts[1:]] + [math.prod(shapes[name])]
+        for (first, number), end in zip(parts, ends, strict=False):
+            low, high = max(start, first), min(start + count, end)
+            if low < high:
+                stored = self._files[number].get_tensor(f"{which}/{name}/{first}")
+                try:
+                    check_bits(stored, end - first, f"{which} of {name}")
+                except UserError as error:
+                    raise DamagedError(self._folder, str(error)) from None
+                pieces.append(unpack(stored, high - low, low - first))
+        kept = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.bool)
+        if kept.numel() != count:
+            raise DamagedError(self._folder, f"{which} of {name} has a gap")
+        return kept
+
+    def _older_candidate(
+        self, which: str, shapes: Mapping[str, tuple[int, ...]]
+    ) -> ParamMask | None:
+        """Return a candidate as format 4 and older have it: whole, in a file of its own."""
+        path, prefix, bits = self._folder / _MASKS_FILE, f"{which}/", {}
         if path.exists():
             with safe_open(path, "pt") as file:
                 for key in file.keys():  # noqa: SIM118 - not a dict
@@ -70,4 +108,4 @@ class StateReader:
         try:
             return ParamMask(bits=bits, shapes=shapes)
         except UserError as error:
-            raise DamagedError(self._folder, f"{MASKS_FILE}: {error}") from None
+            raise DamagedError(self._folder, f"{_MASKS_FILE}: {error}") from None

@@ -1,16 +1,19 @@
 """Parameter masks as packed bits: one bit per element, row-major, bit i of byte j is element 8j+i.
 
-True means kept: in the ticket, trained. A mask of 1.1 billion elements is 137 MB.
+True means kept: in the ticket, trained. A mask of 1.1 billion elements is 137 MB, in memory or in a
+file that is read where it is needed (stored_bits.py).
 """
 
 import functools
 import math
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from pmp_ds.errors import UserError
+from pmp_ds.tensor_file import raw_bytes
 
 MOST_ELEMENTS = 1 << 48  # in a model, and per dimension
 _MOST_DIMENSIONS = 16
@@ -46,7 +49,7 @@ def full_bits(numel: int, device: torch.device | str = "cpu") -> torch.Tensor:
 
 def popcount(bits: torch.Tensor) -> int:
     """Number of ones."""
-    return int(num_ones(bits))
+    return int.from_bytes(raw_bytes(bits.cpu()), "little").bit_count()
 
 
 def num_ones(bits: torch.Tensor) -> torch.Tensor:
@@ -79,14 +82,22 @@ def iou(num_common: int, num_kept: int) -> float:
 def check_bits(bits: torch.Tensor, numel: int, what: str) -> None:
     """Raise UserError, starting with ``what``, unless ``bits`` are a packed mask of ``numel``
     elements: uint8, one dimension, no longer than needed, 0 after the last element."""
+    _check_form(bits.dtype, tuple(bits.shape), numel, what)
+    _check_end(bits[-1:], numel, what)
+
+
+def _check_form(dtype: torch.dtype | str, shape: tuple[int, ...], numel: int, what: str) -> None:
     length = (numel + 7) // 8
-    if bits.dtype != torch.uint8 or bits.dim() != 1 or bits.numel() != length:
-        kind = str(bits.dtype).removeprefix("torch.")
+    if dtype != torch.uint8 or shape != (length,):
+        kind = str(dtype).removeprefix("torch.")
         raise UserError(
-            f"{what} is {kind} of shape {list(bits.shape)}, but {numel} elements need uint8 of "
-            f"shape [{length}]"
+            f"{what} is {kind} of shape {list(shape)}, but {numel} elements need uint8 of shape "
+            f"[{length}]"
         )
-    if numel % 8 and int(bits[-1]) >> numel % 8:
+
+
+def _check_end(last: torch.Tensor, numel: int, what: str) -> None:
+    if numel % 8 and int(last) >> numel % 8:
         raise UserError(f"{what} has ones after the last of its {numel} elements")
 
 
@@ -111,12 +122,45 @@ def _is_shape(shape: object) -> bool:
     )
 
 
+class Bits(Mapping[str, torch.Tensor], ABC):
+    """The packed bits of parameters by name, which need not be in memory."""
+
+    @abstractmethod
+    def form(self, name: str) -> tuple[torch.dtype | str, tuple[int, ...]]:
+        """Return dtype and shape of a parameter's bits."""
+
+    @abstractmethod
+    def part(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Return bytes [first, last) of a parameter's bits, (last - first,) uint8."""
+
+    @abstractmethod
+    def num_ones(self, name: str, last: int) -> int:
+        """Return the number of ones in the first ``last`` bytes of a parameter's bits."""
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """Yield a parameter's bits in order, not all at once where they are in a file."""
+        yield self[name]
+
+
+class HeldBits(dict[str, torch.Tensor], Bits):
+    """Packed bits in memory, on CPU."""
+
+    def form(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        return self[name].dtype, tuple(self[name].shape)
+
+    def part(self, name: str, first: int, last: int) -> torch.Tensor:
+        return self[name][first:last]
+
+    def num_ones(self, name: str, last: int) -> int:
+        return popcount(self[name][:last])
+
+
 @dataclass(frozen=True)
 class ParamMask:
-    """The mask of a whole model: packed bits by parameter name, on CPU.
+    """The mask of a whole model: packed bits by parameter name.
 
-    ``bits`` are kept in the order of ``shapes``, whatever the order in a file. Raises UserError
-    that names the parameter when bits do not fit its shape.
+    ``bits`` in memory are kept in the order of ``shapes``, whatever the order in a file. Raises
+    UserError that names the parameter when bits do not fit its shape.
     """
 
     bits: Mapping[str, torch.Tensor]
@@ -127,31 +171,46 @@ class ParamMask:
             lacks = "bits" if name in self.shapes else "a shape"
             raise UserError(f"the mask of {name!r} lacks {lacks}")
         check_shapes(self.shapes)
+        if not isinstance(self.bits, Bits):
+            held = HeldBits({name: self.bits[name] for name in self.shapes})
+            object.__setattr__(self, "bits", held)
         for name, shape in self.shapes.items():
-            check_bits(self.bits[name], math.prod(shape), f"the mask of {name!r}")
-        object.__setattr__(self, "bits", {name: self.bits[name] for name in self.shapes})
+            numel, what = math.prod(shape), f"the mask of {name!r}"
+            _check_form(*self._bits.form(name), numel, what)
+            _check_end(self._bits.part(name, max(0, numel - 1) // 8, (numel + 7) // 8), numel, what)
+
+    @property
+    def _bits(self) -> Bits:
+        assert isinstance(self.bits, Bits)
+        return self.bits
 
     def numel(self, name: str) -> int:
         return int(torch.Size(self.shapes[name]).numel())
 
     def fragment(self, name: str, start: int, numel: int) -> torch.Tensor:
         """Return elements [start, start + numel) of parameter ``name``, (numel,) bool."""
-        return unpack(self.bits[name], numel, start)
+        first = start // 8
+        packed = self._bits.part(name, first, (start + numel + 7) // 8)
+        return unpack(packed, numel, start - 8 * first)
 
     def full(self, name: str) -> torch.Tensor:
         """Return the mask of one parameter as bool, in its shape."""
-        return unpack(self.bits[name], self.numel(name)).view(self.shapes[name])
+        return self.fragment(name, 0, self.numel(name)).view(self.shapes[name])
 
     def num_kept_before(self, name: str, start: int) -> int:
         """Return the number of ones among the first ``start`` elements of parameter ``name``."""
         whole = start // 8
-        return popcount(self.bits[name][:whole]) + int(
+        return self._bits.num_ones(name, whole) + int(
             self.fragment(name, 8 * whole, start - 8 * whole).sum()
         )
 
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """Yield a parameter's packed bits in order, (n,) uint8 each."""
+        return self._bits.pieces(name)
+
     @property
     def num_kept(self) -> int:
-        return sum(popcount(bits) for bits in self.bits.values())
+        return sum(self._bits.num_ones(name, (self.numel(name) + 7) // 8) for name in self.shapes)
 
     @property
     def num_params(self) -> int:

@@ -7,29 +7,31 @@ FOLDER/ticket.json        format version, parameters, k, density, score, step, d
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 
 from pmp_ds import formats
 from pmp_ds.errors import UserError, require
 from pmp_ds.fields import fit
 from pmp_ds.foreign import MissingError, parse_object, read_bytes
 from pmp_ds.formats import FormatError
-from pmp_ds.run_dir import make_private, write_bytes
-from pmp_ds.ticket.mask import ParamMask, check_shapes
+from pmp_ds.run_dir import atomic_path, make_private
+from pmp_ds.tensor_file import encode, raw_bytes
+from pmp_ds.ticket.mask import ParamMask, check_shapes, popcount
+from pmp_ds.ticket.stored_bits import Facts, StoredBits
 
 FORMAT_VERSION = formats.current("ticket")
 MASK_FILE = "mask.safetensors"
 MANIFEST_FILE = "ticket.json"
 _MOST_MANIFEST = 1 << 28
-_ORIGIN = ("density", "source", "score", "step", "stable", "model_digest")
 # Exceptions from reading a damaged ticket.
 _DAMAGE = (
     SafetensorError,
@@ -41,12 +43,13 @@ _DAMAGE = (
     RuntimeError,
 )
 
+MakeBits = Callable[[int], Mapping[str, torch.Tensor]]  # from the maximum bytes of the mask's file
+
 
 @dataclass(frozen=True, kw_only=True)
-class Ticket:
-    """A mask and its origin. ``model_digest`` covers the parameters it fits, not their values."""
+class Origin:
+    """Where a mask comes from. ``model_digest`` covers the parameters it fits, not their values."""
 
-    mask: ParamMask
     density: float
     source: str  # earlybird, random
     score: str | None
@@ -67,35 +70,89 @@ class Ticket:
         ):
             require(ok, f"{name} is {value!r:.80}")
 
+
+@dataclass(frozen=True, kw_only=True)
+class Ticket(Origin):
+    """A mask and its origin."""
+
+    mask: ParamMask
+
     @cached_property
     def id(self) -> str:
         """The sha256 over the parameters' names, shapes and bits."""
-        digest = hashlib.sha256(b"pmp-ds ticket\n")
+        tally = _Tally()
         for name, shape in self.mask.shapes.items():
-            digest.update(f"{name}{list(shape)}\n".encode())
-            digest.update(self.mask.bits[name].numpy().tobytes())
-        return digest.hexdigest()
+            tally.begin(name, shape)
+            for piece in self.mask.pieces(name):
+                tally.add(piece)
+        return tally.digest.hexdigest()
+
+
+class _Tally:
+    """The id of a ticket and its number of ones, of bits that pass by in the order of elements."""
+
+    def __init__(self) -> None:
+        self.digest, self.num_kept = hashlib.sha256(b"pmp-ds ticket\n"), 0
+
+    def begin(self, name: str, shape: tuple[int, ...]) -> None:
+        self.digest.update(f"{name}{list(shape)}\n".encode())
+
+    def add(self, bits: torch.Tensor) -> None:
+        self.digest.update(raw_bytes(bits))
+        self.num_kept += popcount(bits)
+
+
+def _encoded(
+    origin: Origin, shapes: Mapping[str, tuple[int, ...]], parts: Iterator[torch.Tensor]
+) -> Iterator[tuple[str, Iterator[bytes | memoryview]]]:
+    """Yield name and content of the files of a ticket, the manifest last. ``parts`` are the packed
+    bits of each parameter in the order of ``shapes``; equal tickets give equal bytes."""
+    tally = _Tally()
+
+    def next_part(name: str) -> torch.Tensor:
+        bits = next(parts)
+        tally.begin(name, shapes[name])
+        tally.add(bits)
+        return bits
+
+    packed = {name: ((math.prod(shape) + 7) // 8,) for name, shape in shapes.items()}
+    yield MASK_FILE, encode(packed, dict.fromkeys(shapes, torch.uint8), next_part)
+    manifest = {field.name: getattr(origin, field.name) for field in fields(Origin)} | {
+        "format_version": FORMAT_VERSION,
+        "id": tally.digest.hexdigest(),
+        "num_kept": tally.num_kept,
+        "num_params": sum(math.prod(shape) for shape in shapes.values()),
+        "parameters": {name: list(shape) for name, shape in shapes.items()},
+    }
+    # Unsorted: the order of the parameters is the global element order.
+    yield MANIFEST_FILE, iter([(json.dumps(manifest, indent=1) + "\n").encode()])
 
 
 def to_files(ticket: Ticket) -> dict[str, bytes]:
     """Return the ticket's files by name, the same bytes for equal tickets; the manifest is last."""
-    manifest = {name: getattr(ticket, name) for name in _ORIGIN} | {
-        "format_version": FORMAT_VERSION,
-        "id": ticket.id,
-        "num_kept": ticket.mask.num_kept,
-        "num_params": ticket.mask.num_params,
-        "parameters": {name: list(shape) for name, shape in ticket.mask.shapes.items()},
-    }
-    # Unsorted: the order of the parameters is the global element order.
-    text = json.dumps(manifest, indent=1) + "\n"
-    return {MASK_FILE: save(dict(ticket.mask.bits)), MANIFEST_FILE: text.encode()}
+    mask = ticket.mask
+    parts = (mask.bits[name] for name in mask.shapes)
+    return {name: b"".join(content) for name, content in _encoded(ticket, mask.shapes, parts)}
 
 
 def save_ticket(ticket: Ticket, folder: Path) -> None:
     """Write ``folder`` (0700, files 0600); the manifest, written last, makes it complete."""
+    mask = ticket.mask
+    save_parts(ticket, mask.shapes, (mask.bits[name] for name in mask.shapes), folder)
+
+
+def save_parts(
+    origin: Origin,
+    shapes: Mapping[str, tuple[int, ...]],
+    parts: Iterator[torch.Tensor],
+    folder: Path,
+) -> None:
+    """Do the same as ``save_ticket`` with the packed bits of one parameter in memory."""
     make_private(folder)
-    for name, content in to_files(ticket).items():
-        write_bytes(folder / name, content, private=True)
+    for name, content in _encoded(origin, shapes, parts):
+        with atomic_path(folder / name, private=True) as path, open(path, "wb") as file:
+            for piece in content:
+                file.write(piece)
 
 
 def has_ticket(folder: Path) -> bool:
@@ -103,10 +160,24 @@ def has_ticket(folder: Path) -> bool:
 
 
 def load_ticket(folder: Path, *, model_digest: str | None = None) -> Ticket:
-    """Read and check a ticket. Raises UserError when it is missing, damaged, of an unknown format,
-    or does not match ``model_digest``."""
+    """Read and check a ticket, whose bits stay in the file. Raises UserError when it is missing,
+    damaged, of an unknown format, or does not match ``model_digest``."""
+    return _at(folder, model_digest, lambda most: StoredBits(folder / MASK_FILE, most))
+
+
+def open_ticket(folder: Path, ticket_id: str, facts: Facts, model_digest: str | None) -> Ticket:
+    """Open a ticket of which another rank has read and checked every bit: ``ticket_id`` and
+    ``facts``. Raises UserError as ``load_ticket``, also where this is another one."""
+    bits = partial(StoredBits, folder / MASK_FILE, facts=facts)
+    return _at(folder, model_digest, bits, ticket_id)
+
+
+def _at(
+    folder: Path, model_digest: str | None, bits: MakeBits, known_id: str | None = None
+) -> Ticket:
     try:
-        ticket = from_files(lambda name, most: read_bytes(folder / name, most), folder)
+        manifest = partial(read_bytes, folder / MANIFEST_FILE, _MOST_MANIFEST)
+        ticket = _checked(manifest, bits, folder, known_id)
     except MissingError as error:
         raise UserError(f"no ticket at {folder}: {error}") from None
     if model_digest is not None and ticket.model_digest != model_digest:
@@ -120,17 +191,28 @@ def load_ticket(folder: Path, *, model_digest: str | None = None) -> Ticket:
 def from_files(read: Callable[[str, int], bytes], where: Path) -> Ticket:
     """Return the ticket whose files ``read`` returns, given a name and a maximum size. Raises
     UserError, with ``where``, when they are damaged or of an unknown format."""
+    manifest = partial(read, MANIFEST_FILE, _MOST_MANIFEST)
+    return _checked(manifest, lambda most: load(read(MASK_FILE, most)), where)
+
+
+def _checked(
+    content: Callable[[], bytes], bits: MakeBits, where: Path, known_id: str | None = None
+) -> Ticket:
+    """Return the ticket of a manifest's ``content``. With ``known_id`` its bits are not read."""
     try:
-        manifest = _manifest(read(MANIFEST_FILE, _MOST_MANIFEST))
+        manifest = _manifest(content())
         formats.require("ticket", where, manifest["format_version"], way_out="use that version")
         shapes = fit(dict[str, tuple[int, ...]], manifest["parameters"], "parameters")
         ticket = Ticket(
-            mask=ParamMask(bits=load(read(MASK_FILE, _most_bytes(shapes))), shapes=shapes),
-            **{name: manifest[name] for name in _ORIGIN},
+            mask=ParamMask(bits=bits(_most_bytes(shapes)), shapes=shapes),
+            **{field.name: manifest[field.name] for field in fields(Origin)},
         )
-        counts = (ticket.mask.num_kept, ticket.mask.num_params)
-        intact = ticket.id == manifest["id"]
-        intact = intact and counts == (manifest["num_kept"], manifest["num_params"])
+        intact = manifest["num_params"] == ticket.mask.num_params
+        if known_id is not None:
+            vars(ticket)["id"] = known_id  # where cached_property keeps it
+        else:
+            intact = intact and ticket.mask.num_kept == manifest["num_kept"]
+        intact = intact and ticket.id == manifest["id"]
     except (FormatError, MissingError):
         raise
     except UserError as error:

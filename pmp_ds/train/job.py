@@ -1,5 +1,6 @@
 """The inputs of a run (settings, data, theta(0)) and checks that they fit together."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,8 @@ def check(config: Config, store: Dataset, run: RunDir) -> None:
     data = DataFacts.of(store)
     architecture(config, store)
     find_score(config.mask.score)
-    if (folder := given_ticket(config, run)) is not None:
+    folder = given_ticket(config, run)
+    if folder is not None and os.environ.get("RANK", "0") == "0":  # which alone reads it later
         load_ticket(folder, model_digest=theta0.model_digest(config, data))
 
 

@@ -23,7 +23,8 @@ from pmp_ds.errors import UserError
 from pmp_ds.foreign import ForeignError, read_object
 from pmp_ds.run_dir import RunDir, write_json
 from pmp_ds.ticket.scores import find_score
-from pmp_ds.ticket.ticket import has_ticket, load_ticket
+from pmp_ds.ticket.shared import load_together
+from pmp_ds.ticket.ticket import has_ticket
 from pmp_ds.train.job import Job, given_ticket
 
 _USABLE = 0.9  # of the free memory: the rest is for fragmentation, and buffers outside of torch
@@ -109,7 +110,7 @@ def _trials(job: Job, device: torch.device) -> tuple[int, int]:
     """Return the most bytes that this rank holds in an update with one sequence per micro-batch,
     and with two. Collective."""
     folder = job.run.ticket if has_ticket(job.run.ticket) else given_ticket(job.config, job.run)
-    ticket = None if folder is None else load_ticket(folder)
+    ticket = None if folder is None else load_together(folder)
     world = dist.world_size()
     train = replace(job.config.train, micro_batch_size=1, global_batch_size=2 * world)
     zero = {n: v for n, v in job.ds_config.items() if n in ("zero_optimization", OWN_SECTION)}

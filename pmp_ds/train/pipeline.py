@@ -15,12 +15,13 @@ from pmp_ds import dist
 from pmp_ds.config import Config
 from pmp_ds.data.mixed_store import Dataset
 from pmp_ds.data.verified import check_together
-from pmp_ds.discover.discover import Discovery, random_ticket
+from pmp_ds.discover.discover import Discovery, draw_ticket
 from pmp_ds.engine.engine import Engine
 from pmp_ds.model.parameters import digest, num_params
 from pmp_ds.run_dir import RunDir
 from pmp_ds.state import plain_weights, run_record, shelf
 from pmp_ds.state.shelf import Found
+from pmp_ds.ticket.shared import load_together
 from pmp_ds.ticket.ticket import Ticket, has_ticket, load_ticket, save_ticket
 from pmp_ds.train import micro_batch, plan, start
 from pmp_ds.train.job import Job, open_job
@@ -40,18 +41,18 @@ def _obtain_ticket(job: Job, found: Found | None, session: Session) -> Ticket | 
         if mask.source == "file":
             assert mask.file is not None
             given = Path(mask.file)
-            ticket = dist.together(lambda: load_ticket(given, model_digest=digest(job.table)))
+            fitting = digest(job.table)
+            dist.on_rank0(lambda: save_ticket(load_ticket(given, model_digest=fitting), folder))
         elif mask.source == "random":
-            ticket = random_ticket(job.key("random mask"), mask, job.table)
+            draw_ticket(job.key("random mask"), mask, job.table).save(folder)
         else:
-            ticket = _discover(job, found, session)
-        dist.on_rank0(lambda: save_ticket(ticket, folder))
+            _discover(job, found, session)
     dist.on_rank0(lambda: shelf.prune(job.run, "discover", 0))
-    return dist.together(lambda: load_ticket(folder, model_digest=digest(job.table)))
+    return load_together(folder, model_digest=digest(job.table))
 
 
-def _discover(job: Job, found: Found | None, session: Session) -> Ticket:
-    """Run discovery to its end, resuming from ``found``."""
+def _discover(job: Job, found: Found | None, session: Session) -> None:
+    """Run discovery to its end, resuming from ``found``, and save the ticket."""
     config, watch = job.config, session.watch
     work = job.work("discover", job.warm_up_order(), config.mask.max_steps)
     with session.training(work, found) as training:
@@ -73,7 +74,7 @@ def _discover(job: Job, found: Found | None, session: Session) -> Ticket:
                 training.save(step, must=asking > 0)
             if asking:
                 training.stop(step)
-        return discovery.ticket()
+        discovery.ticket().save(job.run.ticket)
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def run(
         check_together(store, folder.verified)  # a damaged store stops all ranks first
         dist.on_rank0(lambda: run_record.claim(folder, config, store))
         job = open_job(config, ds_config, store, folder)
-        _say(f"{config.run.name}:\n{plan.describe(job)}")
+        dist.on_rank0(lambda: _say(f"{config.run.name}:\n{plan.describe(job)}"))
         return pretrain(job, started, start_afresh=start_afresh)
 
 
@@ -162,11 +163,9 @@ def _outcome(job: Job) -> Outcome:
         return Outcome(d, d, 0)
     weights = dist.on_rank0(lambda: plain_weights.of_checkpoint(job.run, job.config.train.steps))
 
-    def count() -> tuple[int, int]:
-        ticket = load_ticket(job.run.ticket, model_digest=digest(job.table))
-        part = dist.rank(), dist.world_size()
-        changed = plain_weights.complement_changes(weights, job.initial, ticket.mask, part)
-        return ticket.mask.num_kept, changed
-
-    kept, changed = dist.together(count, patient=True)
-    return Outcome(d, kept, sum(dist.all_gather_object(changed)))
+    mask = load_together(job.run.ticket, model_digest=digest(job.table)).mask
+    part = dist.rank(), dist.world_size()
+    changed = dist.together(
+        lambda: plain_weights.complement_changes(weights, job.initial, mask, part), patient=True
+    )
+    return Outcome(d, mask.num_kept, sum(dist.all_gather_object(changed)))

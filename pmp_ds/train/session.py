@@ -78,10 +78,9 @@ class Work:
 @dataclass
 class Extra:
     """State that a phase saves besides weights and optimizer state: its memory, and in discovery
-    this rank's running scores and the candidate masks."""
+    this rank's share of running scores and candidate masks."""
 
     more: checkpoint.Tensors = field(default_factory=dict)
-    masks: checkpoint.Tensors = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
 
 
@@ -173,9 +172,7 @@ class Training:
             memory=extra.memory,
         )
         if step and position.name != saver.newest:
-            seconds = saver.save(
-                self.engine, position, more=extra.more, masks=extra.masks, must=must
-            )
+            seconds = saver.save(self.engine, position, more=extra.more, must=must)
             self.watch.stop.saved(seconds)
 
     def stop(self, step: int) -> None:

@@ -284,7 +284,7 @@ def shared(root: str, stage: int, background: bool) -> list[str]:
     engine.arm(None)
     position = replace(POSITION, step=1, consumed_samples=BATCH)
     with mock.patch.object(weight_files, "SHARE_BYTES", 1):
-        snapshot = checkpoint.take(engine, position, copy=background, more={}, masks={})
+        snapshot = checkpoint.take(engine, position, copy=background, more={})
     layout = snapshot.layout
     checkpoint.write(run, snapshot)
     engine.close()

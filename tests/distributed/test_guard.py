@@ -20,7 +20,8 @@ from pmp_ds.engine.engine import Engine
 from pmp_ds.log import read_metrics
 from pmp_ds.model.parameters import parameter_table
 from pmp_ds.run_dir import RunDir
-from pmp_ds.ticket.ticket import Ticket, load_ticket
+from pmp_ds.ticket.shared import load_together
+from pmp_ds.ticket.ticket import Ticket
 from pmp_ds.train import pipeline
 from tests.helpers import tiny
 from tests.helpers.faults import seen
@@ -150,14 +151,14 @@ def other_ticket(rank: int) -> Any:
     """Make a rank read a ticket with one bit moved."""
 
     def load(folder: Path, **options: Any) -> Ticket:
-        ticket = load_ticket(folder, **options)
+        ticket = load_together(folder, **options)
         if dist.rank() == rank:
             name, bits = next(iter(ticket.mask.bits.items()))
             moved = {**ticket.mask.bits, name: bits.roll(1)}
             return replace(ticket, mask=replace(ticket.mask, bits=moved))
         return ticket
 
-    return mock.patch.object(pipeline, "load_ticket", load)
+    return mock.patch.object(pipeline, "load_together", load)
 
 
 def test_ranks_with_different_tickets(lives, run):

@@ -49,7 +49,7 @@ def run_method(stage: int, precision: str) -> dict[str, Any] | None:
     discovery = Discovery(engine, config, table)
     while not discovery.over:
         trace.append(discovery.update(loader.next())[1])
-    ticket = discovery.ticket()
+    ticket = discovery.ticket().gathered()
     engine.close()
 
     engine = Engine(tiny.model(), config.train, ds_json)

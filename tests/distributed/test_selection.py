@@ -160,7 +160,7 @@ def hardened_ticket(stage: int) -> tuple[str, dict[str, int]]:
     loader: Any = tiny.RepeatedLoader(4, 4 // dist.world_size())
     while not discovery.over:
         discovery.update(loader.next())
-    ticket = discovery.ticket()
+    ticket = discovery.ticket().gathered()
     engine.close()
     return ticket.id, {name: int(ticket.mask.full(name).sum()) for name in ticket.mask.shapes}
 

@@ -50,7 +50,7 @@ def run_method(stage: int, precision: str, micro_batch_size: int) -> dict[str, A
     while not discovery.over:
         loss, _ = discovery.update(share(discovery.step + 1))
         warm_up.append(float(dist.all_reduce_sum(loss)) / dist.world_size())
-    ticket = discovery.ticket()
+    ticket = discovery.ticket().gathered()
     engine.close()
 
     engine = Engine(tiny.model(), train, tiny.ds_json(stage))

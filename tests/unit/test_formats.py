@@ -45,9 +45,9 @@ def test_table_makes_sense(form: formats.Format):
     ("found", "writer", "says"),
     [
         (1, None, "which a development version of pmp-ds 0.1.0 before commit 7175ad3 reads;"),
-        (5, None, "which a later version of pmp-ds reads;"),
-        (5, "pmp-ds 0.2.0 (commit abc)", "which pmp-ds 0.2.0 (commit abc) reads;"),
-        (5, ["x"], "which a later version of pmp-ds reads;"),
+        (6, None, "which a later version of pmp-ds reads;"),
+        (6, "pmp-ds 0.2.0 (commit abc)", "which pmp-ds 0.2.0 (commit abc) reads;"),
+        (6, ["x"], "which a later version of pmp-ds reads;"),
     ],
 )
 def test_another_version_is_told(found: int, writer: object, says: str):
@@ -55,7 +55,7 @@ def test_another_version_is_told(found: int, writer: object, says: str):
         formats.require("checkpoint", "PLACE", found, way_out="do this", writer=writer)
     message = str(caught.value)
     assert message.startswith(f"checkpoint PLACE has format {found}, {says}")
-    assert message.endswith(f"this is {code_version()}, which reads formats 2, 3 and 4: do this")
+    assert message.endswith(f"this is {code_version()}, which reads formats 2, 3, 4 and 5: do this")
 
 
 @pytest.mark.parametrize("found", [None, "2", True, 2.0, [2]])

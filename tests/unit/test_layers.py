@@ -14,7 +14,7 @@ REPO = Path(__file__).resolve().parents[2]
 # A name is a module or package directly below pmp_ds, with everything inside it.
 ROWS = (
     ("account", "errors", "version"),
-    ("foreign", "fields", "shipped"),
+    ("foreign", "fields", "shipped", "tensor_file"),
     ("config", "run_dir", "progress", "launchers", "signals", "formats", "settings", "strict_yaml"),
     ("lease_file",),
     ("meeting", "lease", "restarts", "launch"),

@@ -267,9 +267,11 @@ def _checkpoint(folder: Path) -> None:
 
     home = folder / "update-00000004"
     (home / "state").mkdir(parents=True)
-    bits = {f"newest/{name}": bits for name, bits in packed(SHAPES).items()}
-    save_file(bits, home / "state/masks.safetensors")
-    save_file({"exp_avg/w/0": torch.zeros(4)}, home / "state/rank-00000.safetensors")
+    whole = packed(SHAPES)
+    older = {f"best/{name}": bits for name, bits in whole.items()}
+    save_file(older, home / "state/masks.safetensors")
+    state = {f"newest/{name}/0": bits for name, bits in whole.items()}
+    save_file(state | {"exp_avg/w/0": torch.zeros(4)}, home / "state/rank-00000.safetensors")
     position = Position(
         step=4, consumed_samples=8, ticket_id=None, dataset_id="d" * 64, val_loss=5.0
     )
@@ -284,7 +286,10 @@ def _use_checkpoint(folder: Path) -> None:
     home = folder / "update-00000004"
     verified(home)
     reader = StateReader(home)
-    reader.candidate("newest", SHAPES)
+    for which in ("newest", "best"):
+        kept = reader.candidate(which, SHAPES)
+        assert kept is not None
+        kept("w", 3, 10)
     reader.read("exp_avg", "w", 0, 4)
 
 

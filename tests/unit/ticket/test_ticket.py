@@ -151,7 +151,7 @@ DAMAGES = {
     "mask cut": (rewrite(MASK_FILE, lambda d: d[:-1]), "damaged"),
     "mask cut in its header": (rewrite(MASK_FILE, lambda d: d[:20]), "damaged"),
     "mask empty": (rewrite(MASK_FILE, lambda _: b""), "damaged"),
-    "one bit of the mask": (rewrite(MASK_FILE, flip_byte(-2, 3)), "do not match"),
+    "one bit of the mask": (rewrite(MASK_FILE, flip_byte(-5, 3)), "do not match"),
     "one bit of the header's length": (rewrite(MASK_FILE, flip_byte(7, 6)), "damaged"),
     "newer format": (edit(format_version=2), "format 2, which a later version of pmp-ds reads;"),
     "no format": (edit(format_version=None), "damaged"),

@@ -6,8 +6,10 @@ derives the header from names and shapes alone, so that only one tensor is in me
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +32,18 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class TensorFile:
-    """An open safetensors file. Raises OSError or SafetensorError when it is missing or damaged."""
+    """An open safetensors file; several threads may read it. Raises OSError or SafetensorError when
+    it is missing or damaged."""
 
     def __init__(self, path: Path) -> None:
         with safe_open(path, "pt") as handle:  # checks the header against the file's size
             self.metadata: dict[str, str] | None = handle.metadata()
         self.path = path
-        self._file = open(path, "rb")  # noqa: SIM115 - closed with the object
-        length = int.from_bytes(self._file.read(_LENGTH), "little")
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.close: Callable[[], Any] = weakref.finalize(self, os.close, self._fd)
+        length = int.from_bytes(os.pread(self._fd, _LENGTH, 0), "little")
         self._start = _LENGTH + length
-        header: dict[str, Any] = json.loads(self._file.read(length))
+        header: dict[str, Any] = json.loads(os.pread(self._fd, length, _LENGTH))
         header.pop("__metadata__", None)
         self._header = header
 
@@ -56,14 +60,44 @@ class TensorFile:
 
     def read(self, name: str) -> torch.Tensor:
         """Return a copy of one tensor of a dtype in DTYPES."""
-        tensor = torch.empty(self.shape(name), dtype=DTYPES[self.dtype(name)])
-        self._file.seek(self._start + self._header[name]["data_offsets"][0])
-        if self._file.readinto(raw_bytes(tensor)) != tensor.nbytes:
-            raise OSError(f"{self.path} ends inside {name}")
+        shape = self.shape(name)
+        return self.part(name, 0, math.prod(shape)).view(shape)
+
+    def part(self, name: str, start: int, count: int) -> torch.Tensor:
+        """Return a copy of elements [start, start + count), row-major, of one tensor, (count,)."""
+        assert 0 <= start <= start + count <= math.prod(self.shape(name)), name
+        tensor = torch.empty(count, dtype=DTYPES[self.dtype(name)])
+        offset = self._start + self._header[name]["data_offsets"][0] + start * tensor.itemsize
+        buffer, done = raw_bytes(tensor), 0
+        while done < tensor.nbytes:  # Linux reads 2 GB at most
+            read = os.preadv(self._fd, [buffer[done:]], offset + done)
+            if not read:
+                raise OSError(f"{self.path} ends inside {name}")
+            done += read
         return tensor
 
-    def close(self) -> None:
-        self._file.close()
+
+def encode(
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, torch.dtype],
+    tensor: Callable[[str], torch.Tensor],
+) -> Iterator[bytes | memoryview]:
+    """Yield the content of a file with ``tensor(name)`` for every name, in order.
+
+    Equal tensors give equal bytes.
+    """
+    header: dict[str, Any] = {"__metadata__": METADATA}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * dtypes[name].itemsize
+        header[name] = {"dtype": _NAMES[dtypes[name]], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _LENGTH)  # aligns the tensors
+    yield len(text).to_bytes(_LENGTH, "little") + text
+    for name, shape in shapes.items():
+        value = tensor(name)
+        assert (value.dtype, tuple(value.shape)) == (dtypes[name], shape), name
+        yield raw_bytes(value)
 
 
 def write_tensors(
@@ -72,27 +106,12 @@ def write_tensors(
     dtypes: Mapping[str, torch.dtype],
     tensor: Callable[[str], torch.Tensor],
 ) -> str:
-    """Write ``tensor(name)`` for every name, in order, fsynced; return the sha256 (hex).
-
-    Equal tensors give equal bytes.
-    """
-    header: dict[str, Any] = {"__metadata__": METADATA}
-    end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + torch.Size(shape).numel() * dtypes[name].itemsize
-        header[name] = {"dtype": _NAMES[dtypes[name]], "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _LENGTH)  # aligns the tensors
+    """Write what ``encode`` yields, fsynced; return the sha256 (hex)."""
     digest = hashlib.sha256()
     with open(path, "wb") as file:
-        for piece in (len(text).to_bytes(_LENGTH, "little"), text):
+        for piece in encode(shapes, dtypes, tensor):
             file.write(piece)
             digest.update(piece)
-        for name, shape in shapes.items():
-            value = tensor(name)
-            assert (value.dtype, tuple(value.shape)) == (dtypes[name], shape), name
-            file.write(raw_bytes(value))
-            digest.update(raw_bytes(value))
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
