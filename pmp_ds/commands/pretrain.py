@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pmp_ds import ranks  # the rest is imported when signals are heard already
+from pmp_ds import ranks, startup  # the rest is imported when signals are heard already
 from pmp_ds.commands import OnRanks
 
 if TYPE_CHECKING:
@@ -88,13 +88,17 @@ def prepare(argv: Sequence[str] | None = None) -> ranks.Prepared:
     # DeepSpeed calls functions of torch by their old names.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
+    startup.passed("imports and settings")
+
     def train() -> None:
         from pmp_ds import dist
         from pmp_ds.release.rehearsal import rehearse
         from pmp_ds.train import pipeline
 
+        startup.passed("meeting")
         architecture = job.architecture(config, store)
         dist.on_rank0(lambda: rehearse(architecture, secret=config.init.seed is None))
+        startup.passed("rehearsal of the release")
         outcome = pipeline.run(
             config, ds_config, store, run, STARTED, start_afresh=options.start_afresh
         )

@@ -90,6 +90,7 @@ class _Update:
         training, config = self._training, self._training.config
         stop = self._report.read()[1] > 0
         rates.count(self._stepping.read() if self._stepping else 0.0)
+        training.started()
         training.bar.update(1)
         if self._norm is None:  # not applied
             return stop

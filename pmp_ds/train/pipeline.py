@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pmp_ds import dist
+from pmp_ds import dist, startup
 from pmp_ds.config import Config
 from pmp_ds.data.mixed_store import Dataset
 from pmp_ds.data.verified import check_together
@@ -68,6 +68,7 @@ def _discover(job: Job, found: Found | None, session: Session) -> None:
             total, asking = dist.all_reduce_sum(torch.stack([loss, asked])).tolist()
             step, mean = discovery.step, total / dist.world_size()
             training.record(step, loss=mean, **({} if iou is None else {"iou": iou}))
+            training.started()
             training.bar.set(loss=f"{mean:.3f}", iou="-" if iou is None else f"{iou:.4f}")
             training.bar.update(1)
             if asking or (step % config.run.checkpoint_every == 0 and not discovery.over):
@@ -103,7 +104,9 @@ def run(
     with held(folder.root, f"the run's folder {folder.root}"):
         check_together(store, folder.verified)  # a damaged store stops all ranks first
         dist.on_rank0(lambda: run_record.claim(folder, config, store))
+        startup.passed("data")
         job = open_job(config, ds_config, store, folder)
+        startup.passed("theta(0)")
         dist.on_rank0(lambda: _say(f"{config.run.name}:\n{plan.describe(job)}"))
         return pretrain(job, started, start_afresh=start_afresh)
 
@@ -131,6 +134,7 @@ def pretrain(job: Job, started: float, *, start_afresh: bool = False) -> Outcome
         job = micro_batch.fitted(job)
         with Session(run, job.config, job.ds_config, watch) as session:
             ticket = _obtain_ticket(job, discovered, session)
+            startup.passed("ticket")
             _train(job, ticket, found, session)
     return _outcome(job)
 

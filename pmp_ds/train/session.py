@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from pmp_ds import dist
+from pmp_ds import dist, startup
 from pmp_ds.config import Config
 from pmp_ds.data.loader import BlockLoader
 from pmp_ds.engine.engine import Engine
@@ -147,6 +147,13 @@ class Training:
         self.loader = work.loader(batch, self.done * batch)
         self.profile = Profile(session.run, work.phase, config.train.profiled)
         self.bar = Progress(work.name, "update", work.steps, initial=self.done)
+        startup.passed("engine")
+
+    def started(self) -> None:
+        """Say after the first update of this process how long it took to come there."""
+        said = startup.at_first_update()
+        if said is not None and dist.rank() == 0:
+            print(said, flush=True)
 
     def record(self, step: int, **values: float) -> None:
         self.session.log.write(self.work.phase, step, **values)

@@ -64,6 +64,23 @@ def test_metrics_of_every_update(main_run: MainRun):
     assert [r["step"] for r in rows(run, "train", "val_loss")] == list(range(0, STEPS + 1, 10))
 
 
+def test_the_start_is_told_by_parts(main_run: MainRun):
+    """Once, by rank 0, and the parts are the whole."""
+    said = re.findall(r"first update after ([\d.]+) s: (.*)", main_run.train.stdout)
+    assert len(said) == 1
+    parts = dict(re.findall(r"(?:^|, )(.+?) ([\d.]+) s", said[0][1]))
+    assert list(parts) == [
+        "imports and settings",
+        "meeting",
+        "rehearsal of the release",
+        "data",
+        "theta(0)",
+        "engine",
+        "first update",
+    ]
+    assert abs(sum(map(float, parts.values())) - float(said[0][0])) < 0.05 * len(parts) + 0.06
+
+
 def test_the_loss_beats_token_frequencies(main_run: MainRun, work: Path):
     unigram = Store.open(work / "store").unigram_cross_entropy
     for name in ("loss", "val_loss"):
