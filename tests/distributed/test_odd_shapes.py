@@ -1,5 +1,5 @@
-"""Tensors that no number of ranks divides, or with fewer elements than ranks: a run finds the ticket
-of one rank, and resumes with other ranks and at another ZeRO stage."""
+"""Tensors that no number of ranks divides, or with fewer elements than ranks: a run finds the
+ticket of one rank, and resumes with other ranks and at another ZeRO stage."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +33,7 @@ from tests.helpers.odd_models import (
     odd_config,
     odd_model,
 )
+from tests.helpers.tiers import daily
 
 pytestmark = pytest.mark.distributed
 
@@ -232,3 +233,49 @@ MANY = [
 def test_many_ranks(tmp_path, ranks, others):
     run = [lambda *given, n=n: run_ranks(n, live, *given, timeout=400) for n in (1, ranks, others)]
     run_parts(run, MANY, tmp_path)
+
+
+def few(stage: int, root: Path) -> tuple[str, dict[str, torch.Tensor], int]:
+    """Find a ticket among six elements, train it and save it; return also how many fragments this
+    rank owns."""
+
+    def made() -> Engine:
+        model = odd_model(LLAMA)
+        for name, param in model.named_parameters():
+            param.requires_grad_(name == TRAINED)
+        return Engine(model, config.train, tiny.ds_json(stage), OfRank0())
+
+    config, run = Setup(LLAMA, "fp32", stage).config, RunDir(root)
+    table = tuple(info for info in Initial(odd_config(LLAMA), KEY).table if info.name == TRAINED)
+    dist.on_rank0(run.create)
+    engine = made()
+    engine.arm(None)
+    discovery = Discovery(engine, config, table)
+    while not discovery.over:
+        discovery.update(odd_batch(discovery.step, ROWS))
+    ticket = discovery.ticket()
+    engine.close()
+    dist.on_rank0(lambda: save_ticket(ticket, run.ticket))
+    engine = made()
+    engine.arm(ticket.mask)
+    engine.backward(odd_batch(100, ROWS))
+    engine.step(LR)
+    checkpoint.save(run, engine, replace(POSITION, step=1))
+    owned, weights = len(engine.shards.fragments), dict(engine.parameters())
+    engine.close()
+    return ticket.id, weights, owned
+
+
+TRAINED = "model.layers.0.self_attn.k_proj.weight"
+
+
+@pytest.mark.parametrize("stage", daily([1, 2, 3], [2]))
+def test_a_rank_without_a_fragment(ranks1, ranks4, tmp_path, stage):
+    (one,), ranks = (
+        pool.run(few, stage, tmp_path / str(pool.world_size)) for pool in (ranks1, ranks4)
+    )
+    assert sorted(owned for *_, owned in ranks) == [0, 1, 1, 1]
+    assert {ticket for ticket, *_ in ranks} == {one[0]}
+    assert not torch.equal(one[1][TRAINED], THETA0[LLAMA][TRAINED])
+    torch.testing.assert_close(ranks[0][1], one[1], atol=0, rtol=0)
+    torch.testing.assert_close(states(tmp_path / "4"), states(tmp_path / "1"), atol=0, rtol=0)
