@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
 
@@ -82,3 +83,24 @@ def test_the_user_is_told() -> None:
     assert found is not None
     assert "one after the other, which is slower: their widths are not all multiples of 8" in found
     assert settle_experts(built(odd_config(LLAMA)), gathered=True) is None
+
+
+class OnGpu(nn.Parameter):
+    """A parameter in host memory that says that it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize(("offset", "gathered"), [(0, False), (1, False), (1, True)])
+def test_experts_that_begin_elsewhere_on_a_gpu(offset: int, gathered: bool) -> None:
+    """As in the flat buffers of ZeRO 1 and 2, behind a tensor of an odd size."""
+    model = built(odd_config(MIXTRAL, hidden_size=16, intermediate_size=24))
+    experts = next(module for module in model.modules() if hasattr(module, "is_transposed"))
+    flat = torch.zeros(offset + experts.down_proj.numel())
+    placed = flat[offset:].view_as(experts.down_proj).copy_(experts.down_proj.detach())
+    experts._parameters["down_proj"] = OnGpu(placed)
+    found = settle_experts(model, gathered=gathered)
+    plain = offset == 1 and not gathered
+    assert model.config._experts_implementation == (PLAIN if plain else "grouped_mm")
+    assert (found or "").endswith("they do not begin at multiples of 16 bytes" if plain else "")
+    assert (found is not None) is plain
