@@ -14,6 +14,7 @@ from pmp_ds.config import Config, MaskConfig, TrainConfig
 from pmp_ds.discover.discover import Discovery
 from pmp_ds.engine.engine import Engine
 from pmp_ds.engine.objective import NextToken
+from pmp_ds.engine.placement import Fill
 from pmp_ds.model.initial import Initial
 from pmp_ds.model.keys import Secret
 from pmp_ds.run_dir import RunDir
@@ -72,8 +73,13 @@ class Setup:
 
     @property
     def config(self) -> Config:
-        size = {"global_batch_size": ROWS * dist.world_size(), "micro_batch_size": ROWS}
-        return replace(CONFIG, train=replace(CONFIG.train, precision=self.precision, **size))
+        train = replace(
+            CONFIG.train,
+            precision=self.precision,
+            global_batch_size=ROWS * dist.world_size(),
+            micro_batch_size=ROWS,
+        )
+        return replace(CONFIG, train=train)
 
 
 class Part:
@@ -81,7 +87,8 @@ class Part:
 
     def __init__(self, setup: Setup, run: RunDir, phase: Phase, mask: ParamMask | None) -> None:
         self.run, self.phase, self.initial = run, phase, Initial(odd_config(setup.kind), KEY)
-        self.found, fill = shelf.find(run, phase=phase), self.initial.read
+        self.found = shelf.find(run, phase=phase)
+        fill: Fill = self.initial.read
         if self.found:
             fill = weight_files.slices(self.found[0] / "weights")
         train, ds_json = setup.config.train, tiny.ds_json(setup.stage)
@@ -138,12 +145,12 @@ def live(setups: Sequence[Setup], roots: Sequence[Path]) -> list[Lived]:
     found = []
     for setup, root in zip(setups, roots, strict=True):
         run, copy = RunDir(root), RunDir(root / "copy")
-        new = dist.on_rank0(lambda run=run: not run.checkpoints.exists())
+        new = dist.on_rank0(lambda: not run.checkpoints.exists())  # noqa: B023 - called at once
         for one in (run, copy):
             dist.on_rank0(one.create)
         ticket = explore(setup, run)
         if new:
-            dist.on_rank0(lambda run=run, ticket=ticket: save_ticket(ticket, run.ticket))
+            dist.on_rank0(lambda: save_ticket(ticket, run.ticket))  # noqa: B023 - called at once
         found.append((ticket.id, train(setup, run, copy)))
     return found
 
