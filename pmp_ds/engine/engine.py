@@ -24,6 +24,7 @@ from pmp_ds.engine.forward import compile_layers, pad_vocabulary, recompute_acti
 from pmp_ds.engine.objective import NextToken, Objective
 from pmp_ds.engine.placement import Fill, place
 from pmp_ds.engine.portable import Portable
+from pmp_ds.model.experts import settle_experts
 from pmp_ds.model.parameters import shapes
 from pmp_ds.optim.attach import arm
 from pmp_ds.optim.logical_state import Collected, Read, collect, restore
@@ -85,11 +86,12 @@ class Engine(Portable):
         for name, buffer in self._engine.module.named_buffers():
             buffer.data = buffers[name].to(buffer.device)
         self.shards = shards_of(self._engine)
-        self.notes = [
-            note
-            for note in [compile_layers(model, config, self.device, zero_stage(ds_config))]
-            if note is not None
-        ]
+        stage = zero_stage(ds_config)
+        notes = (
+            compile_layers(model, config, self.device, stage),
+            settle_experts(model, gathered=stage == 3 and dist.world_size() > 1),
+        )
+        self.notes = [note for note in notes if note is not None]
 
     def arm(self, mask: ParamMask | None) -> None:
         """Train the elements in ``mask`` (None: all) from fresh moments."""

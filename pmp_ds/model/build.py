@@ -24,6 +24,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from pmp_ds.config import ModelConfig
 from pmp_ds.errors import UserError
 from pmp_ds.foreign import read_object
+from pmp_ds.model import experts  # noqa: F401 - experts of any width compute
 
 _NORM_EPS = 1e-5
 # Sizes of tables that are looked up by token or cut to the vocabulary.

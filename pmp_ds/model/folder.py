@@ -28,7 +28,7 @@ from transformers import (
 
 from pmp_ds.errors import UserError, shown
 from pmp_ds.foreign import read_object
-from pmp_ds.model import folder_rules
+from pmp_ds.model import experts, folder_rules  # noqa: F401 - experts of any width compute
 from pmp_ds.model.folder_rules import CONFIG_FILE, first_line
 from pmp_ds.model.parameters import constants, shapes, trained_shapes
 from pmp_ds.model.tokenizer_rules import check_tokenizer, panics_are_errors

@@ -34,7 +34,13 @@ from pmp_ds.tensor_file import METADATA
 SUMS_FILE, SIGNATURE_FILE = "SHA256SUMS", "model.sig"
 REQUIRED = {"README.md", SUMS_FILE, "config.json", "generation_config.json"}
 _WEIGHTS = re.compile(r"model(?:-\d{5}-of-\d{5})?\.safetensors")
-CONFIG_KEYS = {"architectures", "dtype", "model_type", "transformers_version"}
+CONFIG_KEYS = {
+    "architectures",
+    "dtype",
+    "experts_implementation",
+    "model_type",
+    "transformers_version",
+}
 GENERATION_KEYS = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"}
 _TEXTS = (".md", ".json", ".jinja")
 _FORBIDDEN = {

@@ -8,6 +8,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from pmp_ds.errors import UserError
 from pmp_ds.model.build import UNBOUNDED, context_length
+from pmp_ds.model.experts import PLAIN
 from pmp_ds.release.architecture import kept
 from pmp_ds.release.older_names import older_names
 
@@ -22,6 +23,8 @@ def release_config(config: PreTrainedConfig, dtype: str) -> dict[str, Any]:
     values |= older_names(config.model_type, _without_private(config.to_dict()) | {"dtype": dtype})
     if "bos_token_id" in values:
         values["bos_token_id"] = begin_of_text(config)
+    if config._experts_implementation == PLAIN:
+        values["experts_implementation"] = PLAIN  # transformers' default may refuse their widths
     _refuse_paths(values, "config.json")
     return values | {
         "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__],

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pmp_ds.errors import UserError
+from pmp_ds.model.experts import PLAIN, needs_plain
 from pmp_ds.model.folder import open_folder
 from pmp_ds.model.folder_rules import weight_files
 from pmp_ds.tensor_file import DTYPES, TRAINED, TensorFile, raw_bytes
@@ -117,6 +118,8 @@ def open_source(folder: Path, vocab_size: int | None = None) -> Source:
             f"single dtype, one of {', '.join(sorted(TRAINED))}"
         )
     _trim(model, config, shapes, vocab_size)
+    if needs_plain(model):
+        config._experts_implementation = PLAIN  # which its release names
     constants = opened.constants
     for name in constants:
         if files[name].dtype(name) not in DTYPES:

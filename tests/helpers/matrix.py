@@ -155,6 +155,12 @@ def table() -> str:
         "not to work are refused by name before training starts",
         "(`pmp_ds/engine/deepspeed_config.py`).",
         "",
+        "Sizes need not be divisible by the number of ranks, and a tensor may have fewer elements",
+        "than there are ranks. `tests/distributed/test_odd_shapes.py` finds the same ticket with 1",
+        "to 16 ranks and resumes with other ranks and stages, in models with and without experts.",
+        "Experts whose widths are not multiples of 8 are computed one after the other, because",
+        "torch's grouped matrix product refuses them; multiples of 8 are faster.",
+        "",
         "| | ZeRO 0 | ZeRO 1 | ZeRO 2 | ZeRO 3 |",
         "|---|---|---|---|---|",
     ]
