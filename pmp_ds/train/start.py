@@ -123,7 +123,7 @@ def go_on(job: Job, seen: Sequence[Survey], last: Mapping[str, int]) -> None:
     _check_lineage(job, seen[0])
     try:
         resume_in(run, [folder for one in seen for folder in one.passed_over], last)
-        theta0.remember(run, job.theta0_digest, job.init)
+        theta0.remember(run, job.theta0_digest, job.init, job.initial.base)
     except OSError as error:
         raise UserError(f"{run.root} cannot be written: {error}") from None
     run_record.record_start(run, job.config)

@@ -81,7 +81,7 @@ def test_two_revisions_and_a_derivative(make, tmp_path):
     later = {n: t.to(torch.bfloat16) for n, t in trained(made.initial, made.mask, seed=2).items()}
     other = save(tmp_path / "later", later)
     for name, given in (
-        ("two revisions", {"base": other}),
+        ("difference with a known base", {"base": other}),
         ("derivative: size of change", {"derivative": other}),
     ):
         result = run_one(name, made.case(**given))
