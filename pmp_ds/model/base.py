@@ -62,11 +62,13 @@ class Base:
         known = opened.shapes | opened.constants
         return {name: math.prod(shape) for name, shape in known.items()}
 
-    def is_constant(self, name: str, numel: int) -> bool:
-        """Return whether all elements of a parameter are equal; unknown, so False, without the
-        folder."""
-        if self.opened is None or numel == 0:
-            return False
+    def is_constant(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Return whether a parameter counts as constant at theta(0): a vector, because norms and
+        biases start at 1 and 0 and many of their elements still have these values, or one whose
+        elements are all equal (unknown, so False, without the folder)."""
+        numel = math.prod(shape)
+        if len(shape) == 1 or self.opened is None or numel == 0:
+            return len(shape) == 1
         first = self.read(name, 0, 1)
         return all(bool((part == first).all()) for part in self._parts(name, numel))
 

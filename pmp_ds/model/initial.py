@@ -48,17 +48,18 @@ class Initial:
             self.reason = "init.seed draws from one sequence of numbers"
         else:
             try:
-                skeleton, self._recipes = describe(copy.deepcopy(config))
+                model, self._recipes = describe(copy.deepcopy(config))
             except NotDescribedError as error:
                 self.reason = f"{config.model_type} initialises itself in a way of its own: {error}"
         if self._recipes is None:
             model = self._draw()
-            self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-            self.table: tuple[ParamInfo, ...] = parameter_table(model)
-        else:
-            self.shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
-            constant = {name: self._is_constant(recipe) for name, recipe in self._recipes.items()}
-            self.table = parameter_table(skeleton, constant)
+        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        constant = None  # found in the whole weights
+        if base is not None:
+            constant = {name: base.is_constant(name, shape) for name, shape in self.shapes.items()}
+        elif self._recipes is not None:
+            constant = {name: recipe.constant for name, recipe in self._recipes.items()}
+        self.table: tuple[ParamInfo, ...] = parameter_table(model, constant)
 
     @property
     def is_gone(self) -> bool:
@@ -99,11 +100,6 @@ class Initial:
         else:
             initialize(model, self._init)
         return model
-
-    def _is_constant(self, recipe: Recipe) -> bool:
-        if self.base is not None:
-            return self.base.is_constant(recipe.name, recipe.numel)
-        return recipe.constant
 
     def chunk_digests(self, part: Part = WHOLE) -> dict[int, bytes]:
         """Return the SHA-256 of this rank's share of the chunks of the trainable elements, with a
