@@ -39,8 +39,10 @@ Tensors = dict[str, torch.Tensor]
 Start = Callable[..., Life]
 MODELS = {"llama": tiny.LLAMA, "gpt2, tied": tiny.GPT2}
 GLOBAL = 8
-DISCOVER = ("--mask.source", "earlybird", "--mask.iou_threshold", "1.0", "--mask.max_steps", "3")
-DISCOVER += ("--mask.on_unstable", "last")
+DISCOVER = (
+    *("--mask.source", "earlybird", "--mask.iou_threshold", "1.0"),
+    *("--mask.max_steps", "3", "--mask.on_unstable", "last"),
+)
 
 
 def engine_of(folder: str, stage: int, precision: str) -> dict[str, Any]:
