@@ -147,7 +147,7 @@ def _check_lineage(job: Job, trained: Survey) -> None:
     mask = load_ticket(job.run.ticket).mask
     if changed := plain_weights.complement_changes(weights, job.initial, mask):
         raise UserError(
-            f"theta0.json is missing from {job.run.init}, and the key or seed in use draws "
+            f"theta0.json is missing from {job.run.init}, and the key, seed or folder in use gives "
             f"{changed:,} weights outside the ticket that differ from those of {folder}: restore "
             "both from a backup"
         )
