@@ -11,6 +11,8 @@ import pytest
 from pmp_ds.cli import parse
 from pmp_ds.config import Config
 from pmp_ds.errors import UserError
+from pmp_ds.study.plan import rehearse_arms, steps
+from pmp_ds.study.recipe import Arm, Study
 from tests.helpers import tiny
 from tests.helpers.bases import write_base
 from tests.helpers.commands import call, error_of
@@ -80,3 +82,17 @@ def test_auto_needs_a_description():
         parse(Config, ["--model.family", "auto"])
     config, _ = parse(Config, ["--model.family", "auto", "--init.weights", "somewhere"])
     assert config.model.path is None
+    assert not config.init.is_drawn_in_secret
+    assert Config().init.is_drawn_in_secret
+
+
+def test_a_study_rehearses_the_model_of_the_folder(place, tmp_path):
+    write_base(tmp_path / "base", place / "store")
+    model = {"model.family": "auto", "init.weights": str(tmp_path / "base"), "data.store": "s"}
+    arms = {"base": Arm(settings=model), "pmp": Arm(settings=model)}
+    study = Study(root=str(tmp_path / "study"), arms=arms)
+    rehearse_arms(study, planned := steps(study))
+    config = tmp_path / "base" / "config.json"
+    config.write_text(config.read_text().replace('"llama"', '"bert"'))
+    with pytest.raises(UserError, match=r"model_type='bert'"):
+        rehearse_arms(study, planned)
