@@ -157,8 +157,9 @@ FORMATS = {
             Version(
                 5,
                 _NOW,
-                "`source` is `given` if theta(0) came from `init.weights`, else `drawn`; the "
-                "digest of a given one covers frozen parameters and persistent buffers too",
+                "`source` is `given`, and sealed with the digest, if theta(0) came from "
+                "`init.weights`, else `drawn`; the digest of a given one covers frozen "
+                "parameters and persistent buffers too",
             ),
         ),
         (1, 2, 3, 4, 5),

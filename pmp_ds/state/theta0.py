@@ -121,9 +121,11 @@ def _check_value(key: Secret) -> str:
     return bytes(derive(key, "key check")).hex()
 
 
-def _seal(key: Secret, digest: str) -> str:
-    """Return a seal of a digest that needs the key to compute (HMAC-SHA256)."""
-    return hmac.digest(bytes(derive(key, "theta0 seal")), digest.encode(), "sha256").hex()
+def _seal(key: Secret, digest: str, *, given: bool) -> str:
+    """Return a seal of a digest, and of its being a given one's, that needs the key to compute
+    (HMAC-SHA256)."""
+    text = f"{digest} {_GIVEN}" if given else digest
+    return hmac.digest(bytes(derive(key, "theta0 seal")), text.encode(), "sha256").hex()
 
 
 def require_key(run: RunDir) -> Secret:
@@ -214,7 +216,7 @@ def remember(run: RunDir, digest: str, init: Init, base: Base | None = None) -> 
         _KIND: None if _is_older(run) else "chunks",
         _SOURCE: "drawn" if base is None else _GIVEN,
         _CHECK: _check_value(init) if isinstance(init, Secret) else None,
-        _SEAL: _seal(init, digest) if isinstance(init, Secret) else None,
+        _SEAL: _seal(init, digest, given=base is not None) if isinstance(init, Secret) else None,
     }
     write_json(run.init / _FILE, values, private=True)
 
@@ -240,7 +242,7 @@ def proven_lineage(run: RunDir) -> str:
     seal = _remembered(run).get(_SEAL)
     if seal is None:
         return check(run, initial_of(run, key))
-    if not hmac.compare_digest(str(seal), _seal(key, found)):
+    if not hmac.compare_digest(str(seal), _seal(key, found, given=is_given(run))):
         raise UserError(
             f"{run.init / _FILE} was altered: its digest does not match the seal made with the "
             "run's key, so it is unknown what else was released from these initial weights; "

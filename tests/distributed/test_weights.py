@@ -150,6 +150,11 @@ def test_only_a_private_base_lets_a_release_leave(start, run, base, work, tmp_pa
     run.config.write_text(settings.replace(f"weights: {base}", "weights: null"))
     assert run.config.read_text() != settings
     assert "--base-is-private" in error_of(call(*export, cwd=work))  # by its theta0.json
+    path = run.init / "theta0.json"
+    written = path.read_text()
+    path.write_text(written.replace('"given"', '"drawn"'))
+    assert "was altered" in error_of(call(*export, cwd=work))
+    path.write_text(written)
     run.config.write_text(settings)
     with families.in_this_process():
         ok(call(*export, "--private", "--out", tmp_path / "kept", cwd=work))
