@@ -155,9 +155,10 @@ def _require_same_tensors(folder: ModelFolder) -> None:
             for name in differ[:3]
         )
         more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
-        raise UserError(f"its tensors are not the model's: {shown}{more}: {_WAY_OUT}")
+        way_out = _WAY_OUT if found.keys() & set(differ) else _RENAME
+        raise UserError(f"its tensors are not the model's: {shown}{more}: {way_out}")
     if strange:
-        raise UserError(f"the model has no {few(strange)}: {_WAY_OUT}")
+        raise UserError(f"the model has no {few(strange)}: {_RENAME}")
     for name in folder.shapes:
         kind = handles[name].get_slice(name).get_dtype()
         if kind not in _READ:
@@ -167,4 +168,9 @@ def _require_same_tensors(folder: ModelFolder) -> None:
 _WAY_OUT = (
     "set model.family=auto without model.path, which takes the model from its config.json, or name "
     "a folder of the configured model"
+)
+_RENAME = (
+    "name a folder of the configured model; if only names differ, as in files of older versions "
+    "and of mixtures of experts, load it with transformers and save it with "
+    "save_pretrained(FOLDER, save_original_format=False)"
 )

@@ -168,6 +168,19 @@ def test_another_model_is_refused(name: str, single: Path) -> None:
     assert "\n" not in text
 
 
+def test_names_of_a_mixture_of_experts(tmp_path: Path) -> None:
+    """By default transformers saves each expert under its older name."""
+    config = families.tiny_config("mixtral")
+    model = build_model(config)
+    model.save_pretrained(tmp_path / "older")
+    with pytest.raises(UserError, match=r"missing .*save_pretrained\(FOLDER, save_original_format"):
+        open_base(tmp_path / "older", config)
+    model.save_pretrained(tmp_path / "own", save_original_format=False)
+    base = open_base(tmp_path / "own", config)
+    for name, param in model.named_parameters():
+        assert torch.equal(base.read(name, 0, param.numel()), param.detach().reshape(-1))
+
+
 def test_what_does_not_change_the_function_may_differ(single: Path) -> None:
     settings(initializer_range=0.5, eos_token_id=7, use_cache=False, attention_dropout=0.1)(single)
     assert open_base(single, ours()).opened is not None

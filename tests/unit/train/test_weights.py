@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,7 +89,7 @@ def test_auto_needs_a_description():
 
 def test_a_study_rehearses_the_model_of_the_folder(place, tmp_path):
     write_base(tmp_path / "base", place / "store")
-    model = {"model.family": "auto", "init.weights": str(tmp_path / "base"), "data.store": "s"}
+    model: Any = {"model.family": "auto", "init.weights": str(tmp_path / "base"), "data.store": "s"}
     arms = {"base": Arm(settings=model), "pmp": Arm(settings=model)}
     study = Study(root=str(tmp_path / "study"), arms=arms)
     rehearse_arms(study, planned := steps(study))
