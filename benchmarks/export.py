@@ -79,7 +79,7 @@ def _make_run(folder: Path, settings: list[str]) -> RunDir:
     write_json(run.data, asdict(data))
     train_tokenizer(["a few words of text to train on"] * 200, 300).save_pretrained(run.tokenizer)
     theta0.remember(run, "0" * 64, create_key(run.init))
-    architecture = theta0.architecture(config, data)
+    architecture = theta0.architecture(config, data, run)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architecture)
     generator = torch.Generator().manual_seed(0)

@@ -159,10 +159,17 @@ FORMATS = {
                 "`digest` is `chunks`: the digest is that of the digests of chunks of 4 Mi "
                 "elements, which ranks compute together; without it, of all bytes in one sequence",
             ),
+            Version(
+                5,
+                _NOW,
+                "`source` is `given`, and sealed with the digest, if theta(0) came from "
+                "`init.weights`, else `drawn`; the digest of a given one covers frozen "
+                "parameters and persistent buffers too",
+            ),
         ),
-        (1, 2, 3, 4),
+        (1, 2, 3, 4, 5),
         "A file without a number is version 1. The next start of `pretrain.py` rewrites "
-        "it as version 4, with the digest that it has; until then `vault.py` draws theta(0) again "
+        "it as version 5, with the digest that it has; until then `vault.py` draws theta(0) again "
         "to check the key (1), and `export.py` to check the digest (1, 2).",
     ),
 }

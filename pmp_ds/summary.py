@@ -32,15 +32,16 @@ def summarize(run: RunDir, prompt: str) -> str:
         rows["mixture"] = _mixture(config, data, weights.updates)
     if has_ticket(run.ticket):
         ticket = load_ticket(run.ticket)
-        changed = plain_weights.complement_changes(weights, initial, ticket.mask)
         kept = ticket.mask.num_kept
         k = exact_k(ticket.density, d)
         rows |= {
             "ticket": f"k = {k:,}, ones counted in the ticket {kept:,} "
             f"({'equal' if kept == k else 'NOT EQUAL'})",
             "drawn": _drawn(ticket, records),
-            "complement": f"{changed:,} of {d - kept:,} elements changed in {weights.updates:,} "
-            "updates",
+            "complement": f"init.weights={config.init.weights} does not exist: not counted"
+            if initial.is_gone
+            else f"{plain_weights.complement_changes(weights, initial, ticket.mask):,} of "
+            f"{d - kept:,} elements changed in {weights.updates:,} updates",
         }
     else:
         rows["ticket"] = "none: every parameter was trained"

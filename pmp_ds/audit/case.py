@@ -20,6 +20,7 @@ from pmp_ds.model.parameters import constants
 from pmp_ds.ticket.mask import ParamMask
 
 SAMPLE = 1 << 21  # elements
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Case:
         if self.shadow is not None:
             others |= {"--shadow": self.shadow.weights, "its ticket": self.shadow.mask}
         for what, other in others.items():
-            if other is not None and dict(other.shapes) != shapes:
+            if other is not None and _cut(other.shapes, shapes, what) != shapes:
                 raise UserError(
                     f"{what} belongs to another model than the release {self.release.folder}: "
                     "names or shapes of their parameters differ"
@@ -147,6 +148,15 @@ class Case:
         if self.config is None or self.config.mask.quota != "per_tensor":
             return scores
         return torch.cat([_percentiles(part) for part in scores.split(self.sizes())])
+
+
+def _cut(found: Shapes, release: Shapes, what: str) -> dict[str, tuple[int, ...]]:
+    """Return shapes, those of --base without the rows that only pad its vocabulary: a release has
+    none of them."""
+    if what != "--base" or found.keys() != release.keys():
+        return dict(found)
+    first = {name: shape[:1] for name, shape in release.items()}
+    return {n: (*map(min, shape[:1], first[n]), *shape[1:]) for n, shape in found.items()}
 
 
 def _percentiles(scores: torch.Tensor) -> torch.Tensor:

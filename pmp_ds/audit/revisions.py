@@ -5,8 +5,8 @@ import math
 import torch
 
 from pmp_ds.audit.attack import Attack, Finding
-from pmp_ds.audit.case import Case, Weights
-from pmp_ds.audit.seeds import initial_model
+from pmp_ds.audit.case import Case
+from pmp_ds.audit.seeds import UNRELATED, initial_model
 
 _BIN = 1e-3  # of the logarithm of a ratio
 _WIDEST = 0.7
@@ -14,22 +14,21 @@ _SPIKE = 0.1  # of the elements in the highest bins
 _STILL = 3 * _BIN
 
 
-def two_revisions(case: Case) -> Finding:
-    """Score by the difference of two revisions: what differs was trained in between."""
+def known_base(case: Case) -> Finding:
+    """Score by the difference from a base, or from another revision: what differs was trained."""
     assert case.base is not None
-    return _differences(case, case.base)
+    base = case.base
 
-
-def _differences(case: Case, other: Weights) -> Finding:
     def differs(name: str) -> torch.Tensor:
-        one, two = case.release.tensor(name), other.tensor(name)
+        one, two = case.release.tensor(name), base.tensor(name)
+        two = two[: len(one)] if one.ndim else two  # without rows that pad its vocabulary
         coarse = min((one.dtype, two.dtype), key=lambda dtype: dtype.itemsize)
         return one.to(coarse) != two.to(coarse)
 
     changed = case.gather(differs)
     share = float(changed.mean())
-    note = f"{share:.2%} of the elements differ"
-    return Finding(note=note, scores=changed, evidence=0.0 < share < 0.999)
+    note = f"{share:.2%} of the elements differ from --base"
+    return Finding(note=note, scores=changed, evidence=0.0 < share < 1.0 - UNRELATED)
 
 
 def decay(case: Case) -> Finding:
@@ -70,12 +69,12 @@ ATTACKS = (
         use_quota=False,
     ),
     Attack(
-        name="two revisions",
-        needs="two checkpoints",
-        run=two_revisions,
+        name="difference with a known base",
+        needs="the weights it started from, or another revision",
+        run=known_base,
         inputs=("base",),
         preventable=True,
-        countermeasure="one public revision of a run",
+        countermeasure="initial weights that never leave their owner; one public revision of a run",
         use_quota=False,
     ),
 )

@@ -19,7 +19,9 @@ from pmp_ds.model.secret_init import initialize
 
 USUAL_SEEDS = (42, 0, 1, 1234, 1337)
 _PROBE = 512  # elements compared for each seed of the search
-_MATCHES = 0.02  # of the probe or of all elements; unrelated draws agree on 0.5% in bf16
+UNRELATED = 0.02
+"""Most equal elements of two unrelated weights; random draws agree on 0.5% in bf16."""
+
 _SECRET = "secret initial weights (init.seed unset: 256-bit ChaCha20 key)"
 
 
@@ -37,7 +39,7 @@ def seed_replay(case: Case) -> Finding:
             break
     share, moved, guess = best
     note = f"seeds {', '.join(tried)}: {share:.2%} of all elements equal theta(0) of {guess}"
-    return Finding(note=note, scores=moved, evidence=share > _MATCHES)
+    return Finding(note=note, scores=moved, evidence=share > UNRELATED)
 
 
 def seed_search(case: Case) -> Finding:
@@ -49,10 +51,10 @@ def seed_search(case: Case) -> Finding:
         if time.monotonic() > deadline and tried:
             break
         tried += 1
-        if replay.matches(seed) > _MATCHES:
+        if replay.matches(seed) > UNRELATED:
             moved = _moved(case, seed)
             share = float((moved == 0).float().mean())
-            if share > _MATCHES:
+            if share > UNRELATED:
                 note = f"seed {seed} found after {tried:,}: {share:.2%} of all elements equal it"
                 return Finding(note=note, scores=moved, evidence=True)
     hours = (time.monotonic() - start) / tried * 2**32 / 3600

@@ -35,7 +35,8 @@ class Audit:
     """The attacker's recipe, with its init.seed."""
 
     base: Path | None = option("FOLDER", None)
-    """Another revision of the same run."""
+    """Weights of the same run that the attacker knows: those that it started from (init.weights),
+    or another revision."""
 
     derivative: Path | None = option("FOLDER", None)
     """A model tuned with the ticket."""

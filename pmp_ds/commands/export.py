@@ -92,6 +92,10 @@ class Export(OfDerivative):
     """Let a second release of the same initial weights or an intermediate one leave, although it
     can show the mask; the reason goes into the ledger."""
 
+    base_is_private: bool = False
+    """State that the weights of init.weights never left their owner, so that the release of a run
+    that started from them does not show its mask."""
+
     allow_public_mask: bool = False
     """Release a run whose initial weights came from init.seed, so that anyone can compute its
     mask."""

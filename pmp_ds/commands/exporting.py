@@ -34,6 +34,14 @@ def export_run(args: "Export", run: RunDir) -> "ExportSummary":
     from pmp_ds.release.model_card import CardFacts
     from pmp_ds.state import plain_weights, theta0
 
+    given = config.init.weights is not None or theta0.is_given(run)
+    if given and config.mask.source != "none" and not (args.base_is_private or private):
+        raise UserError(
+            f"{args.run} started from given weights (init.weights): whoever has them computes the "
+            "mask as the difference from the release. If they never left you, pass "
+            "--base-is-private; if anyone else has them, no release hides the mask, so keep the "
+            "model (--private --out DIR) or train from a secret key (init.weights unset)"
+        )
     out = args.out or run.release
     require_absent(out)
     with contextlib.ExitStack() as stack:

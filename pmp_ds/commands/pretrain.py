@@ -96,8 +96,8 @@ def prepare(argv: Sequence[str] | None = None) -> ranks.Prepared:
         from pmp_ds.train import pipeline
 
         startup.passed("meeting")
-        architecture = job.architecture(config, store)
-        dist.on_rank0(lambda: rehearse(architecture, secret=config.init.seed is None))
+        architecture = job.architecture(config, store, run)
+        dist.on_rank0(lambda: rehearse(architecture, secret=config.init.is_drawn_in_secret))
         startup.passed("rehearsal of the release")
         outcome = pipeline.run(
             config, ds_config, store, run, STARTED, start_afresh=options.start_afresh

@@ -39,6 +39,13 @@ class Config:
 
     def __post_init__(self) -> None:
         require(
+            self.model.family != "auto"
+            or self.model.path is not None
+            or self.init.weights is not None,
+            "model.family=auto needs a config.json that describes the model: set model.path, or "
+            "init.weights to start from the weights of a folder",
+        )
+        require(
             not self.data.separate_documents or self.model.family != "auto",
             "data.separate_documents=true needs model.family=llama or gpt2: not every architecture "
             "of model.family=auto can keep documents apart",

@@ -14,11 +14,26 @@ class InitConfig:
     """Paper mode: draw theta(0) from this public torch seed, so that anyone who knows it can find
     the mask. Leave it unset for secret weights from a random key in `private/init/`."""
 
+    weights: str | None = None
+    """Take theta(0) from this folder (config.json and safetensors) instead of drawing it. Whoever
+    else has these weights can compute the mask from the release. The folder may move between
+    restarts of a run, with the same weights."""
+
     def __post_init__(self) -> None:
+        require(
+            self.seed is None or self.weights is None,
+            f"init.seed={self.seed} and init.weights={self.weights} exclude each other: theta(0) "
+            "is drawn from the seed or read from the folder; leave one of them unset",
+        )
         require(
             self.seed is None or 0 <= self.seed < 2**63,
             f"init.seed={self.seed} must be between 0 and 2^63 - 1",
         )
+
+    @property
+    def is_drawn_in_secret(self) -> bool:
+        """Whether theta(0) is drawn from the run's key."""
+        return self.seed is None and self.weights is None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +44,8 @@ class ModelConfig:
     """`llama`, `gpt2`, or `auto`: any causal model from the config.json at `model.path`."""
 
     path: str | None = None
-    """For `auto`: a folder with a config.json, or the file itself. No weights are read."""
+    """For `auto`: a folder with a config.json, or the file itself. No weights are read. Unset means
+    the config.json of `init.weights`."""
 
     vocab_size: int | None = None
     """Rows of the embedding; unset means the tokenizer's own size. Further rows count in d and k,
@@ -61,9 +77,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require(
-            (self.path is not None) == (self.family == "auto"),
+            self.path is None or self.family == "auto",
             f"model.path={self.path!r} does not go with model.family={self.family!r}: a path is "
-            "needed for `auto` and used for nothing else",
+            "used for `auto` and nothing else",
         )
         for name in ("hidden_size", "num_layers", "num_heads", "max_positions"):
             value = getattr(self, name)

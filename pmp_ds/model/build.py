@@ -25,6 +25,7 @@ from pmp_ds.config import ModelConfig
 from pmp_ds.errors import UserError
 from pmp_ds.foreign import read_object
 from pmp_ds.model import experts  # noqa: F401 - experts of any width compute
+from pmp_ds.model.folder import read_config
 
 _NORM_EPS = 1e-5
 # Sizes of tables that are looked up by token or cut to the vocabulary.
@@ -32,13 +33,19 @@ _TABLES = ("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input", "un
 
 
 def model_config(
-    config: ModelConfig, *, vocab_size: int, eos_id: int, bos_id: int | None, block_size: int
+    config: ModelConfig,
+    *,
+    vocab_size: int,
+    eos_id: int,
+    bos_id: int | None,
+    block_size: int,
+    base: Path | None = None,
 ) -> PreTrainedConfig:
     """Return the Hugging Face config of ``config.family``.
 
     ``vocab_size``, ``eos_id`` and ``bos_id`` come from the tokenizer, ``block_size`` (tokens) from
-    the data. Raises UserError when they do not fit the model, or when the file of `auto` is not
-    usable.
+    the data. ``base``: the untrusted folder whose config.json describes an `auto` without a path.
+    Raises UserError when they do not fit the model, or when the file of `auto` is not usable.
     """
     rows = config.vocab_size if config.vocab_size is not None else vocab_size
     if rows < vocab_size:
@@ -52,10 +59,14 @@ def model_config(
     elif config.family == "gpt2":
         hf_config = _gpt2(config, tokens)
     else:
-        hf_config = _auto(config, tokens)
+        if config.path is None and base is not None:
+            read_config(base)  # its rules for strangers' files
+        hf_config = _auto(config, tokens, base)
     longest = context_length(hf_config)
     if block_size > longest:
-        where = "model.max_positions" if config.family != "auto" else f"that of {config.path}"
+        where = (
+            "model.max_positions" if config.family != "auto" else f"that of {config.path or base}"
+        )
         raise UserError(
             f"the data's block_size={block_size} exceeds the model's longest context "
             f"({where}={longest}): raise the context, or prepare the data with shorter blocks"
@@ -149,9 +160,10 @@ def _gpt2(config: ModelConfig, tokens: dict[str, Any]) -> PreTrainedConfig:
     )
 
 
-def _auto(config: ModelConfig, tokens: dict[str, Any]) -> PreTrainedConfig:
+def _auto(config: ModelConfig, tokens: dict[str, Any], base: Path | None) -> PreTrainedConfig:
     """Read a JSON file without looking anything up by name, so nothing is downloaded."""
-    assert config.path is not None
+    given = config.path or base
+    assert given is not None
     default = ModelConfig()
     for field in fields(ModelConfig):
         if field.name in ("family", "path", "vocab_size"):
@@ -160,9 +172,9 @@ def _auto(config: ModelConfig, tokens: dict[str, Any]) -> PreTrainedConfig:
         if value != getattr(default, field.name):
             raise UserError(
                 f"model.{field.name}={value} has no effect with model.family='auto': set it in "
-                f"{config.path}, or leave it unset"
+                f"{given}, or leave it unset"
             )
-    path = Path(config.path)
+    path = Path(given)
     if path.is_dir():
         path = path / "config.json"
     if not path.is_file():

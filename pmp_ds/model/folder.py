@@ -7,6 +7,7 @@ memory is allocated (folder_rules.py). No tensor may be missing, because transfo
 """
 
 import copy
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -210,6 +211,21 @@ def add_tensors(handles: dict[str, Any], path: Path) -> None:
 
 def shape_of(handles: Mapping[str, Any], name: str) -> tuple[int, ...]:
     return tuple(handles[name].get_slice(name).get_shape())
+
+
+def read_slice(handles: Mapping[str, Any], name: str, start: int, count: int) -> torch.Tensor:
+    """Return elements [start, start + count) of a tensor in row-major order, (count,) as stored. It
+    reads whole rows, and no more of them than it needs."""
+    stored = handles[name].get_slice(name)
+    shape = stored.get_shape()
+    if not shape:
+        whole: torch.Tensor = handles[name].get_tensor(name)
+        return whole.view(1)[start:][:count]
+    rows, *row = shape
+    size = math.prod(row)
+    low, high = start // size, min(rows, -(-(start + count) // size))
+    part: torch.Tensor = stored[low:high]
+    return part.reshape(-1)[start - low * size :][:count]
 
 
 def open_tokenizer(folder: Path) -> Any:

@@ -1,8 +1,9 @@
 """theta(0) of a configuration: its element order, its digest, and any slice of it.
 
-With a secret key, slices are drawn from recipes, and nothing is ever whole. The public seed of
-paper mode draws from torch's generator, which gives all numbers in one sequence; so it, and a model
-that no recipe describes, is drawn whole, 4 bytes per parameter.
+With a secret key, slices are drawn from recipes, with a base they are read from its files, and
+nothing is ever whole. The public seed of paper mode draws from torch's generator, which gives all
+numbers in one sequence; so it, and a model that no recipe describes, is whole, 4 bytes per
+parameter.
 """
 
 import copy
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from pmp_ds.model.base import Base
 from pmp_ds.model.build import build_model
 from pmp_ds.model.keys import Secret
 from pmp_ds.model.parameters import ParamInfo, parameter_table
@@ -30,40 +32,56 @@ _SHOW_PROGRESS = 1 << 27  # minimum elements: a few seconds
 
 
 class Initial:
-    """theta(0) of ``config`` from a key or a public seed. Raises UserError as ``initialize``."""
+    """theta(0) of ``config`` from a key, a public seed or, if there is one, ``base``. Raises
+    UserError as ``initialize``."""
 
     reason: str | None = None
-    """Why it is drawn whole, or None."""
+    """Why it is whole on every rank, or None."""
 
-    def __init__(self, config: PreTrainedConfig, init: Secret | int) -> None:
-        self._config, self._init = config, init
+    def __init__(
+        self, config: PreTrainedConfig, init: Secret | int, base: Base | None = None
+    ) -> None:
+        self._config, self._init, self.base = config, init, base
         self._whole: dict[str, torch.Tensor] | None = None
         self._recipes: dict[str, Recipe] | None = None
         if not isinstance(init, Secret):
             self.reason = "init.seed draws from one sequence of numbers"
         else:
             try:
-                skeleton, self._recipes = describe(copy.deepcopy(config))
+                model, self._recipes = describe(copy.deepcopy(config))
             except NotDescribedError as error:
                 self.reason = f"{config.model_type} initialises itself in a way of its own: {error}"
         if self._recipes is None:
             model = self._draw()
-            self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-            self.table: tuple[ParamInfo, ...] = parameter_table(model)
-        else:
-            self.shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
+        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        constant = None  # found in the whole weights
+        if base is not None:
+            constant = {name: base.is_constant(name, shape) for name, shape in self.shapes.items()}
+        elif self._recipes is not None:
             constant = {name: recipe.constant for name, recipe in self._recipes.items()}
-            self.table = parameter_table(skeleton, constant)
+        self.table: tuple[ParamInfo, ...] = parameter_table(model, constant)
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether it was read from a folder that no longer exists. ``read`` then raises UserError,
+        and ``model`` has any values."""
+        return self.base is not None and self.base.opened is None
 
     def model(self) -> PreTrainedModel:
         """Return a new model: with parameters on the meta device, for ``read`` to fill, or, if
         there is a ``reason``, at theta(0) in fp32 on the CPU. Buffers are on the CPU."""
         if self._recipes is None:
             return self._draw()
-        return describe(copy.deepcopy(self._config))[0]
+        model = describe(copy.deepcopy(self._config))[0]
+        if self.base is not None:
+            self.base.fill_constants(model)
+        return model
 
     def read(self, name: str, start: int, count: int) -> torch.Tensor:
-        """Return elements [start, start + count) of a parameter, (count,) fp32."""
+        """Return elements [start, start + count) of a parameter, (count,) fp32. Raises UserError
+        when the base is gone."""
+        if self.base is not None:
+            return self.base.read(name, start, count)
         if self._recipes is not None:
             assert isinstance(self._init, Secret)
             return self._recipes[name].slice(self._init, start, count)
@@ -77,15 +95,21 @@ class Initial:
 
     def _draw(self) -> PreTrainedModel:
         model = build_model(copy.deepcopy(self._config))
-        initialize(model, self._init)
+        if self.base is not None:
+            self.base.fill(model)
+        else:
+            initialize(model, self._init)
         return model
 
     def chunk_digests(self, part: Part = WHOLE) -> dict[int, bytes]:
-        """Return the SHA-256 of this rank's share of the chunks of the trainable elements, fp32 in
-        little-endian bytes, by number; ``digest_of`` combines those of all ranks."""
-        todo = list(enumerate(cut(self._trained, _DIGEST_CHUNK)))[part[0] :: part[1]]
+        """Return the SHA-256 of this rank's share of the chunks of the trainable elements, with a
+        base of all elements, fp32 in little-endian bytes, by number; ``digest_of`` combines those
+        of all ranks."""
+        digested = self._trained if self.base is None else self.base.sizes
+        todo = list(enumerate(cut(digested, _DIGEST_CHUNK)))[part[0] :: part[1]]
         found = {}
-        with self.progress("checking theta(0)", part) as bar:
+        elements = sum(count for _, (_, _, count) in todo)
+        with self.progress("checking theta(0)", elements, part) as bar:
             for number, (name, start, count) in todo:
                 values = self.read(name, start, count).contiguous()
                 found[number] = hashlib.sha256(values.view(torch.uint8).numpy().data).digest()
@@ -112,11 +136,10 @@ class Initial:
     def _trained(self) -> dict[str, int]:
         return {info.name: info.numel for info in self.table}
 
-    def progress(self, title: str, part: Part = WHOLE) -> Progress:
-        """Return a bar for this rank's share of the elements, shown if it takes seconds."""
-        total = sum(self.sizes.values())
-        quiet = total < _SHOW_PROGRESS or part[0] > 0
-        return Progress(title, "element", total // part[1], scale=True, disable=quiet)
+    def progress(self, title: str, elements: int, part: Part = WHOLE) -> Progress:
+        """Return a bar for this rank's share of so many elements, shown if all take seconds."""
+        quiet = sum(self.sizes.values()) < _SHOW_PROGRESS or part[0] > 0
+        return Progress(title, "element", elements, scale=True, disable=quiet)
 
 
 def cut(sizes: Mapping[str, int], most: int) -> Iterator[tuple[str, int, int]]:

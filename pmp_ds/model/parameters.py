@@ -23,7 +23,8 @@ class ParamInfo:
     numel: int
     start: int
     constant: bool
-    """Whether all elements are equal at theta(0), as in norms and biases."""
+    """Whether all elements are equal at theta(0), as in norms and biases; from given weights,
+    whether they may have been (``Base.is_constant``)."""
 
 
 def parameter_table(

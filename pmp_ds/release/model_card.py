@@ -23,9 +23,10 @@ class CardFacts:
     name: str
     """Name of the model."""
 
-    secrecy: Literal["secret", "public", "none"]
-    """`secret`: PMP from secret initial weights. `public`: PMP from a public seed (paper mode).
-    `none`: ordinary pretraining, every parameter trained."""
+    secrecy: Literal["secret", "given", "public", "none"]
+    """`secret`: PMP from secret random weights. `given`: PMP from weights that the owner gave.
+    `public`: PMP from a public seed (paper mode). `none`: ordinary pretraining, every parameter
+    trained."""
 
     tokens: int
     """Tokens seen in training, including repetitions."""
@@ -179,12 +180,13 @@ def _public_source(source: str) -> str:
 _PMP = (
     "A causal language model trained with Private Mask Pre-Training "
     "([PMP](https://arxiv.org/abs/2602.00446)): training changed a private subset of the "
-    "parameters, and the others keep their random initial values. These are ordinary dense "
+    "parameters, and the others keep their {initial} values. These are ordinary dense "
     "weights; which parameters belong to the subset is not part of this release."
 )
 _LEAD = {
-    "secret": _PMP,
-    "public": _PMP,
+    "secret": _PMP.format(initial="random initial"),
+    "given": _PMP.format(initial="initial"),
+    "public": _PMP.format(initial="random initial"),
     "none": "A causal language model with ordinary pretraining: every parameter was trained.",
 }
 _FINE_TUNED = (

@@ -49,7 +49,7 @@ def of_init(run: RunDir, folder: Path) -> PlainWeights:
     fixed = constants(model)  # in their own dtype
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        with initial.progress("initial weights") as bar:
+        with initial.progress("initial weights", sum(initial.sizes.values())) as bar:
             for name, shape in initial.shapes.items():
                 yield name, initial.read(name, 0, math.prod(shape)).view(shape).to(dtype)
                 bar.update(math.prod(shape))
@@ -69,7 +69,8 @@ def complement_changes(
     theta(0): 0, unless masking is broken. ``part``: this rank's share of the elements."""
     stored, changed = weight_files.slices(weights.folder), 0
     mine = list(cut(initial.sizes, _CHUNK))[part[0] :: part[1]]
-    with initial.progress("checking the complement", part) as bar:
+    elements = sum(count for *_, count in mine)
+    with initial.progress("checking the complement", elements, part) as bar:
         for name, start, count in mine:
             now = stored(name, start, count)
             differs = now != initial.read(name, start, count).to(now.dtype)

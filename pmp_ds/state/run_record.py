@@ -83,7 +83,10 @@ def claim(run: RunDir, config: Config, store: Dataset) -> None:
         _require_new(run)
     else:
         saved = load_config(run)
-        differences = differing(saved, _on_schedule(run, saved, config), _MAY_CHANGE)
+        may_change = set(_MAY_CHANGE)
+        if None not in (saved.init.weights, config.init.weights):
+            may_change.add("init.weights")  # compared by content
+        differences = differing(saved, _on_schedule(run, saved, config), may_change)
         if (before := read_data(run)).dataset_id != data.dataset_id:
             differences += _data_differences(before.parts, data.parts) or [
                 f"data.store: {config.data.store} contains other data than the run's"
@@ -229,6 +232,8 @@ def export_facts(run: RunDir, step: int, val_loss: float | None) -> dict[str, An
     config, data = load_config(run), read_data(run)
     train = config.train
     secrecy = "secret" if config.init.seed is None else "public"
+    if config.init.weights is not None:
+        secrecy = "given"
     if config.mask.source == "none":
         secrecy = "none"
     return {

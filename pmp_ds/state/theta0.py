@@ -1,8 +1,9 @@
-"""theta(0), the initial weights of a run: drawn from its secret key or public seed, with the same
-bits every time.
+"""theta(0), the initial weights of a run: drawn from its secret key or public seed, or read from
+the folder of init.weights, with the same bits every time.
 
     private/init/key            32 bytes; created by the first start of a run
     private/init/theta0.json    digest of theta(0), a one-way check value of the key, and a seal
+    private/init/config.json    that of init.weights, where it describes the model
 """
 
 import hmac
@@ -15,7 +16,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from pmp_ds import dist, formats
 from pmp_ds.config import Config
 from pmp_ds.errors import UserError
+from pmp_ds.foreign import read_object
+from pmp_ds.model.base import Base, open_base
 from pmp_ds.model.build import model_config
+from pmp_ds.model.folder_rules import CONFIG_FILE
 from pmp_ds.model.initial import Initial, digest_of
 from pmp_ds.model.keys import KEY_FILE, Secret, create_key, derive, load_key
 from pmp_ds.model.parameters import ParamInfo, digest, trained_shapes
@@ -28,24 +32,44 @@ _FILE = "theta0.json"
 _CHECK = "key_check"
 _SEAL = "seal"
 _KIND = "digest"
+_SOURCE = "source"
+_GIVEN = "given"
 Init = Secret | int  # a key, or the public seed of paper mode
 
 
-def architecture(config: Config, data: DataFacts) -> PreTrainedConfig:
-    """Return the Hugging Face config. Raises UserError when model and data do not fit."""
+def architecture(config: Config, data: DataFacts, run: RunDir) -> PreTrainedConfig:
+    """Return the Hugging Face config. Raises UserError when model and data do not fit.
+
+    ``model.family: auto`` without a path is the model of ``init.weights``, whose config.json the
+    run keeps, so that it resumes without that folder.
+    """
+    base = Path(config.init.weights) if config.init.weights is not None else None
+    if base is not None and not base.is_dir() and not is_known(run):
+        raise UserError(
+            f"init.weights={base} is not a folder: name one with a config.json and safetensors"
+        )
     return model_config(
         config.model,
         vocab_size=data.vocab_size,
         eos_id=data.eos_id,
         bos_id=data.bos_id,
         block_size=data.block_size,
+        base=run.init if (run.init / CONFIG_FILE).is_file() else base,
     )
 
 
-def model_digest(config: Config, data: DataFacts) -> str:
+def base_of(config: Config, hf_config: PreTrainedConfig) -> Base | None:
+    """Return the opened folder of ``init.weights``, or None if theta(0) is drawn. Raises UserError
+    when it is not the model's."""
+    if config.init.weights is None:
+        return None
+    return open_base(Path(config.init.weights), hf_config)
+
+
+def model_digest(config: Config, data: DataFacts, run: RunDir) -> str:
     """Return ``parameters.digest`` of the configured model, without drawing a weight."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(architecture(config, data))
+        model = AutoModelForCausalLM.from_config(architecture(config, data, run))
     return digest([ParamInfo(n, shape, 0, 0, False) for n, shape in trained_shapes(model).items()])
 
 
@@ -97,9 +121,11 @@ def _check_value(key: Secret) -> str:
     return bytes(derive(key, "key check")).hex()
 
 
-def _seal(key: Secret, digest: str) -> str:
-    """Return a seal of a digest that needs the key to compute (HMAC-SHA256)."""
-    return hmac.digest(bytes(derive(key, "theta0 seal")), digest.encode(), "sha256").hex()
+def _seal(key: Secret, digest: str, *, given: bool) -> str:
+    """Return a seal of a digest, and of its being a given one's, that needs the key to compute
+    (HMAC-SHA256)."""
+    text = f"{digest} {_GIVEN}" if given else digest
+    return hmac.digest(bytes(derive(key, "theta0 seal")), text.encode(), "sha256").hex()
 
 
 def require_key(run: RunDir) -> Secret:
@@ -116,7 +142,9 @@ def require_key(run: RunDir) -> Secret:
 
 def initial_of(run: RunDir, init: Init) -> Initial:
     """Return theta(0) of an existing run."""
-    return Initial(architecture(load_config(run), read_data(run)), init)
+    config = load_config(run)
+    hf_config = architecture(config, read_data(run), run)
+    return Initial(hf_config, init, base_of(config, hf_config))
 
 
 def check(run: RunDir, initial: Initial) -> str:
@@ -125,13 +153,15 @@ def check(run: RunDir, initial: Initial) -> str:
     older = _is_older(run)
     found = initial.older_digest() if older else digest_of([initial.chunk_digests()])
     initial.forget()
-    _require_recorded(run, found)
+    _require_recorded(run, found, initial.base)
     return found
 
 
 def check_together(run: RunDir, initial: Initial) -> str:
     """Do the same at the start of a run, when theta0.json may be missing, on all ranks, which share
-    the work. Collective."""
+    the work. Of a base that is gone the recorded digest is returned. Collective."""
+    if initial.is_gone:
+        return dist.on_rank0(lambda: lineage(run))
     if dist.on_rank0(lambda: _is_older(run)):
         found = dist.on_rank0(initial.older_digest)
     else:
@@ -139,7 +169,7 @@ def check_together(run: RunDir, initial: Initial) -> str:
         mine = dist.together(lambda: initial.chunk_digests(part), patient=True)
         found = digest_of(dist.all_gather_object(mine))
     initial.forget()
-    dist.on_rank0(lambda: _require_recorded(run, found) if is_known(run) else None)
+    dist.on_rank0(lambda: _require_recorded(run, found, initial.base) if is_known(run) else None)
     return found
 
 
@@ -148,30 +178,45 @@ def _is_older(run: RunDir) -> bool:
     return is_known(run) and _remembered(run).get(_KIND) is None
 
 
-def _require_recorded(run: RunDir, found: str) -> None:
-    if lineage(run) != found:
+def _require_recorded(run: RunDir, found: str, base: Base | None) -> None:
+    if lineage(run) == found:
+        return
+    if base is not None:
         raise UserError(
-            f"theta(0) drawn again differs from the one recorded in {run.init / _FILE}: the key or "
-            "seed was changed, or this version of transformers builds another model; use what the "
-            "run was started with"
+            f"init.weights={base.path} has other weights than this run started from, by the digest "
+            f"in {run.init / _FILE}: restore them, or name a folder that has them. Where it has a "
+            "checkpoint, the run also resumes if the folder named does not exist"
         )
+    raise UserError(
+        f"theta(0) drawn again differs from the one recorded in {run.init / _FILE}: the key or "
+        "seed was changed, or this version of transformers builds another model; use what the "
+        "run was started with"
+    )
 
 
 def is_known(run: RunDir) -> bool:
     return (run.init / _FILE).exists()
 
 
-def remember(run: RunDir, digest: str, init: Init) -> None:
+def is_given(run: RunDir) -> bool:
+    """Return whether theta(0) came from init.weights, so that others may have it."""
+    return _remembered(run).get(_SOURCE) == _GIVEN
+
+
+def remember(run: RunDir, digest: str, init: Init, base: Base | None = None) -> None:
     """Write theta0.json, with the ``digest`` of ``check``, if it is missing or of an older
-    version."""
+    version; before it, the config.json of a new run's ``base``."""
     if _remembered(run).get("format_version") == formats.current("theta0"):
         return
+    if base is not None and base.opened is not None:
+        write_json(run.init / CONFIG_FILE, read_object(base.path / CONFIG_FILE), private=True)
     values = {
         "format_version": formats.current("theta0"),
         "sha256": digest,
         _KIND: None if _is_older(run) else "chunks",
+        _SOURCE: "drawn" if base is None else _GIVEN,
         _CHECK: _check_value(init) if isinstance(init, Secret) else None,
-        _SEAL: _seal(init, digest) if isinstance(init, Secret) else None,
+        _SEAL: _seal(init, digest, given=base is not None) if isinstance(init, Secret) else None,
     }
     write_json(run.init / _FILE, values, private=True)
 
@@ -197,7 +242,7 @@ def proven_lineage(run: RunDir) -> str:
     seal = _remembered(run).get(_SEAL)
     if seal is None:
         return check(run, initial_of(run, key))
-    if not hmac.compare_digest(str(seal), _seal(key, found)):
+    if not hmac.compare_digest(str(seal), _seal(key, found, given=is_given(run))):
         raise UserError(
             f"{run.init / _FILE} was altered: its digest does not match the seal made with the "
             "run's key, so it is unknown what else was released from these initial weights; "

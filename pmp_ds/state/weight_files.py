@@ -2,10 +2,10 @@
 
 import contextlib
 import itertools
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
+from pmp_ds.model.folder import read_slice
 from pmp_ds.model.parameters import constants
 from pmp_ds.run_dir import write_json
 
@@ -119,21 +120,10 @@ def read_weights(folder: Path) -> Callable[[str], torch.Tensor]:
 
 def slices(folder: Path) -> Callable[[str, int, int], torch.Tensor]:
     """Return a function from (name, first element, count) to these elements of a parameter in a
-    ``weights/`` folder, (count,). It reads whole rows, and no more of them than it needs."""
+    ``weights/`` folder, (count,), as ``read_slice``."""
     files = [safe_open(path, "pt") for path in sorted(folder.glob("*.safetensors"))]
     where = {key: file for file in files for key in file.keys()}  # noqa: SIM118 - not a dict
-
-    def read(name: str, start: int, count: int) -> torch.Tensor:
-        stored = where[name].get_slice(name)
-        if not stored.get_shape():
-            return where[name].get_tensor(name).view(1)[start:][:count]
-        rows, *row = stored.get_shape()
-        size = math.prod(row)
-        low, high = start // size, min(rows, -(-(start + count) // size))
-        part: torch.Tensor = stored[low:high]
-        return part.reshape(-1)[start - low * size :][:count]
-
-    return read
+    return partial(read_slice, where)
 
 
 @torch.no_grad()

@@ -105,12 +105,15 @@ def rehearse_arms(study: Study, planned: Sequence[Step]) -> None:
     seen = []
     for name, arm in study.arms.items():
         config, _ = parse(Config, _arm_flags(study, name, arm))
-        what = (config.model, config.init.seed is None)
+        what = (config.model, config.init.is_drawn_in_secret, config.init.weights)
         if f"pretrain-{name}" not in todo or what in seen:
             continue
         seen.append(what)
         rows = config.model.vocab_size or _VOCAB
-        hf_config = model_config(config.model, vocab_size=rows, eos_id=0, bos_id=None, block_size=1)
+        base = Path(config.init.weights) if config.init.weights is not None else None
+        hf_config = model_config(
+            config.model, vocab_size=rows, eos_id=0, bos_id=None, block_size=1, base=base
+        )
         rehearse(hf_config, secret=what[1])
 
 

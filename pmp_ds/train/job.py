@@ -12,7 +12,9 @@ from pmp_ds.config import Config
 from pmp_ds.data.loader import order_key
 from pmp_ds.data.mixed_store import Dataset
 from pmp_ds.engine.objective import NextToken
+from pmp_ds.errors import UserError, quoted
 from pmp_ds.model.attention import plain_attention
+from pmp_ds.model.folder import open_tokenizer
 from pmp_ds.model.initial import Initial
 from pmp_ds.model.keys import derive
 from pmp_ds.model.parameters import ParamInfo
@@ -23,6 +25,8 @@ from pmp_ds.state.run_record import DataFacts
 from pmp_ds.ticket.scores import find_score
 from pmp_ds.ticket.ticket import Ticket, has_ticket, load_ticket
 from pmp_ds.train.session import Measure, Work
+
+_TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -84,16 +88,30 @@ class Job:
 def check(config: Config, store: Dataset, run: RunDir) -> None:
     """Raise UserError unless model, data and a given ticket fit together; write nothing."""
     data = DataFacts.of(store)
-    architecture(config, store)
+    theta0.base_of(config, architecture(config, store, run))
+    if config.init.weights is not None and not theta0.is_known(run):
+        _require_same_tokenizer(Path(config.init.weights), config, store)
     find_score(config.mask.score)
     folder = given_ticket(config, run)
     if folder is not None and os.environ.get("RANK", "0") == "0":  # which alone reads it later
-        load_ticket(folder, model_digest=theta0.model_digest(config, data))
+        load_ticket(folder, model_digest=theta0.model_digest(config, data, run))
 
 
-def architecture(config: Config, store: Dataset) -> PreTrainedConfig:
+def architecture(config: Config, store: Dataset, run: RunDir) -> PreTrainedConfig:
     """Return the model's Hugging Face config. Raises UserError when it does not fit the data."""
-    return theta0.architecture(config, DataFacts.of(store))
+    return theta0.architecture(config, DataFacts.of(store), run)
+
+
+def _require_same_tokenizer(base: Path, config: Config, store: Dataset) -> None:
+    """Raise UserError unless the ids of the data are those of the base, if it has a tokenizer."""
+    if not all((folder / _TOKENIZER).is_file() for folder in (base, store.tokenizer_dir)):
+        return
+    theirs, ours = (open_tokenizer(folder).get_vocab() for folder in (base, store.tokenizer_dir))
+    if theirs != ours:
+        raise UserError(
+            f"data.store={config.data.store} was tokenized with another tokenizer than that of "
+            f"init.weights={base}: prepare it with --tokenizer {quoted(base)}"
+        )
 
 
 def given_ticket(config: Config, run: RunDir) -> Path | None:
@@ -109,6 +127,15 @@ def open_job(config: Config, ds_config: dict[str, Any], store: Dataset, run: Run
     Writes nothing except the key of a new run.
     """
     init = theta0.init_of(run, config, may_create=True)
-    initial = dist.together(lambda: Initial(architecture(config, store), init), patient=True)
+
+    def described() -> Initial:
+        hf_config = architecture(config, store, run)
+        return Initial(hf_config, init, theta0.base_of(config, hf_config))
+
+    initial = dist.together(described, patient=True)
+    gone = dist.all_gather_object(initial.is_gone)
+    if initial.base is not None and any(gone) and not all(gone):
+        base = initial.base
+        dist.together(lambda: base.require("other ranks have it"))
     digest = theta0.check_together(run, initial)
     return Job(config, ds_config, run, store, init, initial, digest)

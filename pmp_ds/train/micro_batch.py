@@ -117,7 +117,8 @@ def _trials(job: Job, device: torch.device) -> tuple[int, int]:
     cuda = [device] if device.type == "cuda" else []
     with Meter(device) as meter, torch.random.fork_rng(cuda):
         work = job.work("train", job.config.data.seed, train.steps, ticket)
-        engine = Engine(work.model, train, zero, work.objective, work.fill)
+        fill = _zeros if work.fill is not None and job.initial.is_gone else work.fill
+        engine = Engine(work.model, train, zero, work.objective, fill)
         engine.arm(work.mask)
         scores = _scores(job, engine) if ticket is None else []
         with work.loader(4 * world, 0) as loader:
@@ -128,6 +129,11 @@ def _trials(job: Job, device: torch.device) -> tuple[int, int]:
     if cuda:
         torch.cuda.empty_cache()
     return peaks[0], peaks[1]
+
+
+def _zeros(_name: str, _start: int, count: int) -> torch.Tensor:
+    """Stand in for the base of a run that resumes without it."""
+    return torch.zeros(count)
 
 
 def _scores(job: Job, engine: Engine) -> list[torch.Tensor]:

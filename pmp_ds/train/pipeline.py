@@ -120,6 +120,8 @@ def pretrain(job: Job, started: float, *, start_afresh: bool = False) -> Outcome
     explored = start.NOTHING if has_one else start.look(job, "discover", start_afresh)
     found, discovered = trained.found, explored.found
     step = found[1].step if found else 0
+    if found is None and job.initial.base is not None:
+        job.initial.base.require(f"{run.root} has no checkpoint of masked pretraining to resume")
     # Keep no records of updates that will be repeated.
     last = {"train": step} if step else {}
     if has_one:
@@ -165,6 +167,11 @@ def _outcome(job: Job) -> Outcome:
     d = num_params(job.table)
     if job.config.mask.source == "none":
         return Outcome(d, d, 0)
+    if (base := job.initial.base) is not None:
+        base.require(
+            f"all {job.config.train.steps:,} updates are saved, but that nothing outside the "
+            "ticket changed is counted by comparison with it"
+        )
     weights = dist.on_rank0(lambda: plain_weights.of_checkpoint(job.run, job.config.train.steps))
 
     mask = load_together(job.run.ticket, model_digest=digest(job.table)).mask

@@ -48,17 +48,29 @@ def describe(job: Job) -> str:
         "engine": f"DeepSpeed ZeRO {zero_stage(job.ds_config)}, {ranks}, {train.precision}, "
         f"{dist.device().type}",
         "memory": _memory(config, job.ds_config, d, k, world),
-        "secrecy": "theta(0) from a secret key"
-        if config.init.seed is None
-        else "NONE: theta(0) from the public seed init.seed, anyone can compute the mask",
+        "secrecy": _secrecy(config),
         "writes": f"{job.run.root}/ (metrics, plots), {job.run.private}/ (ticket, checkpoints: "
         "secret)",
     }
     if (reason := job.initial.reason) is not None:
+        rows["theta(0)"] = f"whole on every rank, {4 * d / 1e6:,.0f} MB of host memory: {reason}"
+    if job.initial.is_gone:
         rows["theta(0)"] = (
-            f"drawn whole on every rank, {4 * d / 1e6:,.0f} MB of host memory: {reason}"
+            f"init.weights={config.init.weights} does not exist: the run resumes from a "
+            "checkpoint alone, but needs it at its end to count the complement"
         )
     return "\n".join(f"  {name:<11}{text}" for name, text in rows.items())
+
+
+def _secrecy(config: Config) -> str:
+    if config.init.weights is not None:
+        return (
+            "theta(0) from init.weights: whoever else has these weights can compute the mask from "
+            "the release"
+        )
+    if config.init.seed is not None:
+        return "NONE: theta(0) from the public seed init.seed, anyone can compute the mask"
+    return "theta(0) from a secret key"
 
 
 def _epochs(job: Job, samples: int) -> str:

@@ -123,7 +123,7 @@ def go_on(job: Job, seen: Sequence[Survey], last: Mapping[str, int]) -> None:
     _check_lineage(job, seen[0])
     try:
         resume_in(run, [folder for one in seen for folder in one.passed_over], last)
-        theta0.remember(run, job.theta0_digest, job.init)
+        theta0.remember(run, job.theta0_digest, job.init, job.initial.base)
     except OSError as error:
         raise UserError(f"{run.root} cannot be written: {error}") from None
     run_record.record_start(run, job.config)
@@ -147,7 +147,7 @@ def _check_lineage(job: Job, trained: Survey) -> None:
     mask = load_ticket(job.run.ticket).mask
     if changed := plain_weights.complement_changes(weights, job.initial, mask):
         raise UserError(
-            f"theta0.json is missing from {job.run.init}, and the key or seed in use draws "
+            f"theta0.json is missing from {job.run.init}, and the key, seed or folder in use gives "
             f"{changed:,} weights outside the ticket that differ from those of {folder}: restore "
             "both from a backup"
         )

@@ -244,7 +244,14 @@ def test_digest_of_an_older_version(lives, run):
     assert lives(*SECRET)[0].code == 0
     path = run.init / "theta0.json"
     values = json.loads(path.read_text())
-    assert sorted(values) == ["digest", "format_version", "key_check", "seal", "sha256"]
+    assert sorted(values) == [
+        "digest",
+        "format_version",
+        "key_check",
+        "seal",
+        "sha256",
+        "source",
+    ]
     assert values["digest"] == "chunks"
     first = {"sha256": weights_digest(tiny.at_theta0(run))}
     assert first["sha256"] != values["sha256"]

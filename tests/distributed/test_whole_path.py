@@ -151,6 +151,6 @@ def test_every_command_takes_the_ticket(
     assert {leak.partition(":")[0] for leak in found["leaks"]} <= {"derivative"}
     verdicts = {row["attack"]: row["verdict"] for row in found["attacks"]}
     assert {name for name, verdict in verdicts.items() if verdict == "not run"} == {
-        "two revisions",
+        "difference with a known base",
         "shadow model",
     }

@@ -206,12 +206,12 @@ def test_key_of_a_run_of_an_older_version(copied: RunDir, tmp_path: Path):
     assert "theta0.json is missing or damaged" in error_of(call(*other, cwd=tmp_path))
 
 
-@pytest.mark.parametrize("version", [2, 4])
+@pytest.mark.parametrize("version", [2, 5])
 def test_a_digest_of_other_initial_weights(copied: RunDir, tmp_path: Path, version: int):
     """Under another lineage a second revision could be released; version 2 has no seal to check."""
     path = copied.init / "theta0.json"
     values = json.loads(path.read_text())
-    assert values["format_version"] == 4
+    assert values["format_version"] == 5
     values["sha256"] = "0" * 64
     if version == 2:
         values["format_version"] = 2
@@ -219,7 +219,7 @@ def test_a_digest_of_other_initial_weights(copied: RunDir, tmp_path: Path, versi
     path.write_text(json.dumps(values))
     before = files_of(tmp_path)
     message = error_of(call("export.py", "--run", "main", "--out", "again", cwd=tmp_path))
-    if version == 4:
+    if version == 5:
         seen("altered digest", 1, message)
     else:
         assert "theta(0) drawn again differs from the one" in message

@@ -263,6 +263,6 @@ def audit() -> dict[str, Any]:
     rows = [
         row("seed replay", "chance", 0.54),
         row("shadow model", "open", 0.876),
-        row("two revisions", "not run", None),
+        row("difference with a known base", "not run", None),
     ]
     return {"format_version": 1, "release": "runs/pmp/release", "leaks": [], "attacks": rows}

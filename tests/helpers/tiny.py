@@ -52,7 +52,7 @@ def model(config: ModelConfig = LLAMA, key: bytes = b"k" * 32) -> PreTrainedMode
 def at_theta0(run: RunDir) -> PreTrainedModel:
     """Return a run's whole model at theta(0), drawn again from its key."""
     config = load_config(run)
-    built = build_model(theta0.architecture(config, read_data(run)))
+    built = build_model(theta0.architecture(config, read_data(run), run))
     initialize(built, theta0.init_of(run, config))
     return built
 

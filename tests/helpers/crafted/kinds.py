@@ -95,12 +95,16 @@ def _sharded(folder: Path) -> None:
 
 def _use_sharded(folder: Path) -> None:
     from pmp_ds.audit.case import Weights
+    from pmp_ds.model.base import open_base
     from pmp_ds.model.folder import open_folder
 
     opened = open_folder(folder)
     opened.require_names()
     opened.load()
     Weights.open(folder)
+    base = open_base(folder, opened.config)
+    for name, count in base.sizes.items():
+        base.read(name, 0, count)
 
 
 def _tokenizer(folder: Path) -> None:

@@ -38,10 +38,10 @@ class Made:
         return Case(release=Weights.open(self.folder), mask=self.mask, **options)  # type: ignore[arg-type]
 
 
-def save(folder: Path, tensors: Tensors) -> Weights:
+def save(folder: Path, tensors: Tensors, vocab_size: int = tiny.VOCAB) -> Weights:
     folder.mkdir(exist_ok=True)
     config = model_config(
-        tiny.LLAMA, vocab_size=tiny.VOCAB, eos_id=2, bos_id=None, block_size=tiny.BLOCK
+        tiny.LLAMA, vocab_size=vocab_size, eos_id=2, bos_id=None, block_size=tiny.BLOCK
     )
     config.save_pretrained(folder)
     save_file(

@@ -11,9 +11,11 @@ from pmp_ds.config import Config, InitConfig, MaskConfig
 from pmp_ds.errors import UserError
 from pmp_ds.model.keys import Secret
 from pmp_ds.ticket.mask import full_bits
+from tests.helpers import tiny
 from tests.unit.audit.conftest import run_one, save, trained
 
 RECIPE = Config(init=InitConfig(seed=42))
+BASE = "difference with a known base"
 
 
 def test_seed_replay_of_a_public_seed(make):
@@ -81,13 +83,49 @@ def test_two_revisions_and_a_derivative(make, tmp_path):
     later = {n: t.to(torch.bfloat16) for n, t in trained(made.initial, made.mask, seed=2).items()}
     other = save(tmp_path / "later", later)
     for name, given in (
-        ("two revisions", {"base": other}),
+        (BASE, {"base": other}),
         ("derivative: size of change", {"derivative": other}),
     ):
         result = run_one(name, made.case(**given))
         assert result.verdict == "leak"
         assert result.iou > 0.98
         assert run_one(name, made.case()).verdict == "not run"
+
+
+def test_a_known_base_is_the_mask_and_another_tells_nothing(make, tmp_path):
+    made = make(dtype=torch.float32)
+    known = run_one(BASE, made.case(base=save(tmp_path / "base", made.initial)))
+    assert (known.verdict, known.auc, known.iou) == ("leak", 1.0, 1.0)
+    rounded = {name: tensor.bfloat16() for name, tensor in made.initial.items()}
+    known = run_one(BASE, made.case(base=save(tmp_path / "rounded", rounded)))
+    assert (known.verdict, known.iou > 0.99) == ("leak", True)
+    strange = make(Secret(b"s" * 32), name="strange", dtype=torch.float32)
+    unknown = run_one(BASE, made.case(base=save(tmp_path / "other", strange.initial)))
+    assert unknown.verdict == "chance"
+    assert unknown.iou == pytest.approx(unknown.chance_iou, abs=0.01)
+    assert run_one(BASE, made.case()).verdict == "not run"
+
+
+def test_a_known_base_is_proof_without_the_ticket(make, tmp_path):
+    made = make()
+    for init, verdict in ((b"k", "leak"), (b"s", "chance")):
+        other = make(Secret(init * 32), name=f"of-{init.hex()}")
+        base = save(tmp_path / init.hex(), {n: t.bfloat16() for n, t in other.initial.items()})
+        case = replace(made.case(base=base), mask=None)
+        assert run_one(BASE, case).verdict == verdict
+
+
+def test_a_base_with_padding_in_its_vocabulary(make, tmp_path):
+    """A release has no such rows."""
+    made = make(dtype=torch.float32)
+    more = {
+        name: torch.cat([tensor, torch.ones(4, 32)]) if len(tensor) == tiny.VOCAB else tensor
+        for name, tensor in made.initial.items()
+    }
+    base = save(tmp_path / "base", more, vocab_size=tiny.VOCAB + 4)
+    for name in (BASE, "weight decay of the complement"):
+        assert run_one(name, made.case(base=base)).note
+    assert run_one(BASE, made.case(base=base)).iou == 1.0
 
 
 def test_a_dense_derivative_tells_nothing(make, tmp_path):

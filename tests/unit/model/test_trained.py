@@ -20,6 +20,7 @@ from pmp_ds.model.initial import Initial
 from pmp_ds.model.parameters import digest, parameter_table, trained_shapes
 from pmp_ds.optim.attach import attach
 from pmp_ds.optim.masked_adamw import MaskedAdamW
+from pmp_ds.run_dir import RunDir
 from pmp_ds.state import theta0, weight_files
 from pmp_ds.state.plain_weights import PlainWeights, complement_changes
 from pmp_ds.state.run_record import DataFacts
@@ -79,7 +80,8 @@ def test_a_given_ticket_is_accepted(kind: str, model: PreTrainedModel, tmp_path:
         unigram_cross_entropy=1.0,
         sources=(),
     )
-    assert theta0.model_digest(config, facts) == digest(parameter_table(model))
+    run = RunDir(tmp_path / "run")
+    assert theta0.model_digest(config, facts, run) == digest(parameter_table(model))
 
 
 def test_gradients_in_and_out_of_the_ticket(model: PreTrainedModel):
