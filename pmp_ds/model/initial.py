@@ -120,7 +120,7 @@ class Initial:
         """Return ``parameters.weights_digest`` of theta(0), which runs of older versions remember:
         of all bytes in one sequence, on one rank."""
         sha = hashlib.sha256()
-        with self.progress("checking theta(0)") as bar:
+        with self.progress("checking theta(0)", sum(self._trained.values())) as bar:
             for name, start, count in cut(self._trained, _DIGEST_CHUNK):
                 values = self.read(name, start, count).contiguous()
                 sha.update(values.view(torch.uint8).numpy().data)
