@@ -46,7 +46,8 @@ def timeline(
     model is changed. Raises whatever an operator raises that needs the values of its inputs.
     """
     model.to(device="meta", dtype=dtype)
-    model.set_attn_implementation(NAME)
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(NAME)  # masks are made from values, which do not exist
     recompute_activations(model, train)
     pad_vocabulary(model, torch.device(device))
     losses = _in_blocks if device == "cuda" else token_losses
@@ -77,6 +78,7 @@ def _run(
         loss = losses(logits, batch).mean()
         del logits
         loss.backward()
+        notes.append((meter.peak_of(lambda: None), done))
     for hook in hooks:
         hook.remove()
     return np.array(notes, dtype=np.float64) - [before, 0]
@@ -94,8 +96,10 @@ def _attention() -> Iterator[None]:
     hold a matrix of tokens by tokens."""
 
     def fused(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
-        operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return operator(query, key, value, 0.0, True)[0]
+        size, operator = value.shape[-1], torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        if size != query.shape[-1]:
+            value = torch.nn.functional.pad(value, (0, query.shape[-1] - size))
+        return operator(query, key, value, 0.0, True)[0][..., :size]
 
     original = torch.nn.functional.scaled_dot_product_attention
     torch.nn.functional.scaled_dot_product_attention = fused

@@ -20,6 +20,7 @@ from pmp_ds.config.precision import precision_of
 from pmp_ds.engine.cut import Cut
 from pmp_ds.engine.deepspeed_config import master_of
 from pmp_ds.optim.rules import rule_of
+from pmp_ds.optim.stored import CHUNK
 from pmp_ds.state.weight_files import Layout
 from pmp_ds.ticket.scores import find_score
 from pmp_ds.train.activations import Timeline
@@ -38,6 +39,7 @@ _DEFAULTS = {  # of DeepSpeed; sizes in elements
 }
 _STAGE0_BUCKET = 500_000_000  # elements
 _CHUNK = 1 << 22  # elements of theta(0) drawn at once
+_SPLIT = 24  # bytes per element of a chunk while master weights are split
 _DRAW = 24  # bytes per element while they are drawn: bits, uniforms, results
 
 
@@ -138,7 +140,7 @@ class Budget:
         """The runs of elements of a parameter that a rank owns, over all ranks."""
         if self.stage == 3:
             return sum(-(-n // -(-n // self.world)) for n in self.sizes.values())
-        return len(self.sizes) + (self.world - 1) * len(self.groups)
+        return sum(last - first + 1 for _, first, last in self._owners())
 
     def offloads(self, what: str) -> bool:
         """Whether the JSON moves the `optimizer` or the `param` to host memory."""
@@ -171,15 +173,21 @@ class Budget:
         # Stage 2 keeps whole those gradients that reach into a rank's partition.
         return self.element * max(self._reaching())
 
+    def _owners(self) -> Iterator[tuple[int, int, int]]:
+        """Yield the elements of each parameter, and the first and last rank that own some of them
+        at stages 1 and 2."""
+        for sizes, padded in zip(self.grouped, self.groups, strict=True):
+            partition, start = padded // self.world, 0
+            for numel in sizes:
+                yield numel, start // partition, (start + numel - 1) // partition
+                start += numel
+
     def _reaching(self) -> Iterator[int]:
         """Yield for each rank the elements of the parameters that reach into its partition."""
         ranks = [0] * (self.world + 1)
-        for sizes, padded in zip(self.grouped, self.groups, strict=True):
-            partition, start = padded // self.world, 0
-            for numel in sizes:  # differences, summed below
-                ranks[start // partition] += numel
-                start += numel
-                ranks[(start - 1) // partition + 1] -= numel
+        for numel, first, last in self._owners():  # differences, summed below
+            ranks[first] += numel
+            ranks[last + 1] -= numel
         total = 0
         for change in ranks[:-1]:
             total += change
@@ -218,18 +226,14 @@ class Budget:
         limit = int(self.zero["stage3_param_persistence_threshold"])
         return sum(numel for numel in self.sizes.values() if numel <= limit)
 
-    @property
-    def reused(self) -> int:
-        """Elements that stage 3 keeps from the forward to the backward pass."""
-        rest = self.num_params - self.persistent
-        return min(rest, int(self.zero["stage3_max_reuse_distance"]) // 2)
-
     def gathered(self) -> int:
         """Return the bytes of gathered parameters at stage 3, at most."""
         if self.stage < 3:
             return 0
+        # What the backward pass needs again so soon stays from the forward pass.
+        near = int(self.zero["stage3_max_reuse_distance"]) // 2
         ahead = int(self.zero["stage3_prefetch_bucket_size"]) + self.largest
-        return self.element * min(self.num_params, self.persistent + self.reused + ahead)
+        return self.element * min(self.num_params, self.persistent + near + ahead)
 
     def update(self, timeline: Timeline | None, sequences: int, *, dense: bool = False) -> Bytes:
         """Return the peak of an update on the device with so many sequences per micro-batch, by
@@ -269,7 +273,10 @@ class Budget:
             if wrapped and not host:
                 peaks.append(found["weights"] + found["gradients"] + 4 * self.local + 4 * piece)
             if not host and (found["master weights"] not in (0, 4 * self.local)):
-                peaks.append(ready + 4 * self.local + 8 * piece * self.kept // self.num_params)
+                kept = piece * self.kept // self.num_params
+                splitting = master_of(dict(self.ds_config)) == "split"
+                chunk = _SPLIT * min(kept, CHUNK) * splitting
+                peaks.append(ready + 4 * self.local + 8 * kept + chunk)
             extra = max(peaks) - ready
         return found | {"while it is built": extra}
 

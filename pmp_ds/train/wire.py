@@ -40,7 +40,8 @@ def update(budget: Budget) -> list[Transfer]:
         limit = int(budget.zero["stage3_param_persistence_threshold"])
         kept = sum(padded[name] for name, numel in budget.sizes.items() if numel <= limit)
         rest = sum(padded.values()) - kept
-        weights = budget.element * (steps * (2 * rest - budget.reused) + kept)
+        again = max(rest - int(budget.zero["stage3_max_reuse_distance"]) // 2, 0)
+        weights = budget.element * (steps * (rest + again) + kept)
         found += [
             Transfer("all-gather", "weights, forward and backward", weights),
             Transfer("reduce-scatter", "gradients", budget.element * steps * sum(padded.values())),
