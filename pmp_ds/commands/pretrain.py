@@ -152,12 +152,13 @@ def _print_plan(config: "Config", options: Options) -> None:
     dist.import_deepspeed()
     from pmp_ds.engine import deepspeed_config
     from pmp_ds.train import dry_run
+    from pmp_ds.train.machine import Machine, bytes_of, flops_of
 
-    machine = dry_run.Machine(
+    machine = Machine(
         world=started if options.world_size is None else options.world_size,
-        device_memory=dry_run.bytes_of(options.device_memory, "--device-memory"),
-        host_memory=dry_run.bytes_of(options.host_memory, "--host-memory"),
-        device_flops=dry_run.flops_of(options.device_flops, "--device-flops"),
+        device_memory=bytes_of(options.device_memory, "--device-memory"),
+        host_memory=bytes_of(options.host_memory, "--host-memory"),
+        device_flops=flops_of(options.device_flops, "--device-flops"),
         mfu=options.mfu,
         block_size=options.block_size,
     )

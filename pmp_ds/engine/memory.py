@@ -87,7 +87,7 @@ class Meter:
         if self._device.type != "cuda":
             self._tensors.__exit__(*error)
 
-    def peak_of(self, action: Callable[[], None]) -> int:
+    def peak_of(self, action: Callable[[], object]) -> int:
         """Return the most bytes held at once during ``action``, those from before it included."""
         gc.collect()  # or tensors in cycles would count until Python looks for them
         if self._device.type == "cuda":

@@ -1,11 +1,10 @@
-"""The memory of a run, per rank and by category, from shapes and settings alone.
+"""The model states of a run, per rank and by category, from shapes and settings alone.
 
-    budget = Budget(shapes, kept, config, ds_config, world)
-    budget.states()                         bytes between two updates, and of the gradients
-    budget.training(timeline)               the peak of an update, on the device
+    Budget(shapes, kept, config, ds_config, world).states()
 
-plan.py prints the first at every start, dry_run.py everything. Partitions and their padding are
-those of DeepSpeed 0.19.8. The ticket's elements count as spread evenly over the ranks.
+plan.py prints these at every start; phases.py adds what each phase of a run takes besides, and
+dry_run.py prints that. Partitions and their padding are those of DeepSpeed 0.19.8. The ticket's
+elements count as spread evenly over the ranks.
 """
 
 import math
@@ -20,10 +19,7 @@ from pmp_ds.config.precision import precision_of
 from pmp_ds.engine.cut import Cut
 from pmp_ds.engine.deepspeed_config import master_of
 from pmp_ds.optim.rules import rule_of
-from pmp_ds.optim.stored import CHUNK
-from pmp_ds.state.weight_files import Layout
 from pmp_ds.ticket.scores import find_score
-from pmp_ds.train.activations import Timeline
 
 Bytes = dict[str, int]
 """By category."""
@@ -37,10 +33,6 @@ _DEFAULTS = {  # of DeepSpeed; sizes in elements
     "reduce_scatter": True,
     "use_multi_rank_bucket_allreduce": True,
 }
-_STAGE0_BUCKET = 500_000_000  # elements
-_CHUNK = 1 << 22  # elements of theta(0) drawn at once
-_SPLIT = 24  # bytes per element of a chunk while master weights are split
-_DRAW = 24  # bytes per element while they are drawn: bits, uniforms, results
 
 
 @dataclass(frozen=True)
@@ -209,104 +201,11 @@ class Budget:
             device["weights"] = 0
         return device, host
 
-    def _buckets(self) -> int:
-        """Return the bytes of DeepSpeed's communication buffers, and copies of them."""
-        size = min(
-            int(self.zero["reduce_bucket_size"]), self.num_params if self.on_cpu else 1 << 62
-        )
-        if self.stage == 0:
-            return self.element * min(self.num_params, _STAGE0_BUCKET + self.largest)
-        number = 1 + (self.stage < 3 and bool(self.zero.get("overlap_comm"))) + (self.world > 1)
-        offloaded = self.element * self.largest if self.offloads("optimizer") else 0
-        return number * self.element * size + offloaded
-
     @property
     def persistent(self) -> int:
         """Elements of the parameters that stage 3 keeps gathered."""
         limit = int(self.zero["stage3_param_persistence_threshold"])
         return sum(numel for numel in self.sizes.values() if numel <= limit)
-
-    def gathered(self) -> int:
-        """Return the bytes of gathered parameters at stage 3, at most."""
-        if self.stage < 3:
-            return 0
-        # What the backward pass needs again so soon stays from the forward pass.
-        near = int(self.zero["stage3_max_reuse_distance"]) // 2
-        ahead = int(self.zero["stage3_prefetch_bucket_size"]) + self.largest
-        return self.element * min(self.num_params, self.persistent + near + ahead)
-
-    def update(self, timeline: Timeline | None, sequences: int, *, dense: bool = False) -> Bytes:
-        """Return the peak of an update on the device with so many sequences per micro-batch, by
-        category; ``dense``: of an update of discovery. Without a timeline no activations count."""
-        found, _ = self.placed(self.states(dense=dense))
-        full, buckets = found["gradients"], self._buckets()
-        static = self.stage == 3 or self.cut.accumulation_steps > 1
-        each = 0.0 if static else full / self.num_params
-        peak = timeline.peak(sequences, each) if timeline else 0
-        activations = max(peak - (0 if static else full), 0)
-        if self.stage < 2:  # they are filled when the backward pass is over
-            buckets = max(buckets - activations, 0)
-        found |= {"gathered parameters": self.gathered(), "communication buckets": buckets}
-        if dense and not self.offloads("optimizer"):
-            found["scores and candidates"] = self._scores()
-        return found | {"activations, logits": activations}
-
-    def _scores(self) -> int:
-        stored = find_score(self.config.mask.score).add is not None
-        candidates = 3 + (self.config.mask.random_fraction > 0)  # newest, last, best; drawn
-        return self.local * 4 * stored + candidates * -(-self.local // 8)
-
-    def start(self, *, resumed: bool = False) -> Bytes:
-        """Return the peak on the device while the engine is built, or its state restored."""
-        states = self.states()
-        found, host = self.placed(states)
-        found["gradients"] = found["gradients"] if self.stage == 3 else 0
-        ready = sum(found.values())
-        wrapped = self.stage > 0 or precision_of(self.config.train).has_master
-        piece = min(self.local, int(self.zero["sub_group_size"])) if self.stage == 3 else self.local
-        if resumed:
-            extra = 5 * min(piece, self.largest)
-        else:
-            # DeepSpeed copies the weights to one tensor; then it makes fp32 masters, and gradients
-            # of 0. A compact or split master takes the place of a dense one.
-            peaks = [ready, found["weights"] * (2 if 0 < self.stage < 3 else 1)]
-            if wrapped and not host:
-                peaks.append(found["weights"] + found["gradients"] + 4 * self.local + 4 * piece)
-            if not host and (found["master weights"] not in (0, 4 * self.local)):
-                kept = piece * self.kept // self.num_params
-                splitting = master_of(dict(self.ds_config)) == "split"
-                chunk = _SPLIT * min(kept, CHUNK) * splitting
-                peaks.append(ready + 4 * self.local + 8 * kept + chunk)
-            extra = max(peaks) - ready
-        return found | {"while it is built": extra}
-
-    def host(self, phase: str, *, drawn_whole: bool = False) -> Bytes:
-        """Return the bytes in host memory in a phase of the run."""
-        dense = phase == "discovery"
-        _, found = self.placed(self.states(dense=dense))
-        if self.masked and not dense:
-            found["mask, whole"] = -(-self.num_params // 8)
-        if dense and self.offloads("optimizer"):
-            found["scores and candidates"] = self._scores()
-        if phase in ("start", "resume"):
-            size = 4 * self.num_params if drawn_whole else _DRAW * min(_CHUNK, self.largest)
-            found["theta(0), drawn" if phase == "start" else "checkpoint, read"] = size
-            found["mask of the partition, unpacked"] = self.local if self.masked else 0
-        if phase == "save":
-            found |= self._staged()
-        return found
-
-    def _staged(self) -> Bytes:
-        """Return the copies that a save makes on the rank with the largest share."""
-        layout = Layout.of({n: s * self.element for n, s in self.sizes.items()}, self.world)
-        shares = [
-            sum(self.sizes[n] for names in layout.files[rank :: self.world] for n in names)
-            for rank in range(min(self.world, len(layout.files)))
-        ]
-        states, has_master = self.states(), precision_of(self.config.train).has_master
-        copied = states["moments"] + (states["master weights"] if has_master else 0)
-        written = self.state_bytes() // (1 if self.stage == 0 else self.world)
-        return {"staged weights": self.element * max(shares), "staged state": copied + written}
 
     def state_bytes(self, *, dense: bool = False) -> int:
         """Return the bytes of the optimizer state in a checkpoint, over all ranks; ``dense``: of

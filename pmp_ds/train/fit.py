@@ -8,6 +8,7 @@ from typing import Any
 from pmp_ds.config import TrainConfig
 from pmp_ds.engine.deepspeed_config import OWN_SECTION, merge
 from pmp_ds.errors import UserError
+from pmp_ds.train import phases
 from pmp_ds.train.activations import Timeline
 from pmp_ds.train.budget import Budget
 from pmp_ds.train.micro_batch import USABLE, sizes
@@ -68,10 +69,10 @@ def with_micro_batch(budget: Budget, size: int) -> Budget:
 def peak(budget: Budget, timeline: Timeline | None) -> int:
     """Return the most bytes on the device in any phase."""
     size = budget.cut.micro_batch_size
-    phases = [budget.start(), budget.update(timeline, size)]
+    found = [phases.start(budget), phases.update(budget, timeline, size)]
     if budget.config.mask.source == "earlybird":
-        phases.append(budget.update(timeline, size, dense=True))
-    return max(sum(phase.values()) for phase in phases)
+        found.append(phases.update(budget, timeline, size, dense=True))
+    return max(sum(phase.values()) for phase in found)
 
 
 def largest(budget: Budget, timeline: Timeline | None, memory: int) -> int:
@@ -83,13 +84,13 @@ def largest(budget: Budget, timeline: Timeline | None, memory: int) -> int:
     return 0
 
 
-Fits = dict[tuple[int, str], int | None]
+Fits = Mapping[tuple[int, str], int | None]
 """The largest micro-batch by stage and way; 0: none, None: the settings do not go together."""
 
 
 def fits(budget: Budget, timelines: Mapping[bool, Timeline | None], memory: int) -> Fits:
     """Return what fits into ``memory`` bytes; ``timelines``: without and with recomputation."""
-    found: Fits = {}
+    found: dict[tuple[int, str], int | None] = {}
     for stage in range(4):
         for way in WAYS:
             other = changed(budget, stage, way)

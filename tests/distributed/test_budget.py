@@ -1,7 +1,7 @@
 """A dry run says what engines do: bytes of tensors, of the peak, on disk and on the wire."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -26,7 +26,7 @@ from pmp_ds.model.keys import Secret
 from pmp_ds.run_dir import RunDir
 from pmp_ds.state import checkpoint
 from pmp_ds.ticket.ticket import Ticket
-from pmp_ds.train import wire
+from pmp_ds.train import phases, wire
 from pmp_ds.train.activations import timeline
 from pmp_ds.train.budget import Budget
 from tests.distributed.test_checkpoint import POSITION
@@ -179,8 +179,8 @@ def peaks_of(setup: Setup) -> tuple[int, int, int, int]:
     counted = timeline(model, setup.train, BLOCK, dtype, "cpu")
     # On the CPU the mask in host memory counts as well.
     whole = -(-budget.num_params // 8)
-    update = sum(budget.update(counted, MICRO).values()) + whole
-    start = sum(budget.start().values()) + whole + budget.local
+    update = sum(phases.update(budget, counted, MICRO).values()) + whole
+    start = sum(phases.start(budget).values()) + whole + budget.local
     with Meter(dist.device()) as meter:
         held: list[Engine] = []
 
@@ -269,11 +269,10 @@ def traffic_of(setup: Setup, discovery: bool) -> tuple[Counter[str], Counter[str
         predicted[one.collective] += one.tensor_bytes
     engine = setup.engine()
     engine.arm(None if discovery else setup.ticket.mask)
+    update: Callable[[], object] = partial(_update, engine, setup.rows())
     if discovery:
         explorer = Discovery(engine, Config(train=setup.train), setup.theta0.table, b"r" * 32)
         update = partial(explorer.update, setup.rows())
-    else:
-        update = partial(_update, engine, setup.rows())
     for _ in range(2):  # stage 3 traces the model first
         update()
     with counted() as found:

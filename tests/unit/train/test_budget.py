@@ -12,7 +12,7 @@ from pmp_ds.model.build import model_config
 from pmp_ds.model.initial import Initial
 from pmp_ds.model.keys import Secret
 from pmp_ds.model.next_token import token_losses
-from pmp_ds.train import fit, wire
+from pmp_ds.train import fit, phases, wire
 from pmp_ds.train.activations import Timeline, timeline
 from pmp_ds.train.budget import Budget
 from tests.helpers import tiny
@@ -62,13 +62,13 @@ def test_the_peak_of_a_timeline():
 
 def test_an_update_adds_up():
     """Two micro-batches: the gradients of the first are there when the second begins."""
-    found = budget(2).update(TIMES, 10)
+    found = phases.update(budget(2), TIMES, 10)
     assert found["activations, logits"] == 50
     assert found["communication buckets"] == 2 * 2 * 4, "a bucket of 4 elements, and a copy"
     assert sum(found.values()) == 40 + 36 + 40 + 40 + 2 + 16 + 50
-    once = budget(1, global_batch_size=2).update(TIMES, 1)
+    once = phases.update(budget(1, global_batch_size=2), TIMES, 1)
     assert once["activations, logits"] == 10 + 1, "with all gradients, 47"
-    assert budget(3).update(None, 1)["gathered parameters"] == 36
+    assert phases.update(budget(3), None, 1)["gathered parameters"] == 36
 
 
 def test_offload_moves_states_to_the_host():
@@ -144,9 +144,7 @@ def test_activations_are_those_of_a_real_model(config: ModelConfig):
         losses.mean().backward()
 
     with Meter(torch.device("cpu")) as meter:
-        before = meter.peak_of(
-            lambda: [x.detach().sum() for x in model.state_dict().values()] and None
-        )
+        before = meter.peak_of(lambda: [x.detach().sum() for x in model.state_dict().values()])
         peak = meter.peak_of(step) - before
     assert foretold.peak(7) == pytest.approx(peak, rel=0.02)
     assert foretold.done[-1] == sum(param.numel() for param in model.parameters())

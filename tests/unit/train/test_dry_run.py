@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pmp_ds.errors import UserError
-from pmp_ds.train.dry_run import bytes_of, flops_of
+from pmp_ds.train.machine import bytes_of, flops_of
 from tests.helpers.commands import call, error_of, ok
 
 SEVENTY_BILLION = (
@@ -65,8 +65,8 @@ def test_a_run_without_data(tmp_path):
 
 def test_settings_change_the_numbers(tmp_path):
     title = "device memory of a rank"
-    flags = ("--world-size", "2", "--train.precision", "bf16", "--block-size", "128")
-    flags += ("--model.vocab_size", "1024")
+    shape = ("--model.vocab_size", "1024", "--block-size", "128")
+    flags = ("--world-size", "2", "--train.precision", "bf16", *shape)
     plain = said(tmp_path, *flags)
     lean = said(tmp_path, *flags, "--train.moments", "bf16", "--mask.source", "none")
     full = said(tmp_path, *flags, "--train.activation_checkpointing", "full")
