@@ -84,13 +84,13 @@ def disk(budget: Budget, buffers: int) -> str:
     weights, keep = budget.element * budget.num_params + buffers, budget.config.run.keep_last
     state = budget.state_bytes()
     rows = {
-        "checkpoint": f"{_size(weights + state)}: weights {_size(weights)}, state {_size(state)}; "
-        f"run.keep_last={keep} and one being written: {_size((keep + 1) * (weights + state))}",
-        "release": f"{_size(_RELEASED * budget.num_params + buffers)} in bf16",
+        "checkpoint": f"{_size(weights + state)}: weights {_size(weights)}, state {_size(state)}",
+        "at once": f"{_size((keep + 1) * (weights + state))} with run.keep_last={keep} and one "
+        "being written",
     }
     if budget.config.mask.source == "earlybird":
-        dense = weights + budget.state_bytes(dense=True)
-        rows["checkpoint"] += f"\n{'':13}in discovery {_size(dense)} each"
+        rows["discovery"] = f"{_size(weights + budget.state_bytes(dense=True))} for a checkpoint"
+    rows["release"] = f"{_size(_RELEASED * budget.num_params + buffers)} in bf16"
     return "  on disk\n" + in_lines(rows)
 
 
@@ -154,7 +154,7 @@ def fits(budget: Budget, timelines: Mapping[bool, Timeline | None], memory: int)
         rows.append(
             [f"ZeRO {stage}", *("-" if n is None else str(n) if n else "none" for n in sizes)]
         )
-    text = f"{_aligned(rows)}\n  {fit.LEGEND}\n"
+    text = f"{_aligned(rows)}\n{fit.LEGEND}\n"
     chosen = fit.best(found)
     if chosen is None:
         more = "take more ranks, shorter blocks, or offload_optimizer and offload_param"

@@ -31,9 +31,10 @@ WAYS = (
     Way("recompute", recompute=True),
     Way("both", lean=True, recompute=True),
 )
-LEGEND = """\
-  split + bf16: pmp_ds.master "split" in the JSON, and train.moments bf16
-  recompute: train.activation_checkpointing full; both: the two together"""
+LEGEND = (
+    '  split + bf16: pmp_ds.master "split" in the JSON, and train.moments bf16\n'
+    "  recompute: train.activation_checkpointing full; both: the two together"
+)
 
 
 def changed(budget: Budget, stage: int, way: Way) -> Budget | None:
