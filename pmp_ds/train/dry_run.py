@@ -42,6 +42,8 @@ def describe(config: Config, ds_config: dict[str, Any], machine: Machine) -> str
     constant = {n: recipes[n].constant if n in recipes else False for n in _names(model)}
     table = parameter_table(model, constant)
     shapes = {info.name: info.shape for info in table}
+    if config.init.seed is not None:
+        recipes, reason = {}, "init.seed draws from one sequence of numbers"
     budget = Budget(shapes, _kept(config, num_params(table)), config, ds_config, machine.world)
     buffers = sum(buffer.nbytes for buffer in constants(model).values())
     full = config.train.activation_checkpointing == "full"

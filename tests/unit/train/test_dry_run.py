@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from pmp_ds.errors import UserError
+from pmp_ds.train import dry_run
 from pmp_ds.train.machine import bytes_of, flops_of
 from tests.helpers.commands import call, error_of, ok
+from tests.pretend.job import write_store
 
 SEVENTY_BILLION = (
     "--model.hidden_size=8192",
@@ -35,7 +37,7 @@ def table_of(text: str, title: str) -> dict[str, dict[str, float]]:
     found = {}
     for row in rows:
         values = row.split()[-len(heads) :]
-        name = row[: row.index(f"  {values[0]}", 40)].strip()
+        name = row.strip().partition("  ")[0]
         if not name.startswith("fits"):
             numbers = (0.0 if v == "-" else unit * float(v.replace(",", "")) for v in values)
             found[name] = dict(zip(heads, numbers, strict=True))
@@ -95,6 +97,32 @@ def test_time_and_memory_of_a_machine(tmp_path):
     assert re.search(r"fits into 90% of 0.00 GB +NO +NO +NO +NO +NO\n", text)
     assert re.search(r"fits into 90% of 1,000.00 GB +yes +yes +yes +yes +yes\n", text)
     assert "one rank sends nothing" in text
+
+
+def test_vocabulary_and_blocks_of_a_store(tmp_path):
+    store = tmp_path / "store"
+    write_store(store, vocab=512)
+    flags = ("--config", "demo", "--dry-run", "--data.store", "store")
+    text = ok(call("pretrain.py", *flags, cwd=tmp_path)).stdout
+    assert "= 16 sequences x 64 tokens" in text
+    assert "assumed" not in text
+    d = 2 * 512 * 128 + 4 * (2 * 128**2 + 2 * 64 * 128 + 3 * 352 * 128 + 2 * 128) + 128
+    assert f"parameters d = {d:,}" in text
+    message = error_of(call("pretrain.py", *flags, "--block-size", "32", cwd=tmp_path))
+    assert "--block-size 32 does not go with store, whose blocks have 64 tokens; omit it" in message
+
+
+def test_a_model_that_cannot_run_without_values(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise RuntimeError("item() cannot be called on meta tensors\nmore")
+
+    monkeypatch.setattr(dry_run, "timeline", refuse)
+    text = said(tmp_path, "--init.seed", "1", "--device-memory", "1GB")
+    unknown = "activations, which are not counted (llama: item() cannot be called on meta tensors)"
+    assert unknown in " ".join(text.split())
+    d = float(re.findall(r"d = ([\d,]+)", text)[0].replace(",", ""))
+    drawn = table_of(text, "host memory of a rank")["theta(0), drawn"]["start"]
+    assert drawn == pytest.approx(4 * d, rel=0.01), "paper mode draws all of it"
 
 
 @pytest.mark.nightly
