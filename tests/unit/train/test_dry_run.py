@@ -122,7 +122,7 @@ def test_a_model_that_cannot_run_without_values(tmp_path, monkeypatch):
     assert unknown in " ".join(text.split())
     d = float(re.findall(r"d = ([\d,]+)", text)[0].replace(",", ""))
     drawn = table_of(text, "host memory of a rank")["theta(0), drawn"]["start"]
-    assert drawn == pytest.approx(4 * d, rel=0.01), "paper mode draws all of it"
+    assert drawn == pytest.approx(4 * d, abs=6e6), "paper mode draws all of it"
 
 
 @pytest.mark.nightly
