@@ -8,9 +8,9 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pmp_ds import ranks, startup  # the rest is imported when signals are heard already
 from pmp_ds.commands import OnRanks
@@ -37,6 +37,12 @@ examples:
   several stores in fixed proportions
     python -m pmp_ds.launch pretrain --config gpt2-small \\
         --data.store '{tokenized_data/web: 0.7, tokenized_data/code: 0.3}'
+  before anything is rented: memory, traffic, disk and time, and what fits; needs no data
+    pmp-ds pretrain --config tinyllama-1.1b --deepspeed-config zero2 \\
+        --dry-run --world-size 8 --device-memory 80GB --device-flops 989T
+  before anything is rented: memory, traffic, disk and time, and what fits; needs no data
+    pmp-ds pretrain --config tinyllama-1.1b --deepspeed-config zero2 \\
+        --dry-run --world-size 8 --device-memory 80GB --device-flops 989T
   its control without a mask: an overlay, then a name of its own
     python -m pmp_ds.launch pretrain --config demo \\
         --config base --run.name demo-base"""
@@ -45,13 +51,44 @@ STARTED = time.monotonic()
 """run.max_time counts from here."""
 
 
+def _text(metavar: str) -> Any:
+    return field(default=None, metadata={"metavar": metavar})
+
+
 @dataclass(frozen=True, kw_only=True)
-class Options(OnRanks):
+class OfDryRun(OnRanks):
+    """What --dry-run assumes."""
+
+    world_size: int | None = _text("N")
+    """Ranks of the run. Default: those that are started, or 1."""
+
+    device_memory: str | None = _text("SIZE")
+    """Memory of a rank's GPU, such as 80GB: says what fits."""
+
+    host_memory: str | None = _text("SIZE")
+    """Memory of a host divided by its ranks, such as 250GB."""
+
+    device_flops: str | None = _text("RATE")
+    """Peak of a rank's GPU in FLOP/s, such as 989T: says how long the run takes."""
+
+    mfu: float = 0.4
+    """The fraction of that peak that the run reaches."""
+
+    block_size: int | None = _text("N")
+    """Tokens of a block, while data.store does not exist. Default: the longest context."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(OfDryRun):
     """How a run begins."""
 
     start_afresh: bool = False
     """Where the run has checkpoints and none can be read, set them aside and begin again at update
     0, with the same key and ticket."""
+
+    dry_run: bool = False
+    """Print memory, traffic, disk space and time of the run, by category and phase, and what fits;
+    start and write nothing. Takes seconds for a model of any size, without GPU and data."""
 
 
 def prepare(argv: Sequence[str] | None = None) -> ranks.Prepared:
@@ -68,6 +105,9 @@ def prepare(argv: Sequence[str] | None = None) -> ranks.Prepared:
         epilog=EPILOG,
         options=Options,
     )
+    if options.dry_run:
+        _print_plan(config, options)
+        raise SystemExit(0)
     from pmp_ds.restarts import is_child, run_with_restarts
 
     if config.run.restarts and not is_child():
@@ -105,6 +145,29 @@ def prepare(argv: Sequence[str] | None = None) -> ranks.Prepared:
         _tell(outcome, config, run)
 
     return ranks.Prepared(str(run.root), config.guard.lost_seconds, train)
+
+
+def _print_plan(config: "Config", options: Options) -> None:
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and os.environ.get("RANK", "0") != "0":
+        return
+    from pmp_ds import dist
+
+    dist.import_deepspeed()
+    from pmp_ds.engine import deepspeed_config
+    from pmp_ds.train import dry_run
+    from pmp_ds.train.machine import Machine, bytes_of, flops_of
+
+    machine = Machine(
+        world=started if options.world_size is None else options.world_size,
+        device_memory=bytes_of(options.device_memory, "--device-memory"),
+        host_memory=bytes_of(options.host_memory, "--host-memory"),
+        device_flops=flops_of(options.device_flops, "--device-flops"),
+        mfu=options.mfu,
+        block_size=options.block_size,
+    )
+    ds_config = deepspeed_config.read_json(options.deepspeed_config)
+    print(dry_run.describe(config, ds_config, machine), flush=True)
 
 
 def _tell(outcome: "Outcome", config: "Config", run: "RunDir") -> None:

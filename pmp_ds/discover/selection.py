@@ -50,7 +50,7 @@ class Selector:
         infos = {info.name: info for info in table}
         self._fragments, self._replicated = fragments, replicated
         self._starts = [infos[f.name].start + f.start for f in fragments]
-        self._pools = [self._pool(*share) for share in _shares(table, config)]
+        self._pools = [self._pool(*share) for share in shares(table, config)]
         self._drawn: list[torch.Tensor] | None = None  # packed bits of each fragment
         if config.random_fraction > 0.0:
             draws = [
@@ -97,7 +97,7 @@ class Selector:
         return bits
 
 
-def _shares(table: Sequence[ParamInfo], config: MaskConfig) -> list[tuple[set[str], int, int]]:
+def shares(table: Sequence[ParamInfo], config: MaskConfig) -> list[tuple[set[str], int, int]]:
     """Return each pool: its parameters, how many elements it keeps, and how many are drawn."""
     total = num_params(table)
     k = exact_k(config.density, total)
@@ -111,11 +111,11 @@ def _shares(table: Sequence[ParamInfo], config: MaskConfig) -> list[tuple[set[st
             "mask.always_train off"
         )
     if config.quota == "global":
-        shares = [(set(ranked), k - num_whole)]
+        found = [(set(ranked), k - num_whole)]
     else:
-        shares = [({name}, n) for name, n in proportional(k - num_whole, ranked).items()]
+        found = [({name}, n) for name, n in proportional(k - num_whole, ranked).items()]
     fraction = Fraction(repr(config.random_fraction))  # the decimal that the user wrote
-    pools = [(names, n, int(fraction * n)) for names, n in shares]
+    pools = [(names, n, int(fraction * n)) for names, n in found]
     return [(set(whole), num_whole, 0), *pools] if whole else pools
 
 

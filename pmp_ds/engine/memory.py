@@ -63,11 +63,17 @@ def _numbers(name: str) -> dict[str, int]:
 
 class Meter:
     """A context that counts the bytes of tensors used inside it: on a GPU torch's own count, on the
-    CPU by operators, without what their kernels allocate for themselves."""
+    CPU by operators, without what their kernels allocate for themselves. On the meta device it
+    counts the bytes that the tensors would have.
 
-    def __init__(self, device: torch.device) -> None:
+    ``observe`` receives the bytes in use after each operator, except on a GPU.
+    """
+
+    def __init__(
+        self, device: torch.device, observe: Callable[[int], None] = lambda held: None
+    ) -> None:
         self._device = device
-        self._tensors = _Tensors()
+        self._tensors = _Tensors(device.type, observe)
         self._before = 0
 
     def __enter__(self) -> "Meter":
@@ -81,7 +87,7 @@ class Meter:
         if self._device.type != "cuda":
             self._tensors.__exit__(*error)
 
-    def peak_of(self, action: Callable[[], None]) -> int:
+    def peak_of(self, action: Callable[[], object]) -> int:
         """Return the most bytes held at once during ``action``, those from before it included."""
         gc.collect()  # or tensors in cycles would count until Python looks for them
         if self._device.type == "cuda":
@@ -94,11 +100,12 @@ class Meter:
 
 
 class _Tensors(TorchDispatchMode):
-    """Counts the bytes that operators have touched. Memory that nobody has written to, such as the
-    rest of DeepSpeed's large buckets, takes no room on the CPU."""
+    """Counts the bytes that operators have touched on one kind of device. Memory that nobody has
+    written to, such as the rest of DeepSpeed's large buckets, takes no room on the CPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str, observe: Callable[[int], None]) -> None:
         super().__init__()
+        self._kind, self._observe = kind, observe
         self.held = self.peak = 0
         self._touched: dict[int, int] = {}  # bytes, by the address of a storage
 
@@ -106,9 +113,11 @@ class _Tensors(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         if not func.is_view and "empty" not in func.overloadpacket.__name__:
             for tensor in tree_leaves((args, kwargs, made)):
-                if isinstance(tensor, torch.Tensor):
+                # DeepSpeed keeps the shapes of parameters in tensors on the meta device.
+                if isinstance(tensor, torch.Tensor) and tensor.device.type == self._kind:
                     self._count(tensor)
             self.peak = max(self.peak, self.held)
+            self._observe(self.held)
         return made
 
     def _count(self, tensor: torch.Tensor) -> None:

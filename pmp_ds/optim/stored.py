@@ -45,7 +45,9 @@ def fresh(
             state[name + EXPONENTS] = lowest
     if master != "dense":
         kept = gather(tensor.detach().view(-1), mask).float()
-        state[MASTER_STATE[master]] = kept if master == "compact" else split(kept)
+        if master == "split":  # by chunks: its numbers take 64 bits on their way
+            kept = torch.cat([split(part) for part in kept.split(CHUNK)])
+        state[MASTER_STATE[master]] = kept
     return state
 
 

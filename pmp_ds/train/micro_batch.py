@@ -27,7 +27,13 @@ from pmp_ds.ticket.shared import load_together
 from pmp_ds.ticket.ticket import has_ticket
 from pmp_ds.train.job import Job, given_ticket
 
-_USABLE = 0.9  # of the free memory: the rest is for fragmentation, and buffers outside of torch
+USABLE = 0.9  # of the free memory: the rest is for fragmentation, and buffers outside of torch
+
+
+def sizes(share: int) -> list[int]:
+    """Return the micro-batches to choose from: the powers of two and the divisors of a rank's
+    ``share`` of sequences, ascending."""
+    return [n for n in range(1, share + 1) if share % n == 0 or not n & n - 1]
 
 
 @dataclass(frozen=True)
@@ -42,15 +48,14 @@ class Room:
     def largest(self, share: int) -> int:
         """Return the largest power of two, or divisor of a rank's ``share`` of sequences, that
         fits; at least 1."""
-        fits = (_USABLE * self.free - self.states) // max(self.each, 1)
-        sizes = range(1, share + 1)
-        return max(n for n in sizes if n == 1 or (n <= fits and (share % n == 0 or not n & n - 1)))
+        fits = (USABLE * self.free - self.states) // max(self.each, 1)
+        return max(n for n in sizes(share) if n == 1 or n <= fits)
 
     def in_words(self, size: int) -> str:
-        fits = self.states + size * self.each <= _USABLE * self.free
+        fits = self.states + size * self.each <= USABLE * self.free
         return (
             f"states {_size(self.states)} + {size} x {_size(self.each)} activations "
-            f"{'<=' if fits else '>'} {_USABLE:.0%} of {_size(self.free)} free"
+            f"{'<=' if fits else '>'} {USABLE:.0%} of {_size(self.free)} free"
             + ("" if fits else ": memory may run out")
         )
 

@@ -1,18 +1,15 @@
 """The plan of a run, printed for the user before any expensive step."""
 
-from typing import Any
+from collections.abc import Mapping
 
 from pmp_ds import dist
 from pmp_ds.config import Config
-from pmp_ds.config.moments import moments_of
-from pmp_ds.config.precision import precision_of
 from pmp_ds.data.loader import order_key
 from pmp_ds.data.mixture import realised
-from pmp_ds.engine.cut import Cut
-from pmp_ds.engine.deepspeed_config import master_of, zero_stage
 from pmp_ds.model.parameters import num_params
 from pmp_ds.optim.rules import rule_of
 from pmp_ds.ticket.ticket import exact_k, load_ticket
+from pmp_ds.train.budget import Budget
 from pmp_ds.train.job import Job, given_ticket
 
 _MASKS = {
@@ -25,29 +22,16 @@ _MASKS = {
 
 def describe(job: Job) -> str:
     """Return batch arithmetic, parameters, memory per rank and output folders; no mask content."""
-    config, world = job.config, dist.world_size()
-    train, mask = config.train, config.mask
-    ranks = dist.ranks_in_words()
-    d = num_params(job.table)
-    k = d if mask.source == "none" else exact_k(mask.density, d)
+    config, d = job.config, num_params(job.table)
+    k = d if config.mask.source == "none" else exact_k(config.mask.density, d)
     if (folder := given_ticket(config, job.run)) is not None:
         k = load_ticket(folder).mask.num_kept
-    cut = Cut.of(train, world)
-    tokens = train.global_batch_size * job.store.block_size
-    divided = cut.in_words()
-    if train.micro_batch_size == "auto":
-        divided = f"{train.global_batch_size} sequences, as many at once as fit (measured below),"
-    rows = {
-        "batch": f"{divided} x {job.store.block_size} tokens = {tokens:,} tokens per update"
-        + cut.unused,
-        "updates": f"{train.steps:,}, {train.steps * tokens:,} tokens, "
-        + _epochs(job, train.steps * train.global_batch_size),
-        "parameters": f"d = {d:,}",
-        "mask": _MASKS[mask.source].format(mask=mask),
-        "ticket": f"k = {k:,} of {d:,}, density {k / d:.4f}",
-        "engine": f"DeepSpeed ZeRO {zero_stage(job.ds_config)}, {ranks}, {train.precision}, "
-        f"{dist.device().type}",
-        "memory": _memory(config, job.ds_config, d, k, world),
+    shapes = {info.name: info.shape for info in job.table}
+    budget = Budget(shapes, k, config, job.ds_config, dist.world_size())
+    rows = basics(budget, job.store.block_size, dist.device().type)
+    rows["updates"] += f", {_epochs(job, config.train.steps * config.train.global_batch_size)}"
+    rows |= {
+        "memory": _memory(budget),
         "secrecy": _secrecy(config),
         "writes": f"{job.run.root}/ (metrics, plots), {job.run.private}/ (ticket, checkpoints: "
         "secret)",
@@ -59,6 +43,29 @@ def describe(job: Job) -> str:
             f"init.weights={config.init.weights} does not exist: the run resumes from a "
             "checkpoint alone, but needs it at its end to count the complement"
         )
+    return in_lines(rows)
+
+
+def basics(budget: Budget, block_size: int, device: str) -> dict[str, str]:
+    """Return what is trained with which batches, by name of the row; ``block_size`` in tokens."""
+    train, mask, cut = budget.config.train, budget.config.mask, budget.cut
+    d, k, tokens = budget.num_params, budget.kept, train.global_batch_size * block_size
+    divided = cut.in_words()
+    if train.micro_batch_size == "auto":
+        divided = f"{train.global_batch_size} sequences, as many at once as fit (measured below),"
+    ranks = f"{budget.world} rank{'s' if budget.world > 1 else ''}"
+    return {
+        "batch": f"{divided} x {block_size} tokens = {tokens:,} tokens per update{cut.unused}",
+        "updates": f"{train.steps:,}, {train.steps * tokens:,} tokens",
+        "parameters": f"d = {d:,}",
+        "mask": _MASKS[mask.source].format(mask=mask),
+        "ticket": f"k = {k:,} of {d:,}, density {k / d:.4f}",
+        "engine": f"DeepSpeed ZeRO {budget.stage}, {ranks}, {train.precision}, {device}",
+    }
+
+
+def in_lines(rows: Mapping[str, str]) -> str:
+    """Return the rows as text, their names in a column."""
     return "\n".join(f"  {name:<11}{text}" for name, text in rows.items())
 
 
@@ -87,23 +94,13 @@ def _epochs(job: Job, samples: int) -> str:
     )
 
 
-def _memory(config: Config, ds_config: dict[str, Any], d: int, k: int, world: int) -> str:
-    """Return the model states per rank, without activations and padding."""
-    stage = zero_stage(ds_config)
-    precision = precision_of(config.train)
-    element = precision.num_bytes
-    weights = element * d / (world if stage >= 3 else 1)
-    gradients = element * d / (world if stage >= 2 else 1)
-    share = world if stage >= 1 else 1
-    masters = {"dense": 4 * d, "compact": 4 * k, "split": 2 * k}
-    in_weights = not precision.has_master and stage == 0
-    master = 0 if in_weights else masters[master_of(ds_config)] / share
-    count, stored = len(rule_of(config.train).moments), moments_of(config.train)
-    moments, dense = (count * stored.num_bytes(k, d) + d / 8) / share, count * 4 * d / share
-    mb = 1e6
+def _memory(budget: Budget) -> str:
+    """Return the model states per rank, without activations."""
+    found = {name: size / 1e6 for name, size in budget.states().items()}
+    count = len(rule_of(budget.config.train).moments)
     return (
-        f"per rank {(weights + gradients + master + moments) / mb:,.1f} MB of model states: "
-        f"weights {weights / mb:,.1f}, gradients {gradients / mb:,.1f}, master "
-        f"{master / mb:,.1f}, moments and mask {moments / mb:,.1f} (dense fp32 moments "
-        f"{dense / mb:,.1f})"
+        f"per rank {sum(found.values()):,.1f} MB of model states: "
+        f"weights {found['weights']:,.1f}, gradients {found['gradients']:,.1f}, master "
+        f"{found['master weights']:,.1f}, moments and mask {found['moments'] + found['mask']:,.1f} "
+        f"(dense fp32 moments {count * 4 * budget.local / 1e6:,.1f})"
     )

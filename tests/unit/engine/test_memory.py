@@ -39,6 +39,18 @@ def test_memory_that_nobody_has_written_to_takes_no_room():
         assert meter.peak_of(lambda: torch._foreach_copy_([bucket[KB : 2 * KB]], [ones])) == 12 * KB
 
 
+def test_tensors_on_the_meta_device():
+    """They take no memory, but a Meter for that device counts what they would take."""
+    with Meter(CPU) as meter:
+        assert meter.peak_of(lambda: torch.ones(KB, device="meta").exp_()) == 0
+    held: list[int] = []
+    with Meter(torch.device("meta"), held.append) as meter:
+        one = torch.ones(KB, device="meta")
+        assert meter.peak_of(one.exp) == 2 * 4 * KB
+        assert meter.peak_of(lambda: None) == 4 * KB
+    assert held == [4 * KB, 2 * 4 * KB]
+
+
 def test_gradients_and_what_the_backward_pass_keeps():
     weight = torch.nn.Parameter(torch.ones(KB))
 

@@ -8,6 +8,8 @@ from fractions import Fraction
 import pytest
 import torch
 
+from pmp_ds.config.moments import FP32
+from pmp_ds.engine.memory import Meter
 from pmp_ds.optim.low_bit import (
     NEAREST,
     from_codes,
@@ -20,6 +22,7 @@ from pmp_ds.optim.low_bit import (
     to_bf16,
     to_codes,
 )
+from pmp_ds.optim.stored import CHUNK, fresh
 
 SIGNED = pytest.mark.parametrize("signed", [True, False])
 
@@ -31,6 +34,18 @@ def values(n: int, seed: int = 0, spread: float = 2.0) -> torch.Tensor:
     numbers *= 10 ** (spread * torch.randn(n, generator=generator))
     numbers[::17] = 0.0
     return numbers
+
+
+def test_a_split_master_is_made_by_chunks():
+    """The same bits as at once, and never the 64-bit numbers of more than a chunk."""
+    numbers = values(3 * CHUNK + 5)
+    with Meter(numbers.device) as meter:
+        held = []
+        peak = meter.peak_of(
+            lambda: held.append(fresh(numbers, None, 0, (), FP32, master="split")["master_low"])
+        )
+    assert torch.equal(held[0], split(numbers))
+    assert peak < 4 * (2 * 4 + 2 + 2) * CHUNK + 40 * CHUNK
 
 
 def grid(shared: int, *, signed: bool) -> Iterator[Fraction]:

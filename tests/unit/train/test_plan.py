@@ -3,7 +3,10 @@
 import pytest
 
 from pmp_ds.config import Config, TrainConfig
+from pmp_ds.train.budget import Budget
 from pmp_ds.train.plan import _memory
+
+SHAPES, KEPT = {"w": (1000, 1000)}, 7 * 10**5
 
 
 @pytest.mark.parametrize(
@@ -13,7 +16,7 @@ def test_moments(optimizer, moments, dense, total):
     """A million elements, 70% in the ticket, fp32 without ZeRO: 4 bytes of weights, 4 of gradients;
     moments of 4 bytes each on the ticket, and a bit of mask per element."""
     config = Config(train=TrainConfig(optimizer=optimizer, precision="fp32"))
-    said = _memory(config, {}, 10**6, 7 * 10**5, 1)
+    said = _memory(Budget(SHAPES, KEPT, config, {}, 1))
     assert said.startswith(f"per rank {total} MB")
     assert f"moments and mask {moments} (dense fp32 moments {dense})" in said
 
@@ -32,6 +35,6 @@ def test_fewer_bits(moments, master, total, of_master, of_moments):
     """bf16 at ZeRO 1: 2 bytes of weights and 2 of gradients besides."""
     config = Config(train=TrainConfig(moments=moments))
     json = {"zero_optimization": {"stage": 1}, "pmp_ds": {"master": master}}
-    said = _memory(config, json, 10**6, 7 * 10**5, 1)
+    said = _memory(Budget(SHAPES, KEPT, config, json, 1))
     assert said.startswith(f"per rank {total} MB")
     assert f"master {of_master}, moments and mask {of_moments} (dense" in said

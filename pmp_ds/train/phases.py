@@ -1,0 +1,121 @@
+"""The memory of each phase of a run, per rank and by category, on the device and in host memory.
+
+    phases.update(budget, timeline, sequences)      the peak of an update, on the device
+    phases.host(budget, "save")                     in host memory
+
+As in DeepSpeed 0.19.8. What Python, torch and CUDA take for themselves does not count.
+"""
+
+from pmp_ds.config.precision import precision_of
+from pmp_ds.engine.deepspeed_config import master_of
+from pmp_ds.optim.stored import CHUNK
+from pmp_ds.state.weight_files import Layout
+from pmp_ds.ticket.scores import find_score
+from pmp_ds.train.activations import Timeline
+from pmp_ds.train.budget import Budget, Bytes
+
+_STAGE0_BUCKET = 500_000_000  # elements
+_CHUNK = 1 << 22  # elements of theta(0) drawn at once
+_SPLIT = 24  # bytes per element of a chunk while master weights are split
+_DRAW = 24  # bytes per element while they are drawn: bits, uniforms, results
+
+
+def _buckets(budget: Budget) -> int:
+    """Return the bytes of DeepSpeed's communication buffers, and copies of them."""
+    size = int(budget.zero["reduce_bucket_size"])
+    size = min(size, budget.num_params) if budget.on_cpu else size
+    if budget.stage == 0:
+        return budget.element * min(budget.num_params, _STAGE0_BUCKET + budget.largest)
+    number = 1 + (budget.stage < 3 and bool(budget.zero.get("overlap_comm"))) + (budget.world > 1)
+    offloaded = budget.element * budget.largest if budget.offloads("optimizer") else 0
+    return number * budget.element * size + offloaded
+
+
+def _gathered(budget: Budget) -> int:
+    """Return the bytes of gathered parameters at stage 3, at most."""
+    if budget.stage < 3:
+        return 0
+    # What the backward pass needs again so soon stays from the forward pass.
+    near = int(budget.zero["stage3_max_reuse_distance"]) // 2
+    ahead = int(budget.zero["stage3_prefetch_bucket_size"]) + budget.largest
+    return budget.element * min(budget.num_params, budget.persistent + near + ahead)
+
+
+def update(
+    budget: Budget, timeline: Timeline | None, sequences: int, *, dense: bool = False
+) -> Bytes:
+    """Return the peak of an update on the device with so many sequences per micro-batch, by
+    category; ``dense``: of an update of discovery. Without a timeline no activations count."""
+    found, _ = budget.placed(budget.states(dense=dense))
+    full, buckets = found["gradients"], _buckets(budget)
+    static = budget.stage == 3 or budget.cut.accumulation_steps > 1
+    each = 0.0 if static else full / budget.num_params
+    peak = timeline.peak(sequences, each) if timeline else 0
+    activations = max(peak - (0 if static else full), 0)
+    if budget.stage < 2:  # they are filled when the backward pass is over
+        buckets = max(buckets - activations, 0)
+    found |= {"gathered parameters": _gathered(budget), "communication buckets": buckets}
+    if dense and not budget.offloads("optimizer"):
+        found["scores and candidates"] = _scores(budget)
+    return found | {"activations, logits": activations}
+
+
+def _scores(budget: Budget) -> int:
+    stored = find_score(budget.config.mask.score).add is not None
+    candidates = 3 + (budget.config.mask.random_fraction > 0)  # newest, last, best; drawn
+    return budget.local * 4 * stored + candidates * -(-budget.local // 8)
+
+
+def start(budget: Budget, *, resumed: bool = False) -> Bytes:
+    """Return the peak on the device while the engine is built, or its state restored."""
+    states = budget.states()
+    found, host = budget.placed(states)
+    found["gradients"] = found["gradients"] if budget.stage == 3 else 0
+    ready = sum(found.values())
+    wrapped = budget.stage > 0 or precision_of(budget.config.train).has_master
+    piece = budget.local
+    if budget.stage == 3:
+        piece = min(piece, int(budget.zero["sub_group_size"]))
+    if resumed:
+        extra = 5 * min(piece, budget.largest)
+    else:
+        # DeepSpeed copies the weights to one tensor; then it makes fp32 masters, and gradients
+        # of 0. A compact or split master takes the place of a dense one.
+        peaks = [ready, found["weights"] * (2 if 0 < budget.stage < 3 else 1)]
+        if wrapped and not host:
+            peaks.append(found["weights"] + found["gradients"] + 4 * budget.local + 4 * piece)
+        if not host and (found["master weights"] not in (0, 4 * budget.local)):
+            kept = piece * budget.kept // budget.num_params
+            splitting = master_of(dict(budget.ds_config)) == "split"
+            chunk = _SPLIT * min(kept, CHUNK) * splitting
+            peaks.append(ready + 4 * budget.local + 8 * kept + chunk)
+        extra = max(peaks) - ready
+    return found | {"while it is built": extra}
+
+
+def host(budget: Budget, phase: str, *, drawn_whole: bool = False) -> Bytes:
+    """Return the bytes in host memory in a phase of the run."""
+    dense = phase == "discovery"
+    _, found = budget.placed(budget.states(dense=dense))
+    if dense and budget.offloads("optimizer"):
+        found["scores and candidates"] = _scores(budget)
+    if phase in ("start", "resume"):
+        size = 4 * budget.num_params if drawn_whole else _DRAW * min(_CHUNK, budget.largest)
+        found["theta(0), drawn" if phase == "start" else "checkpoint, read"] = size
+        found["mask of the partition, unpacked"] = budget.local if budget.masked else 0
+    if phase == "save":
+        found |= _staged(budget)
+    return found
+
+
+def _staged(budget: Budget) -> Bytes:
+    """Return the copies that a save makes on the rank with the largest share."""
+    layout = Layout.of({n: s * budget.element for n, s in budget.sizes.items()}, budget.world)
+    shares = [
+        sum(budget.sizes[n] for names in layout.files[rank :: budget.world] for n in names)
+        for rank in range(min(budget.world, len(layout.files)))
+    ]
+    states, has_master = budget.states(), precision_of(budget.config.train).has_master
+    copied = states["moments"] + (states["master weights"] if has_master else 0)
+    written = budget.state_bytes() // (1 if budget.stage == 0 else budget.world)
+    return {"staged weights": budget.element * max(shares), "staged state": copied + written}
