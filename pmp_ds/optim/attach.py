@@ -67,9 +67,7 @@ def arm(optimizer: MaskedOptimizer, shards: ZeroShards, mask: ParamMask | None) 
     """Give the optimizer its share of ``mask`` and replace DeepSpeed's ``step``; return ours. A
     compact or split master also replaces the dense fp32 one."""
     segments = [fragment.segment for fragment in shards.fragments]
-    optimizer.arm(flat_masks(shards, mask), segments, shards.groups)
-    if optimizer.master != "dense":
-        shards.drop_fp32_master()
+    optimizer.arm(flat_masks(shards, mask), segments, shards.groups, shards.drop_fp32_master)
     step = MaskedStep(optimizer, shards)
     shards.replace_step(step)
     return step

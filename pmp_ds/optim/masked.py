@@ -20,7 +20,7 @@ from pmp_ds.errors import UserError
 from pmp_ds.model.parameters import shape_of
 from pmp_ds.optim.kernels import Kernels, kernels_for
 from pmp_ds.optim.kernels.batch import Coefficients, Layout, Master, Segment, Tensors
-from pmp_ds.optim.stored import EXPONENTS, MASTER_STATE, fresh
+from pmp_ds.optim.stored import EXPONENTS, MASTER_STATE, fresh_moments, kept_master
 from pmp_ds.optim.update import Update
 from pmp_ds.ticket.mask import check_bits
 
@@ -85,6 +85,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         bits: dict[torch.Tensor, torch.Tensor | None],
         segments: Sequence[Segment] | None = None,
         groups: Sequence[int] = (),
+        drop_masters: Callable[[], None] = lambda: None,
     ) -> None:
         """Fix the mask of every tensor and start from fresh moments.
 
@@ -93,7 +94,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
         ``update`` gets gradients of, in the order of ``bits`` and then of elements; whole tensors
         by default. No other element is ever updated. ``groups``: by tensor, the number of its
         parameter group, for tensors that no group lists: ZeRO-3 empties the groups between steps.
-        Raises UserError for other bits.
+        ``drop_masters`` frees dense masters, of which a compact or split one has taken what it
+        needs; moments are made only then. Raises UserError for other bits.
         """
         for tensor, mask in bits.items():
             if mask is not None:
@@ -107,18 +109,21 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self._masks, self._segments = dict(bits), tuple(segments)
         self._groups = dict(zip(bits, groups, strict=True)) if groups else {}
         self.state.clear()
-        for i, (tensor, mask) in enumerate(bits.items()):
-            blocks = sum(s.num_blocks for s in segments if s.tensor == i)
-            state = fresh(
-                tensor, mask, blocks, self.moments, self.moment_format, master=self.master
-            )
-            self.state[tensor] = {"step": torch.zeros((), dtype=torch.float32), **state}
+        for tensor, mask in bits.items():
+            self.state[tensor] = kept_master(tensor, mask, self.master)
         self._kernels = None
         if self.coefficients(self.defaults, 1.0) is not None:
             kernels = kernels_for(list(bits), master=self.master)
             if kernels is not None:
                 device = next(iter(bits)).device
                 self._kernels = kernels, Layout(self._segments, list(bits.values()), device)
+        if self.master != "dense":
+            drop_masters()
+        for i, (tensor, mask) in enumerate(bits.items()):
+            blocks = sum(s.num_blocks for s in segments if s.tensor == i)
+            moments = fresh_moments(tensor, mask, blocks, self.moments, self.moment_format)
+            step = torch.zeros((), dtype=torch.float32)
+            self.state[tensor] = {"step": step, **moments, **self.state[tensor]}
 
     def bits(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """Return the packed mask of a tensor; None when all of it is kept."""

@@ -26,39 +26,41 @@ EXPONENTS = "_exponents"
 """Follows a moment's name in the name of its blocks' exponents."""
 
 
-def fresh(
+def kept_master(
+    tensor: torch.Tensor, mask: torch.Tensor | None, master: Master
+) -> dict[str, torch.Tensor]:
+    """Return what ``master`` keeps of a tensor's weights apart; ``mask`` is packed, None keeps
+    all."""
+    if master == "dense":
+        return {}
+    dtype, done = torch.int16 if master == "split" else torch.float32, 0
+    kept = torch.empty(_num_kept(tensor, mask), dtype=dtype, device=tensor.device)
+    for i, chunk in enumerate(tensor.detach().view(-1).split(CHUNK)):
+        values = chunk if mask is None else chunk[unpack(mask, chunk.numel(), i * CHUNK)]
+        kept[done : done + len(values)] = split(values.float()) if master == "split" else values
+        done += len(values)
+    return {MASTER_STATE[master]: kept}
+
+
+def fresh_moments(
     tensor: torch.Tensor,
     mask: torch.Tensor | None,  # packed
     num_blocks: int,  # of its segments
     moments: Sequence[str],
     moment_format: MomentFormat,
-    *,
-    master: Master,
 ) -> dict[str, torch.Tensor]:
-    """Return moments of 0, and what ``master`` keeps of the weights."""
-    num_kept, device = tensor.numel() if mask is None else popcount(mask), tensor.device
-    state = {}
+    """Return moments of 0 for the kept elements of a tensor."""
+    num_kept, device, state = _num_kept(tensor, mask), tensor.device, {}
     for name in moments:
         state[name] = torch.zeros(num_kept, dtype=moment_format.dtype, device=device)
         if moment_format.has_exponents:
             lowest = torch.full((num_blocks,), LOWEST_EXPONENT, dtype=torch.uint8, device=device)
             state[name + EXPONENTS] = lowest
-    if master != "dense":
-        kept = gather(tensor.detach().view(-1), mask).float()
-        if master == "split":  # by chunks: its numbers take 64 bits on their way
-            kept = torch.cat([split(part) for part in kept.split(CHUNK)])
-        state[MASTER_STATE[master]] = kept
     return state
 
 
-def gather(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Return a copy of the kept ones of (numel,) values, (num_kept,)."""
-    if mask is None:
-        return values.clone()
-    parts = [
-        chunk[unpack(mask, chunk.numel(), i * CHUNK)] for i, chunk in enumerate(values.split(CHUNK))
-    ]
-    return torch.cat(parts)
+def _num_kept(tensor: torch.Tensor, mask: torch.Tensor | None) -> int:
+    return tensor.numel() if mask is None else popcount(mask)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from fractions import Fraction
 import pytest
 import torch
 
-from pmp_ds.config.moments import FP32
 from pmp_ds.engine.memory import Meter
 from pmp_ds.optim.low_bit import (
     NEAREST,
@@ -22,7 +21,7 @@ from pmp_ds.optim.low_bit import (
     to_bf16,
     to_codes,
 )
-from pmp_ds.optim.stored import CHUNK, fresh
+from pmp_ds.optim.stored import CHUNK, kept_master
 
 SIGNED = pytest.mark.parametrize("signed", [True, False])
 
@@ -41,9 +40,7 @@ def test_a_split_master_is_made_by_chunks():
     numbers = values(3 * CHUNK + 5)
     with Meter(numbers.device) as meter:
         held = []
-        peak = meter.peak_of(
-            lambda: held.append(fresh(numbers, None, 0, (), FP32, master="split")["master_low"])
-        )
+        peak = meter.peak_of(lambda: held.append(kept_master(numbers, None, "split")["master_low"]))
     assert torch.equal(held[0], split(numbers))
     assert peak < 4 * (2 * 4 + 2 + 2) * CHUNK + 40 * CHUNK
 
