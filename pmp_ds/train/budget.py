@@ -192,9 +192,9 @@ class Budget:
             moved = ("master weights", "moments", "mask")
             host = {name: device.pop(name) for name in moved}
             device |= dict.fromkeys(moved, 0)
-            # In host memory also the fp32 gradients, and the weights on their way back.
+            # In host memory also the fp32 gradients, and at stages 1 and 2 the updated weights.
             host["gradients"] = (4 + self.gradient) * self.local
-            host["weights"] = self.element * self.local
+            host["weights"] = self.element * self.local * (self.stage < 3)
             device["gradients"] = 0
         if self.offloads("param"):
             host["weights"] = host.get("weights", 0) + device["weights"]

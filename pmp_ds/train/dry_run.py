@@ -18,7 +18,7 @@ from pmp_ds.data.mixed_store import open_data
 from pmp_ds.engine.deepspeed_config import merge
 from pmp_ds.errors import require
 from pmp_ds.foreign import read_object
-from pmp_ds.model.build import context_length, model_config
+from pmp_ds.model.build import UNBOUNDED, context_length, model_config
 from pmp_ds.model.parameters import constants, num_params, parameter_table
 from pmp_ds.model.recipe import NotDescribedError, Recipe
 from pmp_ds.model.recipe import describe as describe_model
@@ -56,9 +56,11 @@ def describe(config: Config, ds_config: dict[str, Any], machine: Machine) -> str
     timelines, unknown = _timelines(hf_config, budget, block, kinds)
     now = timelines[full]
     if config.train.micro_batch_size == "auto":
-        memory = machine.device_memory
-        fits = fit.largest(budget, now, memory) if memory else 1
-        budget = fit.with_micro_batch(budget, max(fits, 1))
+        memory = machine.device_memory if now else None
+        size = fit.largest(budget, now, memory) if memory else 1
+        budget = fit.with_micro_batch(budget, max(size, 1))
+        how = "what fits" if memory else "1; --device-memory says what fits"
+        assumed = "; ".join(filter(None, (assumed, f"train.micro_batch_size=auto: {how}")))
     rows = plan.basics(budget, block, "a GPU each")
     if assumed:
         rows["assumed"] = assumed
@@ -72,7 +74,7 @@ def describe(config: Config, ds_config: dict[str, Any], machine: Machine) -> str
         dry_tables.disk(budget, buffers),
         dry_tables.times(budget, machine, hf_config, block, recipes),
     ]
-    if machine.device_memory:
+    if machine.device_memory and not unknown:
         parts.append(dry_tables.fits(budget, timelines, machine.device_memory))
     return "\n\n".join(parts)
 
@@ -100,7 +102,8 @@ def _data(config: Config, block_size: int | None) -> tuple[int, int, int, str]:
     if model.family == "auto" and block_size is None:
         sizes = {"vocab_size": vocabulary, "eos_id": 0, "block_size": 1}
         found = model_config(model, **sizes, bos_id=None, base=_base(config))
-        longest = min(context_length(found), 4096)
+        longest = context_length(found)
+        require(longest < UNBOUNDED, f"{where} names no longest context: add --block-size N")
     block = block_size or longest
     by = "--block-size" if block_size else "the longest context; --block-size"
     text = f"no store at {', '.join(folders)} yet: a vocabulary of {vocabulary:,} ({where}), "

@@ -27,8 +27,9 @@ def _buckets(budget: Budget) -> int:
     if budget.stage == 0:
         return budget.element * min(budget.num_params, _STAGE0_BUCKET + budget.largest)
     number = 1 + (budget.stage < 3 and bool(budget.zero.get("overlap_comm"))) + (budget.world > 1)
-    offloaded = budget.element * budget.largest if budget.offloads("optimizer") else 0
-    return number * budget.element * size + offloaded
+    if budget.offloads("optimizer") and budget.stage < 3:
+        return budget.element * (number * size + budget.largest)
+    return budget.element * number * size
 
 
 def _gathered(budget: Budget) -> int:
@@ -77,18 +78,17 @@ def start(budget: Budget, *, resumed: bool = False) -> Bytes:
     if budget.stage == 3:
         piece = min(piece, int(budget.zero["sub_group_size"]))
     if resumed:
-        extra = 5 * min(piece, budget.largest)
+        extra = 0 if host else 5 * min(piece, budget.largest)
     else:
         # DeepSpeed copies the weights to one tensor; then it makes fp32 masters, and gradients
-        # of 0. A compact or split master takes the place of a dense one.
+        # of 0. A compact or split master takes the place of a dense one, then moments are made.
         peaks = [ready, found["weights"] * (2 if 0 < budget.stage < 3 else 1)]
         if wrapped and not host:
             peaks.append(found["weights"] + found["gradients"] + 4 * budget.local + 4 * piece)
         if not host and (found["master weights"] not in (0, 4 * budget.local)):
-            kept = piece * budget.kept // budget.num_params
             splitting = master_of(dict(budget.ds_config)) == "split"
-            chunk = _SPLIT * min(kept, CHUNK) * splitting
-            peaks.append(ready + 4 * budget.local + 8 * kept + chunk)
+            chunk = _SPLIT * min(piece, CHUNK) * splitting
+            peaks.append(ready - found["moments"] + 4 * budget.local + chunk)
         extra = max(peaks) - ready
     return found | {"while it is built": extra}
 
@@ -111,10 +111,10 @@ def host(budget: Budget, phase: str, *, drawn_whole: bool = False) -> Bytes:
 def _staged(budget: Budget) -> Bytes:
     """Return the copies that a save makes on the rank with the largest share."""
     layout = Layout.of({n: s * budget.element for n, s in budget.sizes.items()}, budget.world)
-    shares = [
-        sum(budget.sizes[n] for names in layout.files[rank :: budget.world] for n in names)
-        for rank in range(min(budget.world, len(layout.files)))
-    ]
+    files = [sum(budget.sizes[name] for name in names) for names in layout.files]
+    # In the background all files of a rank are in memory, otherwise one at a time.
+    writers = budget.world if budget.config.run.async_save else len(files)
+    shares = [sum(files[rank::writers]) for rank in range(min(writers, len(files)))]
     states, has_master = budget.states(), precision_of(budget.config.train).has_master
     copied = states["moments"] + (states["master weights"] if has_master else 0)
     written = budget.state_bytes() // (1 if budget.stage == 0 else budget.world)

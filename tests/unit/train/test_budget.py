@@ -114,6 +114,14 @@ def test_state_on_disk():
     assert budget(1).state_bytes(dense=True) == 18 * 12 + 18 * 4 + 2 * 3
 
 
+def test_copies_of_a_save():
+    """Both parameters are in one file; moments and master, once as they are and once as kept."""
+    found = phases.host(budget(2), "save")
+    assert found == {"staged weights": 36, "staged state": 40 + 40 + 9 * 12 // 2}
+    start = phases.host(budget(2), "start", drawn_whole=True)
+    assert start == {"theta(0), drawn": 72, "mask of the partition, unpacked": 10}
+
+
 def test_what_fits():
     """States of about 160 bytes at stage 2: one more sequence takes 5 bytes."""
     small = budget(2, global_batch_size=32)

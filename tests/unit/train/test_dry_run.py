@@ -54,6 +54,7 @@ def test_a_run_without_data(tmp_path):
         f"parameters d = {d:,}",
         "DeepSpeed ZeRO 2, 8 ranks, fp32, a GPU each",
         "no store at tokenized_data/demo yet: a vocabulary of 32,000 (llama's own;",
+        "train.micro_batch_size=auto: what fits",
         "smallest that fits: ZeRO 0 with the settings as they are, micro-batch 2",
     ):
         assert line in text
@@ -120,6 +121,7 @@ def test_a_model_that_cannot_run_without_values(tmp_path, monkeypatch):
     text = said(tmp_path, "--init.seed", "1", "--device-memory", "1GB")
     unknown = "activations, which are not counted (llama: item() cannot be called on meta tensors)"
     assert unknown in " ".join(text.split())
+    assert "largest micro-batch" not in text
     d = float(re.findall(r"d = ([\d,]+)", text)[0].replace(",", ""))
     drawn = table_of(text, "host memory of a rank")["theta(0), drawn"]["start"]
     assert drawn == pytest.approx(4 * d, abs=6e6), "paper mode draws all of it"
