@@ -103,7 +103,7 @@ def collect(
             state = copies[f.flat]
             counts = _kept_by_block(f, mask) if in_codes else None
             for kind in (*optimizer.moments, *([apart] if apart else [])):
-                values = state[kind][span].clone()
+                values = state[kind][span]
                 if counts is not None and kind in signed:
                     exponents = state[kind + EXPONENTS][blocks].repeat_interleave(counts)
                     values = from_codes(values, exponents, signed=signed[kind]).bfloat16()

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
 from pmp_ds.model.folder import read_slice
 from pmp_ds.model.parameters import constants
 from pmp_ds.run_dir import write_json
+from pmp_ds.tensor_file import write_tensors
 
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 2 << 30
@@ -145,10 +145,10 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
     load_constants(folder, model)
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file, 0600 from the first byte, fsynced."""
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file of contiguous CPU tensors, which may be parts of others; 0600 from
+    the first byte, fsynced."""
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
-    save_file(tensors, path)
-    path.chmod(0o600)
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    write_tensors(path, shapes, dtypes, tensors.__getitem__)

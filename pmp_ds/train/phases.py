@@ -6,8 +6,10 @@
 As in DeepSpeed 0.19.8. What Python, torch and CUDA take for themselves does not count.
 """
 
+from pmp_ds.config.moments import moments_of
 from pmp_ds.config.precision import precision_of
 from pmp_ds.engine.deepspeed_config import master_of
+from pmp_ds.optim.rules import rule_of
 from pmp_ds.optim.stored import CHUNK
 from pmp_ds.state.weight_files import Layout
 from pmp_ds.ticket.scores import find_score
@@ -117,5 +119,10 @@ def _staged(budget: Budget) -> Bytes:
     shares = [sum(files[rank::writers]) for rank in range(min(writers, len(files)))]
     states, has_master = budget.states(), precision_of(budget.config.train).has_master
     copied = states["moments"] + (states["master weights"] if has_master else 0)
-    written = budget.state_bytes() // (1 if budget.stage == 0 else budget.world)
-    return {"staged weights": budget.element * max(shares), "staged state": copied + written}
+    kept = budget.kept if budget.masked else budget.num_params
+    kept //= 1 if budget.stage == 0 else budget.world
+    # Dense masters are written without the complement, 8-bit moments as bf16.
+    made = 4 * kept if has_master and master_of(dict(budget.ds_config)) == "dense" else 0
+    if moments_of(budget.config.train).has_exponents:
+        made += 2 * kept * len(rule_of(budget.config.train).moments)
+    return {"staged weights": budget.element * max(shares), "staged state": copied + made}

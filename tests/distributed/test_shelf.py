@@ -178,7 +178,7 @@ def test_another_format_is_never_passed_over(run, step):
     assert str(caught.value).startswith(
         f"checkpoint {other} has format 1, which a development version of pmp-ds 0.1.0 before"
     )
-    assert f"this is {code_version()}, which reads formats 2, 3 and 4: " in str(caught.value)
+    assert f"this is {code_version()}, which reads formats 2, 3, 4 and 5: " in str(caught.value)
     with pytest.raises(FormatError, match="has format 1"):
         shelf.find(run, step)
     shelf.prune(run, "train", 1)

@@ -75,7 +75,7 @@ CHECKPOINTS = {
         "refused, nothing is changed; an older checkpoint is not used instead",
         EXIT_MISTAKE,
         r"checkpoint .*update-00000012 has format 1, which a development version of pmp-ds 0\.1\.0 "
-        r"before .* reads; this is pmp-ds .*, which reads formats 2, 3 and 4: ",
+        r"before .* reads; this is pmp-ds .*, which reads formats 2, 3, 4 and 5: ",
         NOTHING,
     ),
     "lost checkpoints": Fault(

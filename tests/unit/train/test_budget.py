@@ -115,9 +115,10 @@ def test_state_on_disk():
 
 
 def test_copies_of_a_save():
-    """Both parameters are in one file; moments and master, once as they are and once as kept."""
+    """Both parameters are in one file; moments and masters are copied, and the kept masters of
+    these once more."""
     found = phases.host(budget(2), "save")
-    assert found == {"staged weights": 36, "staged state": 40 + 40 + 9 * 12 // 2}
+    assert found == {"staged weights": 36, "staged state": 40 + 40 + 4 * 4}
     start = phases.host(budget(2), "start", drawn_whole=True)
     assert start == {"theta(0), drawn": 72, "mask of the partition, unpacked": 10}
 
