@@ -38,12 +38,12 @@ def place(
 ) -> None:
     """Give the parameters of ``model`` memory and values. ``merged``: the DeepSpeed config."""
     stage = merged.get("zero_optimization", {}).get("stage", 0)
-    total = sum(param.numel() for param in model.parameters())
-    title, quiet = "initial weights", quiet or total < _SHOW_PROGRESS
+    sizes = [param.numel() for param in model.parameters()]
+    quiet = quiet or sum(sizes) < _SHOW_PROGRESS
     if stage == 3:
         init = deepspeed.zero.Init(config_dict_or_path=merged, dtype=dtype)
-        total //= dist.world_size()
-    with Progress(title, "element", total, scale=True, disable=quiet) as bar:
+        sizes = [-(-numel // dist.world_size()) for numel in sizes]
+    with Progress("initial weights", "element", sum(sizes), scale=True, disable=quiet) as bar:
 
         def filled(name: str, start: int, out: torch.Tensor) -> None:
             for i in range(0, out.numel(), _CHUNK):

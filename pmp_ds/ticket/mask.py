@@ -10,10 +10,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from pmp_ds.errors import UserError
-from pmp_ds.tensor_file import raw_bytes
 
 MOST_ELEMENTS = 1 << 48  # in a model, and per dimension
 _MOST_DIMENSIONS = 16
@@ -49,7 +49,7 @@ def full_bits(numel: int, device: torch.device | str = "cpu") -> torch.Tensor:
 
 def popcount(bits: torch.Tensor) -> int:
     """Number of ones."""
-    return int.from_bytes(raw_bytes(bits.cpu()), "little").bit_count()
+    return int(np.bitwise_count(bits.cpu().numpy()).sum(dtype=np.int64))
 
 
 def num_ones(bits: torch.Tensor) -> torch.Tensor:

@@ -207,12 +207,12 @@ def _checked(
             mask=ParamMask(bits=bits(_most_bytes(shapes)), shapes=shapes),
             **{field.name: manifest[field.name] for field in fields(Origin)},
         )
-        intact = manifest["num_params"] == ticket.mask.num_params
         if known_id is not None:
             vars(ticket)["id"] = known_id  # where cached_property keeps it
-        else:
-            intact = intact and ticket.mask.num_kept == manifest["num_kept"]
-        intact = intact and ticket.id == manifest["id"]
+        intact = ticket.id == manifest["id"]  # reads every bit, and counts the ones
+        intact = intact and manifest["num_params"] == ticket.mask.num_params
+        if known_id is None:
+            intact = intact and manifest["num_kept"] == ticket.mask.num_kept
     except (FormatError, MissingError):
         raise
     except UserError as error:
