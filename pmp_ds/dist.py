@@ -4,8 +4,6 @@ It works under ``deepspeed``, ``torchrun`` and plain ``python`` (one rank). Ever
 works before ``init`` and without a process group: this process is then rank 0 of 1.
 """
 
-import contextlib
-import ctypes
 import datetime
 import logging
 import os
@@ -15,6 +13,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as torch_dist
 
+from pmp_ds import heap
 from pmp_ds.errors import SharedError, UserError
 from pmp_ds.meeting import Meeting, in_words, meet
 
@@ -25,7 +24,6 @@ MEET_SECONDS = 1800.0
 """Seconds that ranks wait for each other at the start."""
 
 _meeting: Meeting | None = None
-_M_MMAP_THRESHOLD = -3  # malloc.h of glibc
 _waits = 0  # calls of on_rank0, the same number on every rank
 
 
@@ -57,7 +55,7 @@ def init(
     # Otherwise every torch.empty is filled: most of a CPU step, as DeepSpeed's buckets are large.
     deterministic: Any = torch.utils.deterministic  # the attribute is not in torch's types
     deterministic.fill_uninitialized_memory = False
-    _give_memory_back()
+    heap.return_large_blocks()
     if device().type == "cuda":
         torch.cuda.set_device(device())
     torch_dist.init_process_group(
@@ -69,14 +67,6 @@ def init(
         device_id=device() if world > 1 and device().type == "cuda" else None,  # as DeepSpeed does
     )
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # adopts the group
-
-
-def _give_memory_back() -> None:
-    """Let glibc return large blocks to the system when they are freed. By default it keeps those
-    of up to 32 MB once one of that size was freed, in pieces that fit nothing else: at ZeRO 3 on
-    CPU 2 to 3 bytes per parameter."""
-    with contextlib.suppress(AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def import_deepspeed() -> Any:

@@ -70,7 +70,8 @@ def _scores(budget: Budget) -> int:
 
 
 def start(budget: Budget, *, resumed: bool = False) -> Bytes:
-    """Return the peak on the device while the engine is built, or its state restored."""
+    """Return the peak on the device while the engine is built and, with ``resumed``, its state
+    restored."""
     states = budget.states()
     found, host = budget.placed(states)
     found["gradients"] = found["gradients"] if budget.stage == 3 else 0
@@ -79,20 +80,18 @@ def start(budget: Budget, *, resumed: bool = False) -> Bytes:
     piece = budget.local
     if budget.stage == 3:
         piece = min(piece, int(budget.zero["sub_group_size"]))
-    if resumed:
-        extra = 0 if host else 5 * min(piece, budget.largest)
-    else:
-        # DeepSpeed copies the weights to one tensor; then it makes fp32 masters, and gradients
-        # of 0. A compact or split master takes the place of a dense one, then moments are made.
-        peaks = [ready, found["weights"] * (2 if 0 < budget.stage < 3 else 1)]
-        if wrapped and not host:
-            peaks.append(found["weights"] + found["gradients"] + 4 * budget.local + 4 * piece)
-        if not host and (found["master weights"] not in (0, 4 * budget.local)):
-            splitting = master_of(dict(budget.ds_config)) == "split"
-            chunk = _SPLIT * min(piece, CHUNK) * splitting
-            peaks.append(ready - found["moments"] + 4 * budget.local + chunk)
-        extra = max(peaks) - ready
-    return found | {"while it is built": extra}
+    # DeepSpeed copies the weights to one tensor; then it makes fp32 masters, and gradients of 0. A
+    # compact or split master takes the place of a dense one, then moments are made.
+    peaks = [ready, found["weights"] * (2 if 0 < budget.stage < 3 else 1)]
+    if wrapped and not host:
+        peaks.append(found["weights"] + found["gradients"] + 4 * budget.local + 4 * piece)
+    if not host and (found["master weights"] not in (0, 4 * budget.local)):
+        splitting = master_of(dict(budget.ds_config)) == "split"
+        chunk = _SPLIT * min(piece, CHUNK) * splitting
+        peaks.append(ready - found["moments"] + 4 * budget.local + chunk)
+    if resumed and not host:
+        peaks.append(ready + 5 * min(piece, budget.largest))
+    return found | {"while it is built": max(peaks) - ready}
 
 
 def host(budget: Budget, phase: str, *, drawn_whole: bool = False) -> Bytes:
