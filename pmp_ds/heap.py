@@ -15,9 +15,3 @@ def return_large_blocks() -> None:
     """From now on, give large blocks back when they are freed."""
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
-
-
-def trim() -> None:
-    """Give back what small blocks have left, at the end of something large."""
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)

@@ -13,7 +13,7 @@ import deepspeed
 import torch
 from transformers import PreTrainedModel
 
-from pmp_ds import dist, heap
+from pmp_ds import dist
 from pmp_ds.config import TrainConfig
 from pmp_ds.config.moments import FP32
 from pmp_ds.config.precision import precision_of
@@ -255,4 +255,3 @@ class Engine(Portable):
         self._step = None  # it holds the others, and not every engine was armed
         del self._engine, self.shards, self.optimizer
         gc.collect()  # DeepSpeed leaves reference cycles
-        heap.trim()
