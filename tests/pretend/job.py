@@ -161,7 +161,7 @@ class Meter:
         cost.waits += [(f.what, f.stack) for f in new if f.kind == "wait"]
         cost.late += sum(f.kind == "late" for f in new)
         cost.peak_bytes = self._watched.peak_bytes
-        gc.collect()  # or the peak would depend on when Python last did
+        gc.collect()  # or the peak would include earlier updates
         torch.ops.pretend.reset_peak()
         self._doing, self._num_findings = doing, self._num_findings + len(new)
 
@@ -182,9 +182,13 @@ def measure(setup: Setup, folder: str) -> Measured:
     store = open_data(config.data.store)
     run, meter = RunDir(place / "job"), Meter()
     gc.collect()
-    with meter.watching() as watched:
-        before = watched.bytes_held
-        outcome = pipeline.run(config, setup.json, store, run, time.monotonic())
+    gc.disable()  # Python's own times differ with what ran before in this process
+    try:
+        with meter.watching() as watched:
+            before = watched.bytes_held
+            outcome = pipeline.run(config, setup.json, store, run, time.monotonic())
+    finally:
+        gc.enable()
     gc.collect()
     faults = Counter((f.kind, f.what, f.place) for f in watched.findings if f.kind not in WAITS)
     metrics = [row for row in read_metrics(run.metrics) if "loss" in row]
