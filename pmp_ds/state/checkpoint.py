@@ -157,9 +157,9 @@ def _write_part(folder: Path, snapshot: Snapshot) -> dict[str, str]:
     rank, parts = dist.rank(), folder / "weights"
     written = save_weights(snapshot.weights, snapshot.layout, snapshot.hf_config, parts, rank)
     if snapshot.state is not None:
-        written.append(folder / "state" / f"rank-{rank:05d}.safetensors")
-        save_tensors(snapshot.state() | snapshot.more, written[-1])
-    return {str(path.relative_to(folder)): sha256(path) for path in written}
+        path = folder / "state" / f"rank-{rank:05d}.safetensors"
+        written[path] = save_tensors(snapshot.state() | snapshot.more, path)
+    return {str(path.relative_to(folder)): digest for path, digest in written.items()}
 
 
 def _publish(folder: Path, final: Path, snapshot: Snapshot, files: dict[str, str]) -> None:

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from pmp_ds.model.folder import read_slice
 from pmp_ds.model.parameters import constants
-from pmp_ds.run_dir import write_json
+from pmp_ds.run_dir import sha256, write_json
 from pmp_ds.tensor_file import write_tensors
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -70,25 +70,26 @@ def save_weights(
     hf_config: PretrainedConfig | None,
     folder: Path,
     rank: int = 0,
-) -> list[Path]:
+) -> dict[Path, str]:
     """Write one rank's files of Hugging Face safetensors, with at most one file's share in memory;
-    rank 0 also writes index and config. Return the files.
+    rank 0 also writes index and config. Return the files and their sha256.
 
     ``tensors``: those of ``layout`` in its order, whole where this rank writes them. They are
     consumed to the end, even when writing fails.
     """
-    written, rest = [], iter(tensors)
+    written: dict[Path, str] = {}
+    rest = iter(tensors)
     try:
         for number, names in enumerate(layout.files):
             mine = number % layout.writers == rank
             found = {name: tensor for name, tensor in itertools.islice(rest, len(names)) if mine}
             if mine:
                 assert tuple(found) == names
-                written.append(folder / layout.file(number))
-                save_tensors(found, written[-1])
+                path = folder / layout.file(number)
+                written[path] = save_tensors(found, path)
                 del found
         if rank == 0:
-            written += _write_descriptions(layout, hf_config, folder)
+            written |= _write_descriptions(layout, hf_config, folder)
     finally:
         for _ in rest:  # consuming it may be collective
             pass
@@ -97,7 +98,7 @@ def save_weights(
 
 def _write_descriptions(
     layout: Layout, hf_config: PretrainedConfig | None, folder: Path
-) -> list[Path]:
+) -> dict[Path, str]:
     values: dict[Path, Any] = {}
     if len(layout.files) > 1:
         places = enumerate(layout.files)
@@ -108,7 +109,7 @@ def _write_descriptions(
         values[folder / "config.json"] = hf_config.to_dict()
     for path, content in values.items():
         write_json(path, content, private=True)
-    return list(values)
+    return {path: sha256(path) for path in values}
 
 
 def read_weights(folder: Path) -> Callable[[str], torch.Tensor]:
@@ -145,10 +146,10 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
     load_constants(folder, model)
 
 
-def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file of contiguous CPU tensors, which may be parts of others; 0600 from
-    the first byte, fsynced."""
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> str:
+    """Write a safetensors file of CPU tensors, which may be parts of others; 0600 from the first
+    byte, fsynced. Return its sha256."""
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-    write_tensors(path, shapes, dtypes, tensors.__getitem__)
+    return write_tensors(path, shapes, dtypes, tensors.__getitem__)

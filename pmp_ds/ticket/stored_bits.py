@@ -42,6 +42,7 @@ class StoredBits(Bits):
         except (OSError, SafetensorError, ValueError) as error:
             raise ForeignError(f"{path.name} cannot be read ({type(error).__name__})") from None
         self.facts = facts or Facts()
+        self._read: dict[tuple[str, int], torch.Tensor] = {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file.names)
@@ -52,7 +53,7 @@ class StoredBits(Bits):
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._file.names:
             raise KeyError(name)
-        return self.part(name, 0, self._length(name))
+        return torch.cat([*self.pieces(name), torch.empty(0, dtype=torch.uint8)])
 
     def form(self, name: str) -> tuple[torch.dtype | str, tuple[int, ...]]:
         dtype = self._file.dtype(name)
@@ -60,7 +61,7 @@ class StoredBits(Bits):
 
     def part(self, name: str, first: int, last: int) -> torch.Tensor:
         low = first // CHUNK
-        chunks = [self._chunk(name, i) for i in range(low, -(-last // CHUNK))]
+        chunks = [self._kept(name, i) for i in range(low, -(-last // CHUNK))]
         joined = torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.uint8)
         return joined[first - low * CHUNK :][: last - first]
 
@@ -85,6 +86,13 @@ class StoredBits(Bits):
 
     def _length(self, name: str) -> int:
         return int(torch.Size(self._file.shape(name)).numel())
+
+    def _kept(self, name: str, number: int) -> torch.Tensor:
+        """Return a chunk that is read once: a rank that has read its fragments no longer depends on
+        the file."""
+        if (name, number) not in self._read:
+            self._read[name, number] = self._chunk(name, number)
+        return self._read[name, number]
 
     def _chunk(self, name: str, number: int) -> torch.Tensor:
         start = number * CHUNK

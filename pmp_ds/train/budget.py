@@ -23,7 +23,7 @@ from pmp_ds.ticket.scores import find_score
 
 Bytes = dict[str, int]
 """By category."""
-_DEFAULTS = {  # of DeepSpeed; sizes in elements
+DEFAULTS = {  # of DeepSpeed; sizes in elements
     "stage": 0,
     "reduce_bucket_size": 500_000_000,
     "sub_group_size": 1_000_000_000,
@@ -54,7 +54,7 @@ class Budget:
     @cached_property
     def zero(self) -> dict[str, Any]:
         given = self.ds_config.get("zero_optimization", {})
-        return _DEFAULTS | {name: value for name, value in given.items() if value != "auto"}
+        return DEFAULTS | {name: value for name, value in given.items() if value != "auto"}
 
     @property
     def stage(self) -> int:

@@ -106,6 +106,31 @@ def test_other_ranks_read_what_they_need(ranks2, tmp_path):
     assert second < 64 * 8
 
 
+def bytes_after_the_first(folder: str) -> int:
+    """Return the bytes read for a fragment and the ones before it, the second time."""
+    sizes: list[int] = []
+    true = os.preadv
+
+    def counting(fd: int, buffers: list[memoryview], offset: int) -> int:
+        sizes.append(sum(map(len, buffers)))
+        return true(fd, buffers, offset)
+
+    with mock.patch.object(stored_bits, "CHUNK", 64), mock.patch.object(os, "preadv", counting):
+        mask = load_together(Path(folder)).mask
+        first = mask.fragment("w", 9_000, 3_000)
+        sizes.clear()
+        os.truncate(Path(folder) / MASK_FILE, 0)
+        assert mask.fragment("w", 9_000, 3_000).equal(first)
+        assert mask.num_kept_before("w", 12_000) - mask.num_kept_before("w", 9_000) == first.sum()
+    return sum(sizes)
+
+
+def test_a_rank_with_its_fragments_does_not_need_the_file(ranks1, tmp_path):
+    """Every save counts them, also long after the start."""
+    ranks1.run(written, str(tmp_path / "t"))
+    assert ranks1.run(bytes_after_the_first, str(tmp_path / "t")) == [0]
+
+
 def another_one(folders: list[str]) -> str:
     with pytest.raises(UserError) as caught:
         load_together(Path(folders[dist.rank()]))

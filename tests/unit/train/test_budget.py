@@ -14,7 +14,7 @@ from pmp_ds.model.keys import Secret
 from pmp_ds.model.next_token import token_losses
 from pmp_ds.train import fit, phases, wire
 from pmp_ds.train.activations import Timeline, timeline
-from pmp_ds.train.budget import Budget
+from pmp_ds.train.budget import DEFAULTS, Budget
 from tests.helpers import tiny
 
 SHAPES, KEPT = {"w": (5, 3), "b": (3,)}, 9
@@ -121,6 +121,14 @@ def test_copies_of_a_save():
     assert found == {"staged weights": 36, "staged state": 40 + 40 + 4 * 4}
     start = phases.host(budget(2), "start", drawn_whole=True)
     assert start == {"theta(0), drawn": 72, "mask of the partition, unpacked": 10}
+
+
+def test_defaults_are_those_of_deepspeed():
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    made, fields = DeepSpeedZeroConfig(), DeepSpeedZeroConfig.model_fields
+    theirs = {field.alias or name: getattr(made, name) for name, field in fields.items()}
+    assert {name: theirs[name] for name in DEFAULTS} == DEFAULTS
 
 
 def test_what_fits():
