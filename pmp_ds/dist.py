@@ -24,6 +24,7 @@ MEET_SECONDS = 1800.0
 """Seconds that ranks wait for each other at the start."""
 
 _meeting: Meeting | None = None
+_host_group: Any = None  # gloo's, beside NCCL
 _waits = 0  # calls of on_rank0, the same number on every rank
 
 
@@ -108,16 +109,19 @@ def device() -> torch.device:
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum ``tensor`` over the ranks in place and return it. NCCL sums only on the device: one in
-    host memory (offloaded state) travels there and back."""
+    """Sum ``tensor`` over the ranks in place and return it. NCCL sums only on the device: what lies
+    in host memory (offloaded state) is summed there, over gloo, without waiting for the device.
+    Collective."""
+    global _host_group
     if world_size() == 1:
         return tensor
     if tensor.device.type == device().type:
         torch_dist.all_reduce(tensor)
         return tensor
-    there = tensor.pin_memory().to(device(), non_blocking=True)
-    torch_dist.all_reduce(there)
-    return tensor.copy_(there)
+    if _host_group is None:  # made by all ranks at once: the same state is offloaded on all
+        _host_group = torch_dist.new_group(backend="gloo")
+    torch_dist.all_reduce(tensor, group=_host_group)
+    return tensor
 
 
 def all_gather_object(value: T) -> list[T]:
@@ -241,5 +245,7 @@ def barrier() -> None:
 
 
 def shutdown() -> None:
+    global _host_group
+    _host_group = None
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()

@@ -137,29 +137,26 @@ class Discovery:
         best = self._local("best", reader)
         self._best = None if best is None else (memory["best_step"], best)
         if self._newest is not None and self._scores.score.add is not None:
+            shards = self._engine.shards
             self._scores.values = [
-                reader.read("score", f.name, f.start, f.numel).to(self._device(f))
+                reader.read("score", f.name, f.start, f.numel).to(shards.device)
                 for f in self._fragments
             ]
 
     def _num_common(self, one: list[torch.Tensor], other: list[torch.Tensor]) -> int:
-        # In host memory under offload; a rank may have no fragment.
-        device = one[0].device if one else self._engine.device
-        total = torch.zeros(1, dtype=torch.int64, device=device)
+        shards = self._engine.shards
+        total = torch.zeros(1, dtype=torch.int64, device=shards.device)
         for a, b in zip(one, other, strict=True):
             total += count_common(a, b)
-        return int(total if self._engine.shards.replicated else dist.all_reduce_sum(total))
+        return int(total if shards.replicated else dist.all_reduce_sum(total))
 
     def _local(self, which: str, reader: StateReader) -> list[torch.Tensor] | None:
         """Return this rank's share of a candidate, packed by fragment."""
         kept = reader.candidate(which, {info.name: info.shape for info in self._table})
         if kept is None:
             return None
-        return [pack(kept(f.name, f.start, f.numel)).to(self._device(f)) for f in self._fragments]
-
-    def _device(self, f: Fragment) -> torch.device:
-        """Return the device of a fragment's reduced gradients: the CPU under offload."""
-        return self._engine.shards.flats[f.flat].device
+        shards = self._engine.shards
+        return [pack(kept(f.name, f.start, f.numel)).to(shards.device) for f in self._fragments]
 
 
 def random_ticket(key: bytes, config: MaskConfig, table: Table) -> Ticket:

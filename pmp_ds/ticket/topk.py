@@ -58,15 +58,15 @@ class TopK:
         self._num_fragments = len(everywhere)
         self._places = torch.tensor([places[start] for start in starts], dtype=torch.int64)
         self._dtype: torch.dtype | None = None
-        self._numel = 0
+        self._numel, self._device = 0, dist.device()
 
     def select(
         self, scores: Sequence[torch.Tensor], k: int
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Return the masks, and how many scores of all ranks are not finite, () int64: if any, the
         masks mean nothing. Collective; does not wait for the device after the first call."""
-        device = scores[0].device if scores else dist.device()
-        counting, dtype = counting_for(device), self._common_dtype(scores, k)
+        dtype = self._agreed(scores, k)
+        device, counting = self._device, counting_for(self._device)
         self._places = self._places.to(device)
         shift = 16 if dtype == torch.float32 else 0
         high = self._sum(counting.histogram(scores, 1 << 15, shift, None).to(device))
@@ -108,13 +108,18 @@ class TopK:
         quotas = (wanted - earlier).clamp(min=0).minimum(counts)
         return quotas.index_select(0, self._places)
 
-    def _common_dtype(self, scores: Sequence[torch.Tensor], k: int) -> torch.dtype:
+    def _agreed(self, scores: Sequence[torch.Tensor], k: int) -> torch.dtype:
+        """Return the dtype of all scores, and once see where they are: a rank without any must sum
+        with the others, on the device or in host memory."""
         if self._dtype is None:
             mine = {s.dtype for s in scores}, sum(s.numel() for s in scores)
-            dtypes, sizes = zip(*self._gather(mine), strict=True)
+            hosts = {s.device.type == "cpu" for s in scores}
+            dtypes, sizes, on_host = zip(*self._gather((*mine, hosts)), strict=True)
             found = set().union(*dtypes) or {torch.float32}
             assert len(found) == 1, f"scores of several dtypes: {found}"
             self._dtype, self._numel = found.pop(), sum(sizes)
+            if True in set().union(*on_host):
+                self._device = torch.device("cpu")
         assert k <= self._numel, f"k={k} of {self._numel} elements"
         return self._dtype
 

@@ -29,6 +29,7 @@ class Partitioned:
         self.fragments = sorted(fragments, key=lambda f: (f.flat, f.flat_start))
         self._sizes = [sum(f.flat == i for f in fragments) for i in range(len(flats))]
         self._has_master = True
+        self.device = torch.device("cpu" if offloaded else zero.device)
         self.clip_norm = float(zero.clip_grad)
         self.scales_loss = zero.dtype == torch.float16
 
@@ -49,8 +50,7 @@ class Partitioned:
         return [slice_of(flats[f.flat], f.flat_start, f.numel) for f in self.fragments]
 
     def norm(self, squares: torch.Tensor) -> torch.Tensor:
-        device = torch.device(self._zero.device) if self._offloaded else squares.device
-        return norm_over_ranks(squares, self._sizes, self.norm_dtype, device)
+        return norm_over_ranks(squares.to(self.device), self._sizes, self.norm_dtype)
 
     def replace_step(self, step: Any) -> None:
         self._zero.step = step

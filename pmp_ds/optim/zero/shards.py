@@ -49,6 +49,8 @@ class ZeroShards(Protocol):
     """The parameter group of each flat."""
     replicated: bool
     """Whether every rank holds everything (stage 0)."""
+    device: torch.device
+    """Where the reduced gradients are: the CPU under offload. The same kind on every rank."""
     clip_norm: float
     """0 for no clipping."""
     scales_loss: bool
@@ -142,17 +144,16 @@ def norm_over_ranks(
     squares: torch.Tensor,
     sizes: Sequence[int],
     dtype: torch.dtype,
-    device: torch.device | None,
+    *,
+    replicated: bool = False,
 ) -> torch.Tensor:
     """Combine sums of squares by fragment to the norm over all ranks, with DeepSpeed's arithmetic.
 
     ``sizes``: how many consecutive fragments DeepSpeed takes a norm of. ``dtype``: of the sum over
-    the ranks and all after it. ``device``: where it is made, unless every rank has all gradients.
-    Collective.
+    the ranks and all after it. ``replicated``: every rank has all gradients. Collective.
     """
     sums = torch.stack([part.sum() for part in squares.split(list(sizes))]).to(dtype)
-    if device is not None:
-        sums = dist.all_reduce_sum(sums.to(device)).to(squares.device)
+    sums = sums if replicated else dist.all_reduce_sum(sums)
     return torch.linalg.vector_norm(sums.sqrt())
 
 

@@ -26,6 +26,7 @@ class Stage0:
         self.fragments = [
             Fragment(names[param], 0, param.numel(), i, 0) for i, param in enumerate(self._params)
         ]
+        self.device = self._params[0].device
         self.clip_norm = float(engine.gradient_clipping())
         self.scales_loss = bool(engine.fp16_enabled())
 
@@ -40,7 +41,7 @@ class Stage0:
         return [param.detach().view(-1) for param in self._params] if self._wrapped else None
 
     def norm(self, squares: torch.Tensor) -> torch.Tensor:
-        return norm_over_ranks(squares, self._sizes, torch.float32, None)
+        return norm_over_ranks(squares, self._sizes, torch.float32, replicated=True)
 
     def drop_fp32_master(self) -> None:
         raise AssertionError("deepspeed_config refuses a compact master at stage 0")
