@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.documents import anchors, documents, links
+
 REPO = Path(__file__).resolve().parents[2]
 
 CODE = re.compile(r"^```.*?^```|`[^`\n]+`", re.MULTILINE | re.DOTALL)
@@ -13,13 +15,6 @@ MAKE = re.compile(r"(?<![\w./-])make +([^;&|`\n]+)")
 FILE = re.compile(
     r"(?<![\w./-])(?:launcher|ds_configs|docs|benchmarks|tests|pmp_ds|\.ci)/[^\s`'\"();|,]+"
 )
-LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)")
-
-
-def documents() -> list[Path]:
-    readme = REPO / "README.md"
-    assert readme.exists(), "README.md is missing"
-    return [readme, *sorted((REPO / "docs").glob("**/*.md")), REPO / "ds_configs" / "README.md"]
 
 
 def code(text: str) -> str:
@@ -67,13 +62,24 @@ def test_files_exist() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    broken = {
-        f"{file.relative_to(REPO)}: {link}"
-        for file in documents()
-        for link in LINK.findall(file.read_text(encoding="utf-8"))
-        if not (file.parent / link).exists()
-    }
+    """To a file, and to a heading in it."""
+    broken = set()
+    for file in documents():
+        text = file.read_text(encoding="utf-8")
+        for link in links(text):
+            path, _, anchor = link.partition("#")
+            target = file.parent / path if path else file
+            if not target.exists():
+                broken.add(f"{file.relative_to(REPO)}: {link}")
+            elif anchor and anchor not in anchors(target.read_text(encoding="utf-8")):
+                broken.add(f"{file.relative_to(REPO)}: {link}: no such heading")
     assert broken == set()
+
+
+def test_anchors_are_those_of_github() -> None:
+    text = "# A `b` & [c](d)\n```\n# no\n```\n## pretrain: run, what?\n"
+    assert anchors(text) == {"a-b--c", "pretrain-run-what"}
+    assert links("[a](b.md#c) `[d](e)` [f](https://x)\n```\n[g](h)\n```\n") == ["b.md#c"]
 
 
 def test_files_named_by_the_makefile_exist() -> None:
@@ -126,3 +132,10 @@ def test_table_of_architectures_is_whole() -> None:
     assert found == section(rows), "run: make families"
     assert [row.kind for row in rows] == sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     assert [row.kind for row in rows if "FAILED" in str(row)] == []
+
+
+def test_configuration_is_generated() -> None:
+    from tests.helpers.configuration import DOCUMENT, document
+
+    told = "run: python -m tests.helpers.configuration > docs/CONFIGURATION.md"
+    assert DOCUMENT.read_text(encoding="utf-8") == document(), told
