@@ -58,6 +58,7 @@ OTHERS_FLAGS = {
     "--user",  # of docker
     "--read-only",
     "--tmpfs",
+    "--shm-size",
     "--signature",  # of model_signing
     "--public_key",
     "--logdir",  # of tensorboard
