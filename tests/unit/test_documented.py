@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pmp_ds import launch
 from pmp_ds.commands import HELP, VERBS, main
@@ -38,6 +39,7 @@ OTHERS = {
 GIVEN = {
     "big.yaml": "{input: [corpus], tokenizer: path/to/llama}",
     "recipe.yaml": "{init: {seed: 42}}",
+    ".venv/bin/activate": "",
 }
 """Files that a reader of the documents has."""
 
@@ -91,6 +93,7 @@ def _examples(text: str) -> str:
 def _household(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name, content in GIVEN.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
 
 
@@ -119,6 +122,18 @@ def test_commands_of_the_documents(where: str, tmp_path: Path):
     lines = recorded(SHELL[where], tmp_path, [*OURS, *OTHERS])
     assert lines, f"{where}: no command; is it ```text?"
     assert [(words, why) for words in lines if (why := refused(words))] == []
+
+
+def test_containers_of_the_manifests():
+    """The command and arguments of each container that the documents show."""
+    found = 0
+    for where, block in BLOCKS.items():
+        for part in yaml.safe_load_all(block.text) if block.language == "yaml" else ():
+            if part.get("kind") == "Job":
+                for container in part["spec"]["template"]["spec"]["containers"]:
+                    found += 1
+                    assert refused([*container["command"], *container["args"]]) is None, where
+    assert found
 
 
 def test_commands_inside_sentences():

@@ -14,12 +14,12 @@ QUOTED = re.findall(r"\*\*`(.+?)`\*\*", TEXT)
 @cache
 def messages() -> tuple[str, ...]:
     """Return every text in pmp_ds, with `…` for what is filled in."""
-    found = []
-    for path in sorted((REPO / "pmp_ds").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.JoinedStr | ast.Constant):
-                found.append("".join(_parts(node)))
-    return tuple(found)
+    return tuple(
+        "".join(_parts(node))
+        for path in sorted((REPO / "pmp_ds").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.JoinedStr | ast.Constant)
+    )
 
 
 def _parts(node: ast.expr) -> Iterator[str]:
