@@ -27,9 +27,11 @@ Generated from the code: `python -m tests.helpers.configuration > docs/CONFIGURA
 A **setting** decides what is learned or made. It is a line of the YAML file that `--config` names,
 or a flag: `train: {lr: 3.0e-4}` and `--train.lr 3e-4` are the same. `--print-config` prints the
 result of all files and flags. An **option** belongs to one call of a command and is a flag only. In
-a flag `-` and `_` are the same, and an option without a value after it is a switch. How a run fits
-on the machine is a DeepSpeed JSON, which
+a flag `-` and `_` are the same, and one that is true or false needs no value. A path may begin with
+`~` or `$VARIABLE`. How a run fits on the machine is a DeepSpeed JSON, which
 [ds_configs/README.md](../ds_configs/README.md) describes.
+
+N is a whole number, X a number; the other words in capitals say what the value names.
 """
 
 
