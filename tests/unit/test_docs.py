@@ -3,8 +3,10 @@
 import re
 import shlex
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+import yaml
 
 from tests.helpers.documents import anchors, documents, links
 
@@ -139,3 +141,48 @@ def test_configuration_is_generated() -> None:
 
     told = "run: python -m tests.helpers.configuration > docs/CONFIGURATION.md"
     assert DOCUMENT.read_text(encoding="utf-8") == document(), told
+
+
+def test_drawings_are_up_to_date() -> None:
+    from tests.helpers.drawings import DRAWINGS, FOLDER
+
+    assert {path.name for path in FOLDER.iterdir()} == set(DRAWINGS)
+    for name, draw in DRAWINGS.items():
+        found = (FOLDER / name).read_text(encoding="utf-8")
+        assert found == draw(), "run: python -m tests.helpers.drawings"
+        ElementTree.fromstring(found)
+
+
+def test_the_drawing_of_ranks_is_what_a_run_allocates() -> None:
+    """Whole on every rank, or a fourth of it, by the model of memory that real engines check."""
+    from pmp_ds.config import Config, ModelConfig, TrainConfig
+    from pmp_ds.train.budget import Budget
+    from tests.helpers.drawings import ROWS, WHOLE_BELOW
+
+    config = Config(model=ModelConfig(), train=TrainConfig(precision="bf16"))
+    numel, ranks = 4096, 4
+    per_element = {"weights": 2, "gradients": 2, "master weights": 4, "moments": 8, "mask": 1 / 8}
+    for stage, whole in WHOLE_BELOW.items():
+        json = {"zero_optimization": {"stage": stage}}
+        states = Budget({"w": (64, 64)}, numel // 2, config, json, ranks).states()
+        for row, ((_, extent), what) in enumerate(zip(ROWS, per_element, strict=True)):
+            elements = numel if row < whole else numel // ranks
+            elements //= 2 if extent == "ticket" else 1
+            assert states[what] == per_element[what] * elements, (stage, what)
+
+
+def test_every_page_is_in_the_site() -> None:
+    """mkdocs itself is strict about it, but runs only in `make docs`."""
+    text = (REPO / "mkdocs.yml").read_text(encoding="utf-8")
+    named = re.findall(r": ([\w/.-]+\.md)$", text, re.MULTILINE)
+    pages = {str(file.relative_to(REPO)) for file in documents()} | {"CHANGELOG.md"}
+    assert sorted(named) == sorted(pages)
+
+
+def test_citation_names_this_version() -> None:
+    from pmp_ds import __version__
+
+    found = yaml.safe_load((REPO / "CITATION.cff").read_text(encoding="utf-8"))
+    assert found["version"] == __version__
+    assert found["cff-version"] == "1.2.0"
+    assert found["references"][0]["identifiers"][0]["value"] == "arXiv:2602.00446"
