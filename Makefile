@@ -171,13 +171,14 @@ clients: $(STAMP)
 
 # The site, with an environment of its own in .docs (170 MB, without torch). mkdocs wants all pages in
 # one folder, so they are copied there with their paths. Strict: dead links and headings fail.
+# (`--quiet` would hide the warnings from strict.)
 PAGES := README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md CITATION.cff Dockerfile docs ds_configs \
   tokenized_data/README.md tests/pretend/README.md
 .PHONY: docs
 docs: .docs/.installed
 	rm -rf build/site && mkdir -p build/site/source
 	cp -r --parents $(PAGES) build/site/source
-	NO_MKDOCS_2_WARNING=1 .docs/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 .docs/bin/mkdocs build
 	@echo 'open build/site/html/index.html'
 
 .docs/.installed: constraints.txt
