@@ -1,6 +1,7 @@
 """Commands, files and links in the documentation exist."""
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 from xml.etree import ElementTree
@@ -177,6 +178,14 @@ def test_every_page_is_in_the_site() -> None:
     named = re.findall(r": ([\w/.-]+\.md)$", text, re.MULTILINE)
     pages = {str(file.relative_to(REPO)) for file in documents()} | {"CHANGELOG.md"}
     assert sorted(named) == sorted(pages)
+
+
+def test_pages_have_the_blank_lines_that_the_site_needs() -> None:
+    hook = runpy.run_path(str(REPO / "docs" / "site_hooks.py"))["on_page_markdown"]
+    text = "Text:\n- a\n  more\n- b\n\nText\n| c |\n|---|\n```\nx\n- y\n```\n# d\n1. e\n2. f\n"
+    apart = text.replace("Text:\n", "Text:\n\n").replace("Text\n|", "Text\n\n|")
+    assert hook(text, page=None) == apart
+    assert hook(apart) == apart
 
 
 def test_citation_names_this_version() -> None:

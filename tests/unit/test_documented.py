@@ -1,7 +1,8 @@
 """Every command in the documents and in --help is one that the real parsers accept.
 
 bash reads each shell block, with stand-ins for the programs that it may name; the words of ours go
-to the parser of the command. `tests/e2e/test_quickstart.py` runs those of the first pages for real.
+to the parser of the command. `tests/unit/test_drift.py` looks up flags that stand alone in a
+sentence, and `tests/e2e/test_quickstart.py` runs the commands of the quick start for real.
 """
 
 import re
@@ -50,22 +51,6 @@ CUT_SHORT = re.compile(
     r"|deepspeed refuses \['--\S+'\]|arms has no `base`"
 )
 """What a parser says of a command that is right as far as it goes."""
-
-OTHERS_FLAGS = {
-    "--max-restarts",  # of torchrun
-    "--module",  # of deepspeed
-    "--master_port",
-    "--num_accelerators",
-    "--hostfile",
-    "--user",  # of docker
-    "--read-only",
-    "--tmpfs",
-    "--shm-size",
-    "--signature",  # of model_signing
-    "--public_key",
-    "--logdir",  # of tensorboard
-    "--no-deps",  # of pip
-}
 
 DOCUMENTS = {shown(path): path.read_text(encoding="utf-8") for path in documents()}
 BLOCKS = {
@@ -160,25 +145,6 @@ def test_commands_of_the_help_texts(tmp_path: Path):
         if (why := refused(words))
     ]
     assert wrong == []
-
-
-def test_flags_exist():
-    """Those of sentences; `--train.lr 3e-4` may stand there alone."""
-    known = {"--version"} | {flag.replace("_", "-") for flag in OTHERS_FLAGS}
-    for form in forms().values():
-        known |= {flag.replace("_", "-") for flag in form.parser._option_string_actions}
-    launcher = (REPO / "pmp_ds" / "launch.py").read_text()
-    known |= set(re.findall(r'"(--[\w-]+)"', launcher))
-    for path in (REPO / "benchmarks").glob("*.py"):
-        known |= set(re.findall(r'"(--[\w-]+)"', path.read_text()))
-    unknown = {
-        (name, flag)
-        for name, text in DOCUMENTS.items()
-        for span in spans(text)
-        for flag in re.findall(r"(?<![\w-])--[a-zA-Z][\w.-]*\w", span)
-        if flag.replace("_", "-") not in known
-    }
-    assert unknown == set()
 
 
 def test_other_programs_still_occur():
