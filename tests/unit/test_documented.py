@@ -135,6 +135,15 @@ def test_commands_inside_sentences():
     assert wrong == []
 
 
+def test_commands_have_one_spelling():
+    """`pmp-ds VERB` in sentences, not the name of its file alone; FAULTS.md is generated."""
+    old = re.compile(rf"(?:{'|'.join(verb.replace('-', '_') for verb in VERBS)})\.py\b")
+    texts = {name: text for name, text in DOCUMENTS.items() if name != "docs/FAULTS.md"}
+    assert {
+        (name, one) for name, text in texts.items() for one in spans(text) if old.match(one)
+    } == set()
+
+
 def test_commands_of_the_help_texts(tmp_path: Path):
     scripts = helps()
     assert {"pmp-ds pretrain", "pmp-ds export", "pmp-ds"} <= scripts.keys()
