@@ -46,15 +46,14 @@ _STAND_IN = f"""\
 #!{sys.executable}
 import json, os, sys
 words = sys.argv[1:]
-start = ["-m", "pmp_ds.commands"] if os.path.basename(sys.argv[0]) == "pmp-ds" else []
+command = ["-c", "import sys; from pmp_ds.commands import main; sys.exit(main())"]
+start = command if os.path.basename(sys.argv[0]) == "pmp-ds" else []
 smaller = json.loads({json.dumps(json.dumps(SMALLER))})
 more = next((smaller[word] for word in words if word in smaller), [])
 if "--dry-run" in words:
     more = []
 if "prepare-data" in words and "--input" not in words:
     more = [*more, "--input", "corpus"]
-if start:
-    start = ["-c", "import sys; from pmp_ds.commands import main; sys.exit(main())"]
 os.execv({sys.executable!r}, [{sys.executable!r}, *start, *words, *more])
 """
 
