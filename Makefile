@@ -53,14 +53,15 @@ help:
 	@echo 'make crafted      open 12,000 crafted files, settings and DeepSpeed JSONs; print a table with memory'
 	@echo 'make examples     the hypothesis tests with a hundred times as many examples'
 	@echo 'make fuzz         fuzz the parsers with altered bytes for ten minutes (atheris)'
-	@echo 'make nightly      test, test-nightly, crafted, examples, fuzz, torture, families, clients: hours'
+	@echo 'make nightly      test, docs, test-nightly, crafted, examples, fuzz, torture, families, clients: hours'
 	@echo 'make torture      SIGKILL a run 50 times in all of its phases; it must end with the same bits'
 	@echo 'make study        pretrain, fine-tune, attack and report as in RECIPE=FILE (STUDY_ARGS=--plan: print the plan)'
 	@echo 'make bench        measure this machine in ten minutes, GPU or CPU: one table, in bench/'
 	@echo 'make clients      load tiny releases with transformers 4 and 5, llama.cpp, vLLM and others (12 GB)'
+	@echo 'make docs         the documents as a site, in build/site/html; a dead link or heading fails'
 	@echo 'make lint         only ruff and mypy'
 	@echo 'make setup        only install into .venv; the other targets do so when it is missing or out of date'
-	@echo 'make clean        remove caches and build files; keep runs/, tokenized_data/, .venv and .clients'
+	@echo 'make clean        remove caches and build files; keep runs/, tokenized_data/, .venv, .clients, .docs'
 	@echo
 	@echo 'The first call installs about 2 GB, several more with CUDA. Without a GPU, this saves the latter:'
 	@echo '  make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu'
@@ -154,7 +155,7 @@ fuzz: $(STAMP)
 	python -m tests.helpers.fuzz $(FUZZ_ARGS)
 
 # Run one after the other, the costly ones last, each even if the previous one failed.
-NIGHTLY := test test-nightly crafted examples fuzz torture families clients
+NIGHTLY := test docs test-nightly crafted examples fuzz torture families clients
 .PHONY: nightly
 nightly:
 	@failed=; for target in $(NIGHTLY); do $(MAKE) $$target || failed+=" $$target"; done; \
@@ -168,7 +169,24 @@ torture: $(STAMP)
 clients: $(STAMP)
 	python -m tests.clients $(if $(TORCH_INDEX),--torch-index '$(TORCH_INDEX)') $(CLIENTS_ARGS)
 
+# The site, with an environment of its own in .docs (170 MB, without torch). mkdocs wants all pages in
+# one folder, so they are copied there with their paths. Strict: dead links and headings fail.
+# (`--quiet` would hide the warnings from strict.)
+PAGES := README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md CITATION.cff Dockerfile docs ds_configs \
+  tokenized_data/README.md tests/pretend/README.md
+.PHONY: docs
+docs: .docs/.installed
+	rm -rf build/site && mkdir -p build/site/source
+	cp -r --parents $(PAGES) build/site/source
+	NO_MKDOCS_2_WARNING=1 .docs/bin/mkdocs build
+	@echo 'open build/site/html/index.html'
+
+.docs/.installed: constraints.txt
+	@.docs/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .docs
+	.docs/bin/$(PIP) install --quiet -c constraints.txt mkdocs-material
+	@touch $@
+
 .PHONY: clean
 clean:
 	rm -rf build *.egg-info .durations .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './.clients/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './.clients/*' -not -path './.docs/*' -prune -exec rm -rf {} +

@@ -168,9 +168,9 @@ FORMATS = {
             ),
         ),
         (1, 2, 3, 4, 5),
-        "A file without a number is version 1. The next start of `pretrain.py` rewrites "
-        "it as version 5, with the digest that it has; until then `vault.py` draws theta(0) again "
-        "to check the key (1), and `export.py` to check the digest (1, 2).",
+        "A file without a number is version 1. The next start of `pmp-ds pretrain` rewrites "
+        "it as version 5, with the digest that it has; until then `pmp-ds vault` draws theta(0) "
+        "again to check the key (1), and `pmp-ds export` to check the digest (1, 2).",
     ),
 }
 

@@ -40,9 +40,6 @@ examples:
   before anything is rented: memory, traffic, disk and time, and what fits; needs no data
     pmp-ds pretrain --config tinyllama-1.1b --deepspeed-config zero2 \\
         --dry-run --world-size 8 --device-memory 80GB --device-flops 989T
-  before anything is rented: memory, traffic, disk and time, and what fits; needs no data
-    pmp-ds pretrain --config tinyllama-1.1b --deepspeed-config zero2 \\
-        --dry-run --world-size 8 --device-memory 80GB --device-flops 989T
   its control without a mask: an overlay, then a name of its own
     python -m pmp_ds.launch pretrain --config demo \\
         --config base --run.name demo-base"""

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from pmp_ds.errors import UserError
 
@@ -27,8 +26,6 @@ _MIN_UNIT_BYTES = 16 << 20
 _UNITS = 64  # in a medium-sized corpus, so that many cores finish together
 
 _HOPELESS_ROWS = 1000
-
-Kind = Literal["text", "jsonl", "parquet", "topics", "stream"]
 
 
 class Unfinished(UserError):
@@ -70,7 +67,9 @@ class Source:
     """The name in reports and the manifest: the input as given, and the path below it."""
 
     path: Path
-    kind: Kind
+    kind: str
+    """A name in ``readers.READERS`` for a file, or `topics` or `stream`."""
+
     num_bytes: int
     """Size on disk: compressed if the file is, and of the part if it is one."""
 

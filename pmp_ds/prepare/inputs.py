@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from pmp_ds.errors import UserError
-from pmp_ds.prepare.corpus import PYTHON, STREAM, Kind, Source, StreamOptions
+from pmp_ds.prepare.corpus import PYTHON, STREAM, Source, StreamOptions
 from pmp_ds.prepare.readers import topics
 
-SUFFIXES: dict[str, Kind] = {
+SUFFIXES = {
     ".txt": "text",
     ".jsonl": "jsonl",
     ".jsonl.gz": "jsonl",
     ".jsonl.zst": "jsonl",
     ".parquet": "parquet",
 }
-_KNOWN = tuple(SUFFIXES)
+"""The kind of a file by its ending."""
+
 _PATTERN = frozenset("*?[")
 _SKIPPED_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 
@@ -86,8 +87,8 @@ def _path_sources(given: str, notes: list[str]) -> list[Source]:
             f"{STREAM}NAME for a Hugging Face dataset, or `{PYTHON}` for the interpreter's own "
             "documentation and sources"
         )
-    if not root.name.endswith(_KNOWN):
-        raise UserError(f"input {given} is not a {', '.join(_KNOWN)} file or a folder of them")
+    if not root.name.endswith(tuple(SUFFIXES)):
+        raise UserError(f"input {given} is not a {', '.join(SUFFIXES)} file or a folder of them")
     return [_file_source(given, given, root)]
 
 
@@ -123,7 +124,7 @@ def _readable(
         path = Path(name)
         if hidden and path.name.startswith("."):
             left_out.setdefault("hidden", []).append(name)
-        elif not name.endswith(_KNOWN):
+        elif not name.endswith(tuple(SUFFIXES)):
             left_out.setdefault("of other types", []).append(name)
         elif "://" not in given and not (root / path).is_file():
             raise UserError(f"input {given}: {name} is a link to nothing, or not a file; remove it")
@@ -137,13 +138,13 @@ def _readable(
     if not readable:
         raise UserError(
             f"input {given} {'contains' if hidden or '://' in given else 'matches'} no "
-            f"{', '.join(_KNOWN)} file" + (f", but {'; '.join(lines)}" if lines else "")
+            f"{', '.join(SUFFIXES)} file" + (f", but {'; '.join(lines)}" if lines else "")
         )
     notes += [f"input {given}: left out {line}" for line in lines]
     return readable
 
 
-def _kind(name: str) -> Kind:
+def _kind(name: str) -> str:
     return next(kind for suffix, kind in SUFFIXES.items() if name.endswith(suffix))
 
 
@@ -170,8 +171,8 @@ def _url_sources(given: str, notes: list[str]) -> list[Source]:
             paths = sorted(system.find(root))
         else:
             paths = [root]
-            if not root.endswith(_KNOWN):
-                raise UserError(f"input {given} is not a {', '.join(_KNOWN)} file or a folder")
+            if not root.endswith(tuple(SUFFIXES)):
+                raise UserError(f"input {given} is not a {', '.join(SUFFIXES)} file or a folder")
         below = {path: path.removeprefix(root.rstrip("/") + "/") for path in paths}
         visible = [path for path, name in below.items() if "/." not in f"/{name}"]
         if len(visible) < len(paths):

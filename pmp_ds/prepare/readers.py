@@ -1,8 +1,12 @@
-"""Read the documents of one source and count its other rows. Imports without torch."""
+"""Read the documents of one source and count its other rows. Imports without torch.
+
+A new kind of file is a ``Reader`` in ``READERS``, and its ending in ``inputs.SUFFIXES``.
+"""
 
 import os
 import zlib
 from collections.abc import Callable, Iterator
+from typing import BinaryIO
 
 import pyarrow as pa
 
@@ -12,6 +16,10 @@ from pmp_ds.prepare.jsonl import json_documents
 from pmp_ds.prepare.parquet import parquet_documents
 from pmp_ds.prepare.rows import LONGEST, accepted, open_source, too_long
 from pmp_ds.prepare.streams import read_stream
+
+Reader = Callable[[Source, BinaryIO, str, Rejects, Callable[[int], None]], Iterator[bytes]]
+"""Takes a source, its open file, the field with the text, where other rows are counted, and what
+is called with the number of bytes read; yields documents in order, valid UTF-8 and not blank."""
 
 
 def read_documents(
@@ -34,16 +42,7 @@ def read_documents(
             yield from (text.encode("utf-8") for text in texts)
         else:
             with open_source(source) as raw:
-                if source.kind == "text":
-                    if source.num_bytes > LONGEST:
-                        raise too_long(source, "it is one document")
-                    yield from accepted([(source.name, raw.read())], rejects)
-                    on_bytes(source.num_bytes)
-                elif source.kind == "parquet":
-                    yield from parquet_documents(source, raw, text_field, rejects)
-                    on_bytes(source.num_bytes)
-                else:
-                    yield from json_documents(source, raw, text_field, rejects, on_bytes)
+                yield from READERS[source.kind](source, raw, text_field, rejects, on_bytes)
             _require_unchanged(source)
     except (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError) as error:
         said = str(error).strip().partition("\n")[0]
@@ -53,6 +52,35 @@ def read_documents(
 def read_texts(source: Source, text_field: str, rejects: Rejects) -> Iterator[str]:
     """Yield the documents of ``read_documents``, decoded."""
     return (document.decode("utf-8") for document in read_documents(source, text_field, rejects))
+
+
+def _whole_file(
+    source: Source,
+    raw: BinaryIO,
+    text_field: str,
+    rejects: Rejects,
+    on_bytes: Callable[[int], None],
+) -> Iterator[bytes]:
+    """Yield the file as one document."""
+    if source.num_bytes > LONGEST:
+        raise too_long(source, "it is one document")
+    yield from accepted([(source.name, raw.read())], rejects)
+    on_bytes(source.num_bytes)
+
+
+def _parquet(
+    source: Source,
+    raw: BinaryIO,
+    text_field: str,
+    rejects: Rejects,
+    on_bytes: Callable[[int], None],
+) -> Iterator[bytes]:
+    yield from parquet_documents(source, raw, text_field, rejects)
+    on_bytes(source.num_bytes)
+
+
+READERS: dict[str, Reader] = {"text": _whole_file, "jsonl": json_documents, "parquet": _parquet}
+"""By ``Source.kind``, for files."""
 
 
 def topics() -> list[tuple[str, bytes]]:

@@ -98,8 +98,8 @@ def refused(stage: int) -> list[str]:
     return said
 
 
-def readme(code: str, folder: str) -> dict[str, torch.Tensor]:
-    """Run the README's code unchanged, then a few updates with the result."""
+def documented(code: str, folder: str) -> dict[str, torch.Tensor]:
+    """Run the code of docs/LIBRARY.md unchanged, then a few updates with the result."""
     os.chdir(folder)
     ticket = random_ticket(b"a" * 32, MaskConfig(source="random"), parameter_table(tiny.model()))
     RunDir(Path("runs/demo")).create()
@@ -117,7 +117,7 @@ def readme(code: str, folder: str) -> dict[str, torch.Tensor]:
         "model": tiny.model(),
         "ds_config": config,
     }
-    exec(code, names)  # noqa: S102 - our own README
+    exec(code, names)  # noqa: S102 - our own document
     users = names["engine"]
     for step in range(1, STEPS + 1):
         users.backward(loss_of(users, tiny.batch(step, SIZE)))
@@ -142,10 +142,10 @@ def test_plain_module(kind):
 
 
 @pytest.mark.distributed
-def test_lines_of_the_readme(ranks1, tmp_path):
-    text = (REPO / "README.md").read_text(encoding="utf-8")
+def test_lines_of_the_document(ranks1, tmp_path):
+    text = (REPO / "docs" / "LIBRARY.md").read_text(encoding="utf-8")
     code, _ = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    check(ranks1.run(readme, code, str(tmp_path))[0])
+    check(ranks1.run(documented, code, str(tmp_path))[0])
 
 
 @pytest.mark.distributed

@@ -81,9 +81,9 @@ def test_a_damaged_one_is_passed_over(ranks2, tmp_path, capfd):
         find(RunDir(tmp_path), 6)
 
 
-def test_lines_of_the_readme_name_what_there_is():
-    """The README's calls are those of helpers/plain_loop.py."""
-    text = (REPO / "README.md").read_text(encoding="utf-8")
+def test_lines_of_the_document_name_what_there_is():
+    """The document's calls are those of helpers/plain_loop.py."""
+    text = (REPO / "docs" / "LIBRARY.md").read_text(encoding="utf-8")
     used = set(re.findall(r"checkpoints\.(\w+)\(", text))
     assert used == {"find", "load_weights", "resume", "save", "prune"}
     assert all(f"library.{name}(" in Path(plain_loop.__file__).read_text() for name in used)

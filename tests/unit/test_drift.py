@@ -28,7 +28,13 @@ OTHERS = {
     "--requeue",
     "--signal",
     "--wait",  # SLURM
+    "--array",
+    "--cpus-per-task",
+    "--dependency",
+    "--parsable",
+    "--wrap",  # sbatch
     "--read-only",
+    "--shm-size",
     "--tmpfs",
     "--user",  # containers
     "--hostfile",
@@ -62,7 +68,7 @@ def options_of_commands() -> Iterator[str]:
 
 def flags() -> set[str]:
     """Return the flags of our own programs: settings, and those that the sources declare."""
-    tops = ("launcher", "pmp_ds", "benchmarks", "tests/helpers", "tests/clients")
+    tops = ("launcher", "pmp_ds", "benchmarks", "tests/helpers", "tests/clients", "tests/pretend")
     sources = "\n".join(p.read_text() for top in tops for p in (REPO / top).rglob("*.py"))
     options = re.findall(r'^ +"(\w+)": (?:\{|dict\()', sources, re.MULTILINE)
     declared = re.findall(r'"(--[\w-]+)', sources)

@@ -15,7 +15,7 @@ REPO = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
     text = (REPO / "docs" / "OPERATIONS.md").read_text()
-    (found,) = re.findall(r"```\n(#!/bin/bash\n#SBATCH.*?)```", text, re.DOTALL)
+    (found,) = re.findall(r"```(?:bash)?\n(#!/bin/bash\n#SBATCH.*?)```", text, re.DOTALL)
     (tmp_path / "job.sh").write_text(found)
     for name, body in (("srun", "exit $SRUN_CODE"), ("scontrol", 'echo "$*" >> asked')):
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
