@@ -31,6 +31,7 @@ class OnRanks:
 VERBS = {
     "prepare-data": "turn text into the packed token blocks that training reads",
     "pretrain": "find the ticket, rewind, and train it",
+    "status": "say how runs are doing; for people, monitoring and probes",
     "export": "turn a run into a Hugging Face folder without the mask",
     "finetune": "fine-tune a release, with its ticket or without",
     "evaluate": "measure what a model can do, its loss landscape and gradients",
