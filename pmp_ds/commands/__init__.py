@@ -37,6 +37,8 @@ VERBS = {
     "evaluate": "measure what a model can do, its loss landscape and gradients",
     "audit": "attack a release as others would",
     "vault": "seal tickets for partners, and trace one that leaked",
+    "backup": "seal a run's key, ticket and ledger for its owner",
+    "restore": "write what a backup holds into a run's folder",
     "report": "sum up a run or a study",
     "study": "run a whole study: arms, fine-tunings, measurements, report",
 }

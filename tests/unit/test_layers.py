@@ -68,6 +68,7 @@ WITHOUT_TORCH = (
     "pmp_ds.commands.pretrain",
     "pmp_ds.commands.finetune",
     "pmp_ds.commands.status",
+    "pmp_ds.operate.restore",
     "pmp_ds.prepare.config",
     "pmp_ds.prepare.corpus",
     "pmp_ds.prepare.packing",
