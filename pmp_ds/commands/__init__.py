@@ -31,6 +31,7 @@ class OnRanks:
 VERBS = {
     "prepare-data": "turn text into the packed token blocks that training reads",
     "pretrain": "find the ticket, rewind, and train it",
+    "doctor": "check machines, network and data before a run",
     "status": "say how runs are doing; for people, monitoring and probes",
     "export": "turn a run into a Hugging Face folder without the mask",
     "finetune": "fine-tune a release, with its ticket or without",

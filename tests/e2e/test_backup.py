@@ -66,8 +66,8 @@ def test_a_run_is_repeated_from_its_backup_alone(
     restore = ("restore.py", str(sealed / "run.age"), "--identity", str(sealed / "key.txt"))
     run = RunDir(tmp_path / "main")
     ok(call(*restore, "--run", str(run.root), cwd=tmp_path))
-    words = ("--config", str(run.config), "--run.root", str(tmp_path))
-    words += ("--deepspeed-config", str(DS_CONFIGS / "zero1.json"))
+    words = ["--config", str(run.config), "--run.root", str(tmp_path)]
+    words += ["--deepspeed-config", str(DS_CONFIGS / "zero1.json")]
     ok(command("pretrain.py", *words, cwd=work, ranks=2))
     assert {record["phase"] for record in read_metrics(run.metrics)} == {"train"}
     first, second = (one.checkpoints / f"update-{STEPS:08d}" for one in (main_run.run, run))
