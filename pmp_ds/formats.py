@@ -172,6 +172,13 @@ FORMATS = {
         "it as version 5, with the digest that it has; until then `pmp-ds vault` draws theta(0) "
         "again to check the key (1), and `pmp-ds export` to check the digest (1, 2).",
     ),
+    "backup": Format(
+        "backup",
+        "`backup.json` in the sealed file of `pmp-ds backup`",
+        (Version(1, _NOW, "digests of the files; which files there are is no part of the format"),),
+        (1,),
+        "none.",
+    ),
 }
 
 

@@ -39,7 +39,7 @@ KILL_SECONDS = 10.0
 _ORDER = (EXIT_MISTAKE, EXIT_FAULT, EXIT_REQUEUE)  # priority among the codes of several ranks
 
 
-_COMMANDS = ("pretrain", "finetune")
+_COMMANDS = ("pretrain", "finetune", "doctor")
 
 
 class Ranks:
@@ -146,7 +146,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--master-addr", help="of several: the host of node 0. Default: MASTER_ADDR")
     add("--master-port", type=int, help="where they meet. Default: MASTER_PORT, or a free port")
-    add("command", help="pretrain, finetune, or a file such as launcher/pretrain.py")
+    add("command", help="pretrain, finetune, doctor, or a file such as launcher/pretrain.py")
     add("arguments", nargs=argparse.REMAINDER, help="of the command")
     return parser.parse_args(argv)
 

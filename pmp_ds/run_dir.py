@@ -132,6 +132,17 @@ def make_private(folder: Path) -> None:
         folder.chmod(0o700)
 
 
+def loose(*paths: Path) -> list[str]:
+    """Return a line for each existing file or folder, and each entry in it, that others than its
+    owner can access: folders should be 0700 and files 0600."""
+    found = []
+    for path in (p for given in paths for p in [given, *sorted(given.rglob("*"))]):
+        if path.exists() and (mode := path.stat().st_mode & 0o777) & 0o077:
+            wanted = "700" if path.is_dir() else "600"
+            found.append(f"{path} is open to others (mode {mode:o}): chmod {wanted} {path}")
+    return found
+
+
 def fsync_dir(folder: Path) -> None:
     """Make renames inside ``folder`` survive a power cut."""
     fd = os.open(folder, os.O_RDONLY)

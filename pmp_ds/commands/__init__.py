@@ -31,11 +31,15 @@ class OnRanks:
 VERBS = {
     "prepare-data": "turn text into the packed token blocks that training reads",
     "pretrain": "find the ticket, rewind, and train it",
+    "doctor": "check machines, network and data before a run",
+    "status": "say how runs are doing; for people, monitoring and probes",
     "export": "turn a run into a Hugging Face folder without the mask",
     "finetune": "fine-tune a release, with its ticket or without",
     "evaluate": "measure what a model can do, its loss landscape and gradients",
     "audit": "attack a release as others would",
     "vault": "seal tickets for partners, and trace one that leaked",
+    "backup": "seal a run's key, ticket and ledger for its owner",
+    "restore": "write what a backup holds into a run's folder",
     "report": "sum up a run or a study",
     "study": "run a whole study: arms, fine-tunings, measurements, report",
 }

@@ -31,7 +31,7 @@ from pmp_ds.commands.vault_options import (
     Verify,
 )
 from pmp_ds.errors import UserError, exit_code, require, shown
-from pmp_ds.run_dir import RunDir, write_bytes
+from pmp_ds.run_dir import RunDir, loose, write_bytes
 from pmp_ds.settings import expanded
 from pmp_ds.ticket import keys, vault
 
@@ -175,7 +175,7 @@ def _opener(args: AnyTicket) -> Any:
 
 
 def _warn(*paths: Path) -> None:
-    for line in vault.loose(*paths):
+    for line in loose(*paths):
         print(f"warning: {line}", file=sys.stderr)
 
 

@@ -47,6 +47,14 @@ def check_together(data: Dataset, memory: Path) -> int:
     return sum(store.shards[number]["bytes"] for store, number in mine)
 
 
+def not_remembered(data: Dataset, memory: Path) -> list[tuple[Store, int]]:
+    """Return the shards that are not remembered as intact. Raises UserError for a missing one."""
+    known = set(_read(memory))
+    shards = [(store, number) for store in data.stores for number in range(len(store.shards))]
+    marks = _marks(data.stores)
+    return [shard for shard, mark in zip(shards, marks, strict=True) if mark not in known]
+
+
 def _marks(stores: Sequence[Store]) -> list[str]:
     """Return a mark per shard that changes with it. Raises UserError for a missing shard."""
     marks = []

@@ -22,7 +22,7 @@ from pmp_ds.version import UNKNOWN, code_version
 
 _BEGUN = "# begun with "
 
-_MAY_CHANGE = {
+MAY_CHANGE = {
     "run",
     "guard",
     "data.store",
@@ -76,14 +76,14 @@ def claim(run: RunDir, config: Config, store: Dataset) -> None:
     """Claim ``run`` for this configuration, or check that it has it. Rank 0 alone calls it.
 
     A claimed folder is not changed here: ``record_start`` does that, once nothing can refuse the
-    start. Raises UserError that lists all differences outside ``_MAY_CHANGE``.
+    start. Raises UserError that lists all differences outside ``MAY_CHANGE``.
     """
     data = DataFacts.of(store)
     if not run.config.exists():
         _require_new(run)
     else:
         saved = load_config(run)
-        may_change = set(_MAY_CHANGE)
+        may_change = set(MAY_CHANGE)
         if None not in (saved.init.weights, config.init.weights):
             may_change.add("init.weights")  # compared by content
         differences = differing(saved, _on_schedule(run, saved, config), may_change)
@@ -171,11 +171,18 @@ def _write(run: RunDir, config: Config, data: DataFacts, store: Dataset) -> None
 def differing(saved: Any, given: Any, may_change: Collection[str]) -> list[str]:
     """Return `SECTION.NAME: SAVED, GIVEN` for each setting in which two configurations of one type
     differ, outside the sections and settings named by ``may_change``."""
-    before, now = _flat(asdict(saved)), _flat(asdict(given))
+    return differing_settings(asdict(saved), asdict(given), may_change)
+
+
+def differing_settings(
+    saved: dict[str, Any], given: dict[str, Any], may_change: Collection[str]
+) -> list[str]:
+    """Do the same for settings as dicts, as a file has them."""
+    before, now = _flat(saved), _flat(given)
     return [
-        f"{name}: {before[name]!r}, {value!r}"
+        f"{name}: {before.get(name)!r}, {value!r}"
         for name, value in now.items()
-        if before[name] != value and not {name, name.partition(".")[0]} & set(may_change)
+        if before.get(name) != value and not {name, name.partition(".")[0]} & set(may_change)
     ]
 
 

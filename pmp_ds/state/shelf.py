@@ -76,6 +76,19 @@ def survey(run: RunDir, phase: Phase, part: str = "") -> Survey:
     return Survey(None, ())
 
 
+def glance(run: RunDir, phase: Phase) -> tuple[Found | None, list[UserError]]:
+    """Return a phase's newest checkpoint whose manifest is intact, without reading the files that
+    it lists, and the errors of newer ones. Ones deleted meanwhile are passed over."""
+    problems: list[UserError] = []
+    for folder in _folders(run, phase):
+        try:
+            return (folder, listed(folder)[0]), problems
+        except UserError as error:
+            if folder.exists():
+                problems.append(error)
+    return None, problems
+
+
 def find(
     run: RunDir, step: int | None = None, phase: Phase = "train", part: str = ""
 ) -> Found | None:

@@ -11,7 +11,6 @@ recipient of each copy in a line of private/vault/sealed.jsonl.
 import io
 import json
 import os
-import tarfile
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +22,7 @@ from pmp_ds.errors import UserError
 from pmp_ds.fields import fit
 from pmp_ds.foreign import parse_object, read_bytes, read_text
 from pmp_ds.run_dir import make_private
+from pmp_ds.ticket.archive import pack, unpack
 from pmp_ds.ticket.keys import MOST_HEADER, Passphrase, PublicKey, decrypt, encrypt, require_sealed
 from pmp_ds.ticket.ticket import (
     MANIFEST_FILE,
@@ -152,48 +152,16 @@ def check_recipient(known: Sequence[Record], name: str, keys: Sequence[PublicKey
             )
 
 
-def loose(*paths: Path) -> list[str]:
-    """Return a line for each existing file or folder, and each entry in it, that others than its
-    owner can access: folders should be 0700 and files 0600."""
-    found = []
-    for path in (p for given in paths for p in [given, *sorted(given.rglob("*"))]):
-        if path.exists() and (mode := path.stat().st_mode & 0o777) & 0o077:
-            wanted = "700" if path.is_dir() else "600"
-            found.append(f"{path} is open to others (mode {mode:o}): chmod {wanted} {path}")
-    return found
-
-
 def _archive(files: dict[str, bytes]) -> bytes:
     """Return a tar without times and owners."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        folder = tarfile.TarInfo(FOLDER)
-        folder.type, folder.mode = tarfile.DIRTYPE, 0o700
-        tar.addfile(folder)
-        for name, content in files.items():
-            info = tarfile.TarInfo(f"{FOLDER}/{name}")
-            info.size, info.mode = len(content), 0o600
-            tar.addfile(info, io.BytesIO(content))
-    return buffer.getvalue()
+    return pack({f"{FOLDER}/{name}": content for name, content in files.items()})
 
 
 def _members(archive: bytes, where: Path) -> dict[str, bytes]:
     """Return the files in a tar by name, in whatever folder; nothing is written to disk."""
-    found: dict[str, bytes] = {}
-    try:
-        with tarfile.open(fileobj=io.BytesIO(archive), mode="r:") as tar:
-            for member in tar:
-                name = Path(member.name).name
-                if name not in (MASK_FILE, MANIFEST_FILE) or member.type != tarfile.REGTYPE:
-                    continue
-                if name in found:
-                    raise UserError(f"{where} is damaged: it contains two files named {name!r}")
-                # Holes and sizes in a header cost nothing to write, but memory to believe.
-                if member.issparse() or member.offset_data + member.size > len(archive):
-                    raise UserError(f"{where} is damaged: {name} is not in it as it stands")
-                found[name] = archive[member.offset_data : member.offset_data + member.size]
-    except UserError:
-        raise
-    except Exception:  # noqa: BLE001 - a stranger's archive, and whatever tarfile raises for it
-        raise UserError(f"{where} opens with this key, but contains no ticket") from None
-    return found
+
+    def known(path: str) -> str | None:
+        name = Path(path).name
+        return name if name in (MASK_FILE, MANIFEST_FILE) else None
+
+    return unpack(archive, known, where, "opens with this key, but contains no ticket")

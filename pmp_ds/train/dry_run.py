@@ -6,6 +6,7 @@ Nothing is drawn, trained or written; no process group, GPU or data is needed.
 """
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from pmp_ds.engine.deepspeed_config import merge
 from pmp_ds.errors import require
 from pmp_ds.foreign import read_object
 from pmp_ds.model.build import UNBOUNDED, context_length, model_config
-from pmp_ds.model.parameters import constants, num_params, parameter_table
+from pmp_ds.model.parameters import ParamInfo, constants, num_params, parameter_table
 from pmp_ds.model.recipe import NotDescribedError, Recipe
 from pmp_ds.model.recipe import describe as describe_model
 from pmp_ds.ticket.ticket import exact_k, load_ticket
@@ -33,24 +34,9 @@ _VOCABULARY = {"llama": 32_000, "gpt2": 50_257}
 
 def describe(config: Config, ds_config: dict[str, Any], machine: Machine) -> str:
     """Return the plan as text. Raises UserError for settings that do not go together."""
-    merge(ds_config, config.train, machine.world)
-    vocabulary, block, eos, assumed = _data(config, machine.block_size)
-    hf_config = model_config(
-        config.model,
-        vocab_size=vocabulary,
-        eos_id=eos,
-        bos_id=None,
-        block_size=block,
-        base=_base(config),
-    )
-    model, recipes, reason = _skeleton(hf_config)
-    constant = {n: recipes[n].constant if n in recipes else False for n in _names(model)}
-    table = parameter_table(model, constant)
-    shapes = {info.name: info.shape for info in table}
-    if config.init.seed is not None:
-        recipes, reason = {}, "init.seed draws from one sequence of numbers"
-    budget = Budget(shapes, _kept(config, num_params(table)), config, ds_config, machine.world)
-    buffers = sum(buffer.nbytes for buffer in constants(model).values())
+    found = _shape(config, ds_config, machine)
+    budget, hf_config, block, table = found.budget, found.hf_config, found.block, found.table
+    recipes, reason, assumed, buffers = found.recipes, found.reason, found.assumed, found.buffers
     full = config.train.activation_checkpointing == "full"
     kinds = (False, True) if machine.device_memory else (full,)
     timelines, unknown = _timelines(hf_config, budget, block, kinds)
@@ -77,6 +63,49 @@ def describe(config: Config, ds_config: dict[str, Any], machine: Machine) -> str
     if machine.device_memory and not unknown:
         parts.append(dry_tables.fits(budget, timelines, machine.device_memory))
     return "\n\n".join(parts)
+
+
+def disk_bytes(config: Config, ds_config: dict[str, Any], world: int) -> int:
+    """Return the most bytes that a run of ``world`` ranks has on disk: checkpoints, the one being
+    written, and the release. Raises UserError for settings that do not go together."""
+    found = _shape(config, ds_config, Machine(world=world))
+    return dry_tables.disk_bytes(found.budget, found.buffers)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What a run is, without any value."""
+
+    budget: Budget
+    hf_config: PreTrainedConfig
+    block: int  # tokens
+    table: tuple[ParamInfo, ...]
+    recipes: dict[str, Recipe]
+    reason: str | None  # why there are no recipes
+    buffers: int  # bytes of constants
+    assumed: str  # in words, where there is no store
+
+
+def _shape(config: Config, ds_config: dict[str, Any], machine: Machine) -> _Shape:
+    merge(ds_config, config.train, machine.world)
+    vocabulary, block, eos, assumed = _data(config, machine.block_size)
+    hf_config = model_config(
+        config.model,
+        vocab_size=vocabulary,
+        eos_id=eos,
+        bos_id=None,
+        block_size=block,
+        base=_base(config),
+    )
+    model, recipes, reason = _skeleton(hf_config)
+    constant = {n: recipes[n].constant if n in recipes else False for n in _names(model)}
+    table = parameter_table(model, constant)
+    shapes = {info.name: info.shape for info in table}
+    if config.init.seed is not None:
+        recipes, reason = {}, "init.seed draws from one sequence of numbers"
+    budget = Budget(shapes, _kept(config, num_params(table)), config, ds_config, machine.world)
+    buffers = sum(buffer.nbytes for buffer in constants(model).values())
+    return _Shape(budget, hf_config, block, table, recipes, reason, buffers, assumed)
 
 
 def _data(config: Config, block_size: int | None) -> tuple[int, int, int, str]:

@@ -94,6 +94,16 @@ def disk(budget: Budget, buffers: int) -> str:
     return "  on disk\n" + in_lines(rows)
 
 
+def disk_bytes(budget: Budget, buffers: int) -> int:
+    """Return the most bytes at once of what ``disk`` lists."""
+    weights = budget.element * budget.num_params + buffers
+    last = weights + budget.state_bytes()
+    found = (budget.config.run.keep_last + 1) * last
+    if budget.config.mask.source == "earlybird":
+        found = max(found, 2 * (weights + budget.state_bytes(dense=True)))
+    return found + _RELEASED * budget.num_params + buffers
+
+
 def times(
     budget: Budget,
     machine: Machine,

@@ -22,9 +22,10 @@ from pmp_ds import foreign, strict_yaml
 from pmp_ds.data import arrow_header
 from pmp_ds.errors import UserError
 from pmp_ds.fields import fit
+from pmp_ds.operate import backup_file
 from pmp_ds.prepare import jsonl
 from pmp_ds.release.ledger import Entry
-from pmp_ds.ticket import vault
+from pmp_ds.ticket import archive, vault
 
 NOWHERE = Path("x")
 
@@ -44,6 +45,7 @@ PARSERS: dict[str, tuple[Callable[[bytes], object], tuple[type[Exception], ...]]
     "line": (lambda data: jsonl._parse_line(data, "text"), ()),
     "batch": (arrow_header.is_packed, (pa.ArrowInvalid,)),
     "archive": (lambda data: vault._members(data, NOWHERE), (UserError,)),
+    "backup": (lambda data: backup_file.read_archive(data, NOWHERE), (UserError,)),
     "tensors": (load, (SafetensorError,)),
 }
 """The reader of the bytes, and the exceptions it may raise."""
@@ -59,7 +61,7 @@ def one(data: bytes) -> None:
 def main() -> None:
     import atheris
 
-    for module in (foreign, strict_yaml, jsonl, arrow_header, vault):
+    for module in (foreign, strict_yaml, jsonl, arrow_header, archive, backup_file, vault):
         for function in vars(module).values():
             if isinstance(function, FunctionType) and function.__module__ == module.__name__:
                 atheris.instrument_func(function)

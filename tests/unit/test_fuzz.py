@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pmp_ds.operate.backup_file import archived
 from pmp_ds.ticket import vault
 from tests.helpers.crafted import tensors
 from tests.helpers.examples import examples
@@ -19,6 +20,7 @@ GOOD = {
     "line": b'{"text": "a"}',
     "batch": pa.ipc.read_message(BATCH).metadata.to_pybytes(),
     "archive": vault._archive({"ticket.json": b"{}", "mask.safetensors": b"x"}),
+    "backup": archived("x", {"data.json": b"{}"}),
     "tensors": tensors.file({"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}}, b"ab"),
 }
 

@@ -179,5 +179,5 @@ def test_a_script_that_is_not_there(tmp_path):
     )
     assert (done.returncode, done.stderr) == (
         1,
-        f"error: {tmp_path / 'no'}: no such file, nor one of pretrain, finetune\n",
+        f"error: {tmp_path / 'no'}: no such file, nor one of pretrain, finetune, doctor\n",
     )

@@ -29,7 +29,7 @@ ROWS = (
     ("discover", "derivative"),
     ("train",),
     ("finetune", "evaluate", "release", "plots"),
-    ("summary", "study", "audit"),
+    ("summary", "study", "audit", "operate"),
     ("commands",),
     ("launcher",),
 )
@@ -67,6 +67,8 @@ WITHOUT_TORCH = (
     "pmp_ds.commands",
     "pmp_ds.commands.pretrain",
     "pmp_ds.commands.finetune",
+    "pmp_ds.commands.status",
+    "pmp_ds.operate.restore",
     "pmp_ds.prepare.config",
     "pmp_ds.prepare.corpus",
     "pmp_ds.prepare.packing",

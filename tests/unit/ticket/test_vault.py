@@ -28,7 +28,7 @@ from pmp_ds.commands.vault import main
 from pmp_ds.config import Config, InitConfig
 from pmp_ds.errors import UserError
 from pmp_ds.model.keys import create_key
-from pmp_ds.run_dir import RunDir, write_text
+from pmp_ds.run_dir import RunDir, loose, write_text
 from pmp_ds.state import theta0
 from pmp_ds.ticket.keys import (
     Passphrase,
@@ -40,7 +40,7 @@ from pmp_ds.ticket.keys import (
     read_passphrase,
 )
 from pmp_ds.ticket.ticket import load_ticket, save_ticket, to_files
-from pmp_ds.ticket.vault import Record, loose, open_sealed, records, remember, seal
+from pmp_ds.ticket.vault import Record, open_sealed, records, remember, seal
 from pmp_ds.ticket.watermark import FEWEST
 from tests.helpers import age_reference
 from tests.unit.ticket.test_watermark import ticket

@@ -1,0 +1,1 @@
+"""For those who run jobs: the state of runs, backups of their secrets, and checks of a machine."""
