@@ -1,7 +1,7 @@
 """The files of a run. Every file name of a run is spelled here and nowhere else.
 
 runs/NAME/config.yaml  data.json  verified.json  micro_batch.json  tokenizer/  metrics.jsonl
-               tensorboard/  plots/  stacks/  profile/
+               metrics.prom  tensorboard/  plots/  stacks/  profile/
 runs/NAME/release/     the only folder to publish
 runs/NAME/private/     ticket/  init/  checkpoints/  vault/  ledger.jsonl   0700, files 0600
 """
@@ -58,6 +58,11 @@ class RunDir:
     @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
+
+    @property
+    def textfile(self) -> Path:
+        """The newest numbers for Prometheus."""
+        return self.root / "metrics.prom"
 
     @property
     def tensorboard(self) -> Path:

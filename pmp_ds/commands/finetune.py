@@ -63,8 +63,10 @@ def prepare(argv: Sequence[str] | None = None) -> ranks.Prepared:
 
     config, options = settings(argv)
     from pmp_ds.engine import deepspeed_config
+    from pmp_ds.log.textfile import check_folder
     from pmp_ds.run_dir import RunDir
 
+    check_folder(config.run)
     ds_config = deepspeed_config.read_json(options.deepspeed_config)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     train = config.train.complete(config.train.global_batch_size, world)

@@ -115,6 +115,7 @@ def prepare(argv: Sequence[str] | None = None) -> ranks.Prepared:
         raise SystemExit(run_with_restarts(again, config.run.restarts))
     from pmp_ds.data.mixed_store import open_data
     from pmp_ds.engine import deepspeed_config
+    from pmp_ds.log.textfile import check_folder
     from pmp_ds.run_dir import RunDir
 
     ds_config = deepspeed_config.read_json(options.deepspeed_config)
@@ -122,6 +123,7 @@ def prepare(argv: Sequence[str] | None = None) -> ranks.Prepared:
     deepspeed_config.require_precision(config.train)
     store = open_data(config.data.store)
     run = RunDir(Path(config.run.root) / config.run.name)
+    check_folder(config.run)
     from pmp_ds.train import job  # imports transformers: seconds
 
     job.check(config, store, run)

@@ -43,6 +43,10 @@ class RunConfig:
     """Time that this job may take, as HH:MM:SS or seconds: it saves and stops in time, with exit
     code 75. Unset means no limit."""
 
+    prometheus: str | None = None
+    """Folder of node_exporter's textfile collector: the numbers of the run go to a file there that
+    is named after it. Unset: to metrics.prom in the run's folder."""
+
     restarts: int = 0
     """How often each rank restarts after a fault (not after a mistake in the settings or when it
     was asked to stop), from the last checkpoint."""

@@ -122,14 +122,15 @@ def pretrain(job: Job, started: float, *, start_afresh: bool = False) -> Outcome
     step = found[1].step if found else 0
     if found is None and job.initial.base is not None:
         job.initial.base.require(f"{run.root} has no checkpoint of masked pretraining to resume")
-    # Keep no records of updates that will be repeated.
+    # Records of updates that will be repeated are superseded.
     last = {"train": step} if step else {}
     if has_one:
         last["discover"] = config.mask.max_steps
     elif discovered:
         last["discover"] = discovered[1].step
-    dist.on_rank0(lambda: start.go_on(job, [trained, explored], last))
-    if step == config.train.steps:
+    ended = step == config.train.steps
+    dist.on_rank0(lambda: start.go_on(job, [trained, explored], None if ended else last))
+    if ended:
         _say(f"already finished: {step:,} of {step:,} updates")
         return _outcome(job)
     with watching(run, config.run.max_seconds, config.guard.hang_seconds, started) as watch:

@@ -19,8 +19,9 @@ from pmp_ds.data.loader import BlockLoader
 from pmp_ds.engine.engine import Engine
 from pmp_ds.engine.objective import Objective
 from pmp_ds.engine.placement import Fill
-from pmp_ds.errors import Stopped
-from pmp_ds.log import MetricsLog
+from pmp_ds.errors import EXIT_MISTAKE, EXIT_REQUEUE, Stopped, UserError
+from pmp_ds.log.textfile import Textfile
+from pmp_ds.log.writer import MetricsLog
 from pmp_ds.progress import Progress
 from pmp_ds.run_dir import RunDir
 from pmp_ds.state import checkpoint, weight_files
@@ -92,15 +93,17 @@ class Session:
     ) -> None:
         self.config, self.ds_config, self.watch = config, ds_config, watch
         self.run = run
-        self.log = MetricsLog(run, enabled=dist.rank() == 0)
+        self.log = MetricsLog(
+            run, enabled=dist.rank() == 0, sinks=lambda starts: (Textfile(run, config, starts),)
+        )
         self.saver = Saver(run, config, self.log)
 
     def __enter__(self) -> "Session":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.saver.close()
-        self.log.close()
+        self.log.close(_code(kind))
 
     @contextlib.contextmanager
     def training(self, work: Work, found: Found | None) -> Iterator["Training"]:
@@ -110,6 +113,15 @@ class Session:
             yield training
         self.saver.wait()
         training.engine.close()
+
+
+def _code(kind: type[BaseException] | None) -> int | None:
+    """Return the exit code of a session that such an exception ends; None for a fault."""
+    if kind is None:
+        return 0
+    if issubclass(kind, Stopped):
+        return EXIT_REQUEUE
+    return EXIT_MISTAKE if issubclass(kind, UserError) else None
 
 
 class Training:

@@ -26,6 +26,7 @@ RUN = {
     "config.yaml",
     "data.json",
     "metrics.jsonl",
+    "metrics.prom",
     "plots",
     "private",
     "release",
