@@ -78,6 +78,11 @@ class RunDir:
         return self.root / "stacks"
 
     @property
+    def on_fault(self) -> Path:
+        """Exists after the command `guard.on_fault` ran, until the next start."""
+        return self.root / ".on-fault"
+
+    @property
     def profile(self) -> Path:
         """Traces of single updates, as `train.profile` asks for."""
         return self.root / "profile"

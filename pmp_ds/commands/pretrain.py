@@ -108,21 +108,23 @@ def prepare(argv: Sequence[str] | None = None) -> ranks.Prepared:
     if options.dry_run:
         _print_plan(config, options)
         raise SystemExit(0)
+    from pmp_ds import on_fault
     from pmp_ds.restarts import is_child, run_with_restarts
+    from pmp_ds.run_dir import RunDir
 
+    run = RunDir(Path(config.run.root) / config.run.name)
+    on_fault.watch(config.guard.on_fault, run.root, run.on_fault)
     if config.run.restarts and not is_child():
         again = [sys.executable, "-m", "pmp_ds.commands.pretrain", *argv]
         raise SystemExit(run_with_restarts(again, config.run.restarts))
     from pmp_ds.data.mixed_store import open_data
     from pmp_ds.engine import deepspeed_config
     from pmp_ds.log.textfile import check_folder
-    from pmp_ds.run_dir import RunDir
 
     ds_config = deepspeed_config.read_json(options.deepspeed_config)
     deepspeed_config.merge(ds_config, config.train, int(os.environ.get("WORLD_SIZE", "1")))
     deepspeed_config.require_precision(config.train)
     store = open_data(config.data.store)
-    run = RunDir(Path(config.run.root) / config.run.name)
     check_folder(config.run)
     from pmp_ds.train import job  # imports transformers: seconds
 

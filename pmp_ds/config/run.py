@@ -123,6 +123,11 @@ class GuardConfig:
     """A rank that gives no sign of life for so long, because its host or network is gone, ends the
     run, which names it; 0 waits for as long as the system's network does."""
 
+    on_fault: str | None = None
+    """Shell command that runs when the run ends other than done: by a fault, a stop of the guard or
+    a signal. It learns why from PMP_DS_RUN, PMP_DS_CODE, PMP_DS_REASON, PMP_DS_RANK and
+    PMP_DS_HOST, and may take 30 s."""
+
     def __post_init__(self) -> None:
         require(self.spike_sigmas > 0, f"guard.spike_sigmas={self.spike_sigmas} must be positive")
         require(self.drift_every >= 1, f"guard.drift_every={self.drift_every} must be at least 1")

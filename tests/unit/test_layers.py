@@ -17,7 +17,7 @@ ROWS = (
     ("foreign", "fields", "shipped", "tensor_file"),
     ("config", "run_dir", "progress", "launchers", "signals", "formats", "settings", "strict_yaml"),
     ("lease_file",),
-    ("meeting", "lease", "restarts", "launch"),
+    ("meeting", "lease", "on_fault", "restarts", "launch"),
     ("dist",),
     ("lifeline",),
     ("ranks",),
