@@ -2,11 +2,13 @@
 
 import math
 import os
+import re
 import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pmp_ds.config import Config, MaskConfig, RunConfig, TrainConfig
 from pmp_ds.errors import UserError
@@ -14,6 +16,7 @@ from pmp_ds.log import begin, textfile
 from pmp_ds.log.textfile import Textfile, check_folder
 from pmp_ds.log.writer import MetricsLog
 from pmp_ds.run_dir import RunDir, sweep
+from tests.helpers.distributed import REPO
 from tests.helpers.exposition import parse
 
 CONFIG = Config(
@@ -173,3 +176,13 @@ def test_leftovers_of_a_kill_are_swept(run):
     left.write_text("half")
     sweep(run)
     assert not left.exists()
+
+
+def test_alert_rules_name_what_exists():
+    """docs/alerts.yaml uses only our metrics, and each rule says which run."""
+    rules = yaml.safe_load((REPO / "docs/alerts.yaml").read_text())["groups"][0]["rules"]
+    for rule in rules:
+        names = set(re.findall(r"\bpmp_ds_\w+", rule["expr"]))
+        assert names
+        assert names <= {f"pmp_ds_{name}" for name in textfile._HELP}, rule["alert"]
+        assert "{{ $labels.run }}" in rule["annotations"]["summary"]
