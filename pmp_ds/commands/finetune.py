@@ -65,11 +65,13 @@ def prepare(argv: Sequence[str] | None = None) -> ranks.Prepared:
     from pmp_ds import on_fault
     from pmp_ds.engine import deepspeed_config
     from pmp_ds.log.textfile import check_folder
+    from pmp_ds.log.wandb_sink import check_installed
     from pmp_ds.run_dir import RunDir
 
     run = RunDir(Path(config.run.root) / config.run.name)
     on_fault.watch(config.guard.on_fault, run.root, run.on_fault)
     check_folder(config.run)
+    check_installed(config.run)
     ds_config = deepspeed_config.read_json(options.deepspeed_config)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     train = config.train.complete(config.train.global_batch_size, world)

@@ -120,12 +120,14 @@ def prepare(argv: Sequence[str] | None = None) -> ranks.Prepared:
     from pmp_ds.data.mixed_store import open_data
     from pmp_ds.engine import deepspeed_config
     from pmp_ds.log.textfile import check_folder
+    from pmp_ds.log.wandb_sink import check_installed
 
     ds_config = deepspeed_config.read_json(options.deepspeed_config)
     deepspeed_config.merge(ds_config, config.train, int(os.environ.get("WORLD_SIZE", "1")))
     deepspeed_config.require_precision(config.train)
     store = open_data(config.data.store)
     check_folder(config.run)
+    check_installed(config.run)
     from pmp_ds.train import job  # imports transformers: seconds
 
     job.check(config, store, run)

@@ -47,6 +47,9 @@ class RunConfig:
     """Folder of node_exporter's textfile collector: the numbers of the run go to a file there that
     is named after it. Unset: to metrics.prom in the run's folder."""
 
+    wandb: str | None = None
+    """Project of Weights & Biases that receives the records too; needs `pip install wandb`."""
+
     restarts: int = 0
     """How often each rank restarts after a fault (not after a mistake in the settings or when it
     was asked to stop), from the last checkpoint."""

@@ -20,7 +20,7 @@ from pmp_ds.engine.engine import Engine
 from pmp_ds.engine.objective import Objective
 from pmp_ds.engine.placement import Fill
 from pmp_ds.errors import EXIT_MISTAKE, EXIT_REQUEUE, Stopped, UserError
-from pmp_ds.log.textfile import Textfile
+from pmp_ds.log.sinks import sinks_of
 from pmp_ds.log.writer import MetricsLog
 from pmp_ds.progress import Progress
 from pmp_ds.run_dir import RunDir
@@ -94,7 +94,7 @@ class Session:
         self.config, self.ds_config, self.watch = config, ds_config, watch
         self.run = run
         self.log = MetricsLog(
-            run, enabled=dist.rank() == 0, sinks=lambda starts: (Textfile(run, config, starts),)
+            run, enabled=dist.rank() == 0, sinks=lambda starts: sinks_of(run, config, starts)
         )
         self.saver = Saver(run, config, self.log)
 
