@@ -1,7 +1,7 @@
 """The files of a run. Every file name of a run is spelled here and nowhere else.
 
 runs/NAME/config.yaml  data.json  verified.json  micro_batch.json  tokenizer/  metrics.jsonl
-               metrics.prom  tensorboard/  plots/  stacks/  profile/
+               metrics.prom  tensorboard/  plots/  stacks/  profile/  report.html
 runs/NAME/release/     the only folder to publish
 runs/NAME/private/     ticket/  init/  checkpoints/  vault/  ledger.jsonl   0700, files 0600
 """
@@ -71,6 +71,10 @@ class RunDir:
     @property
     def plots(self) -> Path:
         return self.root / "plots"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
 
     @property
     def stacks(self) -> Path:

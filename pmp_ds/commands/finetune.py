@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pmp_ds import ranks  # the rest is imported when signals are heard already
+from pmp_ds import ranks, verbosity  # the rest is imported when signals are heard already
 from pmp_ds.commands import OnRanks
 
 DESCRIPTION = """\
@@ -62,6 +62,7 @@ def prepare(argv: Sequence[str] | None = None) -> ranks.Prepared:
         return parse(FinetuneConfig, argv, options=Options, **texts)
 
     config, options = settings(argv)
+    verbosity.choose(options.log_level)
     from pmp_ds import on_fault
     from pmp_ds.engine import deepspeed_config
     from pmp_ds.log.textfile import check_folder

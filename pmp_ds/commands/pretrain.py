@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pmp_ds import ranks, startup  # the rest is imported when signals are heard already
+from pmp_ds import ranks, startup, verbosity  # the rest is imported when signals are heard already
 from pmp_ds.commands import OnRanks
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ def prepare(argv: Sequence[str] | None = None) -> ranks.Prepared:
         epilog=EPILOG,
         options=Options,
     )
+    verbosity.choose(options.log_level)
     if options.dry_run:
         _print_plan(config, options)
         raise SystemExit(0)
@@ -185,6 +186,8 @@ def _tell(outcome: "Outcome", config: "Config", run: "RunDir") -> None:
     from pmp_ds.plots import plot_run  # imports matplotlib: a second
 
     plot_run(run)
+    if not verbosity.informs():
+        return
     print(
         f"done: ticket of {outcome.num_kept:,} elements of {outcome.num_params:,}, "
         f"{outcome.complement_changed} elements of the complement changed"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pmp_ds import dist, startup
+from pmp_ds import dist, startup, verbosity
 from pmp_ds.config import Config
 from pmp_ds.data.mixed_store import Dataset
 from pmp_ds.data.verified import check_together
@@ -158,7 +158,7 @@ def _train(job: Job, ticket: Ticket | None, found: Found | None, session: Sessio
 
 
 def _say(text: str) -> None:
-    if dist.rank() == 0:
+    if dist.rank() == 0 and verbosity.informs():
         print(text, flush=True)
 
 

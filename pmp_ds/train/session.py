@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from pmp_ds import dist, startup
+from pmp_ds import dist, startup, verbosity
 from pmp_ds.config import Config
 from pmp_ds.data.loader import BlockLoader
 from pmp_ds.engine.engine import Engine
@@ -138,7 +138,7 @@ class Training:
             weight_files.load_weights(found[0] / "weights", work.model)
         self.engine = Engine(work.model, config.train, session.ds_config, work.objective, fill)
         self.engine.arm(work.mask)
-        for note in self.engine.notes if dist.rank() == 0 else ():
+        for note in self.engine.notes if dist.rank() == 0 and verbosity.informs() else ():
             print(note, flush=True)
         self.begin: Position | None = found[1] if found else None
         self.reader: StateReader | None = None
@@ -164,7 +164,7 @@ class Training:
     def started(self) -> None:
         """Say after the first update of this process how long it took to come there."""
         said = startup.at_first_update()
-        if said is not None and dist.rank() == 0:
+        if said is not None and dist.rank() == 0 and verbosity.informs():
             print(said, flush=True)
 
     def record(self, step: int, **values: float) -> None:

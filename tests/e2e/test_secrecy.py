@@ -30,6 +30,7 @@ RUN = {
     "plots",
     "private",
     "release",
+    "report.html",
     "tensorboard",
     "tokenizer",
     "verified.json",
