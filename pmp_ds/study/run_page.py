@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pmp_ds.errors import EXIT_REQUEUE
+from pmp_ds.errors import EXIT_REQUEUE, UserError
 from pmp_ds.log import Start, read_metrics, read_starts
 from pmp_ds.log.records import faults
 from pmp_ds.plots import plot_into, plot_throughput
@@ -40,7 +40,7 @@ _MEASURED = {
 
 def write(run: RunDir, name: str, rows: Mapping[str, str]) -> Path:
     """Write the page with the printed ``rows`` and return its path. Raises UserError for damaged
-    metrics."""
+    metrics, and for a folder that cannot be written."""
     records, starts = read_metrics(run.metrics), read_starts(run.metrics)
     with tempfile.TemporaryDirectory() as folder:
         paths = plot_into(run, Path(folder))
@@ -53,7 +53,10 @@ def write(run: RunDir, name: str, rows: Mapping[str, str]) -> Path:
             Section("Starts and faults", [_in_words(starts), _starts(starts)]),
         ]
         text = page(f"Run {name}", sections, Path(folder))
-    write_text(run.report, text)
+    try:
+        write_text(run.report, text)
+    except OSError as error:
+        raise UserError(f"{run.report} cannot be written: {error}") from None
     return run.report
 
 

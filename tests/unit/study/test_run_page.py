@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pmp_ds.errors import UserError
 from pmp_ds.log import begin, read_metrics
 from pmp_ds.log.writer import MetricsLog
 from pmp_ds.run_dir import RunDir
@@ -68,3 +69,9 @@ def test_a_run_of_an_older_version(run: RunDir) -> None:
     text = run_page.write(run, "run", {}).read_text()
     assert "1 start, of which 0 ended by a fault." in text
     assert cells(text)[-1][:5] == ["1", "unknown", "the beginning", "update 1", "unknown"]
+
+
+def test_a_folder_in_the_way_is_named(run: RunDir) -> None:
+    run.report.mkdir()
+    with pytest.raises(UserError, match=r"report\.html cannot be written: "):
+        run_page.write(run, "run", {})
