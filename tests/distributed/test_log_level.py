@@ -25,6 +25,6 @@ def test_what_is_printed(work: Path, tmp_path: Path, level: str) -> None:
     done = ok(real(*words, cwd=work) if level == "debug" else command(*words, cwd=work))
     assert ("done: ticket of" in done.stdout) == (level != "warning")
     assert bool(re.search(PROGRESS, done.stderr, re.MULTILINE)) == (level != "warning")
-    assert ("[DeepSpeed]" in done.stdout + done.stderr) == (level == "debug")
+    assert ("DeepSpeed info: version" in done.stdout + done.stderr) == (level == "debug")
     if level == "warning":
         assert (done.stdout, done.stderr) == ("", "")

@@ -135,8 +135,8 @@ def test_the_plan_comes_first_and_once(main_run: MainRun, ticket: Ticket):
 
 def test_one_rank_shows_progress(main_run: MainRun):
     err = main_run.train.stderr
-    assert len(re.findall(r"^train: 100% 40/40 .*loss=.*val=", err, re.MULTILINE)) == 1
-    assert len(re.findall(r"^discover: .*iou=0\.9", err, re.MULTILINE)) == 1
+    assert len(re.findall(r"^\S+Z train: 100% 40/40 .*loss=.*val=", err, re.MULTILINE)) == 1
+    assert len(re.findall(r"^\S+Z discover: .*iou=0\.9", err, re.MULTILINE)) == 1
     assert "arning" not in err + main_run.train.stdout.split("main:\n")[1]
 
 
