@@ -26,7 +26,7 @@ from pmp_ds import dist
 from pmp_ds.config import Config, MaskConfig, ModelConfig, RunConfig, TrainConfig
 from pmp_ds.discover.discover import random_ticket
 from pmp_ds.engine.engine import Engine
-from pmp_ds.log import MetricsLog
+from pmp_ds.log.writer import MetricsLog
 from pmp_ds.model.build import build_model, model_config
 from pmp_ds.model.parameters import num_params, parameter_table
 from pmp_ds.run_dir import RunDir

@@ -5,7 +5,6 @@ works before ``init`` and without a process group: this process is then rank 0 o
 """
 
 import datetime
-import logging
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
@@ -13,7 +12,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as torch_dist
 
-from pmp_ds import heap
+from pmp_ds import heap, verbosity
 from pmp_ds.errors import SharedError, UserError
 from pmp_ds.meeting import Meeting, in_words, meet
 
@@ -77,7 +76,7 @@ def import_deepspeed() -> Any:
     import deepspeed
     import deepspeed.ops
 
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    verbosity.quieten("DeepSpeed")
     # A shared-memory collective for inference, which DeepSpeed 0.19.8 compiles on CPU for a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

@@ -1,5 +1,6 @@
 """The ways a command ends: done, a user's mistake, asked to stop, or a fault of the machine."""
 
+import contextlib
 import difflib
 import io
 import os
@@ -75,6 +76,25 @@ def lines(text: str) -> str:
     return "\n  ".join(shown(line) for line in text.split("\n  "))
 
 
+AtEnd = Callable[[int, str, bool], None]
+_at_end: AtEnd | None = None
+
+
+def when_it_ends(action: AtEnd) -> None:
+    """Call ``action`` with exit code and text on screen when this process has printed why it ends,
+    other than done. Its third argument is whether there is time to wait."""
+    global _at_end
+    _at_end = action
+
+
+def ended(code: int, text: str, *, wait: bool = True) -> None:
+    """Say that the process is about to end with ``code``, for the reason ``text`` that it
+    printed."""
+    if _at_end is not None:
+        with contextlib.suppress(Exception):  # the exit code and its reason stay what they are
+            _at_end(code, text, wait)
+
+
 def exit_code(main: Callable[[], None]) -> int:
     """Run ``main`` and return the exit code of the process.
 
@@ -87,13 +107,15 @@ def exit_code(main: Callable[[], None]) -> int:
     try:
         main()
     except UserError as error:
-        _say_on_rank0(f"error: {lines(str(error))}")
+        _end_on_rank0(EXIT_MISTAKE, f"error: {lines(str(error))}")
         return EXIT_MISTAKE
     except Stopped as stop:
-        _say_on_rank0(f"stopped: {lines(str(stop))}")
+        _end_on_rank0(EXIT_REQUEUE, f"stopped: {lines(str(stop))}")
         return EXIT_REQUEUE
     except LostRankError as error:
-        print(f"fault: rank {_rank()}: {lines(str(error))}", file=sys.stderr, flush=True)
+        text = f"fault: rank {_rank()}: {lines(str(error))}"
+        print(text, file=sys.stderr, flush=True)
+        ended(EXIT_FAULT, text)
         return EXIT_FAULT
     except BrokenPipeError:  # the reader, such as `| head`, has finished
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the last flush would fail too
@@ -101,8 +123,9 @@ def exit_code(main: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except Exception:  # noqa: BLE001 - every bug ends here
+    except Exception as error:  # noqa: BLE001 - every bug ends here
         traceback.print_exc()
+        ended(EXIT_FAULT, f"fault: rank {_rank()}: {type(error).__name__}: {lines(str(error))}")
         return EXIT_FAULT
     return 0
 
@@ -112,6 +135,7 @@ def _rank() -> str:
     return os.environ.get("RANK", "0")
 
 
-def _say_on_rank0(text: str) -> None:
+def _end_on_rank0(code: int, text: str) -> None:
     if _rank() == "0":
         print(text, file=sys.stderr, flush=True)
+        ended(code, text)

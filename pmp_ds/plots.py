@@ -18,14 +18,35 @@ BLUE, ORANGE, GREY = "#2a6fbb", "#d9822b", "#888888"
 
 def plot_run(run: RunDir) -> list[Path]:
     """Write plots/iou.png (after a discovery) and plots/loss.png; return their paths."""
-    records = read_metrics(run.metrics)
     run.plots.mkdir(exist_ok=True)
+    return plot_into(run, run.plots)
+
+
+def plot_into(run: RunDir, folder: Path) -> list[Path]:
+    """Write iou.png and loss.png to ``folder``; return their paths."""
+    records = read_metrics(run.metrics)
     paths = []
     ious = _series(records, "discover", "iou")
     if ious[0]:
-        paths.append(_plot_iou(run, *ious))
-    paths.append(_plot_loss(run, records))
+        paths.append(_plot_iou(run, folder, *ious))
+    paths.append(_plot_loss(run, folder, records))
     return paths
+
+
+def plot_throughput(records: list[dict[str, Any]], folder: Path) -> list[Path]:
+    """Write throughput.png to ``folder`` if the records tell it, with a mark where a start
+    resumed."""
+    steps, rates = _series(records, "train", "tokens_per_second")
+    if not steps:
+        return []
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(steps, rates, color=BLUE, linewidth=0.8)
+    starts = [r.get("start", 1) for r in records if r["phase"] == "train" and "loss" in r]
+    for step, before, now in zip(steps[1:], starts, starts[1:], strict=False):
+        if before != now:
+            axes.axvline(step, color=ORANGE, linestyle="--")
+    axes.set(xlabel="update", ylabel="tokens per second", ylim=(0, None))
+    return [_save(figure, folder / "throughput.png")]
 
 
 def _series(records: list[dict[str, Any]], phase: str, name: str) -> tuple[list[int], list[float]]:
@@ -33,7 +54,7 @@ def _series(records: list[dict[str, Any]], phase: str, name: str) -> tuple[list[
     return [r["step"] for r in rows], [float(r[name]) for r in rows]
 
 
-def _plot_iou(run: RunDir, steps: list[int], ious: list[float]) -> Path:
+def _plot_iou(run: RunDir, folder: Path, steps: list[int], ious: list[float]) -> Path:
     mask = load_config(run).mask
     chance = mask.density / (2.0 - mask.density)
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -55,10 +76,10 @@ def _plot_iou(run: RunDir, steps: list[int], ious: list[float]) -> Path:
     )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="center right", frameon=False)
-    return _save(figure, run.plots / "iou.png")
+    return _save(figure, folder / "iou.png")
 
 
-def _plot_loss(run: RunDir, records: list[dict[str, Any]]) -> Path:
+def _plot_loss(run: RunDir, folder: Path, records: list[dict[str, Any]]) -> Path:
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(*_series(records, "train", "loss"), color=BLUE, linewidth=0.8, label="training")
     axes.plot(
@@ -73,7 +94,7 @@ def _plot_loss(run: RunDir, records: list[dict[str, Any]]) -> Path:
     axes.axhline(unigram, color=GREY, linestyle=":", label=label)
     axes.set(xlabel="update", ylabel="loss (nats per token)", title="Masked pretraining")
     axes.legend(frameon=False)
-    return _save(figure, run.plots / "loss.png")
+    return _save(figure, folder / "loss.png")
 
 
 def _save(figure: plt.Figure, path: Path) -> Path:

@@ -1,4 +1,5 @@
-"""A progress bar on a terminal, an occasional plain line elsewhere, nothing on ranks above 0.
+"""A progress bar on a terminal, an occasional line with the time (UTC) elsewhere, nothing on ranks
+above 0.
 
 for document in progress(documents, "tokenize", "document"): ...
 
@@ -16,6 +17,8 @@ from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
+from pmp_ds import verbosity
+
 T = TypeVar("T")
 
 _LINE = (
@@ -27,7 +30,7 @@ _LINE_WITHOUT_TOTAL = "{desc}: {n_fmt}{unit} [{elapsed}, {rate_fmt}{postfix}]"
 class Progress:
     """Counts ``unit``s towards ``total`` (None: unknown) and shows rate and time left.
 
-    On a terminal it is tqdm's bar, in a log file a plain line at most every ``interval`` seconds
+    On a terminal it is tqdm's bar, in a log file a line at most every ``interval`` seconds
     and one at the end. Rates start at ``initial``, the work done before this process.
     """
 
@@ -49,7 +52,7 @@ class Progress:
         self._scale, self._interval = scale, interval
         self._stream = sys.stderr if stream is None else stream
         self._fields: dict[str, Any] = {}
-        self._enabled = not disable and os.environ.get("RANK", "0") == "0"
+        self._enabled = not disable and os.environ.get("RANK", "0") == "0" and verbosity.informs()
         self._start = self._last_line = time.monotonic()
         self._shown = -1
         self._bar: tqdm[Any] | None = None
@@ -100,7 +103,8 @@ class Progress:
             postfix=", ".join(f"{key}={value}" for key, value in self._fields.items()) or None,
             bar_format=_LINE if self.total else _LINE_WITHOUT_TOTAL,
         )
-        print(line, file=self._stream, flush=True)
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        print(stamp, line, file=self._stream, flush=True)
 
     def __enter__(self) -> "Progress":
         return self

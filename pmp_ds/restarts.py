@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from pmp_ds import signals
-from pmp_ds.errors import EXIT_MISTAKE, EXIT_REQUEUE
+from pmp_ds.errors import EXIT_MISTAKE, EXIT_REQUEUE, ended
 from pmp_ds.launchers import DEFAULT_PORT
 
 CHILD = "PMP_RESTARTS_CHILD"
@@ -62,6 +62,8 @@ def run_with_restarts(command: Sequence[str], restarts: int) -> int:
                 file=sys.stderr,
                 flush=True,
             )
+    if code < 0 and os.environ.get("WORLD_SIZE", "1") == "1":  # else another rank notices
+        ended(128 - code, f"fault: rank 0: ended by {_describe(code)}")
     return code if code >= 0 else 128 - code
 
 

@@ -1,7 +1,7 @@
 """The files of a run. Every file name of a run is spelled here and nowhere else.
 
 runs/NAME/config.yaml  data.json  verified.json  micro_batch.json  tokenizer/  metrics.jsonl
-               tensorboard/  plots/  stacks/  profile/
+               metrics.prom  tensorboard/  plots/  stacks/  profile/  report.html
 runs/NAME/release/     the only folder to publish
 runs/NAME/private/     ticket/  init/  checkpoints/  vault/  ledger.jsonl   0700, files 0600
 """
@@ -60,6 +60,11 @@ class RunDir:
         return self.root / "metrics.jsonl"
 
     @property
+    def textfile(self) -> Path:
+        """The newest numbers for Prometheus."""
+        return self.root / "metrics.prom"
+
+    @property
     def tensorboard(self) -> Path:
         return self.root / "tensorboard"
 
@@ -68,9 +73,18 @@ class RunDir:
         return self.root / "plots"
 
     @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
     def stacks(self) -> Path:
         """The stacks of the ranks of a run that hung."""
         return self.root / "stacks"
+
+    @property
+    def on_fault(self) -> Path:
+        """Exists after the command `guard.on_fault` ran, until the next start."""
+        return self.root / ".on-fault"
 
     @property
     def profile(self) -> Path:

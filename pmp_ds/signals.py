@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from pmp_ds.errors import EXIT_REQUEUE
+from pmp_ds.errors import EXIT_REQUEUE, ended
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LEAVE_SECONDS = 2.0
@@ -57,6 +57,7 @@ def end_at_once(code: int, text: str, *, everyone: bool = False) -> NoReturn:
     thread.join(LEAVE_SECONDS)
     if everyone or os.environ.get("RANK", "0") == "0":
         tell(text)
+        ended(code, text)
     os._exit(code)
 
 
@@ -81,6 +82,18 @@ def reacting(reaction: Reaction, *, then: Reaction | None = None) -> Iterator[No
             yield
     finally:
         _reaction = then if then is not None and _listening else before
+
+
+@contextlib.contextmanager
+def ignoring() -> Iterator[None]:
+    """Make signals that reach a listening process do nothing inside this context, in any
+    thread."""
+    global _reaction
+    before, _reaction = _reaction, ignore
+    try:
+        yield
+    finally:
+        _reaction = before
 
 
 @contextlib.contextmanager

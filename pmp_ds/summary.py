@@ -1,5 +1,6 @@
 """The end of a run in words, counted again from its files."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from pmp_ds.config import Config
@@ -16,8 +17,17 @@ from pmp_ds.ticket.ticket import Ticket, exact_k, has_ticket, load_ticket
 
 
 def summarize(run: RunDir, prompt: str) -> str:
-    """Return a table as text; the sample needs a release. Raises UserError when ``run`` is not a
-    run or has no checkpoint."""
+    """Return ``rows_of`` as text."""
+    return in_lines(rows_of(run, prompt))
+
+
+def in_lines(rows: Mapping[str, str]) -> str:
+    return "\n".join(f"  {name:<12}{text}" for name, text in rows.items())
+
+
+def rows_of(run: RunDir, prompt: str) -> dict[str, str]:
+    """Return what a run came to, by name of the row; the sample needs a release. Raises UserError
+    when ``run`` is not a run or has no checkpoint."""
     config, data = load_config(run), read_data(run)
     records = read_metrics(run.metrics)
     weights = plain_weights.of_checkpoint(run, None)
@@ -53,7 +63,7 @@ def summarize(run: RunDir, prompt: str) -> str:
         rows["sample"] = repr(generate_sample(run.release, prompt, seed=0))
     else:
         rows["release"] = f"none yet: pmp-ds export --run {quoted(run.root)}"
-    return "\n".join(f"  {name:<12}{text}" for name, text in rows.items())
+    return rows
 
 
 def _mixture(config: Config, data: DataFacts, updates: int) -> str:

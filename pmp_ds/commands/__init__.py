@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pmp_ds import __version__
 from pmp_ds.errors import UserError, did_you_mean, exit_code
+from pmp_ds.verbosity import Level
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,9 @@ class OnRanks:
 
     deepspeed_config: Path = field(default=Path("zero1"), metadata={"metavar": "JSON"})
     """DeepSpeed settings for this machine: a file, or zero0, zero1, zero2, ..."""
+
+    log_level: Level = "info"
+    """`warning` hides plan, progress and notes; `debug` shows DeepSpeed's messages too."""
 
     local_rank: int = field(default=0, metadata={"hidden": True})
     """Given by the `deepspeed` launcher, which also sets LOCAL_RANK."""

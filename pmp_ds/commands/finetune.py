@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pmp_ds import ranks  # the rest is imported when signals are heard already
+from pmp_ds import ranks, verbosity  # the rest is imported when signals are heard already
 from pmp_ds.commands import OnRanks
 
 DESCRIPTION = """\
@@ -62,9 +62,17 @@ def prepare(argv: Sequence[str] | None = None) -> ranks.Prepared:
         return parse(FinetuneConfig, argv, options=Options, **texts)
 
     config, options = settings(argv)
+    verbosity.choose(options.log_level)
+    from pmp_ds import on_fault
     from pmp_ds.engine import deepspeed_config
+    from pmp_ds.log.textfile import check_folder
+    from pmp_ds.log.wandb_sink import check_installed
     from pmp_ds.run_dir import RunDir
 
+    run = RunDir(Path(config.run.root) / config.run.name)
+    on_fault.watch(config.guard.on_fault, run.root, run.on_fault)
+    check_folder(config.run)
+    check_installed(config.run)
     ds_config = deepspeed_config.read_json(options.deepspeed_config)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     train = config.train.complete(config.train.global_batch_size, world)
@@ -75,7 +83,6 @@ def prepare(argv: Sequence[str] | None = None) -> ranks.Prepared:
     grid = sweep.grid(options.sweep)
     cells = {name: settings([*argv, *flags])[0] for name, flags in sweep.cells(grid).items()}
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    run = RunDir(Path(config.run.root) / config.run.name)
     where = Path(config.results) if config.results else run.root / "results.jsonl"
     keep, afresh = options.keep_models or not grid, options.start_afresh
 

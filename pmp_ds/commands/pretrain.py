@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pmp_ds import ranks, startup  # the rest is imported when signals are heard already
+from pmp_ds import ranks, startup, verbosity  # the rest is imported when signals are heard already
 from pmp_ds.commands import OnRanks
 
 if TYPE_CHECKING:
@@ -102,23 +102,30 @@ def prepare(argv: Sequence[str] | None = None) -> ranks.Prepared:
         epilog=EPILOG,
         options=Options,
     )
+    verbosity.choose(options.log_level)
     if options.dry_run:
         _print_plan(config, options)
         raise SystemExit(0)
+    from pmp_ds import on_fault
     from pmp_ds.restarts import is_child, run_with_restarts
+    from pmp_ds.run_dir import RunDir
 
+    run = RunDir(Path(config.run.root) / config.run.name)
+    on_fault.watch(config.guard.on_fault, run.root, run.on_fault)
     if config.run.restarts and not is_child():
         again = [sys.executable, "-m", "pmp_ds.commands.pretrain", *argv]
         raise SystemExit(run_with_restarts(again, config.run.restarts))
     from pmp_ds.data.mixed_store import open_data
     from pmp_ds.engine import deepspeed_config
-    from pmp_ds.run_dir import RunDir
+    from pmp_ds.log.textfile import check_folder
+    from pmp_ds.log.wandb_sink import check_installed
 
     ds_config = deepspeed_config.read_json(options.deepspeed_config)
     deepspeed_config.merge(ds_config, config.train, int(os.environ.get("WORLD_SIZE", "1")))
     deepspeed_config.require_precision(config.train)
     store = open_data(config.data.store)
-    run = RunDir(Path(config.run.root) / config.run.name)
+    check_folder(config.run)
+    check_installed(config.run)
     from pmp_ds.train import job  # imports transformers: seconds
 
     job.check(config, store, run)
@@ -176,6 +183,8 @@ def _tell(outcome: "Outcome", config: "Config", run: "RunDir") -> None:
     from pmp_ds.plots import plot_run  # imports matplotlib: a second
 
     plot_run(run)
+    if not verbosity.informs():
+        return
     print(
         f"done: ticket of {outcome.num_kept:,} elements of {outcome.num_params:,}, "
         f"{outcome.complement_changed} elements of the complement changed"

@@ -6,7 +6,8 @@
         --audit runs/pmp/private/audit/audit.json
 
 A run: data, ticket, losses, release and a generated sample, counted again from the files; nothing
-that depends on which elements are in the ticket. A study: the folder's results.jsonl becomes
+that depends on which elements are in the ticket; and a page with the curves, the throughput and the
+starts and faults of the run, report.html in its folder. A study: the folder's results.jsonl becomes
 report/report.html, the same as report.md, tables (Markdown, LaTeX) and pictures: a verdict, six
 numbers with 95% intervals, the paper's table and figures, and the controls that were not run.
 """
@@ -58,10 +59,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         _study(args, args.study)
     if args.run is not None:
         run = RunDir(args.run)
-        load_config(run)  # UserError at once when it is no run
-        from pmp_ds.summary import summarize  # imports transformers: seconds
+        config = load_config(run)  # UserError at once when it is no run
+        from pmp_ds.study import run_page
+        from pmp_ds.summary import in_lines, rows_of  # imports transformers: seconds
 
-        print(summarize(run, args.prompt))
+        rows = rows_of(run, args.prompt)
+        print(in_lines(rows))
+        print(f"  {'page':<12}{run_page.write(run, config.run.name, rows)}")
 
 
 def _study(args: Report, study: Path) -> None:

@@ -43,6 +43,13 @@ class RunConfig:
     """Time that this job may take, as HH:MM:SS or seconds: it saves and stops in time, with exit
     code 75. Unset means no limit."""
 
+    prometheus: str | None = None
+    """Folder of node_exporter's textfile collector: the numbers of the run go to a file there that
+    is named after it. Unset: to metrics.prom in the run's folder."""
+
+    wandb: str | None = None
+    """Project of Weights & Biases that receives the records too; needs `pip install wandb`."""
+
     restarts: int = 0
     """How often each rank restarts after a fault (not after a mistake in the settings or when it
     was asked to stop), from the last checkpoint."""
@@ -118,6 +125,11 @@ class GuardConfig:
     lost_seconds: float = 60.0
     """A rank that gives no sign of life for so long, because its host or network is gone, ends the
     run, which names it; 0 waits for as long as the system's network does."""
+
+    on_fault: str | None = None
+    """Shell command that runs when the run ends other than done: by a fault, a stop of the guard or
+    a signal. It learns why from PMP_DS_RUN, PMP_DS_CODE, PMP_DS_REASON, PMP_DS_RANK and
+    PMP_DS_HOST, and may take 30 s."""
 
     def __post_init__(self) -> None:
         require(self.spike_sigmas > 0, f"guard.spike_sigmas={self.spike_sigmas} must be positive")

@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 from transformers import logging
 
-from pmp_ds import dist, results
+from pmp_ds import dist, results, verbosity
 from pmp_ds.engine.cut import Cut
 from pmp_ds.errors import UserError
 from pmp_ds.finetune.cell import forget, settings_of, tune
@@ -108,7 +108,8 @@ def _run_all(
     first = next(iter(cells.values()))
     if dist.rank() == 0:
         run.root.mkdir(parents=True, exist_ok=True)
-        print(_plan(cells, done, where), flush=True)
+        if verbosity.informs():
+            print(_plan(cells, done, where), flush=True)
     dist.barrier()
     with (
         watching(run, first.run.max_seconds, first.guard.hang_seconds, started) as watch,

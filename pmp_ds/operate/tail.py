@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pmp_ds.foreign import parse_object
+from pmp_ds.log.records import START, valid
 
 MOST_BYTES = 1 << 20  # thousands of updates
 _NUMBERS = ("loss", "val_loss", "tokens", "tokens_per_second", "save_seconds")
@@ -50,7 +51,7 @@ class Tail:
 
 
 def read_tail(path: Path) -> Tail:
-    """Return the newest records; lines that are cut off or damaged are left out."""
+    """Return the newest records that count; lines that are cut off or damaged are left out."""
     try:
         with open(path, "rb") as file:
             facts = os.fstat(file.fileno())
@@ -64,20 +65,30 @@ def read_tail(path: Path) -> Tail:
     lines.pop()  # empty, or being written
     if facts.st_size > MOST_BYTES:
         del lines[0]
-    records, damaged = [], 0
+    records, damaged, was_damaged = [], 0, False
     for line in lines:
         try:
-            records.append(_checked(parse_object(line)))
+            record = _checked(parse_object(line))
         except ValueError:
-            damaged += 1
+            damaged, was_damaged = damaged + 1, True
+            continue
+        if (
+            was_damaged and record["phase"] == START
+        ):  # a kill cut that line, and this start closed it
+            damaged -= 1
+        was_damaged = False
+        records.append(record)
     problem = f"{path} has damaged lines near its end: {damaged}" if damaged else None
-    return Tail(tuple(records), facts.st_mtime, problem)
+    return Tail(tuple(valid(records)), facts.st_mtime, problem)
 
 
 def _checked(record: dict[str, Any]) -> dict[str, Any]:
     """Return a record with its numbers as numbers. Raises ValueError for another line."""
     if not isinstance(record.get("phase"), str) or type(record.get("step")) is not int:
         raise ValueError("not a record")
+    resumed = record.get("resumed", {} if record["phase"] != START else None)
+    if not isinstance(resumed, dict) or not all(type(step) is int for step in resumed.values()):
+        raise ValueError("resumed")
     for name in _NUMBERS:
         if name in record:
             if type(record[name]) not in (int, float, str):

@@ -12,7 +12,7 @@ from typing import Any
 from pmp_ds import dist
 from pmp_ds.config import Config
 from pmp_ds.engine.engine import Engine
-from pmp_ds.log import MetricsLog
+from pmp_ds.log.writer import MetricsLog
 from pmp_ds.run_dir import RunDir
 from pmp_ds.state import checkpoint, shelf
 from pmp_ds.state.checkpoint import NotWrittenError, Snapshot, Tensors

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pmp_ds import dist
+from pmp_ds import dist, verbosity
 from pmp_ds.engine.cut import Cut
 from pmp_ds.engine.deepspeed_config import OWN_SECTION
 from pmp_ds.engine.engine import Engine
@@ -76,7 +76,7 @@ def fitted(job: Job) -> Job:
         why = room.in_words(size)
         dist.on_rank0(lambda: _write(job.run, known | {where: size}))
     train = replace(train, micro_batch_size=size)
-    if dist.rank() == 0:
+    if dist.rank() == 0 and verbosity.informs():
         print(f"micro-batch {size}: {why}\n  {Cut.of(train, world).in_words()}", flush=True)
     return replace(job, config=replace(job.config, train=train))
 

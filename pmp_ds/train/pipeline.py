@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pmp_ds import dist, startup
+from pmp_ds import dist, startup, verbosity
 from pmp_ds.config import Config
 from pmp_ds.data.mixed_store import Dataset
 from pmp_ds.data.verified import check_together
@@ -122,14 +122,15 @@ def pretrain(job: Job, started: float, *, start_afresh: bool = False) -> Outcome
     step = found[1].step if found else 0
     if found is None and job.initial.base is not None:
         job.initial.base.require(f"{run.root} has no checkpoint of masked pretraining to resume")
-    # Keep no records of updates that will be repeated.
+    # Records of updates that will be repeated are superseded.
     last = {"train": step} if step else {}
     if has_one:
         last["discover"] = config.mask.max_steps
     elif discovered:
         last["discover"] = discovered[1].step
-    dist.on_rank0(lambda: start.go_on(job, [trained, explored], last))
-    if step == config.train.steps:
+    ended = step == config.train.steps
+    dist.on_rank0(lambda: start.go_on(job, [trained, explored], None if ended else last))
+    if ended:
         _say(f"already finished: {step:,} of {step:,} updates")
         return _outcome(job)
     with watching(run, config.run.max_seconds, config.guard.hang_seconds, started) as watch:
@@ -157,7 +158,7 @@ def _train(job: Job, ticket: Ticket | None, found: Found | None, session: Sessio
 
 
 def _say(text: str) -> None:
-    if dist.rank() == 0:
+    if dist.rank() == 0 and verbosity.informs():
         print(text, flush=True)
 
 

@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from pmp_ds import dist, startup
+from pmp_ds import dist, startup, verbosity
 from pmp_ds.config import Config
 from pmp_ds.data.loader import BlockLoader
 from pmp_ds.engine.engine import Engine
 from pmp_ds.engine.objective import Objective
 from pmp_ds.engine.placement import Fill
-from pmp_ds.errors import Stopped
-from pmp_ds.log import MetricsLog
+from pmp_ds.errors import EXIT_MISTAKE, EXIT_REQUEUE, Stopped, UserError
+from pmp_ds.log.sinks import sinks_of
+from pmp_ds.log.writer import MetricsLog
 from pmp_ds.progress import Progress
 from pmp_ds.run_dir import RunDir
 from pmp_ds.state import checkpoint, weight_files
@@ -92,15 +93,17 @@ class Session:
     ) -> None:
         self.config, self.ds_config, self.watch = config, ds_config, watch
         self.run = run
-        self.log = MetricsLog(run, enabled=dist.rank() == 0)
+        self.log = MetricsLog(
+            run, enabled=dist.rank() == 0, sinks=lambda starts: sinks_of(run, config, starts)
+        )
         self.saver = Saver(run, config, self.log)
 
     def __enter__(self) -> "Session":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.saver.close()
-        self.log.close()
+        self.log.close(_code(kind))
 
     @contextlib.contextmanager
     def training(self, work: Work, found: Found | None) -> Iterator["Training"]:
@@ -110,6 +113,15 @@ class Session:
             yield training
         self.saver.wait()
         training.engine.close()
+
+
+def _code(kind: type[BaseException] | None) -> int | None:
+    """Return the exit code of a session that such an exception ends; None for a fault."""
+    if kind is None:
+        return 0
+    if issubclass(kind, Stopped):
+        return EXIT_REQUEUE
+    return EXIT_MISTAKE if issubclass(kind, UserError) else None
 
 
 class Training:
@@ -126,7 +138,7 @@ class Training:
             weight_files.load_weights(found[0] / "weights", work.model)
         self.engine = Engine(work.model, config.train, session.ds_config, work.objective, fill)
         self.engine.arm(work.mask)
-        for note in self.engine.notes if dist.rank() == 0 else ():
+        for note in self.engine.notes if dist.rank() == 0 and verbosity.informs() else ():
             print(note, flush=True)
         self.begin: Position | None = found[1] if found else None
         self.reader: StateReader | None = None
@@ -152,7 +164,7 @@ class Training:
     def started(self) -> None:
         """Say after the first update of this process how long it took to come there."""
         said = startup.at_first_update()
-        if said is not None and dist.rank() == 0:
+        if said is not None and dist.rank() == 0 and verbosity.informs():
             print(said, flush=True)
 
     def record(self, step: int, **values: float) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pmp_ds import dist
 from pmp_ds.errors import UserError
-from pmp_ds.log import read_metrics, rewind_metrics
+from pmp_ds.log import begin, read_metrics, read_starts
 from pmp_ds.model.parameters import digest
 from pmp_ds.run_dir import RunDir, sweep
 from pmp_ds.state import plain_weights, run_record, shelf, theta0
@@ -114,8 +114,9 @@ def _require_ticket(job: Job, why: str) -> None:
         )
 
 
-def go_on(job: Job, seen: Sequence[Survey], last: Mapping[str, int]) -> None:
-    """Prepare the folder to resume from ``seen``: metrics end at the updates ``last``, by phase.
+def go_on(job: Job, seen: Sequence[Survey], last: Mapping[str, int] | None) -> None:
+    """Prepare the folder to resume from ``seen``, after the updates ``last``, by phase; None: the
+    run has reached its end, and nothing is trained.
 
     Rank 0 alone; nothing may refuse the start after this.
     """
@@ -129,9 +130,12 @@ def go_on(job: Job, seen: Sequence[Survey], last: Mapping[str, int]) -> None:
     run_record.record_start(run, job.config)
 
 
-def resume_in(run: RunDir, passed_over: Sequence[Path], last: Mapping[str, int]) -> None:
-    """Rewind the metrics, remove leftovers of killed processes, set damaged checkpoints aside."""
-    rewind_metrics(run.metrics, last)
+def resume_in(run: RunDir, passed_over: Sequence[Path], last: Mapping[str, int] | None) -> None:
+    """Record the start, remove leftovers of killed processes, set damaged checkpoints aside."""
+    if last is None:
+        read_starts(run.metrics)  # refuses a damaged file, as ``begin`` does
+    else:
+        begin(run.metrics, last)
     sweep(run)
     for folder in passed_over:
         print(f"set aside as {shelf.set_aside(folder)}", flush=True)

@@ -14,7 +14,7 @@ from pmp_ds import dist
 from pmp_ds.config import GuardConfig
 from pmp_ds.engine.engine import Engine
 from pmp_ds.errors import UserError
-from pmp_ds.log import MetricsLog
+from pmp_ds.log.writer import MetricsLog
 from pmp_ds.optim.drift import DriftProbe
 from pmp_ds.watch.stop import StopRequest
 

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from pmp_ds import dist, lease
+from pmp_ds import dist, lease, on_fault
 from pmp_ds.errors import require
 
 
@@ -29,4 +29,6 @@ def held(folder: Path, what: str) -> Iterator[None]:
                 "that all hosts of the job share",
             )
         )
+        dist.on_rank0(on_fault.forget)
+        on_fault.shared()
         yield

@@ -15,6 +15,7 @@ import time
 import psutil
 
 from pmp_ds import dist, signals
+from pmp_ds.errors import ended
 from pmp_ds.launchers import is_launcher
 from pmp_ds.signals import tell
 
@@ -86,7 +87,10 @@ class StopRequest:
             return
         now = time.monotonic()
         if self._first is not None and now - self._first > REPEAT_SECONDS:
-            tell("second signal: ending at once; the last complete checkpoint is intact")
+            text = "second signal: ending at once; the last complete checkpoint is intact"
+            tell(text)
+            if os.environ.get("RANK", "0") == "0":
+                ended(128 + number, text, wait=False)
             os._exit(128 + number)
         if self._first is None:
             self._first = now

@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
-    EventAccumulator,
-)
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.log import read_metrics
@@ -56,7 +54,7 @@ def test_metrics_of_every_update(main_run: MainRun):
     assert [r["step"] for r in rows(run, "discover", "iou")] == list(range(2, len(discovered) + 1))
     trained = rows(run, "train", "loss")
     assert [r["step"] for r in trained] == list(range(1, STEPS + 1))
-    assert all(r.keys() == STEP_FIELDS | {"phase", "step"} for r in trained)
+    assert all(r.keys() == STEP_FIELDS | {"phase", "step", "time", "start"} for r in trained)
     assert [r["tokens"] for r in trained] == [s * 8 * BLOCK for s in range(1, STEPS + 1)]
     assert all(r["grad_norm"] > 0 and r["tokens_per_second"] > 0 for r in trained)
     assert all(0 <= r["loader_share"] <= 1 for r in trained)
@@ -91,13 +89,15 @@ def test_the_loss_beats_token_frequencies(main_run: MainRun, work: Path):
 def test_tensorboard_holds_the_same_scalars(main_run: MainRun):
     board = EventAccumulator(str(main_run.run.tensorboard))
     board.Reload()
-    of_saves = ("save_stall_seconds", "save_seconds")
-    expected = {f"train/{name}" for name in (*STEP_FIELDS, *of_saves, "val_loss")}
-    expected |= {"discover/loss", "discover/iou"}
-    assert set(board.Tags()["scalars"]) == expected
+    rates = {"tokens_per_second", "loader_share", "optimizer_share"}
+    system = rates | {"save_stall_seconds", "save_seconds"}
+    expected = {f"system/{name}": ("train", name) for name in system}
+    expected |= {f"train/{name}": ("train", name) for name in STEP_FIELDS - rates}
+    expected |= {f"discovery/{name}": ("discover", name) for name in ("loss", "iou")}
+    expected["eval/val_loss"] = "train", "val_loss"
+    assert set(board.Tags()["scalars"]) == set(expected)
     assert {kind for kind, tags in board.Tags().items() if tags} == {"scalars"}
-    for tag in expected:
-        phase, name = tag.split("/")
+    for tag, (phase, name) in expected.items():
         wanted = {r["step"]: r[name] for r in rows(main_run.run, phase, name)}
         found = {event.step: event.value for event in board.Scalars(tag)}
         assert found == pytest.approx(wanted, rel=1e-6)
@@ -135,8 +135,8 @@ def test_the_plan_comes_first_and_once(main_run: MainRun, ticket: Ticket):
 
 def test_one_rank_shows_progress(main_run: MainRun):
     err = main_run.train.stderr
-    assert len(re.findall(r"^train: 100% 40/40 .*loss=.*val=", err, re.MULTILINE)) == 1
-    assert len(re.findall(r"^discover: .*iou=0\.9", err, re.MULTILINE)) == 1
+    assert len(re.findall(r"^\S+Z train: 100% 40/40 .*loss=.*val=", err, re.MULTILINE)) == 1
+    assert len(re.findall(r"^\S+Z discover: .*iou=0\.9", err, re.MULTILINE)) == 1
     assert "arning" not in err + main_run.train.stdout.split("main:\n")[1]
 
 

@@ -192,7 +192,7 @@ def strike(place: Place, blow: Blow, durations: dict[str, float], *more: str) ->
 
 class Moment:
     """Detect the moment of a kill from outside. Records of earlier starts do not count: a start
-    that gets so far rewinds metrics.jsonl and then writes config.yaml."""
+    that gets so far is recorded in metrics.jsonl and then writes config.yaml."""
 
     def __init__(self, place: Place, blow: Blow) -> None:
         """Note the state before the command starts."""

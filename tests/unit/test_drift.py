@@ -22,6 +22,7 @@ from tests.unit.test_docs import REPO, code, documents
 from tests.unit.test_layers import ROWS
 
 OTHERS = {
+    "--collector.textfile.directory",  # node_exporter
     "--gpus-per-node",
     "--ntasks-per-node",
     "--open-mode",

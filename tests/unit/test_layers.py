@@ -13,11 +13,11 @@ REPO = Path(__file__).resolve().parents[2]
 # Low to high. A module imports only from lower rows; neighbours in a row leave each other alone.
 # A name is a module or package directly below pmp_ds, with everything inside it.
 ROWS = (
-    ("account", "errors", "heap", "startup", "version"),
+    ("account", "errors", "heap", "startup", "verbosity", "version"),
     ("foreign", "fields", "shipped", "tensor_file"),
     ("config", "run_dir", "progress", "launchers", "signals", "formats", "settings", "strict_yaml"),
     ("lease_file",),
-    ("meeting", "lease", "restarts", "launch"),
+    ("meeting", "lease", "on_fault", "restarts", "launch"),
     ("dist",),
     ("lifeline",),
     ("ranks",),

@@ -7,7 +7,10 @@ import re
 import pytest
 
 from pmp_ds import progress as module
+from pmp_ds import verbosity
 from pmp_ds.progress import Progress, progress
+
+STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
 
 
 class Terminal(io.StringIO):
@@ -32,7 +35,7 @@ def test_log_gets_a_line_per_interval_and_a_last_one(clock: list[float]):
     lines = stream.getvalue().splitlines()
     assert len(lines) == 3  # after 10, 20 and 25 seconds
     assert re.fullmatch(
-        r"work:\s+20% 20/100 \[00:10<00:40,\s+2\.00 step/s, loss=1\.25\]", lines[0]
+        STAMP + r" work:\s+20% 20/100 \[00:10<00:40,\s+2\.00 step/s, loss=1\.25\]", lines[0]
     ), lines[0]
     assert "50/100" in lines[-1]
     assert "\r" not in stream.getvalue()
@@ -88,3 +91,16 @@ def test_iterates_and_knows_the_length(capsys: pytest.CaptureFixture[str]):
     assert "work: 2 item" in capsys.readouterr().err
     assert list(progress([1], "work", "item", disable=True)) == [1]
     assert capsys.readouterr().err == ""
+
+
+def test_nothing_at_level_warning(clock: list[float]):
+    stream, terminal = io.StringIO(), Terminal()
+    verbosity.choose("warning")
+    try:
+        for one in (stream, terminal):
+            with Progress("work", "step", 10, stream=one) as bar:
+                clock[0] += 20
+                bar.update(10)
+    finally:
+        verbosity.choose("info")
+    assert stream.getvalue() == terminal.getvalue() == ""

@@ -202,10 +202,14 @@ def _run(folder: Path) -> None:
         },
     )
     run.config.write_text("run:\n  name: x\n  root: .\n")
+    began = {"phase": "start", "step": 0, "time": 1.5, "start": 1, "resumed": {}}
     records = [
-        {"phase": "discover", "step": 2, "iou": 0.9},
-        {"phase": "train", "step": 1, "loss": 5.0},
+        began,
+        {"phase": "discover", "step": 2, "iou": 0.9, "time": 2.5, "start": 1},
+        began | {"start": 2, "resumed": {"discover": 500, "train": 0}},
+        {"phase": "train", "step": 1, "loss": 5.0, "time": 2.5, "start": 2},
         {"phase": "train", "step": 2, "val_loss": 5.0},
+        {"phase": "end", "step": 2, "time": 3.5, "start": 2, "code": 0},
     ]
     run.metrics.write_bytes(_lines(records))
     write_json(
@@ -226,7 +230,7 @@ def _run(folder: Path) -> None:
 
 def _use_run(folder: Path) -> None:
     from pmp_ds.data.mixture import realised
-    from pmp_ds.log import read_metrics
+    from pmp_ds.log import read_metrics, read_starts
     from pmp_ds.state import theta0
     from pmp_ds.state.run_record import export_facts, read_data
     from pmp_ds.summary import _losses
@@ -237,6 +241,7 @@ def _use_run(folder: Path) -> None:
         realised([part.slots for part in data.parts], 100, b"k" * 32)
     export_facts(run, 2, 5.0)
     _losses(read_metrics(run.metrics), data.unigram_cross_entropy)
+    read_starts(run.metrics)
     theta0.lineage(run)
     vault.records(run.vault)
 

@@ -19,6 +19,7 @@ import pytest
 from pmp_ds import lease
 from pmp_ds.commands import status
 from pmp_ds.errors import UserError
+from pmp_ds.log import begin
 from pmp_ds.operate import signs
 from pmp_ds.operate.status import State, found_in, states
 from pmp_ds.operate.status_words import duration, screen
@@ -149,6 +150,18 @@ def test_pretraining(run: RunDir):
             "  loss        3.0000 at update 20, validation 3.2500 at update 20",
         )
     )
+
+
+def test_a_resumed_run_is_where_it_resumed(run: RunDir):
+    trained(run)
+    with open(run.metrics, "a") as file:
+        file.write('{"phase": "train", "st')  # killed while it wrote
+    assert begin(run.metrics, {"discover": 7, "train": 10}) == 2
+    state = of(run)
+    assert (state.phase, state.step, state.problems) == ("pretraining", 10, ())
+    assert state.loss is None or state.loss[0] <= 10
+    record(run, "train", 11, loss=2.5, start=2)
+    assert (of(run).step, of(run).loss) == (11, (11, 2.5))
 
 
 def test_only_the_end_of_a_long_file_is_read(run: RunDir):

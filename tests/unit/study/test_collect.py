@@ -10,7 +10,7 @@ from pmp_ds.cli import dump
 from pmp_ds.commands.report import main
 from pmp_ds.config import Config, DataConfig, MaskConfig, RunConfig, TrainConfig
 from pmp_ds.errors import UserError
-from pmp_ds.log import MetricsLog
+from pmp_ds.log.writer import MetricsLog
 from pmp_ds.run_dir import RunDir, write_json, write_text
 from pmp_ds.state.run_record import DataFacts
 from pmp_ds.study.collect import collect, pretrain_result

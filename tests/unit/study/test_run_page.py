@@ -1,0 +1,77 @@
+"""The page of one run, from its records alone."""
+
+import base64
+import re
+from pathlib import Path
+
+import pytest
+
+from pmp_ds.errors import UserError
+from pmp_ds.log import begin, read_metrics
+from pmp_ds.log.writer import MetricsLog
+from pmp_ds.run_dir import RunDir
+from pmp_ds.study import run_page
+from tests.unit.study.test_collect import finished
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """Return a run of three starts: one killed after update 2, one stopped, one that ended."""
+    run = finished(tmp_path / "run", done=0)
+    run.metrics.unlink()
+    starts: list[tuple[dict[str, int], tuple[int, ...], int | None]] = [
+        ({}, (0, 1, 2), None),
+        ({"train": 1}, (2, 3), 75),
+        ({"train": 3}, (4,), 0),
+    ]
+    for resumed, steps, code in starts:
+        begin(run.metrics, resumed)
+        log = MetricsLog(run, enabled=True)
+        for step in steps:
+            log.write("train", step, loss=5.0, tokens_per_second=1000.0 * step, save_seconds=2.5)
+        log.close(code)
+    return run
+
+
+def cells(text: str) -> list[list[str]]:
+    rows = re.findall(r"<tr>(.*?)</tr>", text, re.DOTALL)
+    return [re.findall(r"<td>(.*?)</td>", row) for row in rows]
+
+
+def test_by_hand(run: RunDir) -> None:
+    path = run_page.write(run, "run", {"ticket": "k = 7 <b>"})
+    text = path.read_text()
+    assert path == run.root / "report.html"
+    assert ["ticket", "k = 7 &lt;b&gt;"] in cells(text)
+    assert "3 starts, of which 1 ended by a fault." in text
+    ends = [(row[0], row[2], row[3], row[5]) for row in cells(text) if len(row) == 6]
+    assert ends == [
+        ("1", "the beginning", "update 2", "none recorded: killed, or a fault"),
+        ("2", "update 1", "update 3", "stopped on request"),
+        ("3", "update 3", "update 4", "done"),
+    ]
+    # Of the valid records 0, 1, 2, 3, 4.
+    assert ["tokens per second", "2,000", "0", "4,000"] in cells(text)
+    assert len(read_metrics(run.metrics)) == 5
+
+
+def test_it_needs_nothing_beside_it(run: RunDir) -> None:
+    text = run_page.write(run, "run", {}).read_text()
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
+    assert [base64.b64decode(one)[:8] for one in pictures] == [b"\x89PNG\r\n\x1a\n"] * 2
+    assert not re.findall(r'(?:src|href)="(?!data:)', text)
+    assert not list(run.root.glob("*.incomplete"))
+
+
+def test_a_run_of_an_older_version(run: RunDir) -> None:
+    """Its records have neither start nor time."""
+    run.metrics.write_text('{"phase": "train", "step": 1, "loss": 5.0}\n')
+    text = run_page.write(run, "run", {}).read_text()
+    assert "1 start, of which 0 ended by a fault." in text
+    assert cells(text)[-1][:5] == ["1", "unknown", "the beginning", "update 1", "unknown"]
+
+
+def test_a_folder_in_the_way_is_named(run: RunDir) -> None:
+    run.report.mkdir()
+    with pytest.raises(UserError, match=r"report\.html cannot be written: "):
+        run_page.write(run, "run", {})
