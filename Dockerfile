@@ -39,11 +39,12 @@ RUN command -v g++ >/dev/null \
 
 # An environment on top of the base's packages uses the base's torch, without a second download, and
 # replaces nothing of the base. It belongs to root, and `python -I`, which export uses to check a
-# release, sees it.
+# release, sees it. The hash seed makes two builds equal: deepspeed's metadata list a set.
 RUN python3 -m venv --system-site-packages --without-pip /opt/pmp-ds
 ENV PATH=/opt/pmp-ds/bin:${PATH} \
     PIP_NO_CACHE_DIR=1 \
-    PIP_NO_COMPILE=1
+    PIP_NO_COMPILE=1 \
+    PYTHONHASHSEED=0
 
 # Dependencies first, so that a change of the code does not download them again. Every file has a
 # hash except torch's, which differs between indexes. setuptools builds deepspeed, whose only release

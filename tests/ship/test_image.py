@@ -214,13 +214,17 @@ def test_entry_point(image: str, words: tuple[str, ...], code: int, says: str):
 
 
 def test_two_builds_have_the_same_files(image: str):
+    """Names, modes and owners, and the contents except byte code: the same source can be marshalled
+    in several ways."""
     base = os.environ.get("IMAGE_BASE", BASE)
     with timed("second build, without the layers of the first"):
         containers.build(AGAIN, base, HOME, revision=REVISION, cached=False)
     one, other = files(image), files(AGAIN)
     report(f"files: {len(one)}, the same in two builds")
     assert one.keys() ^ other.keys() == set()
-    assert {path for path in one if one[path] != other[path]} == set()
+    assert {path for path in one if one[path][:3] != other[path][:3]} == set()
+    changed = {path for path in one if one[path] != other[path]}
+    assert {path for path in changed if not path.endswith(".pyc")} == set()
 
 
 def plain(name: str) -> str:
