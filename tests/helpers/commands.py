@@ -90,8 +90,15 @@ def start(
         command = [str(deepspeed), "--num_accelerators", str(ranks)]
         if port is not None:
             command += ["--master_port", str(port or free_port())]
+    return spawn(*before, *command, LAUNCHER / launcher, *arguments, cwd=cwd, env=env)
+
+
+def spawn(
+    *command: str | Path, cwd: Path, env: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
+    """Start any program in the environment of the commands."""
     return subprocess.Popen(
-        [*before, *command, str(LAUNCHER / launcher), *map(str, arguments)],
+        [str(word) for word in command],
         cwd=cwd,
         env=_environment() | dict(env or {}),
         stdin=subprocess.DEVNULL,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pmp_ds import __version__
 from tests.helpers.distributed import REPO
 from tests.helpers.namespaces import needs
 
@@ -179,5 +180,29 @@ def test_a_script_that_is_not_there(tmp_path):
     )
     assert (done.returncode, done.stderr) == (
         1,
-        f"error: {tmp_path / 'no'}: no such file, nor one of pretrain, finetune, doctor\n",
+        f"error: {tmp_path / 'no'}: no such file\n",
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (("export", "--help"), 0, "usage: pmp-ds export"),
+        (("pmp-ds", "--version"), 0, __version__),
+        (("exprt",), 1, "unknown command exprt (did you mean export?)"),
+        (("--ranks", "2", "export"), 1, "error: export is one process: omit --ranks and --nodes"),
+        (("--nodes", "2", "audit"), 1, "error: audit is one process: omit --ranks and --nodes"),
+    ],
+)
+def test_other_commands_are_one_process(words, code, says):
+    """As `docker run IMAGE export ...` starts them."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pmp_ds.launch", *words],
+        capture_output=True,
+        text=True,
+        cwd=REPO,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        check=False,
+    )
+    assert done.returncode == code
+    assert says in (done.stderr if code else done.stdout)

@@ -3,7 +3,7 @@
 They are compiled at first use and kept in the user's cache. They are plain C functions without
 torch's headers, so compiling takes a second and needs no Python headers. Without a C++ compiler
 ``library`` is None, and the torch reference in masked_adamw.py is used. A container image compiles
-them next to the source when it is built:
+them next to the source when it is built, and then needs no compiler:
 
     python -c 'from pmp_ds.optim.kernels import compiler; compiler.compile_beside_source()'
 """
@@ -41,14 +41,13 @@ def library() -> ctypes.CDLL | None:
     if not SOURCE.is_file():
         _warn(f"{SOURCE} is missing: this installation of pmp_ds is incomplete; reinstall it")
         return None
-    compiler = _compiler()
-    if compiler is None:
-        _warn("no C++ compiler was found (on Debian or Ubuntu: apt install g++)")
-        return None
     try:
-        path = _compiled(compiler)
+        path = _prebuilt() if _prebuilt().exists() else _compiled()
+    except UserError as error:
+        _warn(str(error))
+        return None
     except subprocess.CalledProcessError as error:
-        _warn(f"{compiler} failed: {error.stderr.strip()[:500]}")
+        _warn(f"{error.cmd[0]} failed: {error.stderr.strip()[:500]}")
         return None
     except OSError as error:
         _warn(f"the C++ operators could not be compiled: {error}")
@@ -67,12 +66,8 @@ def library() -> ctypes.CDLL | None:
 
 def compile_beside_source() -> Path:
     """Compile into the package, where every user finds it, and return the file."""
-    compiler = _compiler()
-    if compiler is None:
-        raise UserError("no C++ compiler was found (on Debian or Ubuntu: apt install g++)")
-    path = SOURCE.with_name(_name(compiler))
-    _compile(compiler, path)
-    return path
+    _compile(_compiler(), _prebuilt())
+    return _prebuilt()
 
 
 def _warn(reason: str) -> None:
@@ -82,26 +77,31 @@ def _warn(reason: str) -> None:
     )
 
 
-def _compiler() -> str | None:
-    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+def _compiler() -> str:
+    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if found is None:
+        raise UserError("no C++ compiler was found (on Debian or Ubuntu: apt install g++)")
+    return found
 
 
-def _name(compiler: str) -> str:
-    """Return the file name for this source, compiler and machine type."""
-    version = subprocess.run(
-        [compiler, "--version"], capture_output=True, text=True, check=True
-    ).stdout
-    recipe = [SOURCE.read_text(), *FLAGS, version, platform.machine()]
+def _prebuilt() -> Path:
+    """Return where an image has the library: beside the source, compiled from this very source. A
+    user with write access there can change this program anyway."""
+    return SOURCE.with_name(_name())
+
+
+def _name(compiler_version: str = "") -> str:
+    """Return the file name for this source, machine type and compiler."""
+    recipe = [SOURCE.read_text(), *FLAGS, compiler_version, platform.machine()]
     digest = hashlib.sha256("\n".join(recipe).encode()).hexdigest()[:16]
     return f"masked_adamw-{digest}.so"
 
 
-def _compiled(compiler: str) -> Path:
-    """Return the shared library: from the package, from the user's cache, or newly compiled."""
-    name = _name(compiler)
-    installed = SOURCE.with_name(name)
-    if installed.exists():  # a user with write access here can change this program anyway
-        return installed
+def _compiled() -> Path:
+    """Return the shared library: from the user's cache, or newly compiled."""
+    compiler = _compiler()
+    version = [compiler, "--version"]
+    name = _name(subprocess.run(version, capture_output=True, text=True, check=True).stdout)
     try:
         return _cached(compiler, _private_cache() / name)
     except OSError:  # a container's home is often read-only

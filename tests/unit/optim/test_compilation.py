@@ -145,12 +145,22 @@ def test_a_cache_that_cannot_be_written_to(tmp_path: Path, variable: str):
 @needs_compiler
 @pytest.mark.usefixtures("_compiled_before")
 def test_beside_the_source(source: Path, tmp_path: Path):
-    """As in an image: nothing is compiled at run time, no cache is needed."""
+    """As in an image: at run time no compiler is asked, and no cache is needed."""
     loaded, _ = ask(source, "build")
     assert Path(loaded).parent == source.parent
-    nowhere = str(tmp_path / "cache")
-    assert ask(source, XDG_CACHE_HOME=nowhere) == (loaded, "")
-    assert not Path(nowhere).exists()
+    nowhere = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "CXX": str(tmp_path / "no-compiler")}
+    assert ask(source, **nowhere) == (loaded, "")
+    assert not (tmp_path / "cache").exists()
+
+
+@needs_compiler
+@pytest.mark.usefixtures("_compiled_before")
+def test_a_library_of_another_source_is_not_used(source: Path, tmp_path: Path):
+    loaded, _ = ask(source, "build")
+    source.write_text(f"{source.read_text()}\n// changed\n")
+    found, _ = ask(source, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert Path(found).parent == tmp_path / "cache" / "pmp_ds"
+    assert Path(loaded).exists()
 
 
 @needs_compiler
