@@ -96,7 +96,7 @@ COPY --from=sbom /tmp/sbom.json /usr/share/doc/pmp-ds/sbom.json
 WORKDIR /app
 RUN mkdir runs tokenized_data && chmod 1777 runs tokenized_data
 
-ARG VERSION=0.1.0
+ARG VERSION=0.2.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="pmp-ds" \
       org.opencontainers.image.description="Private Mask Pre-Training on DeepSpeed" \

@@ -2,6 +2,6 @@
 
 from pmp_ds import account
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 account.complete()

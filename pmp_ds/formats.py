@@ -40,7 +40,9 @@ class Format:
     """The rule for reading older versions."""
 
 
-_NOW = "pmp-ds 0.1.0"
+_NOW = "pmp-ds 0.2.0"
+_BETWEEN = "a development version of pmp-ds 0.2.0"
+_FIRST = "pmp-ds 0.1.0"
 _BEFORE = "a development version of pmp-ds 0.1.0"
 
 FORMATS = {
@@ -60,13 +62,13 @@ FORMATS = {
             ),
             Version(
                 3,
-                _BEFORE,
+                _FIRST,
                 "version and commit of the code (`code`); unknown fields are ignored; "
                 "persistent buffers are among the weights of the architectures that have some",
             ),
             Version(
                 4,
-                _BEFORE,
+                _BETWEEN,
                 "moments may be in bf16, and `master_low`, the lower bits of fp32 master weights, "
                 "may replace these",
             ),
@@ -83,21 +85,21 @@ FORMATS = {
     "ticket": Format(
         "ticket",
         "`private/ticket/ticket.json`, also in sealed files",
-        (Version(1, _NOW, "packed bits and their origin"),),
+        (Version(1, _FIRST, "packed bits and their origin"),),
         (1,),
         "none.",
     ),
     "store": Format(
         "store",
         "`tokenized_data/NAME/manifest.json`",
-        (Version(1, _NOW, "packed Arrow blocks; the number is part of the dataset id"),),
+        (Version(1, _FIRST, "packed Arrow blocks; the number is part of the dataset id"),),
         (1,),
         "none.",
     ),
     "ledger": Format(
         "ledger",
         "`private/ledger.jsonl`, in each line",
-        (Version(1, _NOW, "one line per release"),),
+        (Version(1, _FIRST, "one line per release"),),
         (1,),
         "none. An unreadable line blocks every release.",
     ),
@@ -106,7 +108,7 @@ FORMATS = {
         "`results.jsonl`, in each line",
         (
             Version(1, _BEFORE, "a measurement; the line has no number"),
-            Version(2, _NOW, "`format_version`, and the commit of the code (`commit`)"),
+            Version(2, _FIRST, "`format_version`, and the commit of the code (`commit`)"),
         ),
         (1, 2),
         "A line without a number is version 1; its commit is unknown. One file may have "
@@ -115,7 +117,7 @@ FORMATS = {
     "audit": Format(
         "audit",
         "`private/audit/audit.json`",
-        (Version(1, _NOW, "the verdict and the figures of each attack"),),
+        (Version(1, _FIRST, "the verdict and the figures of each attack"),),
         (1,),
         "none.",
     ),
@@ -125,7 +127,7 @@ FORMATS = {
         (
             Version(1, _BEFORE, "a sealed copy; the line has no number"),
             Version(2, f"{_BEFORE} before 2026-11-28", "`format_version`"),
-            Version(3, _NOW, "the copy is marked by a code that resists coalitions"),
+            Version(3, _FIRST, "the copy is marked by a code that resists coalitions"),
         ),
         (1, 2, 3),
         "A line without a number is version 1. Copies of older versions are listed; `trace` names "
@@ -136,7 +138,7 @@ FORMATS = {
         "`data.json`",
         (
             Version(1, _BEFORE, "a run's facts about its tokens; the file has no number"),
-            Version(2, _NOW, "`format_version`"),
+            Version(2, _FIRST, "`format_version`"),
         ),
         (1, 2),
         "A file without a number is version 1. It is never rewritten.",
@@ -152,10 +154,10 @@ FORMATS = {
                 "`format_version`, and for secret initial "
                 "weights the one-way check value of the key (`key_check`)",
             ),
-            Version(3, _BEFORE, "the digest is sealed with the key (`seal`)"),
+            Version(3, _FIRST, "the digest is sealed with the key (`seal`)"),
             Version(
                 4,
-                _BEFORE,
+                _BETWEEN,
                 "`digest` is `chunks`: the digest is that of the digests of chunks of 4 Mi "
                 "elements, which ranks compute together; without it, of all bytes in one sequence",
             ),
