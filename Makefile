@@ -4,7 +4,7 @@
 #   TORCH_INDEX=URL      install torch, and only torch, from this index (see `make help`)
 #   PYTEST_ARGS="-k x"   passed on to pytest
 #   WORKERS=0            run tests one after the other, in pytest's own process
-#   SLICE=2/4            run only the second of four parts of the nightly tests
+#   SLICE=2/6            run only the second of six parts of the nightly tests
 #   TORTURE_ARGS="--seed 7"   repeat the same kills
 #   FUZZ_ARGS="-max_total_time=60"   libFuzzer's options, one minute here
 #   CRAFTED_ARGS=corpus  only that kind of input, with the message for each
@@ -47,7 +47,7 @@ help:
 	@echo 'make demo         tokenize a small corpus, find a ticket, pretrain, export and report (CPU or GPU)'
 	@echo 'make check        ruff, mypy and the unit tests that start no process'
 	@echo 'make test         ruff, mypy and a test of every guarantee: what CI runs first'
-	@echo 'make test-nightly the tests that `make test` omits; SLICE=2/4: a quarter, as in CI'
+	@echo 'make test-nightly the tests that `make test` omits; SLICE=2/6: a sixth, as in CI'
 	@echo 'make coverage     make test, and which lines of pmp_ds it ran'
 	@echo 'make test-gpu-less  tests on a pretend CUDA device (tests/pretend), for machines without a GPU'
 	@echo 'make families     test every causal architecture of transformers at tiny width, for docs/SUPPORT.md'

@@ -1,7 +1,7 @@
 """Which tests run, on which worker, and how long they took: the hooks of tests/conftest.py.
 
 pytest -m 'not nightly'                  what `make test` runs
-pytest -m nightly --slice=2/4            a quarter of the rest, the same every time
+pytest -m nightly --slice=2/6            a sixth of the rest, the same every time
 pytest --record=.durations               writes .durations/TIME.json, slowest test first
 """
 
