@@ -170,6 +170,7 @@ def test_ranks_with_different_tickets(lives, run):
 STRAGGLING = ("--train.steps", "44", "--run.val_every", "44", "--guard.straggler_seconds", "0.05")
 
 
+@pytest.mark.nightly
 def test_straggler_is_named(lives):
     """The straggler is named once, not every 20 updates."""
     one, _ = lives(*STRAGGLING, fault=slow, given=(0.1, 1))
@@ -177,6 +178,7 @@ def test_straggler_is_named(lives):
     assert one.err.count("times as long") == 1
 
 
+@pytest.mark.nightly
 def test_a_little_slower_is_noise(lives):
     """0.1 s per update is ignored, though several times the duration of the others."""
     one, _ = lives(*STRAGGLING[:4], fault=slow, given=(0.1, 1))

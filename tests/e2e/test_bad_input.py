@@ -15,7 +15,6 @@ from tests.e2e.conftest import MainRun
 from tests.helpers.commands import call, error_of, files_of, ok, run
 from tests.helpers.faults import seen
 from tests.helpers.stores import write_store
-from tests.helpers.tiers import daily
 from tests.helpers.workdir import PREPARE
 
 pytestmark = pytest.mark.e2e
@@ -231,7 +230,8 @@ def test_export_and_report_of_no_run(main_run: MainRun, work: Path, tmp_path: Pa
     assert "has no checkpoint of update 7; it has: 40, 30" in message
 
 
-@pytest.mark.parametrize("case", daily(["ranks", "shard"], ["ranks"]))
+@pytest.mark.nightly
+@pytest.mark.parametrize("case", ["ranks", "shard"])
 def test_two_ranks_say_it_once(work: Path, copy_of_store: Path, case: str):
     """One mistake that every rank finds, one that only rank 0 checks; neither hangs."""
     if case == "ranks":

@@ -13,7 +13,6 @@ from tests.helpers.commands import kill, ok, start
 from tests.helpers.distributed import free_port
 from tests.helpers.faults import seen
 from tests.helpers.lives import checkpoints, same_end
-from tests.helpers.tiers import daily
 from tests.helpers.torture import Place, finish
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
@@ -120,12 +119,10 @@ def test_second_signal_ends_a_rank_that_waits(place, ranks):
     assert checkpoints(place.run)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("number", "fault"),
-    daily(
-        [(signal.SIGTERM, "launcher SIGTERM"), (signal.SIGKILL, "killed launcher")],
-        [(signal.SIGTERM, "launcher SIGTERM")],
-    ),
+    [(signal.SIGTERM, "launcher SIGTERM"), (signal.SIGKILL, "killed launcher")],
 )
 def test_launcher_that_ends(place, main_run, number, fault):
     """On one node `deepspeed` dies at once; its remaining ranks save and stop. The run resumes as

@@ -49,6 +49,7 @@ def resumed(old: Path, name: str, says: str) -> Done:
     return done
 
 
+@pytest.mark.usefixtures("reloaded_here")
 def test_a_run_in_pretraining(old: Path):
     status = json.loads(ok(call("status.py", "runs/old", "--json", cwd=old)).stdout)
     assert (status["phase"], status["step"], status["saved_step"]) == ("pretraining", 14, 12)

@@ -22,6 +22,9 @@ WITH_RANKS = ("tests/distributed/", "tests/unit/optim/test_contract.py")
 """Tests that use the fixtures ranks1 to ranks4: in one worker of xdist, because each pool is
 costly."""
 
+WITHOUT = ("tests/distributed/test_lifeline.py", "tests/distributed/test_on_fault.py")
+"""Files there that start processes of their own."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("tiers")
@@ -84,7 +87,7 @@ def group(nodeid: str) -> str:
     """Return the group of a test: tests that share something costly, otherwise the tests of a
     file."""
     file = nodeid.partition("::")[0]
-    if file.startswith(WITH_RANKS):
+    if file.startswith(WITH_RANKS) and file not in WITHOUT:
         return "ranks"
     if file.startswith("tests/pretend/"):
         return "pretend"

@@ -218,6 +218,7 @@ def test_a_part_that_fails_does_not_end_the_others(monkeypatch, tmp_path, capfd)
 
 def test_a_part_without_an_end_is_ended_with_its_children(monkeypatch):
     monkeypatch.setattr(bench, "LEAST_SECONDS", 0)
+    monkeypatch.setattr(bench, "END_SECONDS", 2)  # what was started with SIGINT ignored
     endless = (
         "import subprocess; print('figure a 1.00', flush=True); subprocess.run(['sleep', '600'])"
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.tiers import SLOW_SECONDS, WITH_RANKS, group, in_slice
+from tests.helpers.tiers import SLOW_SECONDS, group, in_slice
 
 pytest_plugins = ["pytester"]
 REPO = Path(__file__).resolve().parents[2]
@@ -73,10 +73,10 @@ def test_what_shares_ranks_or_a_run_shares_a_worker(
     pooled = {
         str(path.relative_to(REPO))
         for path in files
-        if re.search(r"^def \w+\([^)]*\branks[1-4]\b", path.read_text(), re.MULTILINE)
+        if re.search(r"^def \w+\([^)]*\b(ranks[1-4]|lives)\b", path.read_text(), re.MULTILINE)
     }
     assert len(pooled) > 10
-    assert [file for file in pooled if not file.startswith(WITH_RANKS)] == []
+    assert [file for file in pooled if group(f"{file}::test_a") != "ranks"] == []
     assert (
         group("tests/e2e/test_vault.py::test_a") == "run" == group("tests/e2e/test_b.py::test_b[x]")
     )
