@@ -221,7 +221,8 @@ def _python_sources() -> list[Source]:
     paths: list[Path] = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in _SKIPPED_STDLIB]
-        paths += [Path(folder, name) for name in names if name.endswith(".py")]
+        found = (Path(folder, name) for name in names if name.endswith(".py"))
+        paths += [path for path in found if not path.is_symlink()]  # Debian has a few, to others
     paths = sorted(set(paths) - {documentation}, key=lambda path: path.relative_to(root).as_posix())
     num_bytes = sum(len(text) for _, text in topics())
     return [

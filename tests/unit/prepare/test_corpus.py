@@ -187,6 +187,19 @@ def test_damaged_gzip_is_named(tmp_path: Path):
             read(path)
 
 
+def test_links_in_the_standard_library_are_left_out(tmp_path, monkeypatch):
+    """Debian links one module to another, and one to /etc."""
+    (tmp_path / "lib/pydoc_data").mkdir(parents=True)
+    (tmp_path / "etc.py").write_text("elsewhere = 1")
+    for name in ("a.py", "b.py", "pydoc_data/topics.py"):
+        (tmp_path / "lib" / name).write_text("here = 1")
+    (tmp_path / "lib/again.py").symlink_to("a.py")
+    (tmp_path / "lib/etc.py").symlink_to(tmp_path / "etc.py")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / "lib"))
+    names = [source.name for source in find_sources([PYTHON])]
+    assert names == ["python:topics", "python:a.py", "python:b.py"]
+
+
 def test_embedded_corpus_is_the_interpreters_own():
     sources = find_sources([PYTHON])
     assert sources == find_sources([PYTHON])
