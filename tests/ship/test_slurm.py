@@ -84,7 +84,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (work / "tokenized_data").mkdir()
     (work / "store").rename(work / "tokenized_data" / "slimpajama-llama")
     text = (REPO / "docs" / "OPERATIONS.md").read_text(encoding="utf-8")
-    (script,) = re.findall(r"```\n(#!/bin/bash\n#SBATCH.*?)```", text, re.DOTALL)
+    (script,) = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", text, re.DOTALL)
     (work / "job.sh").write_text(script)
     return work
 
