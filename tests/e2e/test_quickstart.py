@@ -110,24 +110,32 @@ def test_every_section_is_followed_or_named_above():
     }
 
 
-def test_laptop(home: Path):
-    said = follow(home, "A laptop, no GPU")
-    assert "(equal)" in said
-    assert "magnitudes" in said  # an attack
+@pytest.fixture(scope="module")
+def laptop(home: Path) -> str:
+    """Return what the first section wrote; the others use its tokenizer and its run."""
+    return follow(home, "A laptop, no GPU")
+
+
+def test_laptop(home: Path, laptop: str):
+    assert "(equal)" in laptop
+    assert "magnitudes" in laptop  # an attack
     assert (home / "runs/demo/release/model.safetensors").exists()
 
 
+@pytest.mark.usefixtures("laptop")
 def test_one_gpu(home: Path):
     follow(home, "One GPU")
     config = json.loads((home / "runs/gpt2-small/release/config.json").read_text())
     assert config["model_type"] == "gpt2"
 
 
+@pytest.mark.usefixtures("laptop")
 def test_eight_gpus(home: Path):
     assert "80GB" in follow(home, "Eight GPUs on one machine").replace(" ", "").replace(".00", "")
     assert (home / "runs/tinyllama-1.1b/release/SHA256SUMS").exists()
 
 
+@pytest.mark.usefixtures("laptop")
 def test_partner(home: Path):
     assert "fits runs/demo/release" in follow(home, "A partner with a sealed ticket")
     assert (home / "runs/finetune/private/model/config.json").exists()
