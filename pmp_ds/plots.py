@@ -19,12 +19,11 @@ BLUE, ORANGE, GREY = "#2a6fbb", "#d9822b", "#888888"
 def plot_run(run: RunDir) -> list[Path]:
     """Write plots/iou.png (after a discovery) and plots/loss.png; return their paths."""
     run.plots.mkdir(exist_ok=True)
-    return plot_into(run, run.plots)
+    return plot_into(run, read_metrics(run.metrics), run.plots)
 
 
-def plot_into(run: RunDir, folder: Path) -> list[Path]:
-    """Write iou.png and loss.png to ``folder``; return their paths."""
-    records = read_metrics(run.metrics)
+def plot_into(run: RunDir, records: list[dict[str, Any]], folder: Path) -> list[Path]:
+    """Write iou.png and loss.png of a run's ``records`` to ``folder``; return their paths."""
     paths = []
     ious = _series(records, "discover", "iou")
     if ious[0]:

@@ -174,9 +174,9 @@ class Engine(Portable):
 
     def _all_finite(self) -> bool:
         flags = [torch.isfinite(gradient).all() for gradient in self.shards.gradients()]
-        bad = torch.zeros((), device=self.device)
-        if flags:  # in host memory under offload
-            bad += (~torch.stack(flags).all()).float().to(self.device, non_blocking=True)
+        bad = torch.zeros((), device=self.shards.device)
+        if flags:
+            bad += (~torch.stack(flags).all()).float()
         return not bool(dist.all_reduce_sum(bad))
 
     def step(self, lr: float) -> torch.Tensor | float:

@@ -167,8 +167,18 @@ def valid(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def read_starts(path: Path) -> list[Start]:
     """Return all starts of a run, oldest first. Raises UserError like ``read_metrics``."""
+    return _starts(_lines(path))
+
+
+def read_both(path: Path) -> tuple[list[dict[str, Any]], list[Start]]:
+    """Return ``read_metrics`` and ``read_starts`` of one reading."""
+    lines = _lines(path)
+    return valid(lines), _starts(lines)
+
+
+def _starts(lines: Iterable[dict[str, Any]]) -> list[Start]:
     parts: list[list[dict[str, Any]]] = []
-    for record in _lines(path):
+    for record in lines:
         if record["phase"] == START or not parts:
             parts.append([])
         parts[-1].append(record)

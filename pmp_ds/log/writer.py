@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from pmp_ds.errors import UserError
 from pmp_ds.log.board import Board
-from pmp_ds.log.records import END, Start, append, line_of, now, read_metrics, read_starts
+from pmp_ds.log.records import END, Start, append, line_of, now, read_both
 from pmp_ds.run_dir import RunDir
 
 Record = dict[str, Any]
@@ -40,11 +40,11 @@ class MetricsLog:
         self._enabled = enabled
         if not enabled:
             return
-        starts = read_starts(run.metrics)
+        records, starts = read_both(run.metrics)
         self._start = starts[-1].number if starts else 1
         self._step = starts[-1].resumed.get("train", 0) if starts else 0
         self._path = run.metrics
-        self._sinks: list[Sink] = [Board(run.tensorboard, starts, read_metrics(run.metrics))]
+        self._sinks: list[Sink] = [Board(run.tensorboard, starts, records)]
         self._sinks += sinks(starts)
         self._file = os.open(run.metrics, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 

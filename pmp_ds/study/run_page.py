@@ -12,8 +12,8 @@ from statistics import median
 from typing import Any
 
 from pmp_ds.errors import EXIT_REQUEUE, UserError
-from pmp_ds.log import Start, read_metrics, read_starts
-from pmp_ds.log.records import faults
+from pmp_ds.log import Start
+from pmp_ds.log.records import faults, read_both
 from pmp_ds.plots import plot_into, plot_throughput
 from pmp_ds.run_dir import RunDir, write_text
 from pmp_ds.study.figures import Picture
@@ -41,9 +41,9 @@ _MEASURED = {
 def write(run: RunDir, name: str, rows: Mapping[str, str]) -> Path:
     """Write the page with the printed ``rows`` and return its path. Raises UserError for damaged
     metrics, and for a folder that cannot be written."""
-    records, starts = read_metrics(run.metrics), read_starts(run.metrics)
+    records, starts = read_both(run.metrics)
     with tempfile.TemporaryDirectory() as folder:
-        paths = plot_into(run, Path(folder))
+        paths = plot_into(run, records, Path(folder))
         paths += plot_throughput(records, Path(folder))
         pictures = [Picture(path.stem, *_CAPTIONS[path.stem]) for path in sorted(paths)]
         sections = [

@@ -94,6 +94,7 @@ COSTS = {
     Setup(stage=2, precision="fp16", ranks=2): Costs(1, 5, 34, 17.5, 8.4),
     Setup(stage=2, ranks=2, layers=22): Costs(0, 3, 29, 17.4, 8.3),
     Setup(stage=2, ranks=2, offload=True): Costs(0, 1, 4, 7.0, 2.5),
+    Setup(stage=2, precision="fp16", ranks=2, offload=True): Costs(0, 1, 4, 7.0, 2.5),
     Setup(stage=1, ranks=2, overlap=True): Costs(0, 3, 29, 17.5, 8.4),
     Setup(stage=2, ranks=2, overlap=True): Costs(0, 3, 29, 17.5, 8.4),
     Setup(stage=2, precision="fp32", ranks=2, overlap=True): Costs(0, 3, 29, 25.7, 11.4),

@@ -128,7 +128,8 @@ def test_the_written_costs_are_those_of_a_good_step() -> None:
         assert costs.bytes_per_parameter <= MOST_BYTES, setup
         if setup.stage < 3:  # DeepSpeed's stage 3 gathers small parameters one by one
             assert costs.launches <= MOST_LAUNCHES, setup
-        assert costs.waits == (setup.precision == "fp16"), setup
+        # The loss scale waits for gradients that are finite; under offload the host has them.
+        assert costs.waits == (setup.precision == "fp16" and not setup.offload), setup
         assert costs.discovery_waits <= 3 + 2 * (setup.precision == "fp16"), setup
     assert any(setup.num_tensors == LARGEST for setup in COSTS)
 
