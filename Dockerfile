@@ -12,8 +12,8 @@
 #     --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu -t pmp-ds:cpu .
 #   docker run --rm -e DS_ACCELERATOR=cpu -e OMP_NUM_THREADS=1 pmp-ds:cpu --ranks 2 pretrain --help
 #
-# BASE          name, or better name@sha256:DIGEST: python3 with pip and venv, and torch if there is
-#               no TORCH_INDEX. Both stages use it.
+# BASE          name, or better name@sha256:DIGEST: python3 with pip, and torch if there is no
+#               TORCH_INDEX. Both stages use it.
 # TORCH_INDEX   where to get the torch of constraints.txt if the base has none
 # REVISION      the commit, for the label and for the records of runs
 #

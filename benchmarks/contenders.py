@@ -59,15 +59,18 @@ class Ours:
 
 class PlainDeepSpeed:
     """DeepSpeed with the optimizer that its JSON gives: FusedAdam, on CPU built from the sources of
-    DeepSpeedCPUAdam; torch's AdamW where it cannot be built. ``compiled`` compiles the layers that
-    ours compiles."""
+    DeepSpeedCPUAdam, under offload the latter; torch's AdamW where it cannot be built. ``compiled``
+    compiles the layers that ours compiles."""
 
     deterministic = False
 
     def __init__(self, setup: Setup, *, compiled: bool = False) -> None:
         model = setup.model()
-        builds = _fused_adam_builds(setup.device)
-        optimizer = "FusedAdam" if builds else "torch AdamW"
+        name, where = ("FusedAdam", setup.device)
+        if setup.options.offload:
+            name, where = ("DeepSpeedCPUAdam", torch.device("cpu"))
+        builds = _adam_builds(name, where)
+        optimizer = name if builds else "torch AdamW"
         self.title = f"DeepSpeed, {optimizer}" + (", compiled" if compiled else "")
         self._setup = setup
         engine, *_ = dist.import_deepspeed().initialize(
@@ -104,15 +107,24 @@ class PlainDeepSpeed:
 
 class TorchLoop:
     """A loop without a framework: fp32 weights under autocast, fused AdamW, DistributedDataParallel
-    on several ranks."""
+    on several ranks. ``offloaded``: the optimizer is in host memory, by torchao, which cannot clip:
+    gradients are copied there during the backward pass."""
 
     deterministic = False
 
-    def __init__(self, setup: Setup, *, compiled: bool) -> None:
+    def __init__(self, setup: Setup, *, compiled: bool, offloaded: bool = False) -> None:
         self.title = "torch, fused AdamW" + (", compiled" if compiled else "")
+        self.title += ", torchao's offload" if offloaded else ""
         model: Any = setup.model().to(setup.device)
         groups = parameter_groups(model.named_parameters(), setup.train.weight_decay)
-        self._optimizer = torch.optim.AdamW(groups, fused=True, **_hyper(setup))
+        self._clips = not offloaded
+        self._optimizer: Any
+        if offloaded:
+            from torchao.optim import CPUOffloadOptimizer
+
+            self._optimizer = CPUOffloadOptimizer(groups, fused=True, **_hyper(setup))
+        else:
+            self._optimizer = torch.optim.AdamW(groups, fused=True, **_hyper(setup))
         self._parameters, self._setup = list(model.parameters()), setup
         self._parallel = dist.world_size() > 1
         if self._parallel:
@@ -132,13 +144,17 @@ class TorchLoop:
             (loss / setup.cut.accumulation_steps).backward()
 
     def step(self) -> None:
-        torch.nn.utils.clip_grad_norm_(self._parameters, self._setup.train.clip_norm)
+        if self._clips:
+            torch.nn.utils.clip_grad_norm_(self._parameters, self._setup.train.clip_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
 
 
 def _zero(setup: Setup) -> dict[str, Any]:
-    return {"zero_optimization": {"stage": setup.stage}}
+    zero: dict[str, Any] = {"stage": setup.stage}
+    if setup.options.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": setup.on_gpu}
+    return {"zero_optimization": zero}
 
 
 def _hyper(setup: Setup) -> dict[str, Any]:
@@ -150,18 +166,18 @@ def _micro_batches(setup: Setup) -> Iterator[torch.Tensor]:
     yield from setup.batch.to(setup.device, non_blocking=True).split(setup.cut.micro_batch_size)
 
 
-def _fused_adam_builds(device: torch.device) -> bool:
+def _adam_builds(name: str, device: torch.device) -> bool:
     """Return whether every rank has DeepSpeed's operator, compiled at first use. Collective."""
 
     find_ninja()
 
     def build() -> bool:
-        from deepspeed.ops.adam import FusedAdam
+        from deepspeed.ops import adam
 
         try:
-            FusedAdam([torch.zeros(1, device=device, requires_grad=True)])
+            getattr(adam, name)([torch.zeros(1, device=device, requires_grad=True)])
         except Exception as error:  # noqa: BLE001 - many things can be missing
-            print(f"DeepSpeed's FusedAdam could not be built: {str(error).splitlines()[0][:200]}")
+            print(f"DeepSpeed's {name} could not be built: {str(error).splitlines()[0][:200]}")
             return False
         return True
 

@@ -59,6 +59,7 @@ def _on_gpu(machine: Machine) -> Iterator[Part]:
     yield _discovery("tinyllama-1.1b" if large else "gpt2-small", "32x256")
     if ranks > 1:
         yield _step("gpt2-small", f"{32 * ranks}x256", ranks=ranks)
+    yield _step("gpt2-small", "32x256", options=("--offload",))
     yield from _memory()
 
 
@@ -66,6 +67,7 @@ def _on_cpu() -> Iterator[Part]:
     yield _part("rates")
     yield _step("10m", "8x64")
     yield _step("10m", "8x64", ranks=2)
+    yield _step("10m", "8x64", options=("--offload",))
     yield _discovery("10m", "32x128", "--repeats", "5")
     yield _part("optimizer_step", "--numel", "50000000")
     yield _part("topk", "--numel", "10000000")
@@ -76,6 +78,7 @@ def _tiny() -> Iterator[Part]:
     flat = ("--numel", "5000", "--repeats", "1", "--device", "cpu")
     yield _part("rates", *flat)
     yield _step("tiny", "4x16", options=("--repeats", "1"))
+    yield _step("tiny", "4x16", options=("--repeats", "1", "--offload"))
     yield _discovery("tiny", "4x16", "--repeats", "1")
     yield _part("optimizer_step", *flat, "--without-deepspeed")
     yield _part("topk", *flat)
@@ -100,6 +103,7 @@ def _step(
     shape: str, batch: str, *rivals: str, ranks: int = 1, options: tuple[str, ...] = ()
 ) -> Part:
     name = f"step {shape} {batch}" + (f", {ranks} ranks" if ranks > 1 else "")
+    name += ", offload" if "--offload" in options else ""
     if len(rivals) == 1:
         name += f", against {rivals[0]}"
     options = ("--shape", shape, "--batch", batch, *options)

@@ -65,6 +65,7 @@ def training_arguments(description: str) -> argparse.ArgumentParser:
     precisions = [name for name, one in PRECISIONS.items() if not one.scales_loss]
     add("--precision", choices=precisions, default="bf16" if cuda else "fp32")
     add("--stage", type=int, choices=range(4), default=1, help="of ZeRO")
+    add("--offload", action="store_true", help="the optimizer in host memory, from stage 1 on")
     add("--density", type=float, default=0.7, help="fraction that is kept")
     add(
         "--compile",
@@ -102,6 +103,7 @@ class Setup:
     def __init__(self, options: argparse.Namespace) -> None:
         shape = SHAPES[options.shape]
         self.device, self.stage, self.options = dist.device(), options.stage, options
+        require(options.stage > 0 or not options.offload, "--offload: needs --stage 1, 2 or 3")
         batch: tuple[int, int] = options.batch or shape.batch
         self.num_sequences, self.num_tokens = batch
         self.train = TrainConfig(
@@ -162,5 +164,6 @@ class Setup:
         return (
             f"{options.shape}, {num_params:,} parameters, {self.cut.in_words()} of "
             f"{self.num_tokens} tokens, {options.precision}, ZeRO {self.stage}, "
-            f"density {options.density}, median of {options.repeats} rounds"
+            f"density {options.density}{', offload' * options.offload}, "
+            f"median of {options.repeats} rounds"
         )

@@ -1,6 +1,7 @@
 """Whole training updates: ours on the ticket against plain DeepSpeed and a loop in plain torch.
 
     python -m benchmarks.step
+    python -m benchmarks.step --offload
     python -m torch.distributed.run --standalone --nproc-per-node 2 -m benchmarks.step
     deepspeed --num_accelerators 2 --module benchmarks.step --shape tinyllama-1.1b --batch 8x2048
 
@@ -11,7 +12,8 @@ exit code says only whether it ran.
 
 import argparse
 import functools
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Iterator
 from typing import cast
 
 from benchmarks.common import hardware, print_figure
@@ -29,6 +31,7 @@ CONTENDERS: dict[str, Callable[[Setup], Contender]] = {
     "deepspeed-compiled": lambda setup: PlainDeepSpeed(setup, compiled=True),
     "torch": lambda setup: TorchLoop(setup, compiled=False),
     "torch-compiled": lambda setup: TorchLoop(setup, compiled=True),
+    "torchao-offload": lambda setup: TorchLoop(setup, compiled=False, offloaded=True),
 }
 # Tokens per second of ours against plain DeepSpeed's on a GPU; 1 for other shapes and batches.
 SPEED_GOALS = {("tinyllama-1.1b", 32, 256): 1.10, ("tinyllama-1.1b", 8, 2048): 1.05}
@@ -37,7 +40,7 @@ SPEED_GOALS = {("tinyllama-1.1b", 32, 256): 1.10, ("tinyllama-1.1b", 8, 2048): 1
 def main(options: argparse.Namespace) -> None:
     """Measure, and print on rank 0. Collective."""
     setup = Setup(options)
-    rivals = options.rivals or ["deepspeed", "torch-compiled" if setup.on_gpu else "torch"]
+    rivals = options.rivals or list(_rivals(setup))
     _settle(options)
     turns = Turns(setup.device, options.updates)
     for name in ["ours", *rivals]:
@@ -46,6 +49,17 @@ def main(options: argparse.Namespace) -> None:
     if dist.rank() == 0:
         _print_table(setup, turns, measured)
         _print_figures(setup, measured, _mfu(setup, turns, measured["ours"]))
+
+
+def _rivals(setup: Setup) -> Iterator[str]:
+    yield "deepspeed"
+    if not setup.options.offload:
+        yield "torch-compiled" if setup.on_gpu else "torch"
+    elif setup.on_gpu and dist.world_size() == 1:  # what torchao's offload is made for
+        if importlib.util.find_spec("torchao") is not None:
+            yield "torchao-offload"
+        else:
+            print("torchao is not installed: its offload is left out")
 
 
 def _settle(options: argparse.Namespace) -> None:
@@ -116,7 +130,8 @@ def arguments() -> argparse.ArgumentParser:
         "--rivals",
         nargs="+",
         choices=[name for name in CONTENDERS if name != "ours"],
-        help="what ours is compared with; unset: deepspeed, and torch or on a GPU torch-compiled",
+        help="what ours is compared with; unset: deepspeed, and torch or on a GPU torch-compiled; "
+        "with --offload deepspeed, and on a GPU torchao-offload (pip install --no-deps torchao)",
     )
     return parser
 

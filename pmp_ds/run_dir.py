@@ -1,7 +1,7 @@
 """The files of a run. Every file name of a run is spelled here and nowhere else.
 
-runs/NAME/config.yaml  data.json  verified.json  micro_batch.json  tokenizer/  metrics.jsonl
-               metrics.prom  tensorboard/  plots/  stacks/  profile/  report.html
+runs/NAME/config.yaml  data.json  verified.json  micro_batch.json  plan.json  tokenizer/
+               metrics.jsonl  metrics.prom  tensorboard/  plots/  stacks/  profile/  report.html
 runs/NAME/release/     the only folder to publish
 runs/NAME/private/     ticket/  init/  checkpoints/  vault/  ledger.jsonl   0700, files 0600
 """
@@ -50,6 +50,11 @@ class RunDir:
     def micro_batch(self) -> Path:
         """What `train.micro_batch_size: auto` chose, by hardware."""
         return self.root / "micro_batch.json"
+
+    @property
+    def plan(self) -> Path:
+        """What its last start planned, for the report to compare with."""
+        return self.root / "plan.json"
 
     @property
     def tokenizer(self) -> Path:

@@ -1,5 +1,6 @@
 """How well a model uses its device: floating-point operations by a stated formula, memory."""
 
+import resource
 from typing import Any
 
 import torch
@@ -42,13 +43,12 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return next((peak for part, peak in _PEAK.items() if part in name), None)
 
 
-def device_memory(device: torch.device) -> dict[str, float]:
-    """Return the peak of allocated and reserved bytes since the last call; nothing on CPU."""
-    if device.type != "cuda":
-        return {}
-    peaks = {
-        "peak_memory_allocated": float(torch.cuda.max_memory_allocated(device)),
-        "peak_memory_reserved": float(torch.cuda.max_memory_reserved(device)),
-    }
-    torch.cuda.reset_peak_memory_stats(device)
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Return the most bytes of host memory that this process ever had, and on a GPU the peaks of
+    allocated and reserved bytes since the last call."""
+    peaks = {"peak_host_memory": 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    if device.type == "cuda":
+        peaks["peak_memory_allocated"] = float(torch.cuda.max_memory_allocated(device))
+        peaks["peak_memory_reserved"] = float(torch.cuda.max_memory_reserved(device))
+        torch.cuda.reset_peak_memory_stats(device)
     return peaks

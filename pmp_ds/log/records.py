@@ -31,6 +31,7 @@ RATES = {
     "mfu",
     "peak_memory_allocated",
     "peak_memory_reserved",
+    "peak_host_memory",
     "save_stall_seconds",
     "save_seconds",
 }

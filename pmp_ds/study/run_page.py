@@ -16,6 +16,7 @@ from pmp_ds.log import Start
 from pmp_ds.log.records import faults, read_both
 from pmp_ds.plots import plot_into, plot_throughput
 from pmp_ds.run_dir import RunDir, write_text
+from pmp_ds.study import run_plan
 from pmp_ds.study.figures import Picture
 from pmp_ds.study.page import Section, page
 from pmp_ds.study.tables import Table
@@ -33,6 +34,7 @@ _MEASURED = {
     "optimizer_share": ("share of the time in the optimizer", "{:.1%}"),
     "peak_memory_allocated": ("peak device memory of rank 0, allocated, bytes", "{:,.0f}"),
     "peak_memory_reserved": ("peak device memory of rank 0, reserved, bytes", "{:,.0f}"),
+    "peak_host_memory": ("peak host memory of rank 0, bytes", "{:,.0f}"),
     "save_seconds": ("seconds to write a checkpoint", "{:.2f}"),
     "save_stall_seconds": ("seconds that training waited for one", "{:.2f}"),
 }
@@ -49,7 +51,7 @@ def write(run: RunDir, name: str, rows: Mapping[str, str]) -> Path:
         sections = [
             Section("Summary", [_table("summary", "", ("", ""), rows.items())]),
             Section("Curves", pictures),
-            Section("Measured", [_measured(records)]),
+            Section("Plan and measurements", [run_plan.table(run, records), _measured(records)]),
             Section("Starts and faults", [_in_words(starts), _starts(starts)]),
         ]
         text = page(f"Run {name}", sections, Path(folder))

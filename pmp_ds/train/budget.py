@@ -207,6 +207,15 @@ class Budget:
         limit = int(self.zero["stage3_param_persistence_threshold"])
         return sum(numel for numel in self.sizes.values() if numel <= limit)
 
+    def checkpoint(self, buffers: int, *, dense: bool = False) -> int:
+        """Return the bytes of a checkpoint, over all ranks; ``buffers``: bytes of the model's
+        constants; ``dense``: of discovery."""
+        return self.element * self.num_params + buffers + self.state_bytes(dense=dense)
+
+    def release(self, buffers: int) -> int:
+        """Return the bytes of a release in bf16."""
+        return 2 * self.num_params + buffers
+
     def state_bytes(self, *, dense: bool = False) -> int:
         """Return the bytes of the optimizer state in a checkpoint, over all ranks; ``dense``: of
         discovery, with scores and two candidates."""

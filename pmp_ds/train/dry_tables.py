@@ -18,29 +18,17 @@ from pmp_ds.train.budget import Budget, Bytes
 from pmp_ds.train.machine import Machine
 from pmp_ds.train.micro_batch import USABLE
 
-_RELEASED = 2  # bytes of a weight in a release: bf16
 _SAMPLE = 1 << 20  # elements drawn to measure the rate
-_PHASES = ("start", "discovery", "training", "save", "resume")
 
 
 def memory(budget: Budget, now: Timeline | None, machine: Machine, *, drawn_whole: bool) -> str:
     """Return the memory of every phase, on the device and in host memory."""
-    size, discovers = budget.cut.micro_batch_size, budget.config.mask.source == "earlybird"
-    names = [phase for phase in _PHASES if discovers or phase != "discovery"]
-    between, _ = budget.placed(budget.states())
-    piece = budget.element * budget.largest * (budget.stage == 3)
-    device = {
-        "start": phases.start(budget),
-        "discovery": phases.update(budget, now, size, dense=True),
-        "training": phases.update(budget, now, size),
-        "save": between | {"gathered parameters": piece, "gradients": 0},
-        "resume": phases.start(budget, resumed=True),
-    }
-    host = {phase: phases.host(budget, phase, drawn_whole=drawn_whole) for phase in names}
-    title = f"device memory of a rank, micro-batch {size}"
+    device = phases.on_device(budget, now)
+    host = {phase: phases.host(budget, phase, drawn_whole=drawn_whole) for phase in device}
+    title = f"device memory of a rank, micro-batch {budget.cut.micro_batch_size}"
     return "\n\n".join(
         (
-            _table(title, {phase: device[phase] for phase in names}, machine.device_memory),
+            _table(title, device, machine.device_memory),
             _table("host memory of a rank", host, machine.host_memory),
         )
     )
@@ -81,27 +69,24 @@ def traffic(budget: Budget, table: Sequence[ParamInfo]) -> str:
 
 def disk(budget: Budget, buffers: int) -> str:
     """Return the sizes of checkpoints and release; ``buffers``: bytes of the model's constants."""
-    weights, keep = budget.element * budget.num_params + buffers, budget.config.run.keep_last
-    state = budget.state_bytes()
+    state, whole = budget.state_bytes(), budget.checkpoint(buffers)
+    keep = budget.config.run.keep_last
     rows = {
-        "checkpoint": f"{_size(weights + state)}: weights {_size(weights)}, state {_size(state)}",
-        "at once": f"{_size((keep + 1) * (weights + state))} with run.keep_last={keep} and one "
-        "being written",
+        "checkpoint": f"{_size(whole)}: weights {_size(whole - state)}, state {_size(state)}",
+        "at once": f"{_size((keep + 1) * whole)} with run.keep_last={keep} and one being written",
     }
     if budget.config.mask.source == "earlybird":
-        rows["discovery"] = f"{_size(weights + budget.state_bytes(dense=True))} for a checkpoint"
-    rows["release"] = f"{_size(_RELEASED * budget.num_params + buffers)} in bf16"
+        rows["discovery"] = f"{_size(budget.checkpoint(buffers, dense=True))} for a checkpoint"
+    rows["release"] = f"{_size(budget.release(buffers))} in bf16"
     return "  on disk\n" + in_lines(rows)
 
 
 def disk_bytes(budget: Budget, buffers: int) -> int:
     """Return the most bytes at once of what ``disk`` lists."""
-    weights = budget.element * budget.num_params + buffers
-    last = weights + budget.state_bytes()
-    found = (budget.config.run.keep_last + 1) * last
+    found = (budget.config.run.keep_last + 1) * budget.checkpoint(buffers)
     if budget.config.mask.source == "earlybird":
-        found = max(found, 2 * (weights + budget.state_bytes(dense=True)))
-    return found + _RELEASED * budget.num_params + buffers
+        found = max(found, 2 * budget.checkpoint(buffers, dense=True))
+    return found + budget.release(buffers)
 
 
 def times(

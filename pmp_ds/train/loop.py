@@ -15,7 +15,7 @@ from pmp_ds.data.blocks import Blocks
 from pmp_ds.data.mixture import InTurn
 from pmp_ds.engine.clock import Later, Span
 from pmp_ds.engine.engine import Engine
-from pmp_ds.engine.figures import device_memory, flops_per_token, peak_flops
+from pmp_ds.engine.figures import flops_per_token, peak_flops, peak_memory
 from pmp_ds.optim.schedule import learning_rate
 from pmp_ds.train.session import Training
 from pmp_ds.watch.guard import BadUpdateError
@@ -130,7 +130,7 @@ class _Rates:
             "tokens_per_second": self._updates * self._tokens / seconds,
             "loader_share": waited / seconds,
             "optimizer_share": self._stepping / seconds,
-            **device_memory(self._device),
+            **peak_memory(self._device),
         }
         if self._flops is not None:
             values["mfu"] = values["tokens_per_second"] * self._flops

@@ -1,7 +1,8 @@
 """The memory of each phase of a run, per rank and by category, on the device and in host memory.
 
-    phases.update(budget, timeline, sequences)      the peak of an update, on the device
-    phases.host(budget, "save")                     in host memory
+    phases.on_device(budget, timeline)             by phase
+    phases.update(budget, timeline, sequences)     the peak of an update
+    phases.host(budget, "save")                    in host memory
 
 As in DeepSpeed 0.19.8. What Python, torch and CUDA take for themselves does not count.
 """
@@ -20,6 +21,26 @@ _STAGE0_BUCKET = 500_000_000  # elements
 _CHUNK = 1 << 22  # elements of theta(0) drawn at once
 _SPLIT = 24  # bytes per element of a chunk while master weights are split
 _DRAW = 24  # bytes per element while they are drawn: bits, uniforms, results
+
+
+def of_run(budget: Budget) -> list[str]:
+    """Return the names of the phases of a run."""
+    discovers = budget.config.mask.source == "earlybird"
+    return ["start", *["discovery"] * discovers, "training", "save", "resume"]
+
+
+def on_device(budget: Budget, timeline: Timeline | None) -> dict[str, Bytes]:
+    """Return the peak of each phase on the device, by category."""
+    size, (between, _) = budget.cut.micro_batch_size, budget.placed(budget.states())
+    piece = budget.element * budget.largest * (budget.stage == 3)
+    found = {
+        "start": start(budget),
+        "discovery": update(budget, timeline, size, dense=True),
+        "training": update(budget, timeline, size),
+        "save": between | {"gathered parameters": piece, "gradients": 0},
+        "resume": start(budget, resumed=True),
+    }
+    return {phase: found[phase] for phase in of_run(budget)}
 
 
 def _buckets(budget: Budget) -> int:

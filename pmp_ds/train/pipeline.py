@@ -23,7 +23,7 @@ from pmp_ds.state import plain_weights, run_record, shelf
 from pmp_ds.state.shelf import Found
 from pmp_ds.ticket.shared import load_together
 from pmp_ds.ticket.ticket import Ticket, has_ticket, load_ticket, save_ticket
-from pmp_ds.train import micro_batch, plan, start
+from pmp_ds.train import micro_batch, plan, planned, start
 from pmp_ds.train.job import Job, open_job
 from pmp_ds.train.loop import train, validate
 from pmp_ds.train.session import Extra, Session
@@ -133,8 +133,10 @@ def pretrain(job: Job, started: float, *, start_afresh: bool = False) -> Outcome
     if ended:
         _say(f"already finished: {step:,} of {step:,} updates")
         return _outcome(job)
+    before = planned.resident()
     with watching(run, config.run.max_seconds, config.guard.hang_seconds, started) as watch:
         job = micro_batch.fitted(job)
+        dist.on_rank0(lambda: planned.write(job, before))
         with Session(run, job.config, job.ds_config, watch) as session:
             ticket = _obtain_ticket(job, discovered, session)
             startup.passed("ticket")

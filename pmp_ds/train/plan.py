@@ -22,12 +22,8 @@ _MASKS = {
 
 def describe(job: Job) -> str:
     """Return batch arithmetic, parameters, memory per rank and output folders; no mask content."""
-    config, d = job.config, num_params(job.table)
-    k = d if config.mask.source == "none" else exact_k(config.mask.density, d)
-    if (folder := given_ticket(config, job.run)) is not None:
-        k = load_ticket(folder).mask.num_kept
-    shapes = {info.name: info.shape for info in job.table}
-    budget = Budget(shapes, k, config, job.ds_config, dist.world_size())
+    config, budget = job.config, budget_of(job)
+    d = budget.num_params
     rows = basics(budget, job.store.block_size, dist.device().type)
     rows["updates"] += f", {_epochs(job, config.train.steps * config.train.global_batch_size)}"
     rows |= {
@@ -44,6 +40,17 @@ def describe(job: Job) -> str:
             "checkpoint alone, but needs it at its end to count the complement"
         )
     return in_lines(rows)
+
+
+def budget_of(job: Job) -> Budget:
+    """Return the model states of the job on these ranks."""
+    config, d = job.config, num_params(job.table)
+    k = d if config.mask.source == "none" else exact_k(config.mask.density, d)
+    if (folder := given_ticket(config, job.run)) is not None:
+        k = load_ticket(folder).mask.num_kept
+    shapes = {info.name: info.shape for info in job.table}
+    on_cpu = dist.device().type == "cpu"
+    return Budget(shapes, k, config, job.ds_config, dist.world_size(), on_cpu)
 
 
 def basics(budget: Budget, block_size: int, device: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.log import read_metrics
 from pmp_ds.model.parameters import parameter_table
-from pmp_ds.run_dir import RunDir
+from pmp_ds.run_dir import RunDir, read_json
 from pmp_ds.state.weight_files import read_weights
 from pmp_ds.ticket.ticket import Ticket, load_ticket
 from tests.e2e.conftest import MainRun
@@ -25,7 +25,7 @@ from tests.helpers.workdir import BLOCK, STEPS
 pytestmark = pytest.mark.e2e
 
 STEP_FIELDS = {"loss", "lr", "grad_norm", "tokens", "tokens_per_second", "loader_share"}
-STEP_FIELDS |= {"optimizer_share"}
+STEP_FIELDS |= {"optimizer_share", "peak_host_memory"}
 
 
 def rows(run: RunDir, phase: str, field: str) -> list[dict[str, Any]]:
@@ -89,7 +89,7 @@ def test_the_loss_beats_token_frequencies(main_run: MainRun, work: Path):
 def test_tensorboard_holds_the_same_scalars(main_run: MainRun):
     board = EventAccumulator(str(main_run.run.tensorboard))
     board.Reload()
-    rates = {"tokens_per_second", "loader_share", "optimizer_share"}
+    rates = {"tokens_per_second", "loader_share", "optimizer_share", "peak_host_memory"}
     system = rates | {"save_stall_seconds", "save_seconds"}
     expected = {f"system/{name}": ("train", name) for name in system}
     expected |= {f"train/{name}": ("train", name) for name in STEP_FIELDS - rates}
@@ -131,6 +131,25 @@ def test_the_plan_comes_first_and_once(main_run: MainRun, ticket: Ticket):
     assert f"ticket of {k:,} elements of {d:,}, 0 elements of the complement changed" in out
     assert "next: pmp-ds export --run runs/main" in out
     assert "pmp-ds vault show runs/main/private/ticket" in out
+
+
+def test_the_page_compares_the_plan_with_the_files(main_run: MainRun):
+    run = main_run.run
+    plan = read_json(run.plan)
+    (newest,) = run.checkpoints.glob(f"update-{STEPS:08d}")
+    headers = 0.1  # of the small files of a tiny model
+    for name, folder in (("checkpoint", newest), ("release", run.release)):
+        tensors = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+        assert 1.0 <= tensors / plan[name] < 1.0 + headers, name
+    measured = max(r["peak_host_memory"] for r in rows(run, "train", "peak_host_memory"))
+    assert plan["host_memory_before"] < plan["host_memory"] < 1.2 * measured
+    page = run.report.read_text()
+    for number in (plan["updates"], plan["tokens"], plan["checkpoint"], plan["release"]):
+        assert f"<td>{number:,}</td>" in page
+    assert plan["updates"] == STEPS
+    assert plan["tokens"] == STEPS * 8 * BLOCK
+    assert plan["activations_counted"] is True
+    assert plan["device_memory"] is None
 
 
 def test_one_rank_shows_progress(main_run: MainRun):

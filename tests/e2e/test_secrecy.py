@@ -27,6 +27,7 @@ RUN = {
     "data.json",
     "metrics.jsonl",
     "metrics.prom",
+    "plan.json",
     "plots",
     "private",
     "release",

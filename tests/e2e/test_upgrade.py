@@ -4,6 +4,7 @@ tests/old/0.1.0.tar.xz was written by commit 3f846c28, the last of 0.1.0, on one
 ZeRO 1: a store of 60 invented documents; `runs/old`, killed while it wrote the record of update 15,
 after the checkpoint of update 12; `runs/early`, with the same key, killed in discovery after update
 2; a sealed copy and its key. In `expected/` are metrics and weights of `runs/old` without the kill.
+On the processor that wrote them they are repeated to the bit, on others sums have other last bits.
 """
 
 import json
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from pmp_ds import lease_file
 from pmp_ds.log import read_metrics, read_starts
 from pmp_ds.run_dir import RunDir
 from pmp_ds.state import plain_weights
@@ -25,6 +28,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.processes]
 ARCHIVE = Path(__file__).parents[1] / "old" / "0.1.0.tar.xz"
 TRAIN = ("--config", "tiny.yaml", "--deepspeed-config", DS_CONFIGS / "zero1.json")
 LEARNED = ("phase", "step", "loss", "lr", "grad_norm", "tokens", "iou", "val_loss")
+LAST_BITS = 1e-5
+"""Relative. Without the first moments, the second loss after the resume is off by 1e-2."""
 
 
 @pytest.fixture
@@ -33,13 +38,21 @@ def old(tmp_path: Path) -> Path:
         archive.extractall(tmp_path, filter="data")
     for folder in tmp_path.glob("runs/*/private"):
         folder.chmod(0o700)
+    (lease,) = tmp_path.glob("runs/*/.lease-*")
+    assert lease_file.read(lease) is not None, "0.1.0 holds a run, and nobody notices"
+    lease.unlink()  # or the start would watch it for a minute
     return tmp_path
 
 
-def learned(path: Path) -> list[dict[str, Any]]:
-    """What a run of the same command repeats to the bit."""
-    rows = [{k: row[k] for k in LEARNED if k in row} for row in read_metrics(path)]
-    return [row for row in rows if "loss" in row or "val_loss" in row]
+def require_same_lessons(old: Path, name: str) -> None:
+    """Require what a run of the same command repeats."""
+    found = read_metrics(old / "runs" / name / "metrics.jsonl")
+    rows = [{k: row[k] for k in LEARNED if k in row} for row in found]
+    expected: list[dict[str, Any]] = json.loads((old / "expected/metrics.json").read_text())
+    learned = [row for row in rows if "loss" in row or "val_loss" in row]
+    assert [row.pop("phase") for row in learned] == [row.pop("phase") for row in expected]
+    for row, wanted in zip(learned, expected, strict=True):
+        assert row == pytest.approx(wanted, rel=LAST_BITS)
 
 
 def resumed(old: Path, name: str, says: str) -> Done:
@@ -55,12 +68,11 @@ def test_a_run_in_pretraining(old: Path):
     assert (status["phase"], status["step"], status["saved_step"]) == ("pretraining", 14, 12)
     resumed(old, "old", "resuming after update 12 of 18")
     folder = RunDir(old / "runs/old")
-    assert learned(folder.metrics) == json.loads((old / "expected/metrics.json").read_text())
+    require_same_lessons(old, "old")
     assert [start.resumed.get("train") for start in read_starts(folder.metrics)] == [None, 12]
     expected = load_file(old / "expected/weights.safetensors")
     weights = load_file(plain_weights.of_checkpoint(folder, 18).folder / "model.safetensors")
-    assert weights.keys() == expected.keys()
-    assert all(weights[name].equal(expected[name]) for name in expected)
+    torch.testing.assert_close(weights, expected, rtol=2**-7, atol=1e-4)
     ok(call("export.py", "--run", "runs/old", cwd=old))
     assert "(equal)" in ok(call("report.py", "--run", "runs/old", cwd=old)).stdout
 
@@ -71,9 +83,7 @@ def test_a_run_in_discovery(old: Path):
     resumed(old, "early", "resuming discovery after update 2")
     tickets = [load_ticket(RunDir(old / "runs" / name).ticket) for name in ("early", "old")]
     assert tickets[0].id == tickets[1].id
-    assert learned(old / "runs/early/metrics.jsonl") == json.loads(
-        (old / "expected/metrics.json").read_text()
-    )
+    require_same_lessons(old, "early")
 
 
 def test_stores_and_sealed_copies(old: Path):

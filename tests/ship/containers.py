@@ -29,7 +29,8 @@ Done = subprocess.CompletedProcess[str]
 
 STORAGE = '[storage]\ndriver = "{driver}"\nrunroot = "{folder}/run"\ngraphroot = "{folder}/graph"\n'
 PIP_OPTIONS = ("index-url", "extra-index-url", "find-links", "cert", "timeout", "trusted-host")
-PACKAGES = "python3,python3-pip,python3-venv,ca-certificates"
+PACKAGES = "python3,python3-pip,ca-certificates"
+"""Like the images of PyTorch 2.13: a Python of the distribution, pip, and no ensurepip."""
 HARDENED = shlex.split(
     "--network=none --read-only --tmpfs=/tmp:rw,exec,size=1g --shm-size=256m --cap-drop=all "
     "--security-opt=no-new-privileges --user=12345:12345 --env=DS_ACCELERATOR=cpu "
@@ -69,12 +70,17 @@ def build_base(name: str, folder: Path) -> None:
     command(*made, release[1], str(archive))
     command(*_PODMAN, "import", "--quiet", str(archive), f"{name}-python")
     archive.unlink()
-    (pin,) = re.findall(r"^torch==\S+$", (REPO / "constraints.txt").read_text(), re.MULTILINE)
-    empty = folder / "base"
-    empty.mkdir()
+    add("torch", name, f"{name}-python", folder)
+
+
+def add(package: str, name: str, base: str, folder: Path) -> None:
+    """Make an image with a package of the constraints beside the Python of ``base``."""
+    constraints = (REPO / "constraints.txt").read_text()
+    (pin,) = re.findall(rf"^{package}==\S+$", constraints, re.MULTILINE)
     install = "python3 -m pip install --quiet --no-cache-dir --no-deps --break-system-packages"
-    (empty / "Dockerfile").write_text(f"FROM {name}-python\nRUN {install} {pin}\n")
-    _bud(name, empty, folder)
+    with tempfile.TemporaryDirectory(dir=folder) as empty:
+        Path(empty, "Dockerfile").write_text(f"FROM {base}\nRUN {install} {pin}\n")
+        _bud(name, Path(empty), folder)
 
 
 def build(name: str, base: str, folder: Path, *, revision: str, cached: bool = True) -> None:

@@ -227,6 +227,20 @@ def test_two_builds_have_the_same_files(image: str):
     assert {path for path in changed if not path.endswith(".pyc")} == set()
 
 
+def test_a_base_with_triton(image: str):
+    """Like the base for GPUs: what Triton compiles with is there, and works in a strict cluster."""
+    base, name = f"{BASE}-triton", f"{IMAGE}-triton"
+    if containers.command("podman", "image", "exists", base, check=False).returncode:
+        containers.add("triton", base, os.environ.get("IMAGE_BASE", BASE), HOME)
+    with timed("build on a base with Triton"):
+        containers.build(name, base, HOME, revision=REVISION)
+    (found,) = json.loads(podman("image", "inspect", name))
+    report(f"size with Triton and a C compiler: {found['Size'] / 1e9:.2f} GB")
+    program = Path(__file__).with_name("triton_probe.py").read_text()
+    done = container(name, "-c", program, options=["--entrypoint=python3"])
+    assert done.stdout.split() == ["cubin", "7", "False"]
+
+
 def plain(name: str) -> str:
     """Return a package's name as indexes compare it."""
     return re.sub("[-_.]+", "-", name).lower()

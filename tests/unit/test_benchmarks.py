@@ -13,6 +13,9 @@ from benchmarks import discovery, step
 from benchmarks.common import arguments
 from benchmarks.parts import Machine, Part, parts
 from pmp_ds.prepare.tokenizer import train_tokenizer
+from pmp_ds.run_dir import RunDir
+from pmp_ds.ticket.ticket import load_ticket
+from tests.pretend.job import write_store
 from tests.unit.prepare.conftest import make_texts
 
 pytestmark = pytest.mark.processes
@@ -157,7 +160,9 @@ STEP = [
 RIVALS = ("--rivals", "deepspeed", "torch", "ours-dense")
 
 
-@pytest.mark.parametrize(("ranks", "options"), [(1, ()), (2, ("--micro-batch", "1"))])
+@pytest.mark.parametrize(
+    ("ranks", "options"), [(1, ()), (2, ("--micro-batch", "1")), (1, ("--offload",))]
+)
 @pytest.mark.nightly  # DeepSpeed compiles its optimizer once
 def test_benchmark_of_whole_updates(ranks: int, options: tuple[str, ...]):
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m")
@@ -170,6 +175,24 @@ def test_benchmark_of_whole_updates(ranks: int, options: tuple[str, ...]):
         rate, ms, backward, stepping, cpu, _ = (float(n.replace(",", "")) for n in numbers.split())
         assert min(rate, backward, stepping, cpu) > 0
         assert rate == pytest.approx(4 * 16 / ms * 1e3, rel=0.02)
+
+
+@pytest.mark.nightly
+def test_losses_with_fewer_bits(tmp_path: Path):
+    write_store(tmp_path / "store")
+    command = ("benchmarks.losses", "--shape", "tiny", "--store", str(tmp_path / "store"))
+    numbers = ("--keys", "1", "--updates", "2", "--batch", "4", "--precision", "fp32")
+    output = run_benchmark(*command, *numbers, "--folder", str(tmp_path / "runs"))
+    assert names(output) == ["losses_bf16_above_fp32", "losses_int8_above_fp32"]
+    runs = [RunDir(tmp_path / "runs" / f"{moments}-1") for moments in ("fp32", "bf16", "int8")]
+    ids = {load_ticket(run.ticket).id for run in runs}
+    assert len(ids) == 1, "they were not trained on the same ticket"
+    assert len({file_of(run).read_bytes() for run in runs}) == 3
+
+
+def file_of(run: RunDir) -> Path:
+    (found,) = run.checkpoints.glob("update-*/manifest.json")
+    return found
 
 
 @pytest.mark.nightly

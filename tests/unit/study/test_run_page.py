@@ -9,7 +9,7 @@ import pytest
 from pmp_ds.errors import UserError
 from pmp_ds.log import begin, read_metrics
 from pmp_ds.log.writer import MetricsLog
-from pmp_ds.run_dir import RunDir
+from pmp_ds.run_dir import RunDir, write_json
 from pmp_ds.study import run_page
 from tests.unit.study.test_collect import finished
 
@@ -53,6 +53,28 @@ def test_by_hand(run: RunDir) -> None:
     # Of the valid records 0, 1, 2, 3, 4.
     assert ["tokens per second", "2,000", "0", "4,000"] in cells(text)
     assert len(read_metrics(run.metrics)) == 5
+
+
+def test_the_plan_beside_what_was_measured(run: RunDir) -> None:
+    write_json(run.plan, {"ranks": 2, "updates": 5, "release": 400, "checkpoint": 800})
+    run.release.mkdir(exist_ok=True)
+    for path in run.release.iterdir():
+        path.unlink()
+    (run.release / "model.safetensors").write_bytes(bytes(300))
+    text = run_page.write(run, "run", {}).read_text()
+    assert "Planned by the last start, for 2 ranks." in text
+    assert [row for row in cells(text) if len(row) == 4][:3] == [
+        ["updates", "5", "4", "0.80"],
+        ["a checkpoint, bytes", "800", "none yet", "-"],
+        ["the release&#39;s weights, bytes", "400", "300", "0.75"],
+    ]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"updates": "many", "ranks": null}'])
+def test_a_plan_that_cannot_be_read_is_left_out(run: RunDir, content: str) -> None:
+    run.plan.write_text(content)
+    text = run_page.write(run, "run", {}).read_text()
+    assert ["updates"] not in [row[:1] for row in cells(text)]
 
 
 def test_it_needs_nothing_beside_it(run: RunDir) -> None:
