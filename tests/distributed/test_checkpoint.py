@@ -151,7 +151,7 @@ DAILY = {
     (2, 3, "bf16", True),
     (2, 2, "fp16", True),
     (2, 1, "bf16", "split bf16"),
-    (2, 3, "bf16", "dense int8"),
+    (2, 1, "bf16", "dense int8"),
 }
 
 

@@ -218,9 +218,9 @@ def run_parts(pools: Sequence[Any], setups: Sequence[tuple[Setup, Setup]], folde
 
 DAILY = [
     (Setup(GPT_OSS, "bf16", 2), 2, Setup(GPT_OSS, "bf16", 1), 4),
-    (Setup(MIXTRAL, "fp32", 3), 3, Setup(MIXTRAL, "fp32", 1), 2),
 ]
 OTHERS = [
+    (Setup(MIXTRAL, "fp32", 3), 3, Setup(MIXTRAL, "fp32", 1), 2),
     (Setup(GPT_OSS, "bf16", 3), 4, Setup(GPT_OSS, "bf16", 3), 2),
     (Setup(GPT_OSS, "bf16", 0), 3, Setup(GPT_OSS, "bf16", 3), 4),
     (Setup(GPT_OSS, "fp32", 1), 4, Setup(GPT_OSS, "fp32", 2), 3),

@@ -55,7 +55,6 @@ DAILY = [
     Setup(2, "bf16", "optimizer"),
     Setup(3, "fp32"),
     Setup(3, "bf16", "parameters"),
-    Setup(3, "bf16", model="llama, tied"),
 ]
 
 

@@ -64,7 +64,7 @@ DAILY = (
     Setup(2, "fp16", master="compact"),
     Setup(3, "bf16"),
     Setup(1, "bf16", master="split", moments="bf16"),
-    Setup(3, "bf16", moments="int8"),
+    Setup(1, "bf16", moments="int8"),
 )
 FP16 = [setup for setup in SETUPS if setup.precision == "fp16"]
 

@@ -67,7 +67,6 @@ def table(costs: dict[Setup, Costs]) -> str:
 QUICK = (
     Setup(stage=2),
     Setup(stage=2, precision="fp16", ranks=2),
-    Setup(stage=2, ranks=2, overlap=True),
     Setup(stage=3, ranks=2),
 )
 """What `make test` runs; `make nightly` runs all."""
