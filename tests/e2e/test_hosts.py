@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -65,19 +66,21 @@ def begin(pair: hosts.Pair, place: Place) -> Iterator[Begin]:
         process.communicate()
 
 
-def torchrun(begin: Begin, place: Place, *flags: str) -> list[Process]:
-    """Start a torchrun of one rank on each host; the clock of h2 is an hour ahead."""
-    port, ahead = str(free_port()), clock.shifted(place.scratch, HOUR)
+def torchrun(
+    begin: Begin, place: Place, *flags: str, program: Path = PRETRAIN, ahead: int = HOUR
+) -> list[Process]:
+    """Start a torchrun of one rank on each host; the clock of h2 is ``ahead`` seconds ahead."""
+    port, shifted = str(free_port()), clock.shifted(place.scratch, ahead) if ahead else {}
     return [
         begin(
             host,
             BIN / "torchrun",
             *("--nnodes=2", f"--node-rank={rank}", "--nproc-per-node=1"),
             *("--master-addr=h1", f"--master-port={port}"),
-            PRETRAIN,
+            program,
             *place.arguments,
             *flags,
-            env=ahead if rank else {},
+            env=shifted if rank else {},
         )
         for rank, host in enumerate(hosts.HOSTS)
     ]
@@ -161,6 +164,19 @@ def test_two_hosts_then_one_then_two(begin: Begin, place: Place, main_run: MainR
     assert f"resuming after update {one} of 40" in done.stdout
     assert ", 0 elements of the complement changed" in done.stdout
     assert losses(place.run) == pytest.approx(losses(main_run.run), rel=1e-4)
+
+
+def test_doctor(begin: Begin, place: Place):
+    """Over two hosts, once with the same time and once with a clock that is off."""
+    before = sorted(place.work.rglob("*"))
+    doctor = partial(torchrun, begin, place, "--seconds", "20", program=LAUNCHER / "doctor.py")
+    well = [ok(finish(process)) for process in doctor(ahead=0)]
+    assert "and is seen by others" in well[0].stdout
+    late = [finish(process) for process in doctor()]
+    assert late[0].returncode == 1
+    assert re.search(r"rank 1 on host h2: its clock is 3,\d{3} s ahead of rank 0's", late[0].stdout)
+    assert "set the clocks by NTP" in late[0].stdout
+    assert sorted(place.work.rglob("*")) == before, "it left something behind"
 
 
 def test_a_cable_under_torchrun(begin: Begin, pair: hosts.Pair, place: Place, main_run: MainRun):
