@@ -89,14 +89,14 @@ def bytes_in_use(device: torch.device) -> int:
 
 
 def print_figure(
-    name: str, value: float, goal: float | None = None, *, at_least: bool = False
+    name: str, value: float, goal: float | None = None, *, at_least: bool = False, digits: int = 2
 ) -> None:
     """Print the line of a figure, which `make bench` collects; some have no goal."""
     if goal is None:
-        print(f"figure {name} {value:.2f}")
+        print(f"figure {name} {value:.{digits}f}")
         return
     sign, met = (">=", value >= goal) if at_least else ("<=", value <= goal)
-    print(f"figure {name} {value:.2f} goal {sign} {goal} {'met' if met else 'short'}")
+    print(f"figure {name} {value:.{digits}f} goal {sign} {goal} {'met' if met else 'short'}")
 
 
 def synchronize(device: torch.device) -> None:

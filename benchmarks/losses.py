@@ -3,19 +3,21 @@
     pmp-ds prepare-data --input TEXT.jsonl --train-vocab-size 8192 --block-size 64 --out STORE
     python -m benchmarks.losses --store STORE
 
-A model of shapes.py is trained from every key once per format, each time on the same random
-ticket of density 0.7; validation reads the same blocks. One rank and one thread per run, as many
-runs at once as there are cores. Runs that are there already are not repeated: the benchmark can be
-stopped. The keys are public, so nothing here is secret.
+A model of shapes.py is trained from every key once per arm, each time on the same random ticket of
+density 0.7; validation reads the same blocks. The control has fp32 moments and two ranks: only the
+order of sums differs there, so its loss shows what chance does. One thread per rank, as many ranks
+at once as there are cores. Finished runs are not repeated, so the benchmark can be stopped. The
+keys are public: nothing here is secret.
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,59 +30,65 @@ from pmp_ds.log import read_metrics
 from pmp_ds.model.keys import KEY_FILE
 from pmp_ds.run_dir import RunDir, write_bytes
 
-MOMENTS = ("fp32", "bf16", "int8")
+ARMS = {"fp32": ("fp32", 1), "bf16": ("bf16", 1), "int8": ("int8", 1), "control": ("fp32", 2)}
+"""Moments and ranks. The others are compared with the first."""
+
 GOAL = 0.01  # nats
 _MODEL = ("hidden_size", "num_layers", "num_heads", "intermediate_size")
 
 
 @dataclass(frozen=True)
-class Arm:
+class Run:
     """One run."""
 
+    arm: str
     key: int
-    moments: str
 
-    def run(self, folder: Path) -> RunDir:
-        return RunDir(folder / f"{self.moments}-{self.key}")
+    @property
+    def ranks(self) -> int:
+        return ARMS[self.arm][1]
 
 
 def main(options: argparse.Namespace) -> int:
-    folder = Path(options.folder)
+    folder, keys = Path(options.folder), range(1, options.keys + 1)
     folder.mkdir(parents=True, exist_ok=True)
-    arms = [Arm(key, moments) for key in range(1, options.keys + 1) for moments in MOMENTS]
     print(f"hardware: {hardware(torch.device('cpu'))}")
-    print(f"{len(arms)} runs of {options.updates} updates, {options.precision}", flush=True)
-    begun = time.monotonic()
-    with ThreadPoolExecutor(options.at_once) as pool:
-        losses: dict[Arm, float] = {}
-        found = pool.map(lambda arm: _loss(arm, folder, options), arms)
-        for arm, loss in zip(arms, found, strict=True):
-            losses[arm] = loss
-            minutes = (time.monotonic() - begun) / 60
-            print(f"key {arm.key}, {arm.moments}: {loss:.4f} nats ({minutes:.1f} min)", flush=True)
-    print(f"{'validation loss, nats':24}" + "".join(f"{moments:>10}" for moments in MOMENTS))
-    for key in range(1, options.keys + 1):
-        values = (losses[Arm(key, moments)] for moments in MOMENTS)
-        print(f"  key {key:<18}" + "".join(f"{value:10.4f}" for value in values))
-    for moments in MOMENTS[1:]:
-        above = list(_above(losses, moments))
-        print(f"{moments} above fp32: " + ", ".join(f"{one:+.4f}" for one in above))
-        print_figure(f"losses_{moments}_above_fp32", max(0.0, statistics.mean(above)), GOAL)
+    print(f"{len(ARMS)} x {options.keys} runs of {options.updates} updates, {options.precision}")
+    losses: dict[Run, float] = {}
+    runs = [Run(arm, key) for arm in ARMS for key in keys]
+    for ranks, together in itertools.groupby(runs, lambda run: run.ranks):
+        losses |= _complete(together, max(1, options.cores // ranks), folder, options)
+    for key in keys:
+        values = (f"{arm} {losses[Run(arm, key)]:.4f}" for arm in ARMS)
+        print(f"validation loss, nats, key {key}: {', '.join(values)}")
+    first, *others = ARMS
+    for arm in others:
+        above = [losses[Run(arm, key)] - losses[Run(first, key)] for key in keys]
+        print(f"{arm} above {first}: " + ", ".join(f"{one:+.4f}" for one in above))
+        goal = None if arm == "control" else GOAL
+        print_figure(f"losses_{arm}_from_{first}", abs(statistics.mean(above)), goal, digits=4)
     return 0
 
 
-def _above(losses: dict[Arm, float], moments: str) -> Iterator[float]:
-    for arm, loss in losses.items():
-        if arm.moments == moments:
-            yield loss - losses[Arm(arm.key, MOMENTS[0])]
+def _complete(
+    runs: Iterable[Run], at_once: int, folder: Path, options: argparse.Namespace
+) -> dict[Run, float]:
+    """Complete the runs and return their last validation losses."""
+    found, todo = {}, list(runs)
+    with ThreadPoolExecutor(at_once) as pool:
+        for run, loss in zip(
+            todo, pool.map(lambda r: _loss(r, folder, options), todo), strict=True
+        ):
+            found[run] = loss
+            print(f"{time.strftime('%H:%M:%S')} {run.arm}, key {run.key}: {loss:.4f}", flush=True)
+    return found
 
 
-def _loss(arm: Arm, folder: Path, options: argparse.Namespace) -> float:
-    """Complete the run of ``arm`` and return its last validation loss."""
-    run = arm.run(folder)
+def _loss(one: Run, folder: Path, options: argparse.Namespace) -> float:
+    run = RunDir(folder / f"{one.arm}-{one.key}")
     if not run.private.exists():
         run.create()
-        write_bytes(run.init / KEY_FILE, bytes([arm.key]) * 32, private=True)
+        write_bytes(run.init / KEY_FILE, bytes([one.key]) * 32, private=True)
     model = SHAPES[options.shape].model()
     settings = {
         "run.name": run.root.name,
@@ -92,14 +100,15 @@ def _loss(arm: Arm, folder: Path, options: argparse.Namespace) -> float:
         "mask.source": "random",
         "train.steps": options.updates,
         "train.global_batch_size": options.batch,
-        "train.micro_batch_size": options.batch,
+        "train.micro_batch_size": options.batch // one.ranks,
         "train.precision": options.precision,
-        "train.moments": arm.moments,
+        "train.moments": ARMS[one.arm][0],
         "train.lr": 1e-3,
         "train.warmup_steps": options.updates // 10,
         **{f"model.{name}": getattr(model, name) for name in _MODEL},
     }
-    command = [sys.executable, "-m", "pmp_ds.commands", "pretrain", "--deepspeed-config", "zero1"]
+    command = [sys.executable, "-m", "pmp_ds.launch", "--ranks", str(one.ranks), "pretrain"]
+    command += ["--deepspeed-config", "zero1"]
     command += [f"--{name}={value}" for name, value in settings.items()]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     with open(folder / f"{run.root.name}.log", "ab") as log:
@@ -116,11 +125,11 @@ def arguments() -> argparse.ArgumentParser:
     add("--store", required=True, help="the tokens, with a validation split")
     add("--shape", choices=SHAPES, default="10m", help="the model")
     add("--keys", type=int, default=3, help="how many keys")
-    add("--updates", type=int, default=300)
+    add("--updates", type=int, default=400)
     add("--batch", type=int, default=16, help="sequences per update")
-    add("--val-blocks", type=int, default=256)
+    add("--val-blocks", type=int, default=512)
     add("--precision", default="bf16", choices=("bf16", "fp32"))
-    add("--at-once", type=int, default=os.cpu_count(), help="runs at the same time")
+    add("--cores", type=int, default=os.cpu_count(), help="ranks at the same time")
     add("--folder", default="bench/losses", help="where the runs go")
     return parser
 

@@ -104,7 +104,8 @@ def _print_figures(setup: Setup, measured: dict[str, Measured], mfu: float | Non
         print_figure(f"step_speed_vs_{against}", one.against(ours, "ms"), goal, at_least=True)
         if not on_gpu:
             print_figure(f"step_cpu_time_vs_{against}", ours.against(one, "cpu_ms"))
-        goal = (0.4 if on_gpu else 1.0) if plain else None
+        # Under offload DeepSpeed takes the norm in the backward pass: only whole updates compare.
+        goal = (0.4 if on_gpu else 1.0) if plain and not setup.options.offload else None
         print_figure(f"step_optimizer_vs_{against}", ours.against(one, "step_ms"), goal)
         goal = 0.85 if plain and on_gpu else None
         print_figure(f"step_peak_memory_vs_{against}", ours.against(one, "peak_bytes"), goal)

@@ -1,6 +1,6 @@
 """The files of a run. Every file name of a run is spelled here and nowhere else.
 
-runs/NAME/config.yaml  data.json  verified.json  micro_batch.json  plan.json  tokenizer/
+runs/NAME/config.yaml  data.json  verified.json  micro_batch.json  machine.json  tokenizer/
                metrics.jsonl  metrics.prom  tensorboard/  plots/  stacks/  profile/  report.html
 runs/NAME/release/     the only folder to publish
 runs/NAME/private/     ticket/  init/  checkpoints/  vault/  ledger.jsonl   0700, files 0600
@@ -52,9 +52,9 @@ class RunDir:
         return self.root / "micro_batch.json"
 
     @property
-    def plan(self) -> Path:
-        """What its last start planned, for the report to compare with."""
-        return self.root / "plan.json"
+    def machine(self) -> Path:
+        """What its last start ran on: ranks, device, DeepSpeed JSON."""
+        return self.root / "machine.json"
 
     @property
     def tokenizer(self) -> Path:

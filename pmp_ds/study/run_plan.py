@@ -1,53 +1,50 @@
 """The table of a run's page that compares the plan of its last start with what was measured."""
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pmp_ds.foreign import ForeignError, read_object
 from pmp_ds.run_dir import RunDir
 from pmp_ds.study.tables import Table
+from pmp_ds.train.planned import Plan, plan_of
 
 
 def table(run: RunDir, records: list[dict[str, Any]]) -> Table:
-    """Return what the last start planned beside what there is; older runs have no plan."""
-    try:
-        plan = read_object(run.plan)
-    except ForeignError:
-        plan = {}
-    trained = [record for record in records if record["phase"] == "train"]
-    found = {
-        "updates": ("updates", max((r["step"] for r in trained), default=0)),
-        "tokens": ("tokens", _most(trained, "tokens")),
-        "device_memory": (
-            "device memory of rank 0 in an update, bytes",
-            _middle(trained, "peak_memory_allocated"),
-        ),
-        "host_memory": ("host memory of rank 0, bytes", _most(trained, "peak_host_memory")),
-        "checkpoint": ("a checkpoint, bytes", _newest_checkpoint(run)),
-        "release": ("the release's weights, bytes", _size(run.release.glob("*.safetensors"))),
-    }
-    rows = []
-    for name, (words, measured) in found.items():
-        if isinstance(planned := plan.get(name), int):
-            ratio = f"{measured / planned:.2f}" if measured and planned else "-"
-            there = f"{measured:,.0f}" if measured else "none yet"
-            rows.append((words, f"{planned:,}", there, ratio))
+    """Return what the last start planned beside what there is."""
+    plan = plan_of(run)
+    rows = [] if plan is None else [*_rows(plan, run, records)]
     return Table("plan", _about(plan), ("", "planned", "measured", "ratio"), rows)
 
 
-def _about(plan: Mapping[str, Any]) -> str:
-    if not plan:
-        return "This run stores no plan: it was started last by an older version."
-    before = plan.get("host_memory_before")
-    text = f"Planned by the last start, for {plan.get('ranks')} ranks. "
-    if isinstance(before, int):
-        text += f"Of the host memory {before:,} bytes are Python and its libraries at that start. "
-    if plan.get("activations_counted") is False:
-        text += "Activations are not in the plan: this model does not run without values."
-    return text.strip()
+def _rows(plan: Plan, run: RunDir, records: list[dict[str, Any]]) -> Iterable[list[str]]:
+    trained = [record for record in records if record["phase"] == "train"]
+    compared = [
+        ("updates", plan.updates, max((r["step"] for r in trained), default=0)),
+        ("tokens", plan.tokens, max(_values(trained, "tokens"))),
+        ("host memory, bytes", plan.host_memory, max(_values(trained, "peak_host_memory"))),
+        ("a checkpoint, bytes", plan.checkpoint, _newest_checkpoint(run)),
+        ("weights of the release, bytes", plan.release, _size(run.release.glob("*.safetensors"))),
+    ]
+    if plan.device_memory is not None:
+        allocated = median(_values(trained, "peak_memory_allocated"))
+        compared.append(("device memory in an update, bytes", plan.device_memory, allocated))
+    for name, planned, measured in compared:
+        ratio = f"{measured / planned:.2f}" if measured else "-"
+        yield [name, f"{planned:,}", f"{measured:,.0f}" if measured else "none yet", ratio]
+
+
+def _about(plan: Plan | None) -> str:
+    if plan is None:
+        return "Nothing is known of its last start, which was one of an older version."
+    machine = plan.machine
+    ranks = f"{machine.ranks} rank{'s' * (machine.ranks != 1)}"
+    text = f"Planned by the last start, on {ranks} ({machine.device}); memory is that of rank 0. "
+    text += f"Of host memory, {machine.host_memory_before:,} bytes are Python and its libraries."
+    return text + (
+        "" if plan.has_activations else " Activations are left out: the model needs values to run."
+    )
 
 
 def _newest_checkpoint(run: RunDir) -> int:
@@ -65,13 +62,4 @@ def _size(paths: Iterable[Path]) -> int:
 
 
 def _values(records: list[dict[str, Any]], name: str) -> list[float]:
-    return [float(record[name]) for record in records if name in record]
-
-
-def _most(records: list[dict[str, Any]], name: str) -> float:
-    return max(_values(records, name), default=0.0)
-
-
-def _middle(records: list[dict[str, Any]], name: str) -> float:
-    values = _values(records, name)
-    return median(values) if values else 0.0
+    return [float(record[name]) for record in records if name in record] or [0.0]

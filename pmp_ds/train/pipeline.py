@@ -136,7 +136,7 @@ def pretrain(job: Job, started: float, *, start_afresh: bool = False) -> Outcome
     before = planned.resident()
     with watching(run, config.run.max_seconds, config.guard.hang_seconds, started) as watch:
         job = micro_batch.fitted(job)
-        dist.on_rank0(lambda: planned.write(job, before))
+        dist.on_rank0(lambda: planned.remember(job, before))
         with Session(run, job.config, job.ds_config, watch) as session:
             ticket = _obtain_ticket(job, discovered, session)
             startup.passed("ticket")

@@ -1,13 +1,14 @@
 """The plan of a run, printed for the user before any expensive step."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pmp_ds import dist
 from pmp_ds.config import Config
 from pmp_ds.data.loader import order_key
 from pmp_ds.data.mixture import realised
-from pmp_ds.model.parameters import num_params
+from pmp_ds.model.parameters import ParamInfo, num_params
 from pmp_ds.optim.rules import rule_of
+from pmp_ds.run_dir import RunDir
 from pmp_ds.ticket.ticket import exact_k, load_ticket
 from pmp_ds.train.budget import Budget
 from pmp_ds.train.job import Job, given_ticket
@@ -22,8 +23,10 @@ _MASKS = {
 
 def describe(job: Job) -> str:
     """Return batch arithmetic, parameters, memory per rank and output folders; no mask content."""
-    config, budget = job.config, budget_of(job)
-    d = budget.num_params
+    config, d = job.config, num_params(job.table)
+    shapes = {info.name: info.shape for info in job.table}
+    kept = kept_of(config, job.table, job.run)
+    budget = Budget(shapes, kept, config, job.ds_config, dist.world_size())
     rows = basics(budget, job.store.block_size, dist.device().type)
     rows["updates"] += f", {_epochs(job, config.train.steps * config.train.global_batch_size)}"
     rows |= {
@@ -42,15 +45,12 @@ def describe(job: Job) -> str:
     return in_lines(rows)
 
 
-def budget_of(job: Job) -> Budget:
-    """Return the model states of the job on these ranks."""
-    config, d = job.config, num_params(job.table)
-    k = d if config.mask.source == "none" else exact_k(config.mask.density, d)
-    if (folder := given_ticket(config, job.run)) is not None:
-        k = load_ticket(folder).mask.num_kept
-    shapes = {info.name: info.shape for info in job.table}
-    on_cpu = dist.device().type == "cpu"
-    return Budget(shapes, k, config, job.ds_config, dist.world_size(), on_cpu)
+def kept_of(config: Config, table: Sequence[ParamInfo], run: RunDir) -> int:
+    """Return k, the number of trained elements."""
+    if (folder := given_ticket(config, run)) is not None:
+        return load_ticket(folder).mask.num_kept
+    d = num_params(table)
+    return d if config.mask.source == "none" else exact_k(config.mask.density, d)
 
 
 def basics(budget: Budget, block_size: int, device: str) -> dict[str, str]:

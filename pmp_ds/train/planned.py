@@ -1,20 +1,31 @@
-"""What a start plans, for `report.html` to compare with what was measured: `plan.json`.
+"""The plan of a run that was started, for `report.html` to compare with what was measured.
 
-It holds what `pretrain --dry-run` prints, on the machine that trains. Sizes are in bytes, memory is
-that of rank 0.
+A start writes what it runs on to `machine.json`; ``plan_of`` then computes what `pretrain
+--dry-run` prints for it. Sizes are in bytes, memory is that of rank 0.
 """
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import psutil
 
 from pmp_ds import dist
 from pmp_ds.config.precision import precision_of
 from pmp_ds.errors import UserError
+from pmp_ds.fields import fit
+from pmp_ds.foreign import ForeignError, read_object
+from pmp_ds.model.initial import Initial
 from pmp_ds.model.parameters import constants
-from pmp_ds.run_dir import write_json
+from pmp_ds.run_dir import RunDir, write_json
+from pmp_ds.state import theta0
+from pmp_ds.state.run_record import load_config, read_data
 from pmp_ds.train import phases
 from pmp_ds.train.activations import Timeline, timeline
+from pmp_ds.train.budget import Budget
 from pmp_ds.train.job import Job
-from pmp_ds.train.plan import budget_of
+from pmp_ds.train.plan import kept_of
 
 
 def resident() -> int:
@@ -22,47 +33,107 @@ def resident() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def write(job: Job, before: int) -> None:
-    """Write the plan of ``job``, whose micro-batch is a number; rank 0 alone. ``before``: what was
-    ``resident`` when only Python, torch and other libraries were there."""
-    budget, on_device = budget_of(job), dist.device().type
-    counted = _timeline(job, on_device)
-    device = {name: sum(one.values()) for name, one in phases.on_device(budget, counted).items()}
-    whole = job.initial.reason is not None
-    host = {name: sum(phases.host(budget, name, drawn_whole=whole).values()) for name in device}
-    if on_device == "cpu":
-        host = {name: host[name] + device[name] for name in device}
-    buffers = sum(buffer.nbytes for buffer in constants(job.initial.model()).values())
-    updates = job.config.train.steps
-    plan = {
-        "ranks": budget.world,
-        "updates": updates,
-        "tokens": updates * job.config.train.global_batch_size * job.store.block_size,
-        "device_memory": None if on_device == "cpu" else device["training"],
-        "host_memory": before + max(host.values()),
-        "host_memory_before": before,
-        "activations_counted": counted is not None,
-        "checkpoint": budget.checkpoint(buffers),
-        "release": budget.release(buffers),
-    }
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a start runs on; saved as machine.json."""
+
+    ranks: int
+    device: str
+    """`cuda` or `cpu`."""
+    micro_batch_size: int
+    deepspeed: dict[str, Any]
+    """The JSON."""
+    host_memory_before: int
+    """Of Python and the libraries."""
+
+
+def remember(job: Job, before: int) -> None:
+    """Write what ``job``, whose micro-batch is a number, runs on; rank 0 alone. ``before``: what
+    was ``resident`` before the model."""
+    size = job.config.train.micro_batch_size
+    assert isinstance(size, int)
+    machine = Machine(
+        ranks=dist.world_size(),
+        device=dist.device().type,
+        micro_batch_size=size,
+        deepspeed=job.ds_config,
+        host_memory_before=before,
+    )
     try:
-        write_json(job.run.plan, plan)
+        write_json(job.run.machine, asdict(machine))
     except OSError as error:
-        raise UserError(f"{job.run.plan} cannot be written: {error}") from None
+        raise UserError(f"{job.run.machine} cannot be written: {error}") from None
 
 
-def _timeline(job: Job, on_device: str) -> Timeline | None:
-    """Return the memory of activations, or None where the model cannot run without values."""
-    if job.initial.reason is not None:
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the last start of a run planned."""
+
+    machine: Machine
+    updates: int
+    tokens: int
+    device_memory: int | None
+    """In an update, on a GPU."""
+    host_memory: int
+    """At most, with that of Python and the libraries."""
+    has_activations: bool
+    """Whether they are in the numbers: some models do not run without values."""
+    checkpoint: int
+    release: int
+
+
+def plan_of(run: RunDir) -> Plan | None:
+    """Return the plan, or None for a run of an older version, and where machine.json was changed.
+    Raises UserError when ``run`` is not a run."""
+    machine = _read(run.machine)
+    if machine is None:
         return None
-    train = job.config.train
+    config = load_config(run)
+    config = replace(config, train=replace(config.train, micro_batch_size=machine.micro_batch_size))
+    initial = theta0.initial_of(run, theta0.init_of(run, config))
+    block = read_data(run).block_size
+    budget = Budget(
+        {info.name: info.shape for info in initial.table},
+        kept_of(config, initial.table, run),
+        config,
+        machine.deepspeed,
+        machine.ranks,
+        on_cpu=machine.device == "cpu",
+    )
+    counted = _timeline(budget, initial, block, machine.device)
+    device = {name: sum(one.values()) for name, one in phases.on_device(budget, counted).items()}
+    whole = initial.reason is not None
+    host = {name: sum(phases.host(budget, name, drawn_whole=whole).values()) for name in device}
+    if budget.on_cpu:
+        host = {name: host[name] + device[name] for name in device}
+    buffers = sum(buffer.nbytes for buffer in constants(initial.model()).values())
+    return Plan(
+        machine=machine,
+        updates=config.train.steps,
+        tokens=config.train.steps * config.train.global_batch_size * block,
+        device_memory=None if budget.on_cpu else device["training"],
+        host_memory=machine.host_memory_before + max(host.values()),
+        has_activations=counted is not None,
+        checkpoint=budget.checkpoint(buffers),
+        release=budget.release(buffers),
+    )
+
+
+def _read(path: Path) -> Machine | None:
     try:
-        return timeline(
-            job.initial.model(),
-            train,
-            job.store.block_size,
-            precision_of(train).dtype,
-            on_device,
-        )
+        values: Mapping[str, Any] = read_object(path)
+        found: Machine = fit(Machine, values, path)
+    except (ForeignError, UserError):
+        return None
+    return found if found.ranks > 0 and found.micro_batch_size > 0 else None
+
+
+def _timeline(budget: Budget, initial: Initial, block: int, device: str) -> Timeline | None:
+    """Return the memory of activations, or None where the model cannot run without values."""
+    train = budget.config.train
+    if initial.reason is not None:
+        return None
+    try:
+        return timeline(initial.model(), train, block, precision_of(train).dtype, device)
     except Exception:  # noqa: BLE001 - whatever a model of any family does
         return None

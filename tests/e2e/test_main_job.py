@@ -13,9 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.log import read_metrics
 from pmp_ds.model.parameters import parameter_table
-from pmp_ds.run_dir import RunDir, read_json
+from pmp_ds.run_dir import RunDir
 from pmp_ds.state.weight_files import read_weights
 from pmp_ds.ticket.ticket import Ticket, load_ticket
+from pmp_ds.train.planned import plan_of
 from tests.e2e.conftest import MainRun
 from tests.helpers import tiny
 from tests.helpers.commands import files_of, ok
@@ -135,21 +136,22 @@ def test_the_plan_comes_first_and_once(main_run: MainRun, ticket: Ticket):
 
 def test_the_page_compares_the_plan_with_the_files(main_run: MainRun):
     run = main_run.run
-    plan = read_json(run.plan)
+    plan = plan_of(run)
+    assert plan is not None
     (newest,) = run.checkpoints.glob(f"update-{STEPS:08d}")
     headers = 0.1  # of the small files of a tiny model
-    for name, folder in (("checkpoint", newest), ("release", run.release)):
+    for planned, folder in ((plan.checkpoint, newest), (plan.release, run.release)):
         tensors = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-        assert 1.0 <= tensors / plan[name] < 1.0 + headers, name
+        assert 1.0 <= tensors / planned < 1.0 + headers, folder
     measured = max(r["peak_host_memory"] for r in rows(run, "train", "peak_host_memory"))
-    assert plan["host_memory_before"] < plan["host_memory"] < 1.2 * measured
+    assert plan.machine.host_memory_before < plan.host_memory < 1.2 * measured
     page = run.report.read_text()
-    for number in (plan["updates"], plan["tokens"], plan["checkpoint"], plan["release"]):
+    for number in (plan.updates, plan.tokens, plan.checkpoint, plan.release):
         assert f"<td>{number:,}</td>" in page
-    assert plan["updates"] == STEPS
-    assert plan["tokens"] == STEPS * 8 * BLOCK
-    assert plan["activations_counted"] is True
-    assert plan["device_memory"] is None
+    assert (plan.updates, plan.tokens) == (STEPS, STEPS * 8 * BLOCK)
+    assert (plan.machine.ranks, plan.machine.device, plan.machine.micro_batch_size) == (2, "cpu", 2)
+    assert plan.has_activations
+    assert plan.device_memory is None
 
 
 def test_one_rank_shows_progress(main_run: MainRun):

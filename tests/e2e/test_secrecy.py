@@ -25,9 +25,9 @@ RELEASE = {
 RUN = {
     "config.yaml",
     "data.json",
+    "machine.json",
     "metrics.jsonl",
     "metrics.prom",
-    "plan.json",
     "plots",
     "private",
     "release",

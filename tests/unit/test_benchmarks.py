@@ -183,11 +183,12 @@ def test_losses_with_fewer_bits(tmp_path: Path):
     command = ("benchmarks.losses", "--shape", "tiny", "--store", str(tmp_path / "store"))
     numbers = ("--keys", "1", "--updates", "2", "--batch", "4", "--precision", "fp32")
     output = run_benchmark(*command, *numbers, "--folder", str(tmp_path / "runs"))
-    assert names(output) == ["losses_bf16_above_fp32", "losses_int8_above_fp32"]
-    runs = [RunDir(tmp_path / "runs" / f"{moments}-1") for moments in ("fp32", "bf16", "int8")]
+    arms = ("fp32", "bf16", "int8", "control")
+    assert names(output) == [f"losses_{arm}_from_fp32" for arm in arms[1:]]
+    runs = [RunDir(tmp_path / "runs" / f"{arm}-1") for arm in arms]
     ids = {load_ticket(run.ticket).id for run in runs}
     assert len(ids) == 1, "they were not trained on the same ticket"
-    assert len({file_of(run).read_bytes() for run in runs}) == 3
+    assert len({file_of(run).read_bytes() for run in runs}) == len(arms)
 
 
 def file_of(run: RunDir) -> Path:

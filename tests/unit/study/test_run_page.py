@@ -9,8 +9,9 @@ import pytest
 from pmp_ds.errors import UserError
 from pmp_ds.log import begin, read_metrics
 from pmp_ds.log.writer import MetricsLog
-from pmp_ds.run_dir import RunDir, write_json
-from pmp_ds.study import run_page
+from pmp_ds.run_dir import RunDir
+from pmp_ds.study import run_page, run_plan
+from pmp_ds.train.planned import Machine, Plan
 from tests.unit.study.test_collect import finished
 
 
@@ -55,26 +56,45 @@ def test_by_hand(run: RunDir) -> None:
     assert len(read_metrics(run.metrics)) == 5
 
 
-def test_the_plan_beside_what_was_measured(run: RunDir) -> None:
-    write_json(run.plan, {"ranks": 2, "updates": 5, "release": 400, "checkpoint": 800})
+PLAN = Plan(
+    machine=Machine(
+        ranks=2, device="cuda", micro_batch_size=1, deepspeed={}, host_memory_before=10
+    ),
+    updates=5,
+    tokens=100,
+    device_memory=50,
+    host_memory=40,
+    has_activations=False,
+    checkpoint=800,
+    release=400,
+)
+
+
+def test_the_plan_beside_what_was_measured(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_plan, "plan_of", lambda run: PLAN)
     run.release.mkdir(exist_ok=True)
     for path in run.release.iterdir():
         path.unlink()
     (run.release / "model.safetensors").write_bytes(bytes(300))
     text = run_page.write(run, "run", {}).read_text()
-    assert "Planned by the last start, for 2 ranks." in text
-    assert [row for row in cells(text) if len(row) == 4][:3] == [
+    assert "on 2 ranks (cuda)" in text
+    assert "Activations are left out" in text
+    assert [row for row in cells(text) if len(row) == 4][:6] == [
         ["updates", "5", "4", "0.80"],
+        ["tokens", "100", "none yet", "-"],
+        ["host memory, bytes", "40", "none yet", "-"],
         ["a checkpoint, bytes", "800", "none yet", "-"],
-        ["the release&#39;s weights, bytes", "400", "300", "0.75"],
+        ["weights of the release, bytes", "400", "300", "0.75"],
+        ["device memory in an update, bytes", "50", "none yet", "-"],
     ]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"updates": "many", "ranks": null}'])
-def test_a_plan_that_cannot_be_read_is_left_out(run: RunDir, content: str) -> None:
-    run.plan.write_text(content)
+@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"ranks": "many"}', '{"ranks": 2}'])
+def test_a_start_of_which_nothing_is_known(run: RunDir, content: str | None) -> None:
+    if content is not None:
+        run.machine.write_text(content)
     text = run_page.write(run, "run", {}).read_text()
-    assert ["updates"] not in [row[:1] for row in cells(text)]
+    assert "Nothing is known of its last start" in text
 
 
 def test_it_needs_nothing_beside_it(run: RunDir) -> None:
