@@ -38,10 +38,10 @@ def _rows(plan: Plan, run: RunDir, records: list[dict[str, Any]]) -> Iterable[li
 def _about(plan: Plan | None) -> str:
     if plan is None:
         return "Nothing is known of its last start, which was one of an older version."
-    machine = plan.machine
-    ranks = f"{machine.ranks} rank{'s' * (machine.ranks != 1)}"
-    text = f"Planned by the last start, on {ranks} ({machine.device}); memory is that of rank 0. "
-    text += f"Of host memory, {machine.host_memory_before:,} bytes are Python and its libraries."
+    started = plan.started
+    ranks = f"{started.ranks} rank{'s' * (started.ranks != 1)}"
+    text = f"Planned by the last start, on {ranks} ({started.device}); memory is that of rank 0. "
+    text += f"Of host memory, {started.host_memory_before:,} bytes are Python and its libraries."
     return text + (
         "" if plan.has_activations else " Activations are left out: the model needs values to run."
     )

@@ -4,16 +4,16 @@ A start writes what it runs on to `machine.json`; ``plan_of`` then computes what
 --dry-run` prints for it. Sizes are in bytes, memory is that of rank 0.
 """
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import psutil
 
 from pmp_ds import dist
+from pmp_ds.config import Config
 from pmp_ds.config.precision import precision_of
-from pmp_ds.errors import UserError
+from pmp_ds.engine.deepspeed_config import merge
+from pmp_ds.errors import UserError, require
 from pmp_ds.fields import fit
 from pmp_ds.foreign import ForeignError, read_object
 from pmp_ds.model.initial import Initial
@@ -27,6 +27,8 @@ from pmp_ds.train.budget import Budget
 from pmp_ds.train.job import Job
 from pmp_ds.train.plan import kept_of
 
+_MOST_RANKS = 1 << 20
+
 
 def resident() -> int:
     """Return the bytes of host memory that this process has now."""
@@ -34,7 +36,7 @@ def resident() -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machine:
+class Started:
     """What a start runs on; saved as machine.json."""
 
     ranks: int
@@ -52,7 +54,7 @@ def remember(job: Job, before: int) -> None:
     was ``resident`` before the model."""
     size = job.config.train.micro_batch_size
     assert isinstance(size, int)
-    machine = Machine(
+    started = Started(
         ranks=dist.world_size(),
         device=dist.device().type,
         micro_batch_size=size,
@@ -60,7 +62,7 @@ def remember(job: Job, before: int) -> None:
         host_memory_before=before,
     )
     try:
-        write_json(job.run.machine, asdict(machine))
+        write_json(job.run.machine, asdict(started))
     except OSError as error:
         raise UserError(f"{job.run.machine} cannot be written: {error}") from None
 
@@ -69,7 +71,7 @@ def remember(job: Job, before: int) -> None:
 class Plan:
     """What the last start of a run planned."""
 
-    machine: Machine
+    started: Started
     updates: int
     tokens: int
     device_memory: int | None
@@ -83,24 +85,24 @@ class Plan:
 
 
 def plan_of(run: RunDir) -> Plan | None:
-    """Return the plan, or None for a run of an older version, and where machine.json was changed.
-    Raises UserError when ``run`` is not a run."""
-    machine = _read(run.machine)
-    if machine is None:
-        return None
+    """Return the plan, or None without ``started_of``. Raises UserError when ``run`` is not a
+    run."""
     config = load_config(run)
-    config = replace(config, train=replace(config.train, micro_batch_size=machine.micro_batch_size))
+    started = started_of(run, config)
+    if started is None:
+        return None
+    config = replace(config, train=replace(config.train, micro_batch_size=started.micro_batch_size))
     initial = theta0.initial_of(run, theta0.init_of(run, config))
     block = read_data(run).block_size
     budget = Budget(
         {info.name: info.shape for info in initial.table},
         kept_of(config, initial.table, run),
         config,
-        machine.deepspeed,
-        machine.ranks,
-        on_cpu=machine.device == "cpu",
+        started.deepspeed,
+        started.ranks,
+        on_cpu=started.device == "cpu",
     )
-    counted = _timeline(budget, initial, block, machine.device)
+    counted = _timeline(budget, initial, block, started.device)
     device = {name: sum(one.values()) for name, one in phases.on_device(budget, counted).items()}
     whole = initial.reason is not None
     host = {name: sum(phases.host(budget, name, drawn_whole=whole).values()) for name in device}
@@ -108,24 +110,29 @@ def plan_of(run: RunDir) -> Plan | None:
         host = {name: host[name] + device[name] for name in device}
     buffers = sum(buffer.nbytes for buffer in constants(initial.model()).values())
     return Plan(
-        machine=machine,
+        started=started,
         updates=config.train.steps,
         tokens=config.train.steps * config.train.global_batch_size * block,
         device_memory=None if budget.on_cpu else device["training"],
-        host_memory=machine.host_memory_before + max(host.values()),
+        host_memory=started.host_memory_before + max(host.values()),
         has_activations=counted is not None,
         checkpoint=budget.checkpoint(buffers),
         release=budget.release(buffers),
     )
 
 
-def _read(path: Path) -> Machine | None:
+def started_of(run: RunDir, config: Config) -> Started | None:
+    """Return what the last start ran on, or None where an older version made it, or somebody
+    changed the file since."""
     try:
-        values: Mapping[str, Any] = read_object(path)
-        found: Machine = fit(Machine, values, path)
+        found: Started = fit(Started, read_object(run.machine), run.machine)
+        require(0 < found.ranks <= _MOST_RANKS, "ranks")
+        require(found.micro_batch_size > 0, "micro_batch_size")
+        train = replace(config.train, micro_batch_size=found.micro_batch_size)
+        merge(found.deepspeed, train, found.ranks)
     except (ForeignError, UserError):
         return None
-    return found if found.ranks > 0 and found.micro_batch_size > 0 else None
+    return found
 
 
 def _timeline(budget: Budget, initial: Initial, block: int, device: str) -> Timeline | None:

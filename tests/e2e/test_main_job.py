@@ -144,12 +144,12 @@ def test_the_page_compares_the_plan_with_the_files(main_run: MainRun):
         tensors = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
         assert 1.0 <= tensors / planned < 1.0 + headers, folder
     measured = max(r["peak_host_memory"] for r in rows(run, "train", "peak_host_memory"))
-    assert plan.machine.host_memory_before < plan.host_memory < 1.2 * measured
+    assert plan.started.host_memory_before < plan.host_memory < 1.2 * measured
     page = run.report.read_text()
     for number in (plan.updates, plan.tokens, plan.checkpoint, plan.release):
         assert f"<td>{number:,}</td>" in page
     assert (plan.updates, plan.tokens) == (STEPS, STEPS * 8 * BLOCK)
-    assert (plan.machine.ranks, plan.machine.device, plan.machine.micro_batch_size) == (2, "cpu", 2)
+    assert (plan.started.ranks, plan.started.device, plan.started.micro_batch_size) == (2, "cpu", 2)
     assert plan.has_activations
     assert plan.device_memory is None
 

@@ -202,6 +202,9 @@ def _run(folder: Path) -> None:
         },
     )
     run.config.write_text("run:\n  name: x\n  root: .\n")
+    zero = {"stage": 1, "reduce_bucket_size": 1000}
+    started = {"ranks": 2, "device": "cpu", "micro_batch_size": 4, "host_memory_before": 10}
+    write_json(run.machine, started | {"deepspeed": {"zero_optimization": zero}})
     began = {"phase": "start", "step": 0, "time": 1.5, "start": 1, "resumed": {}}
     records = [
         began,
@@ -228,14 +231,31 @@ def _run(folder: Path) -> None:
     )
 
 
+_RUN_FILES = (
+    "data.json",
+    "machine.json",
+    "metrics.jsonl",
+    "private/init/theta0.json",
+    "private/vault/sealed.jsonl",
+)
+
+
 def _use_run(folder: Path) -> None:
     from pmp_ds.data.mixture import realised
     from pmp_ds.log import read_metrics, read_starts
     from pmp_ds.state import theta0
-    from pmp_ds.state.run_record import export_facts, read_data
+    from pmp_ds.state.run_record import export_facts, load_config, read_data
     from pmp_ds.summary import _losses
+    from pmp_ds.train import phases
+    from pmp_ds.train.budget import Budget
+    from pmp_ds.train.planned import started_of
 
     run = RunDir(folder)
+    config = load_config(run)
+    if (started := started_of(run, config)) is not None:
+        budget = Budget({"w": (8, 8)}, 32, config, started.deepspeed, started.ranks)
+        phases.on_device(budget, None)
+        phases.host(budget, "save")
     data = read_data(run)
     if data.parts:
         realised([part.slots for part in data.parts], 100, b"k" * 32)
@@ -409,8 +429,8 @@ KINDS: dict[str, Kind] = {
     "run": Kind(
         _run,
         _use_run,
-        ("data.json", "metrics.jsonl", "private/init/theta0.json", "private/vault/sealed.jsonl"),
-        ("data.json", "metrics.jsonl", "private/init/theta0.json", "private/vault/sealed.jsonl"),
+        _RUN_FILES,
+        _RUN_FILES,
         depth=3,
     ),
     "ledger": Kind(_ledger, _use_ledger, (LEDGER,), (LEDGER,)),

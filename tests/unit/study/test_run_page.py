@@ -11,7 +11,7 @@ from pmp_ds.log import begin, read_metrics
 from pmp_ds.log.writer import MetricsLog
 from pmp_ds.run_dir import RunDir
 from pmp_ds.study import run_page, run_plan
-from pmp_ds.train.planned import Machine, Plan
+from pmp_ds.train.planned import Plan, Started
 from tests.unit.study.test_collect import finished
 
 
@@ -57,7 +57,7 @@ def test_by_hand(run: RunDir) -> None:
 
 
 PLAN = Plan(
-    machine=Machine(
+    started=Started(
         ranks=2, device="cuda", micro_batch_size=1, deepspeed={}, host_memory_before=10
     ),
     updates=5,
