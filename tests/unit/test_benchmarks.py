@@ -178,6 +178,22 @@ def test_benchmark_of_whole_updates(ranks: int, options: tuple[str, ...]):
 
 
 @pytest.mark.nightly
+def test_checkpoint_benchmark(tmp_path: Path):
+    small = ("--hidden-size", "64", "--repeats", "1", "--folder", str(tmp_path))
+    output = run_benchmark("benchmarks.checkpoint", *small)
+    stalls = [f"background_stall_vs_{other}" for other in ("at_once", "deepspeed")]
+    assert names(output) == ["checkpoint_bytes_vs_dense", *stalls]
+
+
+@pytest.mark.nightly
+def test_memory_benchmark():
+    output = run_benchmark("benchmarks.memory", "--layers", "1")
+    states = ("dense_fp32", "compact_fp32", "split_bf16", "dense_int8")
+    assert names(output) == [*(f"states_{one}" for one in states), "peak_split_bf16_vs_dense"]
+    assert "failed" not in output
+
+
+@pytest.mark.nightly
 def test_losses_with_fewer_bits(tmp_path: Path):
     write_store(tmp_path / "store")
     command = ("benchmarks.losses", "--shape", "tiny", "--store", str(tmp_path / "store"))

@@ -2,7 +2,7 @@
 
 bash reads each shell block, with stand-ins for the programs that it may name; the words of ours go
 to the parser of the command. `tests/unit/test_drift.py` looks up flags that stand alone in a
-sentence, and `tests/e2e/test_quickstart.py` runs the commands of the quick start for real.
+sentence, and `tests/e2e/test_documents_run.py` runs them all for real.
 """
 
 import re
