@@ -12,6 +12,7 @@ quotes, line ends, variables and pipes mean what they mean to a reader's shell.
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ _SPAN = re.compile(r"`([^`\n]+)`")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#+ +(.+?) *$", re.MULTILINE)
 _STARTERS = ("srun", "mpirun", "torchrun")  # `srun [options] PROGRAM WORDS`
-_RECORD = "printf '%s\\0' {name} \"$@\" >> {log}\nprintf '\\n\\0' >> {log}\n"
+_RECORD = "printf '%s\\0' {name} \"$@\" > {log}/$EPOCHREALTIME-$$\n"
+"""A file for each start: the programs of a pipe run at the same time."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,9 @@ def recorded(script: str, folder: Path, programs: Collection[str]) -> list[list[
     text that is not a script.
     """
     bin_folder, log = folder / "bin", folder / "words"
-    bin_folder.mkdir(parents=True, exist_ok=True)
-    log.write_bytes(b"")
+    for empty in (bin_folder, log):
+        shutil.rmtree(empty, ignore_errors=True)
+        empty.mkdir(parents=True)
     for name in programs:
         text = "#!/bin/bash\n" + _RECORD.format(name=shlex.quote(name), log=shlex.quote(str(log)))
         if name in _STARTERS:
@@ -99,7 +102,6 @@ def recorded(script: str, folder: Path, programs: Collection[str]) -> list[list[
             )
         (bin_folder / name).write_text(text)
         (bin_folder / name).chmod(0o755)
-    (bin_folder / "bash").unlink(missing_ok=True)
     (bin_folder / "bash").symlink_to("/bin/bash")
     done = subprocess.run(
         ["/bin/bash", "-c", script],
@@ -118,8 +120,7 @@ def recorded(script: str, folder: Path, programs: Collection[str]) -> list[list[
     )
     if done.stderr or done.returncode != 0:
         raise AssertionError(f"exit code {done.returncode}: {done.stderr}")
-    words = log.read_bytes().decode().split("\0\n\0")
-    return [one.split("\0") for one in words if one]
+    return [path.read_text().removesuffix("\0").split("\0") for path in sorted(log.iterdir())]
 
 
 def shell_words(span: str) -> list[str]:
