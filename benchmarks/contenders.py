@@ -66,9 +66,9 @@ class PlainDeepSpeed:
 
     def __init__(self, setup: Setup, *, compiled: bool = False) -> None:
         model = setup.model()
-        name, where = ("FusedAdam", setup.device)
+        name, where = "FusedAdam", setup.device
         if setup.options.offload:
-            name, where = ("DeepSpeedCPUAdam", torch.device("cpu"))
+            name, where = "DeepSpeedCPUAdam", torch.device("cpu")
         builds = _adam_builds(name, where)
         optimizer = name if builds else "torch AdamW"
         self.title = f"DeepSpeed, {optimizer}" + (", compiled" if compiled else "")

@@ -76,9 +76,8 @@ def _complete(
     """Complete the runs and return their last validation losses."""
     found, todo = {}, list(runs)
     with ThreadPoolExecutor(at_once) as pool:
-        for run, loss in zip(
-            todo, pool.map(lambda r: _loss(r, folder, options), todo), strict=True
-        ):
+        losses = pool.map(lambda run: _loss(run, folder, options), todo)
+        for run, loss in zip(todo, losses, strict=True):
             found[run] = loss
             print(f"{time.strftime('%H:%M:%S')} {run.arm}, key {run.key}: {loss:.4f}", flush=True)
     return found

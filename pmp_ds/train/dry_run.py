@@ -23,7 +23,6 @@ from pmp_ds.model.build import UNBOUNDED, context_length, model_config
 from pmp_ds.model.parameters import ParamInfo, constants, num_params, parameter_table
 from pmp_ds.model.recipe import NotDescribedError, Recipe
 from pmp_ds.model.recipe import describe as describe_model
-from pmp_ds.ticket.ticket import exact_k, load_ticket
 from pmp_ds.train import dry_tables, fit, plan
 from pmp_ds.train.activations import Timeline, timeline
 from pmp_ds.train.budget import Budget
@@ -34,13 +33,13 @@ _VOCABULARY = {"llama": 32_000, "gpt2": 50_257}
 
 def describe(config: Config, ds_config: dict[str, Any], machine: Machine) -> str:
     """Return the plan as text. Raises UserError for settings that do not go together."""
-    found = _shape(config, ds_config, machine)
+    found, assumed = _shape(config, ds_config, machine)
     budget, hf_config, block, table = found.budget, found.hf_config, found.block, found.table
-    recipes, reason, assumed, buffers = found.recipes, found.reason, found.assumed, found.buffers
+    recipes, reason, buffers = found.recipes, found.reason, found.buffers
     full = config.train.activation_checkpointing == "full"
     kinds = (False, True) if machine.device_memory else (full,)
-    timelines, unknown = _timelines(hf_config, budget, block, kinds)
-    now = timelines[full]
+    found_timelines, unknown = timelines(found, kinds, "cuda")
+    now = found_timelines[full]
     if config.train.micro_batch_size == "auto":
         memory = machine.device_memory if now else None
         size = fit.largest(budget, now, memory) if memory else 1
@@ -61,19 +60,19 @@ def describe(config: Config, ds_config: dict[str, Any], machine: Machine) -> str
         dry_tables.times(budget, machine, hf_config, block, recipes),
     ]
     if machine.device_memory and not unknown:
-        parts.append(dry_tables.fits(budget, timelines, machine.device_memory))
+        parts.append(dry_tables.fits(budget, found_timelines, machine.device_memory))
     return "\n\n".join(parts)
 
 
 def disk_bytes(config: Config, ds_config: dict[str, Any], world: int) -> int:
     """Return the most bytes that a run of ``world`` ranks has on disk: checkpoints, the one being
     written, and the release. Raises UserError for settings that do not go together."""
-    found = _shape(config, ds_config, Machine(world=world))
+    found, _ = _shape(config, ds_config, Machine(world=world))
     return dry_tables.disk_bytes(found.budget, found.buffers)
 
 
 @dataclass(frozen=True)
-class _Shape:
+class Shape:
     """What a run is, without any value."""
 
     budget: Budget
@@ -83,10 +82,10 @@ class _Shape:
     recipes: dict[str, Recipe]
     reason: str | None  # why there are no recipes
     buffers: int  # bytes of constants
-    assumed: str  # in words, where there is no store
 
 
-def _shape(config: Config, ds_config: dict[str, Any], machine: Machine) -> _Shape:
+def _shape(config: Config, ds_config: dict[str, Any], machine: Machine) -> tuple[Shape, str]:
+    """Return the shape of a run, and what was assumed, in words, where there is no store."""
     merge(ds_config, config.train, machine.world)
     vocabulary, block, eos, assumed = _data(config, machine.block_size)
     hf_config = model_config(
@@ -97,15 +96,33 @@ def _shape(config: Config, ds_config: dict[str, Any], machine: Machine) -> _Shap
         block_size=block,
         base=_base(config),
     )
+    given = config.mask.file
+    ticket = Path(given) if given is not None and Path(given).exists() else None
+    return shape_of(config, ds_config, machine.world, hf_config, block, ticket), assumed
+
+
+def shape_of(
+    config: Config,
+    ds_config: dict[str, Any],
+    world: int,
+    hf_config: PreTrainedConfig,
+    block: int,
+    ticket: Path | None,
+    *,
+    on_cpu: bool = False,
+) -> Shape:
+    """Return the shape of a run of ``world`` ranks whose settings go together, with blocks of
+    ``block`` tokens; ``ticket``: the folder of ``mask.source: file``."""
     model, recipes, reason = _skeleton(hf_config)
     constant = {n: recipes[n].constant if n in recipes else False for n in _names(model)}
     table = parameter_table(model, constant)
     shapes = {info.name: info.shape for info in table}
     if config.init.seed is not None:
         recipes, reason = {}, "init.seed draws from one sequence of numbers"
-    budget = Budget(shapes, _kept(config, num_params(table)), config, ds_config, machine.world)
+    kept = plan.kept_of(config, num_params(table), ticket)
+    budget = Budget(shapes, kept, config, ds_config, world, on_cpu)
     buffers = sum(buffer.nbytes for buffer in constants(model).values())
-    return _Shape(budget, hf_config, block, table, recipes, reason, buffers, assumed)
+    return Shape(budget, hf_config, block, table, recipes, reason, buffers)
 
 
 def _data(config: Config, block_size: int | None) -> tuple[int, int, int, str]:
@@ -159,20 +176,12 @@ def _names(model: PreTrainedModel) -> list[str]:
     return [name for name, _ in model.named_parameters()]
 
 
-def _kept(config: Config, d: int) -> int:
-    mask = config.mask
-    if mask.source == "none":
-        return d
-    if mask.file is not None and Path(mask.file).exists():
-        return load_ticket(Path(mask.file)).mask.num_kept
-    return exact_k(mask.density, d)
-
-
-def _timelines(
-    hf_config: PreTrainedConfig, budget: Budget, block: int, kinds: tuple[bool, ...]
+def timelines(
+    shape: Shape, kinds: tuple[bool, ...], device: str
 ) -> tuple[dict[bool, Timeline | None], str | None]:
-    """Return the timelines of these ``kinds``, with recomputation of everything or without, and
-    why there are none."""
+    """Return the timelines of these ``kinds``, with recomputation of everything or without, on
+    `cuda` or `cpu`, and why there are none."""
+    hf_config, budget = shape.hf_config, shape.budget
     dtype = precision_of(budget.config.train).dtype
     found: dict[bool, Timeline | None] = {}
     reason = None
@@ -180,7 +189,7 @@ def _timelines(
         train = fit.recomputing(budget.config.train, everything=recompute)
         try:
             model = _skeleton(hf_config)[0]
-            found[recompute] = timeline(model, train, block, dtype, "cuda")
+            found[recompute] = timeline(model, train, shape.block, dtype, device)
         except Exception as error:  # noqa: BLE001 - whatever a model of any family does
             found[recompute] = None
             why = str(error).partition("\n")[0]

@@ -23,12 +23,6 @@ _SPLIT = 24  # bytes per element of a chunk while master weights are split
 _DRAW = 24  # bytes per element while they are drawn: bits, uniforms, results
 
 
-def of_run(budget: Budget) -> list[str]:
-    """Return the names of the phases of a run."""
-    discovers = budget.config.mask.source == "earlybird"
-    return ["start", *["discovery"] * discovers, "training", "save", "resume"]
-
-
 def on_device(budget: Budget, timeline: Timeline | None) -> dict[str, Bytes]:
     """Return the peak of each phase on the device, by category."""
     size, (between, _) = budget.cut.micro_batch_size, budget.placed(budget.states())
@@ -40,7 +34,9 @@ def on_device(budget: Budget, timeline: Timeline | None) -> dict[str, Bytes]:
         "save": between | {"gathered parameters": piece, "gradients": 0},
         "resume": start(budget, resumed=True),
     }
-    return {phase: found[phase] for phase in of_run(budget)}
+    if budget.config.mask.source != "earlybird":
+        del found["discovery"]
+    return found
 
 
 def _buckets(budget: Budget) -> int:

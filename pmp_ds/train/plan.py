@@ -1,14 +1,14 @@
 """The plan of a run, printed for the user before any expensive step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from pathlib import Path
 
 from pmp_ds import dist
 from pmp_ds.config import Config
 from pmp_ds.data.loader import order_key
 from pmp_ds.data.mixture import realised
-from pmp_ds.model.parameters import ParamInfo, num_params
+from pmp_ds.model.parameters import num_params
 from pmp_ds.optim.rules import rule_of
-from pmp_ds.run_dir import RunDir
 from pmp_ds.ticket.ticket import exact_k, load_ticket
 from pmp_ds.train.budget import Budget
 from pmp_ds.train.job import Job, given_ticket
@@ -25,7 +25,7 @@ def describe(job: Job) -> str:
     """Return batch arithmetic, parameters, memory per rank and output folders; no mask content."""
     config, d = job.config, num_params(job.table)
     shapes = {info.name: info.shape for info in job.table}
-    kept = kept_of(config, job.table, job.run)
+    kept = kept_of(config, d, given_ticket(config, job.run))
     budget = Budget(shapes, kept, config, job.ds_config, dist.world_size())
     rows = basics(budget, job.store.block_size, dist.device().type)
     rows["updates"] += f", {_epochs(job, config.train.steps * config.train.global_batch_size)}"
@@ -45,11 +45,10 @@ def describe(job: Job) -> str:
     return in_lines(rows)
 
 
-def kept_of(config: Config, table: Sequence[ParamInfo], run: RunDir) -> int:
-    """Return k, the number of trained elements."""
-    if (folder := given_ticket(config, run)) is not None:
-        return load_ticket(folder).mask.num_kept
-    d = num_params(table)
+def kept_of(config: Config, d: int, given: Path | None) -> int:
+    """Return k, the number of trained elements; ``given``: the ticket of ``mask.source: file``."""
+    if given is not None:
+        return load_ticket(given).mask.num_kept
     return d if config.mask.source == "none" else exact_k(config.mask.density, d)
 
 

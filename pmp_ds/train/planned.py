@@ -11,21 +11,15 @@ import psutil
 
 from pmp_ds import dist
 from pmp_ds.config import Config
-from pmp_ds.config.precision import precision_of
 from pmp_ds.engine.deepspeed_config import merge
 from pmp_ds.errors import UserError, require
 from pmp_ds.fields import fit
 from pmp_ds.foreign import ForeignError, read_object
-from pmp_ds.model.initial import Initial
-from pmp_ds.model.parameters import constants
 from pmp_ds.run_dir import RunDir, write_json
 from pmp_ds.state import theta0
 from pmp_ds.state.run_record import load_config, read_data
-from pmp_ds.train import phases
-from pmp_ds.train.activations import Timeline, timeline
-from pmp_ds.train.budget import Budget
-from pmp_ds.train.job import Job
-from pmp_ds.train.plan import kept_of
+from pmp_ds.train import dry_run, phases
+from pmp_ds.train.job import Job, given_ticket
 
 _MOST_RANKS = 1 << 20
 
@@ -91,33 +85,33 @@ def plan_of(run: RunDir) -> Plan | None:
     started = started_of(run, config)
     if started is None:
         return None
-    config = replace(config, train=replace(config.train, micro_batch_size=started.micro_batch_size))
-    initial = theta0.initial_of(run, theta0.init_of(run, config))
-    block = read_data(run).block_size
-    budget = Budget(
-        {info.name: info.shape for info in initial.table},
-        kept_of(config, initial.table, run),
+    train = replace(config.train, micro_batch_size=started.micro_batch_size)
+    config, data = replace(config, train=train), read_data(run)
+    shape = dry_run.shape_of(
         config,
         started.deepspeed,
         started.ranks,
+        theta0.architecture(config, data, run),
+        data.block_size,
+        given_ticket(config, run),
         on_cpu=started.device == "cpu",
     )
-    counted = _timeline(budget, initial, block, started.device)
+    budget, full = shape.budget, train.activation_checkpointing == "full"
+    counted = dry_run.timelines(shape, (full,), started.device)[0][full]
     device = {name: sum(one.values()) for name, one in phases.on_device(budget, counted).items()}
-    whole = initial.reason is not None
+    whole = shape.reason is not None
     host = {name: sum(phases.host(budget, name, drawn_whole=whole).values()) for name in device}
     if budget.on_cpu:
         host = {name: host[name] + device[name] for name in device}
-    buffers = sum(buffer.nbytes for buffer in constants(initial.model()).values())
     return Plan(
         started=started,
-        updates=config.train.steps,
-        tokens=config.train.steps * config.train.global_batch_size * block,
+        updates=train.steps,
+        tokens=train.steps * train.global_batch_size * data.block_size,
         device_memory=None if budget.on_cpu else device["training"],
         host_memory=started.host_memory_before + max(host.values()),
         has_activations=counted is not None,
-        checkpoint=budget.checkpoint(buffers),
-        release=budget.release(buffers),
+        checkpoint=budget.checkpoint(shape.buffers),
+        release=budget.release(shape.buffers),
     )
 
 
@@ -133,14 +127,3 @@ def started_of(run: RunDir, config: Config) -> Started | None:
     except (ForeignError, UserError):
         return None
     return found
-
-
-def _timeline(budget: Budget, initial: Initial, block: int, device: str) -> Timeline | None:
-    """Return the memory of activations, or None where the model cannot run without values."""
-    train = budget.config.train
-    if initial.reason is not None:
-        return None
-    try:
-        return timeline(initial.model(), train, block, precision_of(train).dtype, device)
-    except Exception:  # noqa: BLE001 - whatever a model of any family does
-        return None

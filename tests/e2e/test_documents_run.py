@@ -40,16 +40,17 @@ SUBSTITUTES = {"nodes=64": "nodes=2"}
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def laptop(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Follow the first section; return its folder, and what it wrote."""
     folder = tmp_path_factory.mktemp("home")
     furnish(folder)
-    return folder
+    return folder, follow(folder, SECTIONS["A laptop, no GPU"])
 
 
-@pytest.fixture(scope="module")
-def laptop(home: Path) -> str:
-    """Return what the first section wrote; the others use its tokenizer and its run."""
-    return follow(home, SECTIONS["A laptop, no GPU"])
+@pytest.fixture
+def home(laptop: tuple[Path, str], tmp_path: Path) -> Path:
+    """Return a copy of that folder, with a finished demo, for one test."""
+    return shutil.copytree(laptop[0], tmp_path / "home", symlinks=True)
 
 
 def test_every_section_is_followed_or_named_above():
@@ -64,27 +65,24 @@ def test_every_section_is_followed_or_named_above():
     }
 
 
-def test_laptop(home: Path, laptop: str):
-    assert "(equal)" in laptop
-    assert "magnitudes" in laptop  # an attack
+def test_laptop(home: Path, laptop: tuple[Path, str]):
+    assert "(equal)" in laptop[1]
+    assert "magnitudes" in laptop[1]  # an attack
     assert (home / "runs/demo/release/model.safetensors").exists()
 
 
-@pytest.mark.usefixtures("laptop")
 def test_one_gpu(home: Path):
     follow(home, SECTIONS["One GPU"])
     config = json.loads((home / "runs/gpt2-small/release/config.json").read_text())
     assert config["model_type"] == "gpt2"
 
 
-@pytest.mark.usefixtures("laptop")
 def test_eight_gpus(home: Path):
     said = follow(home, SECTIONS["Eight GPUs on one machine"])
     assert "80GB" in said.replace(" ", "").replace(".00", "")
     assert (home / "runs/tinyllama-1.1b/release/SHA256SUMS").exists()
 
 
-@pytest.mark.usefixtures("laptop")
 def test_partner(home: Path):
     assert "fits runs/demo/release" in follow(home, SECTIONS["A partner with a sealed ticket"])
     assert (home / "runs/finetune/private/model/config.json").exists()
@@ -143,17 +141,11 @@ def test_every_page_is_followed_or_named_above():
     assert set(PAGES) == set(FOLLOWED) | set(OTHERWISE)
 
 
-@pytest.mark.usefixtures("laptop")
 @pytest.mark.parametrize("page", FOLLOWED)
-def test_page(home: Path, tmp_path: Path, page: str):
+def test_page(home: Path, page: str):
     prepare, says = FOLLOWED[page]
-    own = tmp_path / "home"
-    shutil.copytree(home, own, symlinks=True)
-    for name in ("tokenizer", "llama"):
-        (own / "path/to" / name).unlink()
-        (own / "path/to" / name).symlink_to(own / "tokenized_data/demo/tokenizer")
-    prepare(own)
+    prepare(home)
     scripts = [script for script in PAGES[page] if not script.startswith(NOT_RUN)]
     for old, new in SUBSTITUTES.items():
         scripts = [script.replace(old, new) for script in scripts]
-    assert says in follow(own, scripts)
+    assert says in follow(home, scripts)

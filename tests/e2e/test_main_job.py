@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -134,10 +135,12 @@ def test_the_plan_comes_first_and_once(main_run: MainRun, ticket: Ticket):
     assert "pmp-ds vault show runs/main/private/ticket" in out
 
 
-def test_the_page_compares_the_plan_with_the_files(main_run: MainRun):
+def test_the_page_compares_the_plan_with_the_files(main_run: MainRun, tmp_path: Path):
     run = main_run.run
     plan = plan_of(run)
     assert plan is not None
+    public = shutil.copytree(run.root, tmp_path / "public", ignore=lambda *_: {"private"})
+    assert plan_of(RunDir(public)) == plan, "it depends on secrets"
     (newest,) = run.checkpoints.glob(f"update-{STEPS:08d}")
     headers = 0.1  # of the small files of a tiny model
     for planned, folder in ((plan.checkpoint, newest), (plan.release, run.release)):

@@ -96,7 +96,7 @@ def furnish(home: Path) -> None:
     (home / ".venv/bin/activate").touch()
     (home / "launcher").symlink_to(REPO / "launcher")
     for name in ("tokenizer", "llama"):
-        (home / "path/to" / name).symlink_to(home / "tokenized_data/demo/tokenizer")
+        (home / "path/to" / name).symlink_to("../../tokenized_data/demo/tokenizer")
     for name, text in PROGRAMS.items():
         (home / "bin" / name).write_text(text)
         (home / "bin" / name).chmod(0o755)
