@@ -128,21 +128,18 @@ def _module(name: str, words: list[str]) -> Made:
     if name.startswith("pmp_ds.commands."):
         return read_verb([_verb(name), *words])
     require(importlib.util.find_spec(name) is not None, f"there is no module {name}")
-    source = "".join(path.read_text() for path in _sources(name))
-    for flag in (word for word in words if word.startswith("--")):
+    source = "".join(path.read_text(encoding="utf-8") for path in _sources(name))
+    for flag in (word for word in words if source and word.startswith("--")):
         require(f'"{flag}"' in source, f"{name} has no flag {flag}")
     return {}
 
 
 def _sources(name: str) -> Iterator[Path]:
-    folder = REPO / name.partition(".")[0]
-    yield from sorted(folder.glob("*.py")) if folder.name == "benchmarks" else ()
-    spec = importlib.util.find_spec(name)
-    origin = spec.origin if spec else None
-    if origin is None or origin.endswith("__init__.py"):
-        yield REPO / name.replace(".", "/") / "__main__.py"
-    else:
-        yield REPO / (name.replace(".", "/") + ".py")
+    """Yield the files that may name a flag of a module of ours; none for another's, as venv."""
+    folder, file = REPO / name.partition(".")[0], REPO / name.replace(".", "/")
+    if folder.name in ("benchmarks", "pmp_ds", "tests"):
+        yield from sorted(folder.glob("*.py")) if folder.name == "benchmarks" else ()
+        yield file / "__main__.py" if file.is_dir() else file.with_suffix(".py")
 
 
 def _verb(script: str) -> str:

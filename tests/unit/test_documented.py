@@ -178,6 +178,7 @@ def test_other_programs_still_occur():
         ("pmp-ds finetune --model m --task sst2 --sweep method=full,loar,seed=0", "loar"),
         ("python -m benchmarks.topk --unheard 1", "no flag"),
         ("python -m pmp_ds.nothing", "no module"),
+        ("python -m venv --without-pip .venv", None),
         ("make demo TROCH_INDEX=x", "TROCH_INDEX"),
     ],
 )
