@@ -25,10 +25,10 @@ def pack(param_mask: torch.Tensor) -> torch.Tensor:
     """Pack (n,) bool into (ceil(n / 8),) uint8; bits after the last element are 0."""
     param_mask = param_mask.reshape(-1)
     num_bytes = (param_mask.numel() + 7) // 8
-    padded = param_mask.new_zeros(num_bytes * 8)
+    padded = torch.zeros(num_bytes * 8, dtype=torch.uint8, device=param_mask.device)
     padded[: param_mask.numel()] = param_mask
-    weights = _bits(param_mask.device)
-    return (padded.view(num_bytes, 8).to(torch.uint8) * weights).sum(dim=1, dtype=torch.uint8)
+    weighed = padded.view(num_bytes, 8).mul_(_bits(param_mask.device))
+    return weighed.sum(dim=1, dtype=torch.uint8)
 
 
 def unpack(bits: torch.Tensor, numel: int, start: int = 0) -> torch.Tensor:

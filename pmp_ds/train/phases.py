@@ -122,7 +122,6 @@ def host(budget: Budget, phase: str, *, drawn_whole: bool = False) -> Bytes:
             found["gradients"] = 4 * budget.local  # those that accumulate come with an update
         size = 4 * budget.num_params if drawn_whole else _DRAW * min(_CHUNK, budget.largest)
         found["theta(0), drawn" if phase == "start" else "checkpoint, read"] = size
-        found["mask of the partition, unpacked"] = budget.local if budget.masked else 0
     if phase == "save":
         found |= _staged(budget)
     return found

@@ -19,6 +19,7 @@ from pmp_ds.run_dir import RunDir, write_json
 from pmp_ds.state import theta0
 from pmp_ds.state.run_record import load_config, read_data
 from pmp_ds.train import dry_run, phases
+from pmp_ds.train.budget import Budget
 from pmp_ds.train.job import Job, given_ticket
 
 _MOST_RANKS = 1 << 20
@@ -102,7 +103,9 @@ def plan_of(run: RunDir) -> Plan | None:
     whole = shape.reason is not None
     host = {name: sum(phases.host(budget, name, drawn_whole=whole).values()) for name in device}
     if budget.on_cpu:
-        host = {name: host[name] + device[name] for name in device}
+        if config.run.async_save:  # training goes on
+            device["save"] = device["training"]
+        host = {name: host[name] + device[name] + _of_products(budget) for name in device}
     return Plan(
         started=started,
         updates=train.steps,
@@ -113,6 +116,12 @@ def plan_of(run: RunDir) -> Plan | None:
         checkpoint=budget.checkpoint(shape.buffers),
         release=budget.release(shape.buffers),
     )
+
+
+def _of_products(budget: Budget) -> int:
+    """Return what torch's product of 16-bit matrices takes on the CPU: its result in fp32, which is
+    at most the gradient of the largest parameter."""
+    return 4 * budget.largest if budget.element == 2 else 0
 
 
 def started_of(run: RunDir, config: Config) -> Started | None:

@@ -21,6 +21,7 @@ Master = Literal["dense", "compact", "split"]
 ones, whose upper bits are the bf16 weights (low_bit.py)."""
 MASTERS: dict[Master, int] = {"dense": 0, "compact": 1, "split": 2}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ROWS = 1 << 14  # of BLOCK bits
 SPLIT = torch.bfloat16
 """The dtype of the weights that a master weight can be split into."""
 TYPES: dict[torch.dtype | None, int] = {
@@ -114,20 +115,21 @@ def kept_before(mask: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     table = torch.tensor([byte.bit_count() for byte in range(256)], dtype=torch.uint8)
     table = table.to(mask.device)
     stride = BLOCK // 8
-    padded = mask.new_zeros(-(-(mask.numel() + 1) // stride) * stride)
-    padded[: mask.numel()] = mask
-    ones = table[padded.int()].view(-1, stride)
-    whole = ones.sum(dim=1, dtype=torch.int64)
+    padded = mask.new_zeros(-(-(mask.numel() + 1) // stride), stride)
+    padded.view(-1)[: mask.numel()] = mask
+    # By chunks of rows: torch takes 12 bytes to look one up, and 8 to add one up.
+    ones = torch.cat([table[rows.int()] for rows in padded.split(_ROWS)])
+    whole = torch.cat([rows.sum(dim=1, dtype=torch.int64) for rows in ones.split(_ROWS)])
     whole = whole.cumsum(0) - whole
-    found = whole[places // BLOCK]
-    inside = places % BLOCK != 0
-    place = places[inside]
-    byte = place // 8
-    earlier = torch.arange(stride, device=mask.device) < (byte % stride)[:, None]
-    found[inside] += (ones[place // BLOCK] * earlier).sum(dim=1, dtype=torch.int64)
-    low_bits = (1 << (place % 8)) - 1
-    found[inside] += table[(padded[byte].long() & low_bits).int()]
-    return found
+    numbers = torch.arange(stride, device=mask.device)
+
+    def before(place: torch.Tensor) -> torch.Tensor:
+        row, byte = place // BLOCK, place // 8 % stride
+        earlier = ones[row] * (numbers < byte[:, None])
+        low_bits = padded[row, byte] & (1 << (place % 8)) - 1
+        return whole[row] + earlier.sum(dim=1, dtype=torch.int64) + table[low_bits.int()]
+
+    return torch.cat([before(part) for part in places.view(-1).split(_ROWS)]).view(places.shape)
 
 
 @dataclass(frozen=True)

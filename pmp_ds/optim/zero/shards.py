@@ -15,6 +15,7 @@ import torch
 from pmp_ds import dist
 from pmp_ds.optim.kernels.batch import Segment
 from pmp_ds.optim.low_bit import stream_of
+from pmp_ds.optim.stored import CHUNK
 from pmp_ds.ticket.mask import ParamMask, pack
 
 
@@ -164,9 +165,26 @@ def flat_masks(
     everything."""
     if mask is None:
         return dict.fromkeys(shards.flats)
-    dense = [torch.zeros(flat.numel(), dtype=torch.bool) for flat in shards.flats]
+    fragments: list[list[Fragment]] = [[] for _ in shards.flats]
     for f in shards.fragments:
-        f.of(dense[f.flat]).copy_(mask.fragment(f.name, f.start, f.numel))
+        fragments[f.flat].append(f)
     return {
-        flat: pack(kept).to(flat.device) for flat, kept in zip(shards.flats, dense, strict=True)
+        flat: _packed(mask, flat.numel(), inside).to(flat.device)
+        for flat, inside in zip(shards.flats, fragments, strict=True)
     }
+
+
+def _packed(mask: ParamMask, numel: int, fragments: Sequence[Fragment]) -> torch.Tensor:
+    """Return the packed bits of a flat. A chunk of them is unpacked at a time: fragments begin at
+    any bit."""
+    chunks = [torch.empty(0, dtype=torch.uint8)]
+    for first in range(0, numel, CHUNK):
+        kept = torch.zeros(min(CHUNK, numel - first), dtype=torch.bool)
+        for f in fragments:
+            low = max(first, f.flat_start)
+            count = min(first + len(kept), f.flat_start + f.numel) - low
+            if count > 0:
+                part = mask.fragment(f.name, f.start + low - f.flat_start, count)
+                kept[low - first : low - first + count] = part
+        chunks.append(pack(kept))
+    return torch.cat(chunks)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pmp_ds.engine.memory import Meter
 from pmp_ds.optim import kernels, update
 from pmp_ds.optim.kernels import compiler, cpu, kernels_for
 from pmp_ds.optim.kernels.batch import BLOCK, Layout, Segment, kept_before
@@ -42,6 +43,15 @@ def test_kept_before_around_blocks():
     places = places[((places + 9) % BLOCK < 18) | (places >= len(dense) - 9)]
     expected = [int(dense[:place].sum()) for place in places]
     assert kept_before(pack(dense), places).tolist() == expected
+
+
+def test_a_layout_of_many_blocks_takes_little_memory():
+    """Less than a byte per element, which a table looked up for all blocks at once would take."""
+    numel = 1 << 26
+    bits, segments = torch.zeros(numel // 8, dtype=torch.uint8), [Segment(0, 3, numel - 3)]
+    with Meter(torch.device("cpu")) as meter:
+        peak = meter.peak_of(lambda: Layout(segments, [bits], torch.device("cpu")))
+    assert peak < 0.8 * numel
 
 
 def test_layout_by_hand():
