@@ -9,6 +9,8 @@ import sys
 import traceback
 from collections.abc import Callable, Collection, Iterable
 
+from pmp_ds import streams
+
 EXIT_MISTAKE = 1
 """The same command will fail again: something must be changed first."""
 
@@ -104,8 +106,9 @@ def exit_code(main: Callable[[], None]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a Latin-1 terminal, a name that is not UTF-8
             stream.reconfigure(errors="backslashreplace")
+    streams.forgive("stderr")
     try:
-        main()
+        _print_all(main)
     except UserError as error:
         _end_on_rank0(EXIT_MISTAKE, f"error: {lines(str(error))}")
         return EXIT_MISTAKE
@@ -118,7 +121,7 @@ def exit_code(main: Callable[[], None]) -> int:
         ended(EXIT_FAULT, text)
         return EXIT_FAULT
     except BrokenPipeError:  # the reader, such as `| head`, has finished
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the last flush would fail too
+        streams.close_stdout()
         return EXIT_READER_GONE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -128,6 +131,18 @@ def exit_code(main: Callable[[], None]) -> int:
         ended(EXIT_FAULT, f"fault: rank {_rank()}: {type(error).__name__}: {lines(str(error))}")
         return EXIT_FAULT
     return 0
+
+
+def _print_all(main: Callable[[], None]) -> None:
+    """Run ``main``; a UserError if what it prints does not fit where it goes."""
+    try:
+        main()
+        sys.stdout.flush()
+    except OSError as error:
+        if error.filename is not None or not streams.is_full(sys.stdout):
+            raise
+        streams.close_stdout()
+        raise UserError(f"standard output cannot be written: {error.strerror}") from None
 
 
 def _rank() -> str:

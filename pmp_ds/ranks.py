@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pmp_ds import launchers, signals
+from pmp_ds import launchers, signals, streams
 from pmp_ds.errors import (
     EXIT_FAULT,
     EXIT_MISTAKE,
@@ -63,6 +63,7 @@ def _command(prepare: Callable[[], Prepared]) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise
         mistake = str(error)
+    streams.forgive("stdout")  # from here on it has no result, only news
     from pmp_ds import dist  # imports torch
 
     try:

@@ -52,13 +52,15 @@ def end_at_once(code: int, text: str, *, everyone: bool = False) -> NoReturn:
             with contextlib.suppress(Exception):
                 farewell(code, text)
 
-    thread = threading.Thread(target=say, daemon=True)
-    thread.start()
-    thread.join(LEAVE_SECONDS)
-    if everyone or os.environ.get("RANK", "0") == "0":
-        tell(text)
-        ended(code, text)
-    os._exit(code)
+    try:
+        thread = threading.Thread(target=say, daemon=True)
+        thread.start()
+        thread.join(LEAVE_SECONDS)
+        if everyone or os.environ.get("RANK", "0") == "0":
+            tell(text)
+            ended(code, text)
+    finally:
+        os._exit(code)
 
 
 @contextlib.contextmanager
@@ -130,5 +132,7 @@ def _listen(reader: socket.socket) -> None:
 
 
 def tell(text: str) -> None:
-    """Print on standard error, even while another thread holds its lock."""
-    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{text}\n".encode())
+    """Print on standard error if it can be written, even while another thread holds its lock."""
+    with contextlib.suppress(OSError):
+        fd = sys.__stderr__.fileno() if sys.__stderr__ else 2
+        os.write(fd, f"{text}\n".encode(errors="backslashreplace"))

@@ -51,17 +51,22 @@ class Watchdog:
 
     def _give_up(self) -> None:
         """Report where every rank hangs; missing stacks identify a rank that is suspended."""
-        self._folder.mkdir(exist_ok=True)
-        with open(self._stacks(dist.rank()), "w", encoding="utf-8") as file:
-            file.write(f"rank {dist.rank()}, {self._doing}:\n")
-            file.flush()
-            faulthandler.dump_traceback(file, all_threads=True)
-        time.sleep(GRACE_SECONDS)
-        silent = [r for r in range(dist.world_size()) if not self._stacks(r).exists()]
+        where = str(self._folder)
+        try:
+            self._folder.mkdir(exist_ok=True)
+            with open(self._stacks(dist.rank()), "w", encoding="utf-8") as file:
+                file.write(f"rank {dist.rank()}, {self._doing}:\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+            time.sleep(GRACE_SECONDS)
+            silent = [r for r in range(dist.world_size()) if not self._stacks(r).exists()]
+        except OSError as error:  # a full disk, a share that is gone: the run ends all the same
+            faulthandler.dump_traceback(2, all_threads=True)
+            where, silent = f"the log, as {where} cannot be written ({error.strerror})", []
         blame = f"; rank {', '.join(map(str, silent))} wrote none" if silent else ""
         text = (
             f"no progress for {self._limit:g} s in {self._doing}: the stacks of the ranks are in "
-            f"{self._folder}{blame}. The last checkpoint is intact; the same command resumes"
+            f"{where}{blame}. The last checkpoint is intact; the same command resumes"
         )
         end_at_once(EXIT_FAULT, f"fault: rank {dist.rank()}: {text}", everyone=True)
 

@@ -13,6 +13,7 @@ REPO = Path(__file__).resolve().parents[2]
 # Low to high. A module imports only from lower rows; neighbours in a row leave each other alone.
 # A name is a module or package directly below pmp_ds, with everything inside it.
 ROWS = (
+    ("streams",),
     ("account", "errors", "heap", "startup", "verbosity", "version"),
     ("foreign", "fields", "shipped", "tensor_file"),
     ("config", "run_dir", "progress", "launchers", "signals", "formats", "settings", "strict_yaml"),
