@@ -136,12 +136,14 @@ class RunDir:
 
 def sweep(run: RunDir) -> None:
     """Remove files half written by killed processes; no other process may be writing to ``run``.
-    The release is left to the next export."""
+    What cannot be removed, such as a file that is open on NFS, and the release stay: they are never
+    read."""
     for path in [*run.root.rglob(".*.incomplete"), *run.checkpoints.glob("*.incomplete")]:
         if path.is_dir():
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
         else:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def make_private(folder: Path) -> None:

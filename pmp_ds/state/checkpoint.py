@@ -64,7 +64,8 @@ class NotWrittenError(UserError):
 
 
 def take(engine: "Portable", position: Position, *, copy: bool, more: Tensors) -> Snapshot:
-    """Take the content of a checkpoint, plus ``more`` state of this rank. Collective.
+    """Take the content of a checkpoint, plus ``more`` state of this rank; without ZeRO that of rank
+    0. Collective.
 
     With ``copy`` training may continue at once; otherwise ``write``, then also collective, must
     follow first.
@@ -74,7 +75,7 @@ def take(engine: "Portable", position: Position, *, copy: bool, more: Tensors) -
     mine = layout.names_of(dist.rank())
     weights: Iterable[tuple[str, torch.Tensor]] = chain(engine.parameters(mine), engine.constants())
     writes = dist.rank() == 0 or not engine.shards.replicated
-    state = engine.local_state() if writes else None
+    state, more = (engine.local_state(), more) if writes else (None, {})
     # The phase keeps changing its memory while a thread writes.
     full = replace(position, counters=engine.counters(), memory=deepcopy(position.memory))
     num_bytes = sum(tensor.nbytes for tensor in more.values())

@@ -12,6 +12,7 @@ import contextlib
 import os
 import re
 import shutil
+import sys
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -205,5 +206,12 @@ def _is_listed(folder: Path) -> bool:
 
 
 def _remove(folder: Path) -> None:
-    """Rename and delete a checkpoint, so that an interrupted deletion leaves no apparent one."""
-    shutil.rmtree(folder.replace(folder.with_name(folder.name + ".incomplete")))
+    """Rename and delete a checkpoint, so that an interrupted deletion leaves no apparent one. Files
+    that another process has open on NFS cannot be deleted: they are left to a later start."""
+    aside = folder.with_name(folder.name + ".incomplete")
+    shutil.rmtree(aside, ignore_errors=True)  # of an earlier try
+    with contextlib.suppress(OSError):
+        folder = folder.replace(aside)
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        print(f"warning: {folder} cannot be deleted yet: in use?", file=sys.stderr, flush=True)

@@ -274,20 +274,23 @@ def test_nothing_is_left_of_writing(written):
     assert not list(written.rglob("*incomplete*"))
 
 
-def shared(root: str, stage: int, background: bool) -> list[str]:
-    """Save a checkpoint of a fresh engine; return the files that this rank wrote."""
+def shared(root: str, stage: int, background: bool) -> tuple[list[str], int]:
+    """Save a checkpoint of a fresh engine; return the files of weights that this rank wrote, and
+    the bytes that it asked room for."""
     run, config = RunDir(Path(root)), replace(TRAIN, precision="bf16")
     dist.on_rank0(run.create)
     engine = Engine(tiny.model(), config, tiny.ds_json(stage))
     engine.arm(None)
     position = replace(POSITION, step=1, consumed_samples=BATCH)
     with mock.patch.object(weight_files, "SHARE_BYTES", 1):
-        snapshot = checkpoint.take(engine, position, copy=background, more={})
+        snapshot = checkpoint.take(
+            engine, position, copy=background, more={"scores": torch.ones(100_000)}
+        )
     layout = snapshot.layout
     checkpoint.write(run, snapshot)
     engine.close()
     numbers = range(dist.rank(), len(layout.files), layout.writers)
-    return [layout.file(number) for number in numbers]
+    return [layout.file(number) for number in numbers], snapshot.num_bytes
 
 
 @pytest.mark.parametrize(
@@ -296,7 +299,7 @@ def shared(root: str, stage: int, background: bool) -> list[str]:
 def test_ranks_share_the_weights(ranks2, tmp_path, stage, background):
     """Each writes a part of them, and together they are a Hugging Face folder whose slices
     are the model's."""
-    parts = ranks2.run(shared, str(tmp_path / "run"), stage, background)
+    parts, room = zip(*ranks2.run(shared, str(tmp_path / "run"), stage, background), strict=True)
     folder = tmp_path / "run/private/checkpoints/update-00000001/weights"
     model = tiny.model().bfloat16()
     total = sum(param.nbytes for param in model.parameters())
@@ -306,6 +309,8 @@ def test_ranks_share_the_weights(ranks2, tmp_path, stage, background):
     assert sorted(name for part in parts for name in part) == sorted(
         path.name for path in folder.glob("*.safetensors")
     )
+    written = sum(path.stat().st_size for path in folder.parent.rglob("*.safetensors"))
+    assert 0.9 * written < sum(room) < written, "all but the headers"
     read = weight_files.slices(folder)
     for name, param in model.named_parameters():
         flat = param.detach().reshape(-1)

@@ -1,6 +1,7 @@
 """Stored checkpoints: which one is found, the messages about unreadable ones, and which are
 deleted or kept."""
 
+import errno
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ import pytest
 
 from pmp_ds.errors import UserError
 from pmp_ds.formats import FormatError
-from pmp_ds.run_dir import RunDir
+from pmp_ds.run_dir import RunDir, sweep
 from pmp_ds.state import checkpoint, shelf
 from pmp_ds.state.shelf import UnreadableError
 from pmp_ds.version import code_version
@@ -225,6 +226,22 @@ def test_prune_keeps_the_newest(run, keep, left):
     shelf.prune(run, "train", keep)
     names = sorted(path.name for path in run.checkpoints.iterdir())
     assert names == ["latest", *(f"update-{step:08d}" for step in left)]
+
+
+def test_what_cannot_be_deleted_is_left_for_later(run, monkeypatch, capsys):
+    """As on NFS, where a file that another process has open is renamed and keeps its folder."""
+
+    def refuse(path: Any, **_: Any) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", refuse)
+        shelf.prune(run, "train", 2)
+        assert "update-00000001.incomplete cannot be deleted yet" in capsys.readouterr().err
+        sweep(run)
+    sweep(run)
+    assert left(run) == [2, 3]
+    assert not [*run.checkpoints.glob("*.incomplete")]
 
 
 def test_prune_counts_what_can_be_read(run):
