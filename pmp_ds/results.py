@@ -12,6 +12,7 @@ import io
 import json
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -65,6 +66,22 @@ def key(kind: str, model_digest: str, settings: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def mark(ticket_id: str) -> str:
+    """Return what the setting `ticket` of a result says: the same for the same ticket, and nothing
+    about it."""
+    return hashlib.sha256(f"result of {ticket_id}".encode()).hexdigest()[:16]
+
+
+def find(
+    known: Mapping[str, Result], kind: str, model_digest: str, settings: dict[str, Any]
+) -> Result | None:
+    """Return the result of such a measurement among those ``known`` by key. Version 0.1.0
+    did not write the ticket: its results count for any of the same name."""
+    before = {name: value for name, value in settings.items() if name != "ticket"}
+    keys = (key(kind, model_digest, one) for one in (settings, before))
+    return next((known[one] for one in keys if one in known), None)
+
+
 def model_digest(folder: Path) -> str:
     """Return the sha256 (hex) over the weights and config.json in a model's folder. Raises
     UserError when they are not regular files in it."""
@@ -85,7 +102,8 @@ def arm_of(model: str) -> str:
 
 
 def append(path: Path, result: Result) -> None:
-    """Append one line, on disk on return, after removing a last line cut off by a kill."""
+    """Append one line, on disk on return, after removing a last line cut off by a kill. A whole
+    one, whose end an editor took away, gets it back."""
     values = asdict(result) | {"format_version": formats.current("results")}
     line = (json.dumps(values, sort_keys=True) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +112,12 @@ def append(path: Path, result: Result) -> None:
         file.seek(0)
         content = file.read()
         if content and not content.endswith(b"\n"):
-            file.truncate(content.rfind(b"\n") + 1)
+            start = content.rfind(b"\n") + 1
+            try:
+                parse_object(content[start:].decode())
+                line = b"\n" + line
+            except ValueError:
+                file.truncate(start)
         file.write(line)
         file.flush()
         os.fsync(file.fileno())

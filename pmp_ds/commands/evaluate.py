@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_options(Evaluate, argv, prog="pmp-ds evaluate", description=__doc__)
     _check_paths(args)
-    done = {result.key for result in results.read(args.results)}  # UserError before slow imports
+    known = {one.key: one for one in results.read(args.results)}  # UserError before slow imports
     ticket = _ticket(args)
 
     import transformers
@@ -180,8 +180,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arm, hardware = args.arm or results.arm_of(str(args.model)), results.hardware()
     print(f"{args.model} ({arm}), {subject.model.num_parameters():,} parameters")
     for job in list(_jobs(subject, ticket, args)):  # every mistake before the first measurement
-        key = results.key(job.kind, subject.digest, job.settings)
-        if key in done and not args.again:
+        done = results.find(known, job.kind, subject.digest, job.settings)
+        if done is not None and not args.again:
             print(f"  {job.kind:<15} {_about(job.settings)}already in {args.results}")
             continue
         start = time.perf_counter()
@@ -197,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             hardware=hardware,
         )
         results.append(args.results, result)
-        done.add(key)
+        known[result.key] = result
         print(f"  {job.kind:<15} {_about(job.settings)}{job.words(values)}", flush=True)
     print(f"written to {args.results}")
     if ticket is not None and set(args.measures) & set(FROM_TICKET):

@@ -15,6 +15,7 @@ from pmp_ds.evaluate.perplexity import held_out, mean_loss
 from pmp_ds.evaluate.subject import Read, Subject, mask_on, read_parameters
 from pmp_ds.model.parameters import weights_digest
 from pmp_ds.progress import Progress
+from pmp_ds.results import mark
 from pmp_ds.ticket.ticket import Ticket
 
 
@@ -33,6 +34,7 @@ def landscape(
     read = subject.reader()
     settings = text.settings | {
         "mask": name,
+        "ticket": mark(ticket.id),
         "alphas": list(alphas),
         "seeds": list(seeds),
         "tuned": None,
@@ -109,7 +111,7 @@ def gradients(subject: Subject, text: Text, ticket: Ticket, name: str) -> Job:
             )
         )
 
-    return Job("gradients", text.settings | {"mask": name}, run, words)
+    return Job("gradients", text.settings | {"mask": name, "ticket": mark(ticket.id)}, run, words)
 
 
 def _digest(read: Read, model: nn.Module) -> str:

@@ -51,8 +51,9 @@ def _tuned(config: FinetuneConfig, task: Task) -> Tuned:
     return Tuned(model, *mask_of(config, ticket, model))
 
 
-def settings_of(config: FinetuneConfig, task: Task) -> dict[str, Any]:
-    """Return the settings that a result depends on besides weights, `seed` and `lr`."""
+def settings_of(config: FinetuneConfig, task: Task, ticket_id: str | None) -> dict[str, Any]:
+    """Return the settings that a result depends on besides weights, `seed` and `lr`; ``ticket_id``:
+    of a method that needs a ticket."""
     data = asdict(config.data)
     settings: dict[str, Any] = {
         "task": config.task,
@@ -66,7 +67,11 @@ def settings_of(config: FinetuneConfig, task: Task) -> dict[str, Any]:
         settings["val_blocks"] = config.run.val_blocks
     else:
         settings |= {"max_train": data["max_train"], "max_length": data["max_length"]}
-    return settings | {n: fact(config) for n, fact in METHODS[config.method].facts.items()}
+    method = METHODS[config.method]
+    if method.needs_ticket:
+        assert ticket_id is not None
+        settings["ticket"] = results.mark(ticket_id)
+    return settings | {n: fact(config) for n, fact in method.facts.items()}
 
 
 def tune(
@@ -101,7 +106,7 @@ def tune(
         arm=config.arm or results.arm_of(config.model),
         model=config.model,
         model_digest=digest,
-        settings=settings_of(config, task),
+        settings=settings_of(config, task, tuned.mask_id),
         values={
             "metrics": metrics,
             "majority": task.majority,

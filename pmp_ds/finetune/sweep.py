@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -95,16 +95,17 @@ def _run_all(
     logging.disable_progress_bar()
     tasks = _Tasks()
     digests: dict[str, str] = {}
-    dist.together(lambda: _check_all(cells.values(), tasks))
+    tickets = dist.together(lambda: _check_all(cells, tasks))
     for config in cells.values():
         if config.model not in digests:
             digests[config.model] = dist.on_rank0(partial(model_digest, Path(config.model)))
-    keys = {
-        name: results.key("finetune", digests[c.model], settings_of(c, tasks.of(c)))
-        for name, c in cells.items()
-    }
     finished = dist.on_rank0(lambda: {result.key: result for result in results.read(where)})
-    done = {name: finished[key] for name, key in keys.items() if key in finished}
+    done = {}
+    for name, config in cells.items():
+        settings = settings_of(config, tasks.of(config), tickets[name])
+        found = results.find(finished, "finetune", digests[config.model], settings)
+        if found is not None:
+            done[name] = found
     first = next(iter(cells.values()))
     if dist.rank() == 0:
         run.root.mkdir(parents=True, exist_ok=True)
@@ -153,14 +154,18 @@ def _run_all(
     return [done[name] for name in cells]
 
 
-def _check_all(configs: Iterable[FinetuneConfig], tasks: "_Tasks") -> None:
-    """Raise UserError unless model and method fit together, and batch and ranks."""
-    for config in configs:
+def _check_all(cells: Mapping[str, FinetuneConfig], tasks: "_Tasks") -> dict[str, str | None]:
+    """Raise UserError unless model and method fit together, and batch and ranks. Return the id of
+    each cell's ticket, None without one."""
+    tickets: dict[str, str | None] = {}
+    for name, config in cells.items():
         task = tasks.of(config)
         _batch(config)
-        open_ticket(config)
+        ticket = open_ticket(config)
+        tickets[name] = ticket.id if ticket else None
         if METHODS[config.method].adapts:
             load_model(config, task.num_labels)
+    return tickets
 
 
 class _Tasks:

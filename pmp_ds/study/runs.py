@@ -17,7 +17,17 @@ CONTINUED = "LM pretraining"
 COLUMNS = ("CoLA", "SST-2", "MRPC", "QQP", "STS-B", "MNLI-m", "MNLI-mm", "QNLI", "RTE")
 AVERAGE = "Average"
 _NOT_A_CHOICE = frozenset(
-    {"task", "method", "seed", "scratch", "density", "mask", "micro_batch_size", "val_blocks"}
+    {
+        "task",
+        "method",
+        "seed",
+        "scratch",
+        "density",
+        "mask",
+        "ticket",
+        "micro_batch_size",
+        "val_blocks",
+    }
 )
 
 

@@ -109,9 +109,13 @@ class Session:
     def training(self, work: Work, found: Found | None) -> Iterator["Training"]:
         """Begin ``work``, or resume it from checkpoint ``found``. Collective."""
         training = Training(self, work, found)
-        with training.loader, training.bar, contextlib.closing(training.profile):
-            yield training
-        self.saver.wait()
+        try:
+            with training.loader, training.bar, contextlib.closing(training.profile):
+                yield training
+            self.saver.wait()
+        except UserError:  # on every rank, as one of the guard: other work may follow
+            training.engine.close()
+            raise
         training.engine.close()
 
 

@@ -1,6 +1,7 @@
 """Fine-tuning through the real engine: every task, the parameters that each method may change,
 sweeps, resuming."""
 
+import gc
 import json
 import re
 import signal
@@ -195,6 +196,26 @@ def test_sweep_repeats_nothing(ranks1, home, capfd):
     assert more[0] == first[3]
     assert len(results.read(file)) == 5
     assert not list((home / "runs/swept/cells").rglob("update-*"))  # no states are left
+
+
+def left_by_failures(folder: str, given: list[str], stage: int) -> list[int]:
+    """The bytes of all tensors after each of three sweeps that fail."""
+    found = []
+    for name in ("a", "b", "c"):
+        finetune.problem(folder, [*given, "--run.name", f"{name}{stage}"], ("seed=0,1",), stage)
+        gc.collect()
+        tensors = [one for one in gc.get_objects() if isinstance(one, torch.Tensor)]
+        storages = {one.untyped_storage().data_ptr(): one.untyped_storage() for one in tensors}
+        found.append(sum(storage.nbytes() for storage in storages.values()))
+    return found
+
+
+@pytest.mark.parametrize("stage", daily(range(4), [2, 3]))
+def test_cells_that_fail_leave_nothing_in_memory(ranks1, home, stage):
+    given = flags(home, "--task", "sst2", "--train.lr", "1e30")
+    _, second, third = ranks1.run(left_by_failures, str(home), given, stage)[0]
+    model = sum(tensor.nbytes for tensor in weights(home / "release").values())
+    assert third - second < model, "each sweep has two engines"
 
 
 @pytest.mark.parametrize("method", daily(["ticket", "lora"], ["ticket"]))

@@ -75,12 +75,12 @@ def tune(
     )
 
 
-def problem(folder: str, flags: list[str], sweeps: tuple[str, ...] = ()) -> str:
+def problem(folder: str, flags: list[str], sweeps: tuple[str, ...] = (), stage: int = 1) -> str:
     """Return the error with which ``tune`` refuses these arguments."""
     from pmp_ds.errors import UserError
 
     try:
-        tune(folder, flags, sweeps)
+        tune(folder, flags, sweeps, stage)
     except UserError as error:
         return str(error)
     raise AssertionError("nothing was refused")

@@ -3,6 +3,8 @@
 import multiprocessing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -32,6 +34,41 @@ def test_round_trip_keeps_the_last_of_a_key(tmp_path: Path):
     assert later.key == RESULT.key != other.key
     assert replace(RESULT, kind="perplexity").key != RESULT.key
     assert replace(RESULT, model_digest="cd").key != RESULT.key
+
+
+def test_another_ticket_is_another_measurement(tmp_path: Path):
+    file, settings = tmp_path / "results.jsonl", {"mask": "own", "ticket": results.mark("a")}
+    old = replace(RESULT, settings={"mask": "own"}, model_digest="of 0.1.0")
+    for result in (replace(RESULT, settings=settings), old):
+        results.append(file, result)
+    known = {one.key: one for one in results.read(file)}
+    other = settings | {"ticket": results.mark("b")}
+    assert results.find(known, "finetune", "ab", settings) == replace(RESULT, settings=settings)
+    assert results.find(known, "finetune", "ab", other) is None
+    assert results.find(known, "finetune", "of 0.1.0", other) == old, "which names no ticket"
+    assert results.find(known, "perplexity", "ab", settings) is None
+
+
+@pytest.mark.parametrize("method", ["ticket", "complement"])
+def test_settings_of_fine_tuning_tell_tickets_apart(method: str):
+    from pmp_ds.finetune.cell import settings_of
+    from pmp_ds.finetune.config import FinetuneConfig
+
+    config = FinetuneConfig(model="m", task="sst2", method=method, ticket="t")
+    task: Any = SimpleNamespace(digest="d")
+    first, second = (settings_of(config, task, one) for one in ("a", "b"))
+    assert first != second
+    assert first | {"ticket": ""} == second | {"ticket": ""}
+    assert "ticket" not in settings_of(FinetuneConfig(model="m", task="sst2"), task, None)
+
+
+def test_a_last_line_without_its_end_is_kept(tmp_path: Path):
+    """An editor, or a copy, took it away."""
+    file, second = tmp_path / "results.jsonl", replace(RESULT, settings={"seed": 1})
+    results.append(file, RESULT)
+    file.write_bytes(file.read_bytes()[:-1])
+    results.append(file, second)
+    assert results.read(file) == [RESULT, second]
 
 
 def test_missing_file_is_empty(tmp_path: Path):
