@@ -33,8 +33,8 @@ def init(
     """Meet the other ranks of this job (meeting.py) and join their process group, or make one for a
     single rank. ``timeout_seconds`` limits a collective.
 
-    ``run`` names the run, ``mistake`` the reason why this rank cannot train it. Raises UserError as
-    ``meeting.meet`` does.
+    ``run`` names the run, ``mistake`` the reason why this rank cannot train it. Raises UserError
+    and LostRankError as ``meeting.meet`` does.
     """
     global _meeting
     if torch_dist.is_initialized():

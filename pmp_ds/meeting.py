@@ -20,7 +20,7 @@ from typing import Any
 
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
-from pmp_ds.errors import SharedError, UserError
+from pmp_ds.errors import LostRankError, SharedError, UserError
 from pmp_ds.launchers import launch_id
 
 TELL_SECONDS = 30.0
@@ -36,6 +36,9 @@ _SHOWN = 3  # different mistakes, and missing ranks
 _OWN_PORT = (
     "give each job its own port (deepspeed --master_port, torchrun --master-port, or MASTER_PORT)"
 )
+
+
+_NOT_THERE = "check that every rank was started and reaches MASTER_ADDR:MASTER_PORT"
 
 
 class Meeting:
@@ -67,8 +70,8 @@ def meet(run: str | None, mistake: str | None, seconds: float) -> Meeting:
     MASTER_ADDR:MASTER_PORT. A rank without a run fits any job.
 
     ``mistake`` is the reason why this rank cannot start. Raises SharedError on every rank when any
-    has one or ranks are missing after ``seconds``, and UserError when the port is taken or another
-    job's.
+    has one, UserError when the port is taken or another job's, and LostRankError when ranks are
+    missing after ``seconds``: their hosts may come later.
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -95,9 +98,11 @@ def meet(run: str | None, mistake: str | None, seconds: float) -> Meeting:
             verdict = json.loads(store.get("verdict"))
             store.add("read", 1)
     except DistError as error:
-        raise UserError(f"rank 0 at {place} left before all ranks had come: {error}") from None
+        raise LostRankError(f"rank 0 at {place} left before all ranks had come: {error}") from None
     if verdict["mistake"] is not None:
         raise SharedError(verdict["mistake"])
+    if verdict["missing"] is not None:
+        raise LostRankError(verdict["missing"])
     return Meeting(store, rank, verdict["hosts"])
 
 
@@ -188,16 +193,13 @@ def _poll(
     deadline: float = float("inf"),
     what: Callable[[], str] | None = None,
 ) -> None:
-    """Wait until ``there``, reporting now and then. Raises UserError at ``deadline``."""
+    """Wait until ``there``, reporting now and then. Raises LostRankError at ``deadline``."""
     began = told = time.monotonic()
     pause = 0.002
     while not there():
         now = time.monotonic()
         if now > deadline and what is not None:
-            raise UserError(
-                f"{what()} did not come within {now - began:.0f} s: check that every rank was "
-                "started and reaches MASTER_ADDR:MASTER_PORT"
-            )
+            raise LostRankError(f"{what()} did not come within {now - began:.0f} s: {_NOT_THERE}")
         if now - told > TELL_SECONDS and what is not None:
             told = now
             print(f"waiting for {what()}, {now - began:.0f} s", file=sys.stderr, flush=True)
@@ -247,11 +249,7 @@ def _judge(
     names = [f"rank {rank} on host {host}" for rank, host in enumerate(hosts)]
     mistakes = [came[rank]["mistake"] if rank in came else None for rank in range(world)]
     mistake = in_words(mistakes, names)
-    if mistake is None and missing:
-        mistake = (
-            f"{awaited()} did not come: check that every rank was started and reaches "
-            "MASTER_ADDR:MASTER_PORT"
-        )
-    elif mistake is not None and missing and len(missing) == world - 1:
+    if mistake is not None and missing and len(missing) == world - 1:
         mistake = me["mistake"]  # no other rank is there to confirm it
-    return {"mistake": mistake, "hosts": hosts}
+    absent = f"{awaited()} did not come: {_NOT_THERE}" if missing else None
+    return {"mistake": mistake, "missing": absent, "hosts": hosts}
