@@ -58,6 +58,14 @@ def quoted(path: object) -> str:
     return shlex.quote(str(path))
 
 
+def denied(error: PermissionError) -> str:
+    """Return in words that a file or folder belongs to another user."""
+    return (
+        f"{error.filename}: {error.strerror}; let this user read and write it, or run the "
+        "command as its owner"
+    )
+
+
 class Stopped(Exception):
     """The run stopped before its end because it was asked to; its state is saved."""
 
@@ -134,10 +142,15 @@ def exit_code(main: Callable[[], None]) -> int:
 
 
 def _print_all(main: Callable[[], None]) -> None:
-    """Run ``main``; a UserError if what it prints does not fit where it goes."""
+    """Run ``main``; a UserError if it needs what another user owns, or if what it prints does not
+    fit where it goes."""
     try:
         main()
         sys.stdout.flush()
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        raise UserError(denied(error)) from None
     except OSError as error:
         if error.filename is not None or not streams.is_full(sys.stdout):
             raise

@@ -102,6 +102,9 @@ def hold(folder: Path, what: str, *, prefix: str = "") -> Iterator[Lease]:
     made = _make(folder, what)
     try:
         lease = _acquire(folder, f".{prefix}lease-", what)
+    except OSError as error:
+        _unmake(made)
+        raise UserError(f"{what} cannot be written: {error}") from None
     except BaseException:
         _unmake(made)
         raise
@@ -135,8 +138,6 @@ def _acquire(folder: Path, start: str, what: str) -> Lease:
             lease_file.create(path, mine)
         except FileExistsError:
             continue  # another process was faster, or left: look again
-        except OSError as error:
-            raise UserError(f"{what} cannot be written: {error}") from None
         for older in lease_file.numbered(folder, start):
             if older < path:
                 older.unlink(missing_ok=True)
@@ -179,8 +180,8 @@ def _taken(what: str, holder: Holder) -> str:
 
 def _make(folder: Path, what: str) -> list[Path]:
     """Create the missing folders and return them, the outermost first."""
-    missing = [f for f in [*reversed(folder.parents), folder] if not f.exists()]
     try:
+        missing = [f for f in [*reversed(folder.parents), folder] if not f.exists()]
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{what} cannot be written: {error}") from None

@@ -18,6 +18,7 @@ from pmp_ds.errors import (
     LostRankError,
     SharedError,
     UserError,
+    denied,
     exit_code,
 )
 
@@ -59,10 +60,10 @@ def _command(prepare: Callable[[], Prepared]) -> None:
     mistake: str | None = None
     try:
         prepared = prepare()
-    except UserError as error:
+    except (UserError, PermissionError) as error:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise
-        mistake = str(error)
+        mistake = denied(error) if isinstance(error, PermissionError) else str(error)
     streams.forgive("stdout")  # from here on it has no result, only news
     from pmp_ds import dist  # imports torch
 
@@ -70,6 +71,8 @@ def _command(prepare: Callable[[], Prepared]) -> None:
         dist.init(prepared.folder if prepared else None, mistake)
         assert prepared is not None
         _run(prepared)
+    except PermissionError as error:  # it was permitted before, as on a share whose ticket ended
+        raise RuntimeError(denied(error)) from error
     except RuntimeError as error:
         if not dist.is_lost_rank(error):
             raise
