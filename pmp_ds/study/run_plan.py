@@ -20,15 +20,17 @@ def table(run: RunDir, records: list[dict[str, Any]]) -> Table:
 
 def _rows(plan: Plan, run: RunDir, records: list[dict[str, Any]]) -> Iterable[list[str]]:
     trained = [record for record in records if record["phase"] == "train"]
+    newest = max((record.get("start", 0) for record in records), default=0)
+    last = [record for record in trained if record.get("start", 0) == newest]
     compared = [
         ("updates", plan.updates, max((r["step"] for r in trained), default=0)),
         ("tokens", plan.tokens, max(_values(trained, "tokens"))),
-        ("host memory, bytes", plan.host_memory, max(_values(trained, "peak_host_memory"))),
+        ("host memory, bytes", plan.host_memory, max(_values(last, "peak_host_memory"))),
         ("a checkpoint, bytes", plan.checkpoint, _newest_checkpoint(run)),
         ("weights of the release, bytes", plan.release, _size(run.release.glob("*.safetensors"))),
     ]
     if plan.device_memory is not None:
-        allocated = median(_values(trained, "peak_memory_allocated"))
+        allocated = median(_values(last, "peak_memory_allocated"))
         compared.append(("device memory in an update, bytes", plan.device_memory, allocated))
     for name, planned, measured in compared:
         ratio = f"{measured / planned:.2f}" if measured else "-"

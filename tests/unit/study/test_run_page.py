@@ -89,6 +89,22 @@ def test_the_plan_beside_what_was_measured(run: RunDir, monkeypatch: pytest.Monk
     ]
 
 
+def test_memory_is_that_of_the_last_start(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have other ranks than the one before."""
+    monkeypatch.setattr(run_plan, "plan_of", lambda run: PLAN)
+    first = {"phase": "train", "step": 1, "start": 1, "tokens": 20}
+    first |= {"peak_host_memory": 160.0, "peak_memory_allocated": 400.0}
+    second = {"phase": "train", "step": 2, "start": 2, "tokens": 40}
+    second |= {"peak_host_memory": 20.0, "peak_memory_allocated": 50.0}
+    found = {row[0]: row[2] for row in run_plan.table(run, [first, second]).rows}
+    assert found["tokens"] == "40"
+    assert found["host memory, bytes"] == "20"
+    assert found["device memory in an update, bytes"] == "50"
+    begun = {"phase": "start", "step": 2, "start": 3}
+    found = {row[0]: row[2] for row in run_plan.table(run, [first, second, begun]).rows}
+    assert found["host memory, bytes"] == "none yet"
+
+
 @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"ranks": "many"}', '{"ranks": 2}'])
 def test_a_start_of_which_nothing_is_known(run: RunDir, content: str | None) -> None:
     if content is not None:
