@@ -76,8 +76,8 @@ def find(
     known: Mapping[str, Result], kind: str, model_digest: str, settings: dict[str, Any]
 ) -> Result | None:
     """Return the result of such a measurement among those ``known`` by key. Version 0.1.0
-    did not write the ticket: its results count for any of the same name."""
-    before = {name: value for name, value in settings.items() if name != "ticket"}
+    wrote neither the ticket nor the tasks of one's own: its results count for any of that name."""
+    before = {n: value for n, value in settings.items() if n not in ("ticket", "task_dir")}
     keys = (key(kind, model_digest, one) for one in (settings, before))
     return next((known[one] for one in keys if one in known), None)
 

@@ -125,7 +125,9 @@ def lm_eval(
     """Return one job per task."""
     from pmp_ds.evaluate import harness
 
-    version = harness.installed()
+    settings: Values = {"limit": limit, "lm_eval": harness.installed()}
+    if task_dir is not None:
+        settings["task_dir"] = _content(task_dir)
     manager = harness.task_manager(tasks, task_dir)
 
     def words(values: Values) -> str:
@@ -138,7 +140,17 @@ def lm_eval(
     for task in tasks:
         yield Job(
             "lm_eval",
-            {"task": task, "limit": limit, "lm_eval": version},
+            {"task": task} | settings,
             partial(harness.run_task, subject, task, manager, limit, batch_size),
             words,
         )
+
+
+def _content(folder: Path) -> str:
+    """Return the sha256 (hex) over the names and contents of the files in a folder."""
+    sha = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        sha.update(f"{path.relative_to(folder).as_posix()}\n{path.stat().st_size}\n".encode())
+        with open(path, "rb") as file:
+            sha.update(hashlib.file_digest(file, "sha256").digest())
+    return sha.hexdigest()
