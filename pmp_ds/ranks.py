@@ -19,6 +19,7 @@ from pmp_ds.errors import (
     LostRankError,
     SharedError,
     UserError,
+    as_rank,
     exit_code,
 )
 
@@ -48,6 +49,7 @@ _ASKING = {"-h", "--help", "--print-config", "--dry-run"}
 def command(prepare: Callable[[], Prepared], argv: Sequence[str] | None = None) -> int:
     """Prepare on every rank, let the ranks meet, and run; return the exit code of the process. Rank
     0 reports a mistake of some ranks, with their names."""
+    as_rank()
     words = sys.argv[1:] if argv is None else argv
     asks = any(word.partition("=")[0].replace("_", "-") in _ASKING for word in words)
     with signals.listening():

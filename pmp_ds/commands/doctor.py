@@ -24,7 +24,7 @@ from pmp_ds import launchers, signals
 from pmp_ds.cli import parse
 from pmp_ds.commands import OnRanks
 from pmp_ds.config import Config
-from pmp_ds.errors import EXIT_MISTAKE, SharedError, UserError, exit_code, require
+from pmp_ds.errors import EXIT_MISTAKE, SharedError, UserError, as_rank, exit_code, require
 
 if TYPE_CHECKING:
     from pmp_ds.meeting import Meeting
@@ -44,6 +44,7 @@ class Options(OnRanks):
 
 def main(argv: Sequence[str] | None = None, table: "Sequence[Check] | None" = None) -> None:
     """Check with ``table``, all checks by default. Raises SystemExit(1) if one fails."""
+    as_rank()
     argv = sys.argv[1:] if argv is None else argv
     config, options = parse(
         Config, argv, prog="pmp-ds doctor", description=__doc__, options=Options
