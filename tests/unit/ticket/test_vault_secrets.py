@@ -9,6 +9,7 @@ from pathlib import Path
 import pyrage
 import pytest
 
+from pmp_ds import commands
 from pmp_ds.cli import dump
 from pmp_ds.commands import evaluate, finetune, restore, vault
 from pmp_ds.commands.vault import main
@@ -45,6 +46,7 @@ def test_a_secret_key_in_place_of_its_file_is_not_repeated(run, tmp_path, capsys
         (vault.command, "open", sealed, "--out", "x", "--identity", pem),
         (vault.command, "show", secret),
         (vault.command, secret),
+        (commands.main, secret),
         (vault.command, "seal", "--run", str(run.root), "--name", "A", "--to", "age1x", secret),
         (restore.command, sealed, "--identity", secret, "--run", "x"),
         (restore.command, sealed, "--identty", secret, "--run", "x"),
