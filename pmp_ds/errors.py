@@ -105,11 +105,27 @@ def ended(code: int, text: str, *, wait: bool = True) -> None:
             _at_end(code, text, wait)
 
 
+_of_ranks = False
+
+
+def as_rank() -> None:
+    """Say that this process is a rank of a job. Where RANK is set around a command of one process,
+    as in the pods of a PyTorchJob, it says nothing about who reports a mistake."""
+    global _of_ranks
+    _of_ranks = True
+
+
+def reports() -> bool:
+    """Return whether this process prints a mistake: a single one, or rank 0 of several."""
+    return not _of_ranks or _rank() == "0"
+
+
 def exit_code(main: Callable[[], None]) -> int:
     """Run ``main`` and return the exit code of the process.
 
     A ``UserError`` becomes one line on standard error. All ranks of a run have the same mistake, so
-    only rank 0 prints it; a fault may concern a single rank, so each prints its own.
+    of them (``as_rank``) only rank 0 prints it; a fault may concern a single rank, so each prints
+    its own.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a Latin-1 terminal, a name that is not UTF-8
@@ -164,6 +180,6 @@ def _rank() -> str:
 
 
 def _end_on_rank0(code: int, text: str) -> None:
-    if _rank() == "0":
+    if reports():
         print(text, file=sys.stderr, flush=True)
         ended(code, text)

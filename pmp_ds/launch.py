@@ -144,8 +144,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add(
         "--node",
         type=int,
-        default=os.environ.get("JOB_COMPLETION_INDEX", "0"),
-        help="which of them this one is, from 0. Default: JOB_COMPLETION_INDEX of Kubernetes, or 0",
+        help="which of several this one is, from 0. Default: JOB_COMPLETION_INDEX of Kubernetes",
     )
     add("--master-addr", help="of several: the host of node 0. Default: MASTER_ADDR")
     add("--master-port", type=int, help="where they meet. Default: MASTER_PORT, or a free port")
@@ -154,7 +153,19 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help="pretrain, finetune, doctor, a file such as launcher/pretrain.py; or another command",
     )
     add("arguments", nargs=argparse.REMAINDER, help="of the command")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.node is None:  # a single machine may be a task of an Indexed Job of its own
+        args.node = (_from_environment("JOB_COMPLETION_INDEX") or 0) if args.nodes > 1 else 0
+    return args
+
+
+def _from_environment(name: str) -> int | None:
+    """Return the number in an environment variable, None if it is not set or empty."""
+    text = os.environ.get(name)
+    require(
+        not text or text.isdecimal(), f"{name}={text!r} is not a number: set it to one, or unset it"
+    )
+    return int(text) if text else None
 
 
 def run(argv: Sequence[str]) -> int:
@@ -171,7 +182,7 @@ def run(argv: Sequence[str]) -> int:
     require(ranks > 0, f"--ranks {args.ranks} must be positive")
     require(0 <= args.node < args.nodes, f"--node {args.node} must be from 0 to {args.nodes - 1}")
     address = args.master_addr or os.environ.get("MASTER_ADDR")
-    port = args.master_port or int(os.environ.get("MASTER_PORT", "0"))
+    port = args.master_port or _from_environment("MASTER_PORT") or 0
     if args.nodes == 1:
         address, port = address or "127.0.0.1", port or _free_port()
     require(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from pmp_ds.errors import UserError
+from pmp_ds.errors import UserError, require
 
 DEFAULT_PORT = "29500"
 """The default port of launchers, which two jobs on one machine would share."""
@@ -50,18 +50,37 @@ _STARTERS = (
 
 def adopt() -> None:
     """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT if this process is one of
-    several and its launcher did not. Raises UserError if they cannot be derived."""
+    several and its launcher did not. Raises UserError if they cannot be derived or used."""
     if "RANK" in os.environ:
+        _check_given()
         if os.environ.get("MASTER_PORT") == DEFAULT_PORT and os.environ.get("CROSS_SIZE") == "1":
             # From `deepspeed` on one machine without --master_port.
             launcher = launch_id()
             if launcher is not None:
                 os.environ["MASTER_PORT"] = str(derived_port(launcher))
         return
-    several = [s for s in _STARTERS if int(os.environ.get(s.world_size) or "1") > 1]
+    several = [s for s in _STARTERS if os.environ.get(s.world_size) and _number(s.world_size) > 1]
     whole = [s for s in several if s.rank in os.environ and s.local_rank in os.environ]
     if several:  # `srun --mpi=pmi2` sets both kinds of variables, but only one completely
         _adopt_from((whole or several)[0])
+
+
+def _check_given() -> None:
+    """Raise UserError unless RANK and its like, set by a launcher or by hand, can be used."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        if name in os.environ:
+            _number(name)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        world = f"WORLD_SIZE={os.environ['WORLD_SIZE']}"
+        require("MASTER_ADDR" in os.environ, f"{world}, but MASTER_ADDR, rank 0's host, is not set")
+        require("MASTER_PORT" in os.environ, f"{world}, but MASTER_PORT, a free port, is not set")
+        _number("MASTER_PORT")
+
+
+def _number(name: str) -> int:
+    text = os.environ[name]
+    require(text.isdecimal(), f"{name}={text!r} is not a number: set it to one, or unset it")
+    return int(text)
 
 
 def _adopt_from(starter: _Starter) -> None:

@@ -172,10 +172,10 @@ def _wait_until_stale(path: Path, what: str) -> None:
 
 
 def _taken(what: str, holder: Holder) -> str:
-    return (
-        f"{what} is in use by {holder}: wait for it or stop it. (After {STALE_SECONDS:g} s without "
-        "a sign of life it would lose its hold.)"
-    )
+    text = f"{what} is in use by {holder}: wait for it or stop it."
+    if holder.machine == lease_file.machine():  # while its process runs, it keeps its hold
+        return text
+    return f"{text} (After {STALE_SECONDS:g} s without a sign of life it would lose its hold.)"
 
 
 def _make(folder: Path, what: str) -> list[Path]:

@@ -7,8 +7,9 @@ Light until needed: signals are received before the heavy imports begin.
 """
 
 import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pmp_ds import launchers, signals, streams
@@ -18,6 +19,7 @@ from pmp_ds.errors import (
     LostRankError,
     SharedError,
     UserError,
+    as_rank,
     denied,
     exit_code,
 )
@@ -42,20 +44,31 @@ class Prepared:
     run: Callable[[], None]
 
 
-def command(prepare: Callable[[], Prepared]) -> int:
+_ASKING = {"-h", "--help", "--print-config", "--dry-run"}
+
+
+def command(prepare: Callable[[], Prepared], argv: Sequence[str] | None = None) -> int:
     """Prepare on every rank, let the ranks meet, and run; return the exit code of the process. Rank
     0 reports a mistake of some ranks, with their names."""
+    as_rank()
+    words = sys.argv[1:] if argv is None else argv
+    asks = any(word.partition("=")[0].replace("_", "-") in _ASKING for word in words)
     with signals.listening():
-        code = exit_code(lambda: _command(prepare))
+        code = exit_code(lambda: _command(prepare, asks))
     if code == EXIT_MISTAKE and os.environ.get("RANK", "0") != "0":
         time.sleep(OTHER_RANKS_WAIT)
     return code
 
 
-def _command(prepare: Callable[[], Prepared]) -> None:
+def _command(prepare: Callable[[], Prepared], asks: bool) -> None:
     # Broken connections are reported in our words, without torch's stacks.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    launchers.adopt()
+    try:
+        launchers.adopt()
+    except UserError:
+        if asks:  # for help or a plan: it ends here, and needs no ranks
+            prepare()
+        raise
     prepared: Prepared | None = None
     mistake: str | None = None
     try:

@@ -15,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from pmp_ds.errors import UserError, require
 
 _VARIABLE = re.compile(r"\$(\w+|\{\w+\})(?=/|$)")
+_SECRET_KEY = re.compile(r"\s*(AGE-SECRET-KEY-|-----BEGIN .*PRIVATE KEY)", re.IGNORECASE)
 
 
 def checked(hint: Any, value: Any, where: str = "", *, texts: bool = True) -> Any:
@@ -39,6 +40,8 @@ def checked(hint: Any, value: Any, where: str = "", *, texts: bool = True) -> An
                 "`~`); leave it out for the default"
             )
         return None
+    if isinstance(value, str | Path):
+        refuse_secret(str(value), where)
     if isinstance(value, float):
         require(math.isfinite(value), f"{where}={value} is not a finite number")
     elif isinstance(value, int):
@@ -59,6 +62,15 @@ def checked(hint: Any, value: Any, where: str = "", *, texts: bool = True) -> An
         inner = _inner(kinds, type(value), 0)
         return type(value)(checked(inner, one, where, texts=texts) for one in value)
     return value
+
+
+def refuse_secret(text: str, where: str) -> None:
+    """Raise UserError, without repeating it, if ``text`` is a secret key instead of its file."""
+    if _SECRET_KEY.match(text):
+        raise UserError(
+            f"{where} was given a secret key itself, which is not repeated here: give the name of "
+            "its file (or where a public key is wanted, that one, which starts age1 or ssh-)"
+        )
 
 
 def expanded(text: str, where: str) -> str:

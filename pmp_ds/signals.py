@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from pmp_ds.errors import EXIT_REQUEUE, ended
+from pmp_ds.errors import EXIT_REQUEUE, ended, reports
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LEAVE_SECONDS = 2.0
@@ -43,8 +43,8 @@ _reaction: Reaction = leave
 
 
 def end_at_once(code: int, text: str, *, everyone: bool = False) -> NoReturn:
-    """Run the farewells, for a moment at most, and end the process; rank 0 or ``everyone`` prints
-    ``text``. May be called from any thread."""
+    """Run the farewells, for a moment at most, and end the process; of several ranks, rank 0 or
+    ``everyone`` prints ``text``. May be called from any thread."""
     farewells = _farewells[::-1]  # in reverse order of entry, as contexts end
 
     def say() -> None:
@@ -56,7 +56,7 @@ def end_at_once(code: int, text: str, *, everyone: bool = False) -> NoReturn:
         thread = threading.Thread(target=say, daemon=True)
         thread.start()
         thread.join(LEAVE_SECONDS)
-        if everyone or os.environ.get("RANK", "0") == "0":
+        if everyone or reports():
             tell(text)
             ended(code, text)
     finally:

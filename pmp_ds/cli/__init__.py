@@ -18,6 +18,7 @@ import yaml
 from pmp_ds.cli.fields import option
 from pmp_ds.cli.form import Form
 from pmp_ds.errors import UserError, did_you_mean, require
+from pmp_ds.settings import refuse_secret
 
 __all__ = ["NoOptions", "Verbs", "dump", "option", "parse", "parse_options", "run_verb"]
 
@@ -84,6 +85,7 @@ def run_verb(
         print(f"\n{prog} VERB --help explains each.")
         raise SystemExit(0)
     else:
+        refuse_secret(word, prog)
         guess = did_you_mean(word, verbs)
         raise UserError(f"unknown verb {word}{guess}; {prog} --help lists them all")
 

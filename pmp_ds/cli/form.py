@@ -53,7 +53,8 @@ class Form:
     def read(self, argv: Sequence[str]) -> tuple[Namespace, dict[type[Any], Any]]:
         """Return what the parser found, and an object of each class. Raises UserError."""
         try:
-            found = words.spelled(argv, self.parser._option_string_actions)
+            found = words.without_secrets(argv)
+            found = words.spelled(found, self.parser._option_string_actions)
             if self.settings is not None:
                 found = words.with_files(self.settings, found)
             found = words.with_switches(self.fields, words.with_lists(self.fields, found))

@@ -11,7 +11,7 @@ import yaml
 from pmp_ds import shipped
 from pmp_ds.cli.fields import Field, fields_of
 from pmp_ds.errors import UserError, require
-from pmp_ds.settings import expanded
+from pmp_ds.settings import expanded, refuse_secret
 from pmp_ds.strict_yaml import parse as parse_yaml
 from pmp_ds.strict_yaml import read_settings
 
@@ -25,6 +25,17 @@ def spelled(argv: Sequence[str], known: Iterable[str]) -> list[str]:
     return [
         declared.get(flag.replace("-", "_"), flag) + rest + value for flag, rest, value in words
     ]
+
+
+def without_secrets(argv: Sequence[str]) -> Sequence[str]:
+    """Return the words. Raises UserError before any of them is quoted if one is a secret key."""
+    where = "this command"
+    for word in argv:
+        refuse_secret(word, where)
+        if word.startswith("--"):
+            where, _, value = word.partition("=")
+            refuse_secret(value, where)
+    return argv
 
 
 def with_switches(fields: Sequence[Field], argv: Sequence[str]) -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pmp_ds import __version__
 from pmp_ds.errors import UserError, did_you_mean, exit_code
+from pmp_ds.settings import refuse_secret
 from pmp_ds.verbosity import Level
 
 
@@ -87,5 +88,6 @@ def _without_verb(word: str) -> None:
     elif word == "--version":
         print(__version__)
     else:
+        refuse_secret(word, "pmp-ds")
         guess = did_you_mean(word, VERBS)
         raise UserError(f"unknown command {word}{guess}; pmp-ds --help lists them all")

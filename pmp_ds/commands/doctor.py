@@ -9,21 +9,22 @@ Takes the options of `pmp-ds pretrain`, trains nothing and leaves nothing behind
 each check: versions, clocks, the shared folder, modes of private/, caches, /dev/shm, the kernel,
 the network interface, GPU and driver, a collective, room on the disk, the data. Each failure names
 rank, host and the way out. Exit code 1 if a check fails, also one that crashes or hangs on a rank:
-that is said after about twice --seconds.
+that is said after about twice --seconds, or when the launcher ends the ranks.
 """
 
 import os
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pmp_ds import launchers
+from pmp_ds import launchers, signals
 from pmp_ds.cli import parse
 from pmp_ds.commands import OnRanks
 from pmp_ds.config import Config
-from pmp_ds.errors import EXIT_MISTAKE, SharedError, UserError, exit_code, require
+from pmp_ds.errors import EXIT_MISTAKE, SharedError, UserError, as_rank, exit_code, require
 
 if TYPE_CHECKING:
     from pmp_ds.meeting import Meeting
@@ -43,6 +44,7 @@ class Options(OnRanks):
 
 def main(argv: Sequence[str] | None = None, table: "Sequence[Check] | None" = None) -> None:
     """Check with ``table``, all checks by default. Raises SystemExit(1) if one fails."""
+    as_rank()
     argv = sys.argv[1:] if argv is None else argv
     config, options = parse(
         Config, argv, prog="pmp-ds doctor", description=__doc__, options=Options
@@ -76,7 +78,12 @@ def main(argv: Sequence[str] | None = None, table: "Sequence[Check] | None" = No
         seconds=options.seconds,
     )
     table = doctor.CHECKS if table is None else table
-    found = doctor.examine(table, here)
+
+    def end(_: object) -> None:
+        here.asked.at = time.monotonic()
+
+    with signals.reacting(end):
+        found = doctor.examine(table, here)
     if here.rank != 0:
         _leave(0)
         return

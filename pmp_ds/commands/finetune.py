@@ -94,7 +94,7 @@ def prepare(argv: Sequence[str] | None = None) -> ranks.Prepared:
 
 def command(argv: Sequence[str] | None = None) -> int:
     """Run `pmp-ds finetune` as one rank and return its exit code."""
-    return ranks.command(lambda: prepare(argv))
+    return ranks.command(lambda: prepare(argv), argv)
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ def _tell(outcome: "Outcome", config: "Config", run: "RunDir") -> None:
 
 def command(argv: Sequence[str] | None = None) -> int:
     """Run `pmp-ds pretrain` as one rank and return its exit code."""
-    return ranks.command(lambda: prepare(argv))
+    return ranks.command(lambda: prepare(argv), argv)
 
 
 if __name__ == "__main__":

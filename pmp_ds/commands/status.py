@@ -6,8 +6,8 @@
     pmp-ds status runs/demo --max-age 120    for probes: exit code 3 without a sign of life
 
 Reads only, from any host that sees the folder. A process elsewhere whose last sign is not fresh by
-this host's clock is watched for a few seconds. Exit codes: 0; 1 if there is no such run; 3 with
---max-age, if an unfinished run has shown no sign of life for that long.
+this host's clock is watched for a few seconds. Exit codes: 0; 1 if there is no such run, or none
+that can be read; 3 with --max-age, if an unfinished run has shown no sign of life for that long.
 """
 
 import json
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pmp_ds.cli import option, parse_options
-from pmp_ds.errors import exit_code, require
+from pmp_ds.errors import EXIT_MISTAKE, exit_code, require
 from pmp_ds.operate.signs import WATCH_SECONDS
 from pmp_ds.operate.status import found_in, states
 from pmp_ds.operate.status_words import screen, table
@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(screen(found[0]) if len(found) == 1 else table(found))
     if args.max_age is not None and any(state.is_silent(args.max_age) for state in found):
         raise SystemExit(EXIT_SILENT)
+    if all(state.phase == "unknown" for state in found):
+        raise SystemExit(EXIT_MISTAKE)
 
 
 def command(argv: Sequence[str] | None = None) -> int:

@@ -99,8 +99,9 @@ def secret_of(run: RunDir, known: Sequence[vault.Record], *, may_create: bool = 
     if load_config(run).init.seed is None:
         folder, secret = run.init, theta0.require_key(run)
     elif may_create and not marked:
-        vault.begin(run.vault)
-        folder, secret = run.vault, create_key(run.vault)
+        with vault.writing(run.vault):
+            vault.begin(run.vault)
+            folder, secret = run.vault, create_key(run.vault)
     else:
         folder, secret = run.vault, load_key(run.vault)
     for record in marked:

@@ -82,7 +82,8 @@ def seal(args: Seal) -> None:
         run.vault,
         vault.Record(name=name, keys=labels, date=date, watermark=number, file=str(args.out)),
     )
-    write_bytes(args.out, sealed, private=True)
+    with vault.writing(args.out):
+        write_bytes(args.out, sealed, private=True)
     marked = "without a watermark" if number is None else f"watermark {number}"
     print(f"{args.out}: sealed for {name} ({', '.join(labels) or 'a passphrase'}), {marked}")
     if strength:
@@ -97,7 +98,8 @@ def open_(args: Open) -> None:
     if opener is None:
         raise UserError(f"what opens {args.file}? Give --identity KEY or --passphrase")
     ticket = vault.open_sealed(args.file, opener)
-    save_ticket(ticket, args.out)
+    with vault.writing(args.out):
+        save_ticket(ticket, args.out)
     print(f"{args.out}: a ticket for a model of {ticket.mask.num_params:,} parameters")
     print("keep it private: whoever has it can fine-tune the model, and it names you")
 

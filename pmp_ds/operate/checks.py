@@ -40,6 +40,13 @@ class Outcome:
     """What must agree on all ranks, as JSON."""
 
 
+@dataclass
+class Asked:
+    """When this rank was asked to end, as `time.monotonic`."""
+
+    at: float | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Here:
     """This rank, and the run that it would train."""
@@ -61,6 +68,7 @@ class Here:
     """Longest time of a check."""
 
     began: float = field(default_factory=time.monotonic)
+    asked: Asked = field(default_factory=Asked)
 
     @property
     def patience(self) -> float:

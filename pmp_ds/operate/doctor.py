@@ -4,7 +4,8 @@
     print(table(CHECKS, findings, here))
 
 Each check runs in a thread for `Here.seconds` at most. Rank 0 waits as long again for the others:
-a rank that crashed or hangs is named by the first check that it did not answer.
+a rank that crashed or hangs is named by the first check that it did not answer. A launcher that saw
+a rank crash may end the others earlier, by SIGTERM: then they stop waiting and say what they know.
 """
 
 import contextlib
@@ -24,6 +25,8 @@ Findings = dict[str, dict[int, Outcome]]
 
 THREAD = "doctor's check"
 _BEHIND = 5.0  # seconds that another rank may be behind rank 0
+_SHORT = 0.5  # seconds for a check when this rank was asked to end
+_LAST_WAIT = 5.0  # seconds from then on for the others; launchers send SIGKILL after 10 and more
 _MOST_LINES = 3  # of failures of one check
 
 
@@ -70,7 +73,7 @@ def examine(table: Sequence[Check], here: Here) -> Findings:
             outcome = _received(here, _key(check, rank), until)
             if outcome is None:
                 found[check.name][rank] = fail(
-                    f"no answer within {here.seconds:g} s: it crashed or hangs there",
+                    f"no answer {_how_long(here)}: it crashed or hangs there",
                     "look at its output, and whether its host and the network are up",
                 )
                 break
@@ -95,11 +98,23 @@ def limited(run: Callable[[Here], Outcome], here: Here) -> Outcome:
             done.append(fail(text, "see what is wrong on that host"))
 
     thread = threading.Thread(target=work, name=THREAD, daemon=True)
+    began = time.monotonic()
     thread.start()
-    thread.join(here.seconds)
+    while thread.is_alive():
+        at = here.asked.at
+        until = began + here.seconds if at is None else max(began, at) + _SHORT
+        if time.monotonic() > until:
+            break
+        thread.join(0.05)
     if done:
         return done[0]
-    return fail(f"not done within {here.seconds:g} s", "see what hangs there: a file system, a GPU")
+    return fail(f"not done {_how_long(here)}", "see what hangs there: a file system, a GPU")
+
+
+def _how_long(here: Here) -> str:
+    if here.asked.at is None:
+        return f"within {here.seconds:g} s"
+    return "before the ranks were asked to end"
 
 
 def table(table: Sequence[Check], findings: Findings, here: Here) -> str:
@@ -141,7 +156,8 @@ def _key(check: Check, rank: int) -> str:
 def _received(here: Here, key: str, until: float) -> Outcome | None:
     """Return what another rank found, or None if it does not come in time."""
     while not here.store.check([key]):
-        if time.monotonic() > until:
+        at = here.asked.at
+        if time.monotonic() > (until if at is None else min(until, at + _LAST_WAIT)):
             return None
         time.sleep(0.02)
     return Outcome(**json.loads(here.store.get(key)))

@@ -3,7 +3,8 @@
     signs = watched([Path("runs/a"), Path("runs/b")])
 
 A holder on this machine is looked up. Of one elsewhere, the counter in its lease must have been
-written a moment ago, or grow while it is watched: so a clock that is wrong kills nobody.
+written a moment ago, or grow while it is watched: so a clock that is wrong kills nobody. One here
+whose counter does neither is alive, but silent: suspended, or waiting for its file system.
 """
 
 import time
@@ -34,6 +35,9 @@ class Signs:
     written: float | None
     """When the lease was last written, as `time.time`; now, if it grew while it was watched."""
 
+    silent: bool = False
+    """It runs on this machine and was watched, but wrote nothing."""
+
 
 NOBODY = Signs(None, False, None)
 
@@ -49,7 +53,7 @@ def watched(folders: Sequence[Path]) -> list[Signs]:
             if found[index] is None and first is not None:
                 found[index] = _changed(folders[index], first)
     return [
-        signs or Signs(first.holder if first else None, False, first.written if first else None)
+        signs or (_unchanged(first) if first else NOBODY)
         for signs, first in zip(found, firsts, strict=True)
     ]
 
@@ -79,8 +83,7 @@ def _at_once(look: _Look | None) -> Signs | None:
     """Return what is clear without watching, or None."""
     if look is None:
         return NOBODY
-    here = look.holder is not None and look.holder.machine == lease_file.machine()
-    if here and look.holder is not None and not lease_file.runs(look.holder):
+    if look.holder is not None and _is_here(look.holder) and not lease_file.runs(look.holder):
         return Signs(look.holder, False, look.written)
     if look.holder is not None and abs(time.time() - look.written) < FRESH_SECONDS:
         return Signs(look.holder, True, look.written)
@@ -95,3 +98,14 @@ def _changed(folder: Path, first: _Look) -> Signs | None:
     if now.holder is not None and (now.path, now.beats) != (first.path, first.beats):
         return Signs(now.holder, True, time.time())
     return None
+
+
+def _unchanged(look: _Look) -> Signs:
+    """Return the signs of a holder that was watched and wrote nothing."""
+    holder = look.holder
+    runs = holder is not None and _is_here(holder) and lease_file.runs(holder)
+    return Signs(holder, runs, look.written, silent=runs)
+
+
+def _is_here(holder: Holder) -> bool:
+    return holder.machine == lease_file.machine()

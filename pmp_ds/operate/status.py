@@ -25,8 +25,11 @@ from pmp_ds.state.manifest import MANIFEST_FILE
 from pmp_ds.state.manifest import Phase as Kind
 from pmp_ds.strict_yaml import read_settings
 
-Phase = Literal["starting", "discovery", "pretraining", "finished"]
+Phase = Literal["starting", "discovery", "pretraining", "finished", "unknown"]
+"""Unknown: the folder is closed to this user, or its file system does not answer."""
+
 _TICKET_FILE = "ticket.json"  # ticket/ticket.py imports torch
+_GROUPS = ("runs", "cells")  # the folders with the runs of a study, and of a sweep
 
 _KINDS: tuple[Kind, ...] = ("train", "discover")
 Saved = tuple[int | None, float | None]
@@ -42,26 +45,26 @@ class State:
 
     run: Path
     phase: Phase
-    step: int
+    step: int = 0
     """Updates of this phase that were recorded."""
 
-    steps: int | None
+    steps: int | None = None
     """Updates of this phase; the most there can be, in discovery."""
 
     signs: Signs
-    sign_age: float | None
+    sign_age: float | None = None
     """Age of the last sign of life: of the process, or in metrics or checkpoints. None: there is
     none, or a clock is wrong."""
 
-    record_age: float | None
-    saved: int | None
+    record_age: float | None = None
+    saved: int | None = None
     """Update of this phase's newest intact checkpoint."""
 
-    saved_age: float | None
-    loss: Value | None
-    val_loss: Value | None
-    update_seconds: float | None
-    problems: tuple[str, ...]
+    saved_age: float | None = None
+    loss: Value | None = None
+    val_loss: Value | None = None
+    update_seconds: float | None = None
+    problems: tuple[str, ...] = ()
 
     @property
     def seconds_left(self) -> float | None:
@@ -74,7 +77,7 @@ class State:
 
     def is_silent(self, seconds: float) -> bool:
         """Return whether an unfinished run has shown no sign of life for ``seconds``."""
-        if self.phase == "finished" or self.signs.alive:
+        if self.phase == "finished" or (self.signs.alive and not self.signs.silent):
             return False
         return self.sign_age is None or self.sign_age > seconds
 
@@ -105,15 +108,17 @@ class State:
 
 
 def found_in(given: Sequence[Path]) -> list[Path]:
-    """Return the runs that folders are or contain. Raises UserError for one that has none."""
+    """Return the runs that folders are or contain, also those of a study or sweep; and folders that
+    cannot be read, which may be runs. Raises UserError for one that has none."""
     runs = []
     for folder in given:
         try:
-            inside = [folder] if _is_run(folder) else sorted(filter(_is_run, folder.iterdir()))
+            inside = [folder] if _may_be_run(folder) else _inside(folder)
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{folder} is not a folder: name a run, or one with runs") from None
         except OSError as error:
-            raise UserError(f"{folder} cannot be read: {error.strerror}") from None
+            where = error.filename or folder
+            raise UserError(f"{where} cannot be read: {error.strerror}") from None
         require(bool(inside), f"{folder} is not a run, and contains none: name runs/NAME or runs")
         runs += inside
     return runs
@@ -121,22 +126,53 @@ def found_in(given: Sequence[Path]) -> list[Path]:
 
 def states(runs: Sequence[Path]) -> list[State]:
     """Return the state of each run, after some seconds if a process elsewhere must be watched."""
-    return [_state(RunDir(run), signs) for run, signs in zip(runs, watched(runs), strict=True)]
+    return [_state_of(RunDir(run), signs) for run, signs in zip(runs, watched(runs), strict=True)]
 
 
-def _is_run(folder: Path) -> bool:
-    if not folder.is_dir():
-        return False
+def _inside(folder: Path) -> list[Path]:
+    """Return the runs in a folder, and those of a study or sweep that it is or contains."""
+    runs: list[Path] = []
+    for path in sorted(folder.iterdir()):
+        if _may_be_run(path):
+            runs.append(path)
+        elif path.name in _GROUPS or _is_leased(path):
+            runs += _inside(path) if path.is_dir() else []
+    return runs
+
+
+def _may_be_run(folder: Path) -> bool:
+    """Return whether a folder has what only runs have, or cannot be read."""
     run = RunDir(folder)
     try:
-        leased = lease_file.newest(folder, ".lease-") is not None
+        if not folder.is_dir():
+            return False
+        if any(path.exists() for path in (run.config, run.metrics, run.private)):
+            return True
+        # A run that is being created has only its lease; studies and sweeps have the same kind.
+        return _is_leased(folder) and not any((folder / name).is_dir() for name in _GROUPS)
     except OSError:
-        leased = False
-    return leased or any(p.exists() for p in (run.config, run.metrics, run.private))
+        return True
+
+
+def _is_leased(folder: Path) -> bool:
+    try:
+        return lease_file.newest(folder, ".lease-") is not None
+    except OSError:
+        return False
+
+
+def _state_of(run: RunDir, signs: Signs) -> State:
+    try:
+        return _state(run, signs)
+    except OSError as error:
+        problem = f"{run.root} cannot be read: {error.strerror}; make it readable for this user"
+        return State(run=run.root, phase="unknown", signs=signs, problems=(problem,))
 
 
 def _state(run: RunDir, signs: Signs) -> State:
     problems: list[str] = []
+    if not os.access(run.root, os.R_OK):
+        problems.append(f"{run.root} cannot be listed: whether a process holds it is not known")
     settings = _settings(run, problems)
     tail = read_tail(run.metrics)
     if tail.problem:
@@ -153,7 +189,7 @@ def _state(run: RunDir, signs: Signs) -> State:
         problems.append(
             f"files were written {-age:,.0f} s after this host's clock: the ages here are wrong"
         )
-        age = 0.0 if signs.alive else None
+        age = 0.0 if signs.alive and not signs.silent else None
     return State(
         run=run.root,
         phase=phase,

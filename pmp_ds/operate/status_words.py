@@ -6,6 +6,7 @@ from pmp_ds.errors import shown
 from pmp_ds.operate.status import State, Value
 
 _COLUMNS = ("run", "phase", "update", "alive", "left", "saved", "loss")
+_NO_UPDATE = ("starting", "unknown")
 
 
 def screen(state: State) -> str:
@@ -14,7 +15,7 @@ def screen(state: State) -> str:
     most = "at most " if state.phase == "discovery" and of else ""
     share = f" ({state.step / state.steps:.0%})" if state.steps and not most else ""
     where = f", update {state.step:,}{of.replace('of ', f'of {most}')}{share}"
-    lines = [f"{state.run}: {state.phase}{'' if state.phase == 'starting' else where}"]
+    lines = [f"{state.run}: {state.phase}{where if state.phase not in _NO_UPDATE else ''}"]
     rows = {"process": _process(state), "last record": _ago(state.record_age)}
     if state.seconds_left is not None and state.phase != "finished":
         rows["time left"] = (
@@ -53,19 +54,33 @@ def duration(seconds: float) -> str:
 
 def _row(state: State) -> tuple[str, ...]:
     left = state.seconds_left if state.phase != "finished" else None
+    step = f"{state.step:,}" if state.phase != "unknown" else "-"
     return (
         str(state.run),
         state.phase,
-        f"{state.step:,}/{state.steps:,}" if state.steps is not None else f"{state.step:,}",
-        "yes" if state.signs.alive else "no",
+        f"{step}/{state.steps:,}" if state.steps is not None else step,
+        _alive(state),
         "-" if left is None else duration(left),
         "-" if state.saved is None else f"{state.saved:,}",
         "-" if state.loss is None else f"{state.loss[1]:.4f}",
     )
 
 
+def _alive(state: State) -> str:
+    if state.phase == "unknown":
+        return "-"
+    if state.signs.silent:
+        return "silent"
+    return "yes" if state.signs.alive else "no"
+
+
 def _process(state: State) -> str:
     holder, last = state.signs.holder, _ago(state.sign_age)
+    if state.phase == "unknown":
+        return ""
+    if state.signs.silent:
+        silent = duration(state.sign_age) if state.sign_age is not None else "an unknown time"
+        return f"runs on this host, but silent for {silent}: {holder}"
     if state.signs.alive:
         return f"alive: {holder}"
     if holder is not None:
@@ -77,7 +92,7 @@ def _process(state: State) -> str:
 
 def _save(state: State) -> str:
     if state.saved is None:
-        return "none yet"
+        return "none yet" if state.phase != "unknown" else ""
     since = state.step - state.saved
     age = f", {_ago(state.saved_age)}" if state.saved_age is not None else ""
     return f"update {state.saved:,}{age}" + (f"; {since:,} updates since" if since > 0 else "")

@@ -10,6 +10,7 @@ import binascii
 import contextlib
 import getpass
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ import pyrage
 from pmp_ds.errors import UserError
 from pmp_ds.foreign import read_bytes
 from pmp_ds.run_dir import write_text
+from pmp_ds.settings import refuse_secret
 
 _KINDS = "age (age1...), ssh-ed25519 or ssh-rsa"
 _SECRET = "AGE-SECRET-KEY-"
@@ -54,9 +56,8 @@ def public_keys(given: Sequence[str]) -> list[PublicKey]:
     for word in given:
         if word.startswith(("age1", "ssh-")):
             keys.append(_public_key(word, "--to"))
-        elif word.startswith(_SECRET):
-            raise UserError("--to was given a secret key: pass the public one, which starts age1")
         else:
+            refuse_secret(word, "--to")
             path = Path(word)
             keys += [_public_key(line, f"{path}, line {n}") for n, line in _lines(path)]
     if not keys:
@@ -79,6 +80,7 @@ def _public_key(text: str, where: str) -> PublicKey:
 def identities(path: Path) -> list[Any]:
     """Return the secret keys in ``path``: lines as ``age-keygen`` writes them, or one ssh private
     key. Raises UserError."""
+    refuse_secret(str(path), "--identity")
     data = read_bytes(path, _MOST_BYTES)
     if data.startswith(b"age-encryption.org/"):
         raise UserError(f"--identity {path} is itself sealed: open it first, with `age -d`")
@@ -104,6 +106,11 @@ def identities(path: Path) -> list[Any]:
 def read_passphrase(file: Path | None, *, confirm: bool) -> Passphrase:
     """Return the first line of ``file`` (/dev/fd/N for a descriptor), or ask on the terminal."""
     if file is not None:
+        if not os.path.exists(file):
+            raise UserError(
+                "--passphrase-file names no file; what was given is not repeated here, as it may "
+                "be the passphrase itself: write that into a file, or use --passphrase to type it"
+            )
         lines = _text(file, pipe=True).splitlines()
         text = lines[0] if lines else ""
     else:

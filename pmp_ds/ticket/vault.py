@@ -8,11 +8,12 @@ Inside the age file is a plain tar of `ticket/`, so standard tools open it too:
 recipient of each copy in a line of private/vault/sealed.jsonl.
 """
 
+import contextlib
 import io
 import json
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,16 @@ def begin(vault: Path) -> None:
         os.close(os.open(vault / RECORDS_FILE, os.O_WRONLY | os.O_CREAT, 0o600))
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name ``path`` in an OSError without a file name, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def remember(vault: Path, record: Record) -> None:
     """Append ``record`` to the registry in ``vault``; it is on disk on return."""
     make_private(vault)
@@ -89,10 +100,11 @@ def remember(vault: Path, record: Record) -> None:
     line = json.dumps(values, ensure_ascii=False) + "\n"
     fd = os.open(vault / RECORDS_FILE, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
     try:
-        if (size := os.fstat(fd).st_size) and os.pread(fd, 1, size - 1) != b"\n":
-            line = "\n" + line  # an editor removed the final newline
-        os.write(fd, line.encode())
-        os.fsync(fd)
+        with writing(vault / RECORDS_FILE):
+            if (size := os.fstat(fd).st_size) and os.pread(fd, 1, size - 1) != b"\n":
+                line = "\n" + line  # an editor removed the final newline
+            os.write(fd, line.encode())
+            os.fsync(fd)
     finally:
         os.close(fd)
 

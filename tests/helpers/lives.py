@@ -31,7 +31,7 @@ from pmp_ds.data.loader import BlockLoader
 from pmp_ds.data.mixed_store import open_data
 from pmp_ds.engine.deepspeed_config import merge, read_json
 from pmp_ds.engine.engine import Engine
-from pmp_ds.errors import exit_code
+from pmp_ds.errors import as_rank, exit_code
 from pmp_ds.log import TIMINGS, read_metrics
 from pmp_ds.run_dir import RunDir
 from pmp_ds.state import checkpoint
@@ -92,6 +92,7 @@ def live(
         )
 
     out, err = io.StringIO(), io.StringIO()
+    as_rank()
     dump = signal.getsignal(signal.SIGUSR1)
     with (
         contextlib.redirect_stdout(out),

@@ -1,9 +1,20 @@
+import os
 import subprocess
 import sys
 
 import pytest
 
+from pmp_ds import errors
 from pmp_ds.errors import EXIT_READER_GONE, LostRankError, Stopped, UserError, exit_code
+
+# Does `python -m MODULE`, without the wait of ranks for rank 0's report.
+PROGRAM = """
+import runpy, sys
+from pmp_ds import ranks
+ranks.OTHER_RANKS_WAIT = 0
+del sys.argv[0]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
 
 
 def raising(error: BaseException):
@@ -18,8 +29,10 @@ def test_success(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("rank", [None, "0"])
-def test_users_mistake_is_one_line(monkeypatch, capsys, rank):
+@pytest.mark.parametrize(("rank", "several"), [(None, True), ("0", True), ("1", False)])
+def test_users_mistake_is_one_line(monkeypatch, capsys, rank, several):
+    """A command of one process says it even where RANK is set, as in a PyTorchJob's pods."""
+    monkeypatch.setattr(errors, "_of_ranks", several)
     monkeypatch.delenv("RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
@@ -29,9 +42,36 @@ def test_users_mistake_is_one_line(monkeypatch, capsys, rank):
 
 @pytest.mark.parametrize("rank", ["1", "17"])
 def test_other_ranks_fail_in_silence(monkeypatch, capsys, rank):
+    monkeypatch.setattr(errors, "_of_ranks", False)
+    errors.as_rank()
     monkeypatch.setenv("RANK", rank)
     assert exit_code(raising(UserError("train.lr=0 must be positive"))) == 1
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["commands", "status", "nowhere"], "nowhere is not a folder"),
+        (["launch", "--ranks", "1", "nowhere.py"], "nowhere.py: no such file"),
+        (["commands", "pretrain", "--nowhere"], ""),
+        (["commands", "doctor", "--nowhere"], ""),
+    ],
+)
+def test_who_reports_where_the_environment_has_a_rank(words, said):
+    environment = os.environ | {"RANK": "1", "WORLD_SIZE": "1"}
+    module, *rest = words
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, f"pmp_ds.{module}", *rest],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert bool(said) == bool(done.stderr)
 
 
 def test_interrupt(capsys):

@@ -170,6 +170,21 @@ def test_mistakes(launch, options, says):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["MASTER_PORT", "JOB_COMPLETION_INDEX"])
+def test_what_the_environment_says(launch, tmp_path, name):
+    """A single machine is node 0 of itself; an empty port is none; a word is a mistake."""
+    assert launch("0", env={"JOB_COMPLETION_INDEX": "3"}).wait(60) == 0
+    assert notes(tmp_path, 0)[0][0] == "0"
+    assert launch("0", env={name: ""}).wait(60) == 0
+    options = ("--nodes", "2", "--master-addr", "h")
+    process = launch("0", options=options, env={"MASTER_PORT": "4000"} | {name: "x"})
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (
+        1,
+        f"error: {name}='x' is not a number: set it to one, or unset it\n",
+    )
+
+
 def test_a_script_that_is_not_there(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "pmp_ds.launch", "--ranks", "1", tmp_path / "no"],

@@ -31,6 +31,8 @@ MPIRUN = {
 }
 HYDRA = {"PMI_SIZE": "2", "PMI_RANK": "1", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
 
+GIVEN = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h"}
+
 
 @pytest.fixture
 def adopt():
@@ -86,11 +88,38 @@ def test_srun_that_speaks_pmi(adopt):
         ({"PMI_SIZE": "2"}, "PMI_SIZE=2 means that this is one of several ranks, but PMI_RANK is"),
         ({k: v for k, v in SRUN.items() if "STEP" not in k}, "in the batch script itself: .*srun"),
         ({"SLURM_NTASKS": "2"}, "SLURM_NTASKS=2 means that .* SLURM_PROCID is not set: .*srun"),
+        ({"SLURM_NTASKS": "two"}, "SLURM_NTASKS='two' is not a number"),
+        ({"RANK": ""}, "RANK='' is not a number: set it to one, or unset it"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE=2, but MASTER_ADDR, rank 0's host, is not"),
+        (GIVEN | {"MASTER_PORT": ""}, "MASTER_PORT='' is not a number"),
     ],
 )
 def test_what_cannot_be_told_is_refused(adopt, given, says):
     with pytest.raises(UserError, match=says):
         adopt(given)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["--print_config"],
+        pytest.param(["--dry-run"], marks=pytest.mark.nightly),
+        ["--dry-run", "false"],
+    ],
+)
+def test_questions_need_no_ranks(words):
+    """As in a shell inside an allocation of several tasks; training is still refused there."""
+    env = {n: v for n, v in os.environ.items() if not n.startswith("SLURM_")} | {
+        "SLURM_NTASKS": "8"
+    }
+    command = [sys.executable, "-m", "pmp_ds.commands", "pretrain", "--config", "demo", *words]
+    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, check=False)
+    if "false" in words:
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    else:
+        assert (done.returncode, done.stderr) == (0, "")
+        assert len(done.stdout.splitlines()) > 10
 
 
 @pytest.mark.parametrize(
@@ -127,6 +156,7 @@ def test_deepspeed_with_its_default_port(tmp_path):
         "LOCAL_SIZE": "2",
         "WORLD_SIZE": "2",
         "CROSS_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "29500",
         "PYTHONPATH": str(REPO),
     }

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from pmp_ds import meeting
-from pmp_ds.errors import exit_code
+from pmp_ds.errors import as_rank, exit_code
 from pmp_ds.meeting import in_words
 from tests.helpers.distributed import free_port
 from tests.helpers.forks import Fork
@@ -26,6 +26,7 @@ def meet(run: str | None, mistake: str | None, seconds: float) -> int:
         print("met", met.name(1), flush=True)
         sys.stdin.read()
 
+    as_rank()
     return exit_code(main)
 
 

@@ -35,6 +35,7 @@ def test_numbers() -> None:
 
 RUNS = {"pmp_ds_running": "1x400"}
 RULES = REPO / "docs/alerts.yaml"
+FRESH = RUNS | {"pmp_ds_start_timestamp_seconds": "0x400"}  # without an update
 STALE = {"pmp_ds_running": "1x100", "pmp_ds_last_update_timestamp_seconds": "0+60x10 600x90"}
 
 
@@ -44,6 +45,18 @@ STALE = {"pmp_ds_running": "1x100", "pmp_ds_last_update_timestamp_seconds": "0+6
         (STALE, "PmpDsNoProgress", 30, False),
         (STALE, "PmpDsNoProgress", 60, True),
         (STALE | {"pmp_ds_running": "1x10 0x90"}, "PmpDsNoProgress", 60, False),
+        (FRESH, "PmpDsNoProgress", 20, False),
+        (FRESH, "PmpDsNoProgress", 40, True),
+        (
+            FRESH | {"pmp_ds_last_update_timestamp_seconds": "0+60x400"},
+            "PmpDsNoProgress",
+            40,
+            False,
+        ),
+        ({"pmp_ds_running": "1x30 _x60"}, "PmpDsHostGone", 30, False),
+        ({"pmp_ds_running": "1x30 _x60"}, "PmpDsHostGone", 60, True),
+        ({"pmp_ds_running": "1x30 0 _x60"}, "PmpDsHostGone", 60, False),
+        (RUNS, "PmpDsHostGone", 60, False),
         ({"pmp_ds_running": "1x5 0x9"}, "PmpDsEndedBadly", 8, True),
         ({"pmp_ds_running": "0x9", "pmp_ds_exit_code": "1x9"}, "PmpDsEndedBadly", 8, True),
         ({"pmp_ds_running": "0x9", "pmp_ds_exit_code": "75x9"}, "PmpDsEndedBadly", 8, False),
@@ -55,7 +68,7 @@ STALE = {"pmp_ds_running": "1x100", "pmp_ds_last_update_timestamp_seconds": "0+6
         ({"pmp_ds_loss": "2x20"}, "PmpDsLossNotFinite", 8, False),
         ({"pmp_ds_tokens_per_second": "100x60 60x30"}, "PmpDsSlow", 80, True),
         ({"pmp_ds_tokens_per_second": "100x60 90x30"}, "PmpDsSlow", 80, False),
-        (RUNS | {"pmp_ds_start_timestamp_seconds": "0x400"}, "PmpDsNoCheckpoint", 300, True),
+        (FRESH, "PmpDsNoCheckpoint", 300, True),
         (
             RUNS | {"pmp_ds_last_save_timestamp_seconds": "0+60x400"},
             "PmpDsNoCheckpoint",

@@ -16,7 +16,9 @@ pytestmark = pytest.mark.processes
 PROGRAM = """
 import sys, time, signal
 from pmp_ds import signals
-from pmp_ds.errors import exit_code
+from pmp_ds.errors import as_rank, exit_code
+
+as_rank()
 
 def begun():
     print("begun", flush=True)

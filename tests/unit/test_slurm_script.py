@@ -31,7 +31,13 @@ def script(tmp_path: Path) -> Path:
         (2, None, False),
         (75, None, True),
         (70, "3", True),
+        (134, None, True),  # SIGABRT
+        (135, None, True),  # SIGBUS
         (137, "19", True),
+        (139, None, True),  # SIGSEGV
+        (143, None, True),  # a second SIGTERM
+        (130, None, False),  # Ctrl-C
+        (127, None, False),  # no such command
         (75, "20", False),
     ],
 )

@@ -186,3 +186,14 @@ def test_alert_rules_name_what_exists():
         assert names
         assert names <= {f"pmp_ds_{name}" for name in textfile._HELP}, rule["alert"]
         assert "{{ $labels.run }}" in rule["annotations"]["summary"]
+
+
+def test_progress_is_missed_from_the_start(run):
+    """The file of a new start has a time that the rule for missing progress counts from."""
+    opened(run)
+    rules = yaml.safe_load((REPO / "docs/alerts.yaml").read_text())["groups"][0]["rules"]
+    (rule,) = (rule for rule in rules if rule["alert"] == "PmpDsNoProgress")
+    (times,) = re.findall(r"time\(\) - \((.*?)\)", rule["expr"])
+    assert {name.removeprefix("pmp_ds_") for name in times.split(" or ")} & set(
+        values(run.textfile)
+    )

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -243,6 +244,34 @@ def test_ranks_that_crash_hang_or_see_another_folder(ranks: list[Fork], tmp_path
     )
     assert ranks[2].wait(60) == 0  # though its check still hangs
     assert [path.name for path in tmp_path.rglob("*")] == ["elsewhere"]
+
+
+def _doctor_without_end(rank: int, *words: str) -> int:
+    added = [Check("clock", rank_checks.clock), Check("crash", _crash), Check("hang", _hang)]
+    return exit_code(lambda: command.main(words, added))
+
+
+@pytest.mark.processes
+def test_a_launcher_that_ends_the_others_gets_the_table(tmp_path: Path):
+    """Rank 1 crashes; SIGTERM comes long before `--seconds` are over."""
+    job = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    words = ("--run.root", str(tmp_path), "--seconds", "600")
+    envs = [{**job, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(3)]
+    forks = [Fork(_doctor_without_end, rank, *words, env=envs[rank]) for rank in range(3)]
+    assert forks[1].wait(120) == 9  # after the clocks, so that all have begun
+    forks[0].send_signal(signal.SIGTERM)
+    forks[2].send_signal(signal.SIGTERM)
+    code, out, err = forks[0].end()
+    assert (code, err) == (1, ""), out + err
+    host, lines = socket.gethostname(), out.splitlines()
+    assert lines[1].startswith("ok       clock")
+    assert lines[2].startswith(
+        f"FAIL     crash          rank 1 on host {host}: no answer before the ranks were asked to "
+    )
+    assert lines[4].startswith(f"FAIL     hang           rank 2 on host {host}: not done before ")
+    assert forks[2].wait(60) == 0
+    for fork in forks:
+        fork.close()
 
 
 def test_findings_are_json():

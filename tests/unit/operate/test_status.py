@@ -1,5 +1,7 @@
 """What `pmp-ds status` says of runs in every state, their process here, elsewhere, or gone."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -22,7 +24,7 @@ from pmp_ds.errors import UserError
 from pmp_ds.log import begin
 from pmp_ds.operate import signs
 from pmp_ds.operate.status import State, found_in, states
-from pmp_ds.operate.status_words import duration, screen
+from pmp_ds.operate.status_words import duration, screen, table
 from pmp_ds.run_dir import RunDir, make_private
 from pmp_ds.state.manifest import Phase, Position, write_manifest
 from tests.helpers.commands import call, error_of, files_of, ok
@@ -215,6 +217,35 @@ def test_a_killed_process(run: RunDir, capsys: pytest.CaptureFixture[str]):
     assert files_of(run.root) == before
 
 
+@pytest.mark.processes
+def test_a_suspended_process_here_is_silent(
+    run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """It keeps its hold, so it is alive; but a probe must notice it."""
+    monkeypatch.setattr(signs, "WATCH_SECONDS", 0.5)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(run.root), "1000"],
+        cwd=REPO,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"holds\n"
+    os.kill(process.pid, signal.SIGSTOP)
+    age(600, *run.root.glob(".lease-*"))
+    state = of(run)
+    assert state.as_json()["alive"]
+    assert "  process     runs on this host, but silent for 10 min: -c on host " in screen(state)
+    assert table([state]).splitlines()[1].split()[-4:-3] == ["silent"]
+    with pytest.raises(SystemExit, match=str(status.EXIT_SILENT)):
+        status.command([str(run.root), "--max-age", "60"])
+    assert status.command([str(run.root), "--max-age", "900"]) == 0
+    with pytest.raises(UserError, match=r"is in use by .*: wait for it or stop it\.$"):
+        lease.hold(run.root, "the run").__enter__()
+    process.kill()
+    process.communicate()
+
+
 @needs(*ELSEWHERE[1:])
 @pytest.mark.processes
 def test_a_wrong_clock_kills_nobody(
@@ -269,6 +300,50 @@ def _as_nobody(folder: str, send: Connection) -> None:
     send.send(states([Path(folder)])[0].as_json())
 
 
+def _command_as_nobody(folder: str, send: Connection) -> None:
+    if os.geteuid() == 0:
+        os.setuid(65534)
+    for words in ([folder, "--json"], [folder], [f"{folder}/a"], [folder, "--max-age", "60"]):
+        out = io.StringIO()
+        code: object = None
+        with contextlib.redirect_stdout(out):
+            try:
+                code = status.command(words)
+            except SystemExit as end:
+                code = end.code
+        send.send((code, out.getvalue()))
+
+
+@pytest.mark.processes
+def test_a_closed_run_is_a_row():
+    """The other runs are shown, and a probe does not take what it cannot see for alive."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        for one in "ab":
+            RunDir(Path(name) / one).create()
+        (Path(name) / "b/config.yaml").write_text(CONFIG)
+        checkpoint(RunDir(Path(name) / "b"), 400)
+        (Path(name) / "a").chmod(0)
+        receive, send = Pipe(duplex=False)
+        process = get_context("fork").Process(target=_command_as_nobody, args=(name, send))
+        process.start()
+        send.close()
+        as_json, as_table, alone, probe = (receive.recv() for _ in range(4))
+        process.join()
+        (Path(name) / "a").chmod(0o700)
+    problem = f"{name}/a cannot be read: Permission denied; make it readable for this user"
+    closed, other = map(json.loads, as_json[1].splitlines())
+    assert (closed["phase"], closed["alive"], closed["problems"]) == ("unknown", False, [problem])
+    assert (other["run"], other["steps"]) == (f"{name}/b", 400)
+    assert [line.split()[:4] for line in as_table[1].splitlines()[1:3]] == [
+        [f"{name}/a", "unknown", "-", "-"],
+        [f"{name}/b", "starting", "0/400", "no"],
+    ]
+    assert f"warning: {name}/a: {problem}" in as_table[1]
+    assert alone[1] == f"{name}/a: unknown\n  warning: {problem}\n"
+    assert [code for code, _ in (as_json, as_table, alone, probe)] == [0, 0, 1, status.EXIT_SILENT]
+
+
 @pytest.mark.processes
 def test_another_user_sees_what_is_not_private():
     """Monitoring often has a user of its own."""
@@ -306,6 +381,25 @@ def test_a_folder_of_runs_is_a_table(run: RunDir, tmp_path: Path):
         ["y", "starting", "0", "yes", "-", "-", "-"],
         ["x", "pretraining", "20/400", "no", "3", "min", "10", "3.0000"],
     ]
+
+
+def test_what_studies_and_sweeps_hold_is_shown_as_their_runs(tmp_path: Path):
+    study, sweep = tmp_path / "study", tmp_path / "all/sweep"
+    with (
+        lease.hold(study, "the study"),
+        lease.hold(sweep, "a sweep"),
+        lease.hold(tmp_path / "all", "a store", prefix="corpus."),
+    ):
+        runs = [RunDir(study / "runs" / name) for name in ("pmp", "base")]
+        cells = [RunDir(sweep / "cells" / name) for name in ("lr=1", "lr=2")]
+        for run in (*runs, *cells):
+            run.root.mkdir(parents=True)
+            run.config.write_text(CONFIG)
+        (study / "done").mkdir()
+        assert found_in([study]) == sorted(run.root for run in runs)
+        assert found_in([sweep]) == found_in([tmp_path / "all"]) == [cell.root for cell in cells]
+        with lease.hold(study / "runs" / "next", "the run"):
+            assert study / "runs/next" in found_in([study])
 
 
 def test_mistakes(tmp_path: Path):

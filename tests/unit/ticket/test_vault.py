@@ -272,7 +272,7 @@ def test_bad_keys(tmp_path):
         public[:-1]: "this is not a usable public key",
         "ssh-rsa": "this is not a usable public key",
         "ssh-ed25519 nonsense": "this is not a usable public key",
-        secret: "--to was given a secret key",
+        secret: "--to was given a secret key itself",
     }.items():
         with pytest.raises(UserError, match=message) as caught:
             public_keys([given])
