@@ -16,8 +16,8 @@ _COMPARED_CHARS = 1000
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, bos: str) -> dict[str, str]:
-    """Write the tokenizer's files; return their sha256 by path in ``folder``: further chat templates
-    are in a folder of their own.
+    """Write the tokenizer's files; return their sha256 by path in ``folder``. Further chat
+    templates are in a folder of their own.
 
     With ``bos: document``, files made by us put begin of text before a text, as in the packed
     documents; a tokenizer from elsewhere stays as it is.
