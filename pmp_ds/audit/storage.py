@@ -5,10 +5,10 @@ import torch
 from pmp_ds.audit.attack import Attack, Finding
 from pmp_ds.audit.case import Case
 from pmp_ds.release.allow_list import is_release_file
+from pmp_ds.release.rounding import BF16_BITS, Rounded, low_zeros
 from pmp_ds.tensor_file import METADATA
 
 _OF_OPTIMIZERS = ("exp_avg", "momentum", "optim", "master", "grad")
-_MIXED = 0.01  # by chance 2^-16 of fp32 numbers have 16 low bits of zero
 
 
 def dtypes(case: Case) -> Finding:
@@ -16,10 +16,13 @@ def dtypes(case: Case) -> Finding:
     kinds = {str(case.release.tensor(n).dtype).removeprefix("torch.") for n in case.release.shapes}
     if kinds != {"float32"}:
         return Finding(note=f"weights in {' and '.join(sorted(kinds))}", evidence=len(kinds) > 1)
+    count = Rounded(BF16_BITS)
+    for name in case.release.shapes:
+        count.add(case.release.tensor(name))
     fine = case.gather(lambda name: _has_low_bits(case.release.tensor(name)))
     share = 1.0 - float(fine.mean())
-    note = f"fp32 with 16 low bits of zero in {share:.2%} of the elements"
-    return Finding(note=note, scores=fine, evidence=_MIXED < share < 1.0 - _MIXED)
+    note = f"fp32 with 16 low bits of zero in {share:.3%} of the elements"
+    return Finding(note=note, scores=fine, evidence=count.found_part)
 
 
 def optimizer_files(case: Case) -> Finding:
@@ -65,7 +68,7 @@ def forbidden_files(case: Case) -> Finding:
 def _has_low_bits(stored: torch.Tensor) -> torch.Tensor:
     if stored.dtype != torch.float32:
         return torch.zeros_like(stored, dtype=torch.float32)
-    return ((stored.view(torch.int32) & 0xFFFF) != 0).float()
+    return (~low_zeros(stored, BF16_BITS)).float()
 
 
 ATTACKS = (

@@ -1,9 +1,20 @@
 """What is trained on what: `init`, `model` and `data`."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from pmp_ds.errors import require
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "intermediate_size",
+    "max_positions",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +92,13 @@ class ModelConfig:
             f"model.path={self.path!r} does not go with model.family={self.family!r}: a path is "
             "used for `auto` and nothing else",
         )
-        for name in ("hidden_size", "num_layers", "num_heads", "max_positions"):
+        for name in _SIZES:
             value = getattr(self, name)
-            require(value >= 1, f"model.{name}={value} must be at least 1")
+            require(value is None or value >= 1, f"model.{name}={value} must be at least 1")
+        require(
+            0.0 < self.rope_theta < math.inf,
+            f"model.rope_theta={self.rope_theta} must be positive and finite",
+        )
         require(
             self.hidden_size % self.num_heads == 0,
             f"model.hidden_size={self.hidden_size} is not a multiple of "

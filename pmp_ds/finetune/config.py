@@ -127,7 +127,11 @@ class TuneTrainConfig:
             f"train.warmup_ratio={self.warmup_ratio} must be in [0, 1]",
         )
         require(
-            not self._stable or 0.0 <= self.decay_ratio <= 1.0 - self.warmup_ratio,
+            0.0 <= self.decay_ratio <= 1.0,
+            f"train.decay_ratio={self.decay_ratio} must be in [0, 1]",
+        )
+        require(
+            not self._stable or self.decay_ratio <= 1.0 - self.warmup_ratio,
             f"train.decay_ratio={self.decay_ratio} must be between 0 and 1 - train.warmup_ratio = "
             f"{1.0 - self.warmup_ratio:g}",
         )

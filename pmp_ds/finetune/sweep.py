@@ -56,13 +56,23 @@ def _full_name(name: str) -> str:
 
 
 def cells(grid: Grid) -> dict[str, list[str]]:
-    """Return the flags of every cell by name, `lr=1e-5,seed=0`; the last setting varies fastest."""
-    found = {}
+    """Return the flags of every cell by name, `lr=1e-5,seed=0`; the last setting varies fastest.
+    Raises UserError when two cells would have the same name: it is that of a cell's folder, without
+    slashes."""
+    found: dict[str, list[str]] = {}
+    titles: dict[str, str] = {}
     for values in itertools.product(*grid.values()):
         chosen = dict(zip(grid, values, strict=True))
         short = (f"{name.rpartition('.')[2]}={value}" for name, value in chosen.items())
-        flags = [word for name, value in chosen.items() for word in (f"--{name}", value)]
-        found[",".join(short).replace("/", "_")] = flags
+        title = ",".join(short)
+        name = title.replace("/", "_")
+        if name in found:
+            raise UserError(
+                f"--sweep: {titles[name]} and {title} would both be the cell {name}; rename one of "
+                "the paths, or sweep over each under its own run.name"
+            )
+        titles[name] = title
+        found[name] = [word for key, value in chosen.items() for word in (f"--{key}", value)]
     return found
 
 

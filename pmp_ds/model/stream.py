@@ -14,6 +14,7 @@ Floats = NDArray[np.float64]
 
 _BLOCK = 1 << 13  # numbers per step, so that every temporary stays in the L2 cache
 _CIPHER_BLOCK = 64  # bytes
+_SPAN = 1 << 35  # numbers under one nonce: the block counter has 32 bits
 
 # M. J. Wichura, Algorithm AS 241 (PPND16), Applied Statistics 37 (1988) 477-484; relative error
 # about 1e-16. Numerator and denominator, highest power first, of the three branches.
@@ -94,19 +95,28 @@ def uniforms(key: bytes, start: int, count: int) -> Floats:
 
     Each is (n + 1/2) / 2^52, so 0, 1/2 and 1 never occur.
     """
-    first_byte = 8 * start
-    counter, skip = divmod(first_byte, _CIPHER_BLOCK)
-    last = (first_byte + 8 * count) // _CIPHER_BLOCK
-    assert last < 1 << 32, "the ChaCha20 block counter has 32 bits"
-    nonce = counter.to_bytes(4, "little") + bytes(12)
-    cipher = Cipher(algorithms.ChaCha20(key, nonce), mode=None).encryptor()
-    stream = cipher.update(bytes(skip + 8 * count))
-    bits = np.frombuffer(stream, dtype="<u8", offset=skip) >> np.uint64(12)
+    low = start
+    parts = []
+    while low < start + count:
+        high = min(start + count, low - low % _SPAN + _SPAN)
+        parts.append(_keystream(key, low, high - low))
+        low = high
+    stream = b"".join(parts)
+    bits = np.frombuffer(stream, dtype="<u8") >> np.uint64(12)
     bits |= np.uint64(0x3FF0000000000000)  # the float64 1 + n / 2^52
     values = bits.view(np.float64)
     values -= 1.0
     values += 2.0**-53
     return values
+
+
+def _keystream(key: bytes, start: int, count: int) -> bytes:
+    """Return 8 bytes for each of ``count`` numbers, all in one span; a span is the nonce."""
+    span, place = divmod(start, _SPAN)
+    counter, skip = divmod(8 * place, _CIPHER_BLOCK)
+    nonce = counter.to_bytes(4, "little") + span.to_bytes(12, "little")
+    cipher = Cipher(algorithms.ChaCha20(key, nonce), mode=None).encryptor()
+    return cipher.update(bytes(skip + 8 * count))[skip:]
 
 
 def normals(key: bytes, start: int, count: int) -> Floats:

@@ -133,7 +133,10 @@ def disk(here: Here) -> Outcome:
     there = sum(p.stat().st_size for p in here.run.checkpoints.rglob("*") if p.is_file())
     text = f"{_size(needed)} for checkpoints and release, {_size(free + there)} at {folder}"
     if needed > free + there:
-        way_out = "make room, set run.root to another disk, or lower run.keep_last"
+        way_out = (
+            "make room, set run.root to another disk, or keep fewer checkpoints: run.keep_last, "
+            "run.keep_every"
+        )
         return fail(text, way_out)
     return ok(text)
 

@@ -25,8 +25,6 @@ UNIT_BYTES = 64 << 20
 _MIN_UNIT_BYTES = 16 << 20
 _UNITS = 64  # in a medium-sized corpus, so that many cores finish together
 
-_HOPELESS_ROWS = 1000
-
 
 class Unfinished(UserError):
     """A fault that another attempt may overcome (a lost process or connection); finished units
@@ -121,6 +119,10 @@ class Rejects:
 
     examples: dict[str, str] = field(default_factory=dict)
 
+    sample_rows: int | None = None
+    """For a sample: after so many rows, most of them malformed, ``add`` stops the reading. None:
+    every row is read, because later ones may be good; ``check`` judges them all."""
+
     @property
     def malformed(self) -> int:
         return self.counts.total()
@@ -128,8 +130,8 @@ class Rejects:
     def add(self, reason: str, where: str) -> None:
         self.counts[reason] += 1
         self.examples.setdefault(reason, where)
-        if self.rows >= _HOPELESS_ROWS and self.malformed > self.rows // 2:
-            self.check()
+        if self.sample_rows and self.rows >= self.sample_rows and self.malformed > self.rows // 2:
+            raise self._error()
 
     def add_empty(self, where: str) -> None:
         self.empty += 1
@@ -138,13 +140,16 @@ class Rejects:
     def check(self) -> None:
         """Raise UserError when more than ``max_malformed`` of the rows were malformed."""
         if self.malformed > self.max_malformed * self.rows:
-            raise MalformedError(
-                f"{self.malformed} of {self.rows} rows are malformed (at most "
-                f"{self.max_malformed:.4g} of them may be): "
-                f"{'; '.join(self.describe(with_empty=False))}; "
-                "fix or remove them, set text_field to the field with the text, or raise "
-                "max_malformed"
-            )
+            raise self._error()
+
+    def _error(self) -> MalformedError:
+        return MalformedError(
+            f"{self.malformed} of {self.rows} rows are malformed (at most "
+            f"{self.max_malformed:.4g} of them may be): "
+            f"{'; '.join(self.describe(with_empty=False))}; "
+            "fix or remove them, set text_field to the field with the text, or raise "
+            "max_malformed"
+        )
 
     def merge(self, later: "Rejects") -> None:
         """Add rejects that come after all present ones."""

@@ -125,7 +125,10 @@ def _warnings(stores: Sequence[Store]) -> list[str]:
 def _link_folder(source: Path, target: Path) -> None:
     target.mkdir()
     for path in sorted(source.iterdir()):
-        _link(path, target / path.name)
+        if path.is_dir():
+            _link_folder(path, target / path.name)
+        else:
+            _link(path, target / path.name)
     fsync_dir(target)
 
 

@@ -15,7 +15,7 @@ from pmp_ds.prepare.config import PrepareConfig
 from pmp_ds.prepare.corpus import Unit, group_units
 from pmp_ds.prepare.encoder import Encoder, choose_engine
 from pmp_ds.prepare.request import Request
-from pmp_ds.prepare.sample import sample_texts, training_texts
+from pmp_ds.prepare.sample import require_text, sample_texts, training_texts
 from pmp_ds.prepare.saved_tokenizer import about_saved, save_tokenizer
 from pmp_ds.prepare.staging import (
     PLAN,
@@ -32,9 +32,12 @@ from pmp_ds.run_dir import write_json
 def make_plan(folder: Path, request: Request) -> PackJob:
     """Train the tokenizer if necessary, save it in ``folder`` and choose the engine.
 
-    Raises UserError for text that no tokenizer can be trained on, and for a tokenizer without the
-    begin-of-text token that ``bos`` requires.
+    Raises UserError for text that no tokenizer can be trained on, for a large corpus without any,
+    and for a tokenizer without the begin-of-text token that ``bos`` requires.
     """
+    sample = sample_texts(request)
+    if not sample:
+        require_text(request)
     files = saved_tokenizer_files(folder)
     tokenizer = request.tokenizer
     if tokenizer is None and files is not None:
@@ -46,7 +49,6 @@ def make_plan(folder: Path, request: Request) -> PackJob:
         files = save_tokenizer(tokenizer, folder / "tokenizer", request.config.bos)
         write_json(folder / TOKENIZER, files)
     bos_id = _bos_id(request.config, tokenizer)
-    sample = sample_texts(request)
     slow = request.config.engine == "reference"
     asked = tokenizer.encoder.without_fast() if slow else tokenizer.encoder
     encoder, warning = choose_engine(asked, sample)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from pmp_ds.errors import UserError
 from pmp_ds.prepare.config import PrepareConfig
-from pmp_ds.prepare.corpus import MalformedError, Rejects
+from pmp_ds.prepare.corpus import MalformedError, Rejects, group_units
 from pmp_ds.prepare.packing import is_validation
 from pmp_ds.prepare.readers import read_documents, read_texts
 from pmp_ds.prepare.request import Request
@@ -19,6 +19,9 @@ _SOURCES = 32
 _CHARS = 1 << 18
 _DOCUMENT_CHARS = 4_000
 _TEXTS = 4096
+_BAD_ROWS = 1000  # of a source: a sample reads no further
+_PLACES = 1000  # of a corpus, looked at before it is called hopeless
+_PLACES_ROWS = 32_000
 
 
 def training_texts(request: Request) -> Iterator[str]:
@@ -61,13 +64,32 @@ def sample_texts(request: Request) -> list[str]:
     for source in chosen:
         room = _CHARS // len(chosen)
         most = len(texts) + max(1, _TEXTS // len(chosen))
-        with contextlib.suppress(MalformedError):  # most of a thousand rows: read no further
-            for text in read_texts(source, request.config.text_field, Rejects(max_malformed=0.5)):
+        rejects = Rejects(sample_rows=_BAD_ROWS)
+        with contextlib.suppress(MalformedError):
+            for text in read_texts(source, request.config.text_field, rejects):
                 texts.append(text[: min(room, _DOCUMENT_CHARS)])
                 room -= len(texts[-1])
                 if room <= 0 or len(texts) == most:
                     break
     return texts
+
+
+def require_text(request: Request) -> None:
+    """Raise UserError when places all over a large corpus, 32,000 rows in all, contain no document
+    and too many malformed rows: a wrong text_field, found before everything is read. A document
+    anywhere leaves the judgement to the end, which counts all rows."""
+    config = request.config
+    places = [source for unit in group_units(request.sources) for source in unit.sources]
+    places = places[:: len(places) // _PLACES + 1]
+    total = Rejects(max_malformed=config.max_malformed)
+    for source in places:
+        rejects = Rejects(sample_rows=-(-_PLACES_ROWS // len(places)))
+        with contextlib.suppress(MalformedError):
+            if next(read_documents(source, config.text_field, rejects), None) is not None:
+                return
+        total.merge(rejects)
+    if total.rows >= _BAD_ROWS:
+        total.check()
 
 
 def no_document(config: PrepareConfig) -> str:

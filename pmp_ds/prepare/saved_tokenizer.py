@@ -16,7 +16,8 @@ _COMPARED_CHARS = 1000
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, bos: str) -> dict[str, str]:
-    """Write the tokenizer's files; return their sha256 by name.
+    """Write the tokenizer's files; return their sha256 by path in ``folder``. Further chat
+    templates are in a folder of their own.
 
     With ``bos: document``, files made by us put begin of text before a text, as in the packed
     documents; a tokenizer from elsewhere stays as it is.
@@ -25,8 +26,11 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, bos: str) -> dict[str, st
     if bos == "document" and tokenizer.kind != "huggingface" and tokenizer.bos_id is not None:
         _prepend_bos(folder, tokenizer.bos_id)
     digests = {}
-    for path in sorted(folder.iterdir()):
-        digests[path.name] = sha256(path)
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            fsync_dir(path)
+            continue
+        digests[path.relative_to(folder).as_posix()] = sha256(path)
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     fsync_dir(folder)

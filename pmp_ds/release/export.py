@@ -32,6 +32,7 @@ from pmp_ds.release.metadata import (
     release_config,
 )
 from pmp_ds.release.model_card import CardFacts, DerivativeFacts, render
+from pmp_ds.release.rounding import BF16_BITS, FP16_BITS, Rounded
 from pmp_ds.release.signing import sign
 from pmp_ds.release.source import Source, open_source
 from pmp_ds.release.tokenizer_files import as_json, copy_tokenizer, settle_tokenizer
@@ -40,7 +41,6 @@ from pmp_ds.run_dir import fsync_dir, sha256
 from pmp_ds.tensor_file import write_tensors
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-_ROUNDED_SHARE = 0.01  # of a matrix; by chance 2^-13 of fp32 numbers have 13 low bits of zero
 
 
 @dataclass(frozen=True)
@@ -206,14 +206,16 @@ def _refuse_rounded(source: Source, dtype: str) -> None:
         )
     if stored != "fp32":
         return
+    counts = Rounded(FP16_BITS), Rounded(BF16_BITS)
     for name in source.shapes.keys() - source.constants:
-        bits = source.tensor(name, torch.float32).view(torch.int32)
-        rounded = ((bits & 0x1FFF) == 0) & (bits != 0)  # fp16 lacks 13 bits, bf16 16
-        if bits.ndim > 1 and int(rounded.sum()) > 1 + _ROUNDED_SHARE * bits.numel():
-            raise UserError(
-                f"dtype={dtype} is refused: a part of {source.folder} was once rounded to 16 bits, "
-                f"and {dtype} would show which: export bf16"
-            )
+        tensor = source.tensor(name, torch.float32)
+        for count in counts:
+            count.add(tensor)
+    if any(count.found for count in counts):
+        raise UserError(
+            f"dtype={dtype} is refused: a part of {source.folder} was once rounded to 16 bits, "
+            f"and {dtype} would show which: export bf16"
+        )
 
 
 def write_model(

@@ -9,6 +9,7 @@ readable.
 """
 
 import contextlib
+import math
 import os
 import re
 import shutil
@@ -163,6 +164,13 @@ def prune(
         if sum(step_of(other) > step_of(folder) for other in readable) >= keep_last:
             _remove(folder)
     mend(run)
+
+
+def most_at_once(saves: int, every: int, keep_last: int, keep_every: int = 0) -> int:
+    """Return the most checkpoints that exist while a phase writes ``saves`` of them, one after
+    ``every`` updates: those that ``prune`` leaves, and the one being written."""
+    old = max(0, saves - 1 - keep_last) * every  # the last update beyond the newest checkpoints
+    return keep_last + 1 + (old // math.lcm(every, keep_every) if keep_every else 0)
 
 
 def step_of(folder: Path) -> int:

@@ -8,8 +8,12 @@ import io
 import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from pmp_ds.errors import UserError
+
+_LARGE = 1 << 33
+"""Bytes of a file that the size in a ustar header cannot tell."""
 
 
 def pack(files: Mapping[str, bytes]) -> bytes:
@@ -26,8 +30,15 @@ def pack(files: Mapping[str, bytes]) -> bytes:
                     tar.addfile(folder)
             info = tarfile.TarInfo(name)
             info.size, info.mode = len(content), 0o600
+            tar.format = _format(info.size)
             tar.addfile(info, io.BytesIO(content))
     return buffer.getvalue()
+
+
+def _format(size: int) -> Literal[0, 1, 2]:
+    """Return the format of a file's header: GNU's, which every tar reads, only where ustar, as
+    older archives have it throughout, is too narrow."""
+    return tarfile.GNU_FORMAT if size >= _LARGE else tarfile.USTAR_FORMAT
 
 
 def unpack(

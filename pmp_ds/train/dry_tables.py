@@ -8,10 +8,12 @@ from functools import partial
 import torch
 from transformers import PreTrainedConfig
 
+from pmp_ds.config import Config
 from pmp_ds.engine.figures import flops_per_token
 from pmp_ds.model.keys import Secret
 from pmp_ds.model.parameters import ParamInfo
 from pmp_ds.model.recipe import Recipe
+from pmp_ds.state.shelf import most_at_once
 from pmp_ds.train import fit, phases, plan, wire
 from pmp_ds.train.activations import Timeline
 from pmp_ds.train.budget import Budget, Bytes
@@ -69,24 +71,42 @@ def traffic(budget: Budget, table: Sequence[ParamInfo]) -> str:
 
 def disk(budget: Budget, buffers: int) -> str:
     """Return the sizes of checkpoints and release; ``buffers``: bytes of the model's constants."""
-    state, whole = budget.state_bytes(), budget.checkpoint(buffers)
-    keep = budget.config.run.keep_last
+    state, whole, run = budget.state_bytes(), budget.checkpoint(buffers), budget.config.run
+    most = _most_checkpoints(budget.config)
+    old = most - run.keep_last - 1
+    kept = f"run.keep_last={run.keep_last}"
+    if run.keep_every:
+        kept += f", {old} more by run.keep_every={run.keep_every}"
     rows = {
         "checkpoint": f"{_size(whole)}: weights {_size(whole - state)}, state {_size(state)}",
-        "at once": f"{_size((keep + 1) * whole)} with run.keep_last={keep} and one being written",
+        "at once": f"{_size(most * whole)} with {kept} and one being written",
     }
     if budget.config.mask.source == "earlybird":
-        rows["discovery"] = f"{_size(budget.checkpoint(buffers, dense=True))} for a checkpoint"
+        dense, most = budget.checkpoint(buffers, dense=True), _most_of_discovery(budget.config)
+        rows["discovery"] = f"{_size(dense)} for a checkpoint, {_size(most * dense)} at once"
     rows["release"] = f"{_size(budget.release(buffers))} in bf16"
     return "  on disk\n" + in_lines(rows)
 
 
 def disk_bytes(budget: Budget, buffers: int) -> int:
     """Return the most bytes at once of what ``disk`` lists."""
-    found = (budget.config.run.keep_last + 1) * budget.checkpoint(buffers)
-    if budget.config.mask.source == "earlybird":
-        found = max(found, 2 * budget.checkpoint(buffers, dense=True))
+    config = budget.config
+    found = _most_checkpoints(config) * budget.checkpoint(buffers)
+    if config.mask.source == "earlybird":
+        found = max(found, _most_of_discovery(config) * budget.checkpoint(buffers, dense=True))
     return found + budget.release(buffers)
+
+
+def _most_checkpoints(config: Config) -> int:
+    run = config.run
+    saves = -(-config.train.steps // run.checkpoint_every)  # the last update has one
+    return most_at_once(saves, run.checkpoint_every, run.keep_last, run.keep_every)
+
+
+def _most_of_discovery(config: Config) -> int:
+    run = config.run
+    saves = (config.mask.max_steps - 1) // run.checkpoint_every  # the last update ends in a ticket
+    return most_at_once(saves, run.checkpoint_every, run.keep_last, run.keep_every)
 
 
 def times(

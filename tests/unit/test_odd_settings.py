@@ -37,6 +37,19 @@ def test_odd_values_of_every_setting(command: str, every: int, tmp_path: Path):
     assert bad == []
 
 
+@pytest.mark.parametrize("command", odd_settings.COMMANDS)
+def test_no_number_may_be_negative(command: str, tmp_path: Path):
+    accepted = []
+    for one in odd_settings.odd(command):
+        if one.kind in ("negative", "fraction"):
+            try:
+                one.open(tmp_path)
+            except UserError:
+                continue
+            accepted.append(one.name)
+    assert accepted == []
+
+
 def test_what_is_seen(tmp_path: Path):
     def words(text: str) -> str:
         path = tmp_path / "recipe.yaml"

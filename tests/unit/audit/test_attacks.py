@@ -202,6 +202,20 @@ def test_dtype(make, tmp_path):
     assert run_one("dtype", fine.case()).verdict == "chance"
 
 
+@pytest.mark.parametrize("rare", ["rounded", "fine"])
+def test_dtype_of_few(make, tmp_path, rare):
+    """At a density near 1 or 0, few elements differ from the others in their low bits."""
+    made = make(dtype=torch.float32)
+    for tensor in made.tensors.values():
+        rounded = tensor.flatten()[:: 1 if rare == "fine" else 200]
+        rounded.copy_(rounded.bfloat16())
+        if rare == "fine":
+            tensor.flatten()[::200] *= 1.0001
+    save(tmp_path / "few", made.tensors)
+    found = run_one("dtype", Case(release=Weights.open(tmp_path / "few"), mask=made.mask))
+    assert found.verdict == "leak"
+
+
 def test_mixed_dtypes(make, tmp_path):
     made = make()
     mixed = made.tensors | {"model.norm.weight": made.tensors["model.norm.weight"].float()}

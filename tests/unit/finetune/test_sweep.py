@@ -43,3 +43,10 @@ def test_cells_have_short_names_and_full_flags():
     found = cells(grid(["lr=1e-5,1e-4,seed=0,1"]))
     assert list(found) == ["lr=1e-5,seed=0", "lr=1e-5,seed=1", "lr=1e-4,seed=0", "lr=1e-4,seed=1"]
     assert found["lr=1e-4,seed=1"] == ["--train.lr", "1e-4", "--seed", "1"]
+
+
+def test_cells_with_the_same_name_are_refused():
+    found = cells(grid(["model=runs/a/release,runs/b"]))
+    assert list(found) == ["model=runs_a_release", "model=runs_b"]
+    with pytest.raises(UserError, match="runs/a_b/c and model=runs/a/b_c would both be the cell"):
+        cells(grid(["model=runs/a_b/c,runs/a/b_c"]))

@@ -5,6 +5,7 @@ import statistics
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
 from pmp_ds.model.stream import inverse_normal, normals, uniforms
 
@@ -40,6 +41,20 @@ def test_golden_values() -> None:
 @pytest.mark.parametrize(("start", "count"), [(0, 5), (7, 20), (8, 8), (9000, 9000), (16383, 2)])
 def test_any_stretch_can_be_drawn_alone(start: int, count: int) -> None:
     assert normals(KEY, start, count).tolist() == normals(KEY, 0, start + count)[start:].tolist()
+
+
+def test_streams_go_on_beyond_the_counter_of_the_cipher() -> None:
+    """It counts 2^32 blocks of 8 numbers: 34.4 billion. Then the nonce changes."""
+    border = 1 << 35
+    across = uniforms(KEY, border - 20, 40).tolist()
+    assert across == uniforms(KEY, border - 20, 20).tolist() + uniforms(KEY, border, 20).tolist()
+    assert normals(KEY, 3 * border + 5, 8).tolist() == normals(KEY, 3 * border, 13)[5:].tolist()
+    spans = [uniforms(KEY, number * border, 20).tolist() for number in range(4)]
+    assert len({value for span in spans for value in span}) == 80
+    nonce = bytes(4) + (1).to_bytes(12, "little")
+    cipher = Cipher(algorithms.ChaCha20(KEY, nonce), mode=None).encryptor()
+    word = int.from_bytes(cipher.update(bytes(8)), "little")
+    assert across[20] == ((word >> 12) + 0.5) / 2**52
 
 
 def test_inverse_normal_against_the_standard_library() -> None:

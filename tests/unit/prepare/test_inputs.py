@@ -1,5 +1,6 @@
 """Every kind of input gives the same documents; large files are divided without losing a line."""
 
+import dataclasses
 import gzip
 import json
 from pathlib import Path
@@ -225,6 +226,42 @@ def test_bad_rows_of_a_stream_count_and_stop(tmp_path: Path):
             f"1 x empty document (first: {dataset}:62)",
         ],
     }
+
+
+def test_bad_rows_of_a_stream_are_judged_with_all_its_rows(tmp_path: Path):
+    (tmp_path / "dataset").mkdir()
+    good = [json.dumps({"text": text[:40]}) for text in TEXTS[:25]]
+    rows = [row for i in range(1100) for row in (*good, '{"text": null}')[i % 2 :]]
+    (tmp_path / "dataset" / "train.jsonl").write_text("\n".join(rows))
+    given = config(f"hf:{tmp_path}/dataset", tmp_path, shuffle_buffer=0, max_malformed=0.05)
+    found = prepare(given).manifest["rows"]
+    assert (found["read"], found["malformed"]) == (len(rows), 1100)
+
+
+@pytest.mark.parametrize("names", ["ab", "ba", "aa"])
+def test_one_bad_part_is_judged_with_all_rows(tmp_path: Path, names: str):
+    """Also when it comes first, and at the head of the only file."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, rows in zip(names, (b'{"body": "x"}\n' * 1200, (LINES + b"\n") * 300), strict=True):
+        with open(folder / f"{name}.jsonl", "ab") as file:
+            file.write(rows)
+    given = config("", tmp_path, input=(str(folder),), max_malformed=0.07)
+    assert prepare(given).manifest["rows"]["malformed"] == 1200
+    with pytest.raises(UserError, match="1200 of 19200 rows are malformed"):
+        prepare(dataclasses.replace(given, out=str(tmp_path / "strict"), max_malformed=0.06))
+
+
+@pytest.mark.parametrize("kind", ["file", "files", "stream"])
+def test_a_wrong_text_field_stops_before_everything_is_read(tmp_path: Path, kind: str):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    number = 4 if kind == "files" else 1
+    for i in range(number):
+        (folder / f"{i}.jsonl").write_bytes(b'{"body": "x"}\n' * (100_000 // number))
+    name = f"hf:{folder}" if kind == "stream" else str(folder)
+    with pytest.raises(UserError, match=r"32000 of 32000 rows.*no field 'text'.*text_field"):
+        prepare(config("", tmp_path, input=(name,)))
 
 
 def test_unknown_dataset_is_one_line(tmp_path: Path, dataset: str):

@@ -6,6 +6,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from pmp_ds.data.arrow_store import Store
 from pmp_ds.data.manifest import SPLITS
@@ -15,6 +16,7 @@ from pmp_ds.prepare.merge import merge_stores
 from pmp_ds.prepare.prepare import prepare
 from pmp_ds.prepare.statistics import inspect_store, split_statistics
 from pmp_ds.prepare.units import unigram_cross_entropy
+from pmp_ds.release.tokenizer_files import TOKENIZER_FILES, copy_tokenizer
 from pmp_ds.state.run_record import DataFacts
 from tests.unit.prepare.conftest import make_texts
 
@@ -63,6 +65,36 @@ def test_merged_store_is_both_in_order(two, tmp_path: Path):
     assert merged.manifest["rows"]["read"] == 150
     assert DataFacts.of(merged).sources == (f"{two[0]}.jsonl", f"{two[1]}.jsonl")  # it trains
     assert [path.name for path in tmp_path.iterdir()] == ["both"]
+
+
+def test_a_tokenizer_of_several_chat_templates(tmp_path: Path, tokenizer_paths):
+    """`transformers` saves all but one in a folder below; stores and runs keep it whole."""
+    given = AutoTokenizer.from_pretrained(str(tokenizer_paths["byte-bpe"]))
+    given.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    given.save_pretrained(str(tmp_path / "given"))
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(
+            "\n".join(json.dumps({"text": f"{name} {text}"}) for text in make_texts(60))
+        )
+        prepare(
+            PrepareConfig(
+                input=(str(tmp_path / f"{name}.jsonl"),),
+                out=str(tmp_path / name),
+                block_size=16,
+                val_fraction=0.2,
+                tokenizer=str(tmp_path / "given"),
+            )
+        )
+    merged = merge_stores(tmp_path / "both", [tmp_path / "a", tmp_path / "b"])
+    saved = AutoTokenizer.from_pretrained(str(merged.tokenizer_dir))
+    assert saved.chat_template == given.chat_template
+    second = merged.tokenizer_dir / "additional_chat_templates" / "tool_use.jinja"
+    second.unlink()  # a link: the other stores keep theirs
+    with pytest.raises(UserError, match=r"tool_use\.jinja is missing"):
+        merged.check_facts()
+    (tmp_path / "release").mkdir()
+    copy_tokenizer(tmp_path / "a" / "tokenizer", tmp_path / "release")
+    assert {p.name for p in (tmp_path / "release").iterdir()} <= set(TOKENIZER_FILES)
 
 
 def test_what_cannot_be_merged(two, tmp_path: Path, tokenizer_paths):

@@ -21,11 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 from benchmarks.common import peak_extra_bytes
 from pmp_ds.errors import UserError
 from pmp_ds.lease import hold
+from pmp_ds.model.random_fill import RandomFill
 from pmp_ds.release import export as export_module
 from pmp_ds.release.export import export, generate_sample, shard_bytes
 from pmp_ds.release.ledger import Claim, read
 from pmp_ds.release.metadata import release_config
 from pmp_ds.release.model_card import CardFacts, DerivativeFacts, check_metadata, render
+from pmp_ds.release.rounding import BF16_BITS, FP16_BITS, Rounded
 from pmp_ds.release.signing import require_signing
 from pmp_ds.release.source import open_source
 from pmp_ds.release.verify import verify_reload
@@ -226,6 +228,39 @@ def test_dtype_rules(tmp_path: Path, tokenizer_dir: Path) -> None:
         run(tmp_path / "mixed")
     assert "wte" not in str(caught.value)
     assert not (tmp_path / "mixed-out").exists()
+
+
+@pytest.mark.usefixtures("no_reload")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_few_rounded_elements_are_refused(
+    tmp_path: Path, tokenizer_dir: Path, dtype: torch.dtype
+) -> None:
+    """A complement of 0.5%, spread over all matrices."""
+    weights = write_weights(tmp_path / "few", gpt2())
+    tensors = load_file(weights / "model.safetensors")
+    for tensor in tensors.values():
+        some = tensor.flatten()[::200]
+        some.copy_(some.to(dtype))
+    save_file(tensors, weights / "model.safetensors")
+    with pytest.raises(UserError, match="was once rounded to 16 bits"):
+        export(weights, tmp_path / "out", tokenizer_dir=tokenizer_dir, card=CARD, dtype="fp32")
+
+
+def test_chance_is_not_rounding() -> None:
+    """Numbers of torch and of a secret key, of which 2^-13 end in 13 zeros."""
+    drawn = torch.empty(1 << 22)
+    RandomFill("normal", (0.0, 0.02)).draw(bytes(32), "w", 0, 0, drawn)
+    plain = torch.empty(1 << 22).normal_(0.0, 0.02, generator=torch.Generator().manual_seed(0))
+    for values in (drawn, plain):
+        for bits in (FP16_BITS, BF16_BITS):
+            count = Rounded(bits)
+            count.add(torch.ones(1000))
+            count.add(torch.zeros(1000, 2))
+            count.add(values.view(2048, -1))
+            assert not count.found
+            few = values[: 1 << 12].bfloat16().float()  # 0.1%
+            count.add(torch.cat([few, values[1 << 12 :]]).view(2048, -1))
+            assert count.found
 
 
 def spoil_config(folder: Path) -> None:

@@ -30,6 +30,7 @@ from pmp_ds.errors import UserError
 from pmp_ds.model.keys import create_key
 from pmp_ds.run_dir import RunDir, loose, write_text
 from pmp_ds.state import theta0
+from pmp_ds.ticket import archive
 from pmp_ds.ticket.keys import (
     Passphrase,
     decrypt,
@@ -119,6 +120,30 @@ def test_files_of_the_age_command(tmp_path):
     (tmp_path / "key").write_text(AGE_KEY)
     assert decrypt(AGE_BY_KEY, identities(tmp_path / "key"), Path("x")) == AGE_TEXT
     assert decrypt(AGE_BY_PASSPHRASE, Passphrase("correct horse"), Path("x")) == AGE_TEXT
+
+
+def test_archives_of_files_of_8_gib(tmp_path, monkeypatch):
+    """Their headers, and with a lower limit archives whose headers are of both kinds."""
+    for size in (0, (1 << 33) - 1, 1 << 33, 1 << 35):
+        info = tarfile.TarInfo("ticket/mask.safetensors")
+        info.size = size
+        header = info.tobuf(archive._format(size))
+        assert tarfile.TarInfo.frombuf(header, "utf-8", "strict").size == size
+        with open(tmp_path / "t.tar", "wb") as file:
+            file.write(header)
+            file.truncate(512 + -(-size // 512) * 512 + 1024)  # holes
+        listed = subprocess.run(
+            ["tar", "tvf", str(tmp_path / "t.tar")], check=True, capture_output=True, text=True
+        ).stdout
+        assert str(size) in listed.split()
+    files = {"ticket/a": b"small", "ticket/b": b"x" * 1000, "other/c": b""}
+    plain = archive.pack(files)
+    monkeypatch.setattr(archive, "_LARGE", 1000)
+    mixed = archive.pack(files)
+    assert mixed != plain
+    assert archive.unpack(mixed, lambda name: name, tmp_path, "is not one") == files
+    subprocess.run(["tar", "x"], input=mixed, cwd=tmp_path, check=True)
+    assert all((tmp_path / name).read_bytes() == content for name, content in files.items())
 
 
 def test_equal_tickets_are_equal_archives(tmp_path):

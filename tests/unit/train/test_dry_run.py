@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from pmp_ds.cli import parse
+from pmp_ds.config import Config
 from pmp_ds.errors import UserError
 from pmp_ds.train import dry_run
 from pmp_ds.train.machine import bytes_of, flops_of
@@ -98,6 +100,28 @@ def test_time_and_memory_of_a_machine(tmp_path):
     assert re.search(r"fits into 90% of 0.00 GB +NO +NO +NO +NO +NO\n", text)
     assert re.search(r"fits into 90% of 1,000.00 GB +yes +yes +yes +yes +yes\n", text)
     assert "one rank sends nothing" in text
+
+
+def test_disk_has_room_for_every_checkpoint_that_is_kept(tmp_path):
+    """20,000 updates keep all of 40 checkpoints; discovery keeps as many as training."""
+    flags = ("--train.steps=20000", "--run.checkpoint_every=500", "--mask.max_steps=2000")
+    for more, most, of_discovery, words in (
+        ((), 3, 3, "run.keep_last=2 and one"),
+        (("--run.keep_last=5",), 6, 6, "run.keep_last=5 and one"),
+        (("--run.keep_every=500",), 40, 3, "run.keep_last=2, 37 more by run.keep_every=500 and"),
+    ):
+        text = said(tmp_path, *flags, *more)
+        assert words in text
+        sizes = re.findall(r"([\d.,]+) ([KMG]B)", text[text.index("  on disk") :])
+        units = {"KB": 1e3, "MB": 1e6, "GB": 1e9}
+        one, _, _, together, dense, dense_together, released = (
+            float(number.replace(",", "")) * units[unit] for number, unit in sizes[:7]
+        )
+        assert together == pytest.approx(most * one, rel=0.05)
+        assert dense_together == pytest.approx(of_discovery * dense, rel=0.05)
+        config, _ = parse(Config, ["--config", "demo", *flags, *more])
+        needed = dry_run.disk_bytes(config, {}, 1)
+        assert needed == pytest.approx(max(together, dense_together) + released, rel=0.05)
 
 
 def test_vocabulary_and_blocks_of_a_store(tmp_path):
