@@ -28,8 +28,9 @@ pytestmark = [pytest.mark.e2e, pytest.mark.processes]
 ARCHIVE = Path(__file__).parents[1] / "old" / "0.1.0.tar.xz"
 TRAIN = ("--config", "tiny.yaml", "--deepspeed-config", DS_CONFIGS / "zero1.json")
 LEARNED = ("phase", "step", "loss", "lr", "grad_norm", "tokens", "iou", "val_loss")
-LAST_BITS = 1e-5
-"""Relative. Without the first moments, the second loss after the resume is off by 1e-2."""
+LAST_BITS = 5e-4
+"""Relative: another processor rounds differently, which gradient norms show first (5e-5 between two
+EPYCs). Without the first moments, the second loss after the resume is off by 1e-2."""
 
 
 @pytest.fixture
