@@ -105,6 +105,7 @@ class Cluster:
         """Wait until a job was requeued and has no process left; start it without the two minutes
         that SLURM waits first."""
         self.wait(number, "PENDING", restarts=restarts)
+        time.sleep(2.0)  # credentials of the second in which it ended are revoked: it would fail
         self.ask("scontrol", "update", f"jobid={number}", "starttime=now")
 
 
