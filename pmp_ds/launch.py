@@ -25,7 +25,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-from pmp_ds import signals
+from pmp_ds import launchers, signals
 from pmp_ds.errors import EXIT_FAULT, EXIT_MISTAKE, EXIT_REQUEUE, UserError, exit_code, require
 
 END_SECONDS = 30.0
@@ -161,11 +161,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _from_environment(name: str) -> int | None:
     """Return the number in an environment variable, None if it is not set or empty."""
-    text = os.environ.get(name)
-    require(
-        not text or text.isdecimal(), f"{name}={text!r} is not a number: set it to one, or unset it"
-    )
-    return int(text) if text else None
+    return launchers.number(name) if os.environ.get(name) else None
 
 
 def run(argv: Sequence[str]) -> int:

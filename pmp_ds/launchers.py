@@ -59,7 +59,7 @@ def adopt() -> None:
             if launcher is not None:
                 os.environ["MASTER_PORT"] = str(derived_port(launcher))
         return
-    several = [s for s in _STARTERS if os.environ.get(s.world_size) and _number(s.world_size) > 1]
+    several = [s for s in _STARTERS if os.environ.get(s.world_size) and number(s.world_size) > 1]
     whole = [s for s in several if s.rank in os.environ and s.local_rank in os.environ]
     if several:  # `srun --mpi=pmi2` sets both kinds of variables, but only one completely
         _adopt_from((whole or several)[0])
@@ -69,15 +69,16 @@ def _check_given() -> None:
     """Raise UserError unless RANK and its like, set by a launcher or by hand, can be used."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         if name in os.environ:
-            _number(name)
+            number(name)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         world = f"WORLD_SIZE={os.environ['WORLD_SIZE']}"
         require("MASTER_ADDR" in os.environ, f"{world}, but MASTER_ADDR, rank 0's host, is not set")
         require("MASTER_PORT" in os.environ, f"{world}, but MASTER_PORT, a free port, is not set")
-        _number("MASTER_PORT")
+        number("MASTER_PORT")
 
 
-def _number(name: str) -> int:
+def number(name: str) -> int:
+    """Return the number in an environment variable that is set. Raises UserError for other text."""
     text = os.environ[name]
     require(text.isdecimal(), f"{name}={text!r} is not a number: set it to one, or unset it")
     return int(text)

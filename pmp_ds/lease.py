@@ -147,7 +147,7 @@ def _acquire(folder: Path, start: str, what: str) -> Lease:
 def _wait_until_stale(path: Path, what: str) -> None:
     """Return when nobody holds the lease any more. Raises UserError if somebody does."""
     first = seen = lease_file.read(path)
-    if first is not None and first[0].machine == lease_file.machine():
+    if first is not None and first[0].is_here:
         if lease_file.runs(first[0]):
             raise UserError(_taken(what, first[0]))
         return
@@ -173,7 +173,7 @@ def _wait_until_stale(path: Path, what: str) -> None:
 
 def _taken(what: str, holder: Holder) -> str:
     text = f"{what} is in use by {holder}: wait for it or stop it."
-    if holder.machine == lease_file.machine():  # while its process runs, it keeps its hold
+    if holder.is_here:  # while its process runs, it keeps its hold
         return text
     return f"{text} (After {STALE_SECONDS:g} s without a sign of life it would lose its hold.)"
 

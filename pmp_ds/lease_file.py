@@ -50,6 +50,11 @@ class Holder:
         job = f", {self.job}" if self.job else ""
         return f"{self.command} on host {self.host}, pid {self.pid}{job}, since {self.since}"
 
+    @property
+    def is_here(self) -> bool:
+        """Whether it is or was a process of this machine."""
+        return self.machine == machine()
+
     @classmethod
     def of_this_process(cls) -> "Holder":
         pid = os.getpid()

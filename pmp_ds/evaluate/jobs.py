@@ -12,6 +12,7 @@ from pmp_ds.evaluate import last_word as last_word_
 from pmp_ds.evaluate import perplexity as perplexity_
 from pmp_ds.evaluate.subject import Subject
 from pmp_ds.progress import Progress
+from pmp_ds.run_dir import sha256
 
 Values = dict[str, Any]
 
@@ -151,6 +152,5 @@ def _content(folder: Path) -> str:
     sha = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         sha.update(f"{path.relative_to(folder).as_posix()}\n{path.stat().st_size}\n".encode())
-        with open(path, "rb") as file:
-            sha.update(hashlib.file_digest(file, "sha256").digest())
+        sha.update(sha256(path).encode())
     return sha.hexdigest()

@@ -83,7 +83,7 @@ def _at_once(look: _Look | None) -> Signs | None:
     """Return what is clear without watching, or None."""
     if look is None:
         return NOBODY
-    if look.holder is not None and _is_here(look.holder) and not lease_file.runs(look.holder):
+    if look.holder is not None and look.holder.is_here and not lease_file.runs(look.holder):
         return Signs(look.holder, False, look.written)
     if look.holder is not None and abs(time.time() - look.written) < FRESH_SECONDS:
         return Signs(look.holder, True, look.written)
@@ -103,9 +103,5 @@ def _changed(folder: Path, first: _Look) -> Signs | None:
 def _unchanged(look: _Look) -> Signs:
     """Return the signs of a holder that was watched and wrote nothing."""
     holder = look.holder
-    runs = holder is not None and _is_here(holder) and lease_file.runs(holder)
+    runs = holder is not None and holder.is_here and lease_file.runs(holder)
     return Signs(holder, runs, look.written, silent=runs)
-
-
-def _is_here(holder: Holder) -> bool:
-    return holder.machine == lease_file.machine()

@@ -82,7 +82,10 @@ def disk(budget: Budget, buffers: int) -> str:
         "at once": f"{_size(most * whole)} with {kept} and one being written",
     }
     if budget.config.mask.source == "earlybird":
-        dense, most = budget.checkpoint(buffers, dense=True), _most_of_discovery(budget.config)
+        dense, most = (
+            budget.checkpoint(buffers, dense=True),
+            _most_checkpoints(budget.config, dense=True),
+        )
         rows["discovery"] = f"{_size(dense)} for a checkpoint, {_size(most * dense)} at once"
     rows["release"] = f"{_size(budget.release(buffers))} in bf16"
     return "  on disk\n" + in_lines(rows)
@@ -93,19 +96,18 @@ def disk_bytes(budget: Budget, buffers: int) -> int:
     config = budget.config
     found = _most_checkpoints(config) * budget.checkpoint(buffers)
     if config.mask.source == "earlybird":
-        found = max(found, _most_of_discovery(config) * budget.checkpoint(buffers, dense=True))
+        found = max(
+            found, _most_checkpoints(config, dense=True) * budget.checkpoint(buffers, dense=True)
+        )
     return found + budget.release(buffers)
 
 
-def _most_checkpoints(config: Config) -> int:
+def _most_checkpoints(config: Config, *, dense: bool = False) -> int:
+    """Return the most checkpoints at once; ``dense``: of discovery."""
     run = config.run
-    saves = -(-config.train.steps // run.checkpoint_every)  # the last update has one
-    return most_at_once(saves, run.checkpoint_every, run.keep_last, run.keep_every)
-
-
-def _most_of_discovery(config: Config) -> int:
-    run = config.run
-    saves = (config.mask.max_steps - 1) // run.checkpoint_every  # the last update ends in a ticket
+    # The last update of training has one, that of discovery ends in a ticket.
+    updates = config.mask.max_steps - 1 if dense else config.train.steps + run.checkpoint_every - 1
+    saves = updates // run.checkpoint_every
     return most_at_once(saves, run.checkpoint_every, run.keep_last, run.keep_every)
 
 

@@ -1,14 +1,18 @@
 """What pmp-ds 0.1.0 wrote goes on with this version: runs, stores, tickets, sealed copies.
 
 tests/old/0.1.0.tar.xz was written by commit 3f846c28, the last of 0.1.0, on one CPU rank in bf16 at
-ZeRO 1: a store of 60 invented documents; `runs/old`, killed while it wrote the record of update 15,
-after the checkpoint of update 12; `runs/early`, with the same key, killed in discovery after update
-2; a sealed copy and its key. In `expected/` are metrics and weights of `runs/old` without the kill.
-On the processor that wrote them they are repeated to the bit, on others sums have other last bits.
+ZeRO 1, with AVX-512: a store of 60 invented documents; `runs/old`, killed while it wrote the record
+of update 15, after the checkpoint of update 12; `runs/early`, with the same key, killed in
+discovery after update 2; a sealed copy and its key. In `expected/` are metrics and weights of
+`runs/old` without the kill. On the processor that wrote them they are repeated to the bit. Without
+AVX-512 sums have other last bits, which grow from update to update: how far is seen in a run
+without a kill.
 """
 
 import json
+import shutil
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +32,13 @@ pytestmark = [pytest.mark.e2e, pytest.mark.processes]
 ARCHIVE = Path(__file__).parents[1] / "old" / "0.1.0.tar.xz"
 TRAIN = ("--config", "tiny.yaml", "--deepspeed-config", DS_CONFIGS / "zero1.json")
 LEARNED = ("phase", "step", "loss", "lr", "grad_norm", "tokens", "iou", "val_loss")
-LAST_BITS = 5e-4
-"""Relative: another processor rounds differently, which gradient norms show first (5e-5 between two
-EPYCs). Without the first moments, the second loss after the resume is off by 1e-2."""
+LAST_BITS = 1e-5
+"""Relative. Without the first moments, the second loss after the resume is off by 1e-2."""
+
+Rows = list[dict[str, Any]]
 
 
-@pytest.fixture
-def old(tmp_path: Path) -> Path:
+def unpacked(tmp_path: Path) -> Path:
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(tmp_path, filter="data")
     for folder in tmp_path.glob("runs/*/private"):
@@ -45,15 +49,49 @@ def old(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def require_same_lessons(old: Path, name: str) -> None:
-    """Require what a run of the same command repeats."""
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    return unpacked(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def rounding(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """Return by quantity how far a run of the same key by this version, begun and ended on this
+    processor, is from the one of 0.1.0 without the kill: relative, at most. 0 with AVX-512."""
+    found = dict.fromkeys(LEARNED, 0.0)
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        return found
+    old = unpacked(tmp_path_factory.mktemp("here"))
+    shutil.copytree(old / "runs/old/private/init", old / "runs/here/private/init")
+    ok(run("pretrain.py", *TRAIN, "--run.name", "here", cwd=old))
+    for row, wanted in zip(lessons(old, "here"), expected(old), strict=True):
+        assert row.keys() == wanted.keys()
+        for name in row.keys() - {"phase"}:
+            off = abs(row[name] - wanted[name]) / (abs(wanted[name]) or 1.0)
+            found[name] = max(found[name], off)
+    assert max(found.values()) < 2e-4, "more than rounding"
+    return found
+
+
+def lessons(old: Path, name: str) -> Rows:
+    """Return what a run of the same command repeats."""
     found = read_metrics(old / "runs" / name / "metrics.jsonl")
     rows = [{k: row[k] for k in LEARNED if k in row} for row in found]
-    expected: list[dict[str, Any]] = json.loads((old / "expected/metrics.json").read_text())
-    learned = [row for row in rows if "loss" in row or "val_loss" in row]
-    assert [row.pop("phase") for row in learned] == [row.pop("phase") for row in expected]
-    for row, wanted in zip(learned, expected, strict=True):
-        assert row == pytest.approx(wanted, rel=LAST_BITS)
+    return [row for row in rows if "loss" in row or "val_loss" in row]
+
+
+def expected(old: Path) -> Rows:
+    rows: Rows = json.loads((old / "expected/metrics.json").read_text())
+    return rows
+
+
+def require_same_lessons(old: Path, name: str, rounding: Mapping[str, float]) -> None:
+    for row, wanted in zip(lessons(old, name), expected(old), strict=True):
+        assert row.pop("phase") == wanted.pop("phase")
+        assert row == {
+            name: pytest.approx(value, rel=LAST_BITS + 2 * rounding[name])
+            for name, value in wanted.items()
+        }
 
 
 def resumed(old: Path, name: str, says: str) -> Done:
@@ -64,27 +102,27 @@ def resumed(old: Path, name: str, says: str) -> Done:
 
 
 @pytest.mark.usefixtures("reloaded_here")
-def test_a_run_in_pretraining(old: Path):
+def test_a_run_in_pretraining(old: Path, rounding: dict[str, float]):
     status = json.loads(ok(call("status.py", "runs/old", "--json", cwd=old)).stdout)
     assert (status["phase"], status["step"], status["saved_step"]) == ("pretraining", 14, 12)
     resumed(old, "old", "resuming after update 12 of 18")
     folder = RunDir(old / "runs/old")
-    require_same_lessons(old, "old")
+    require_same_lessons(old, "old", rounding)
     assert [start.resumed.get("train") for start in read_starts(folder.metrics)] == [None, 12]
-    expected = load_file(old / "expected/weights.safetensors")
+    without = load_file(old / "expected/weights.safetensors")
     weights = load_file(plain_weights.of_checkpoint(folder, 18).folder / "model.safetensors")
-    torch.testing.assert_close(weights, expected, rtol=2**-7, atol=1e-4)
+    torch.testing.assert_close(weights, without, rtol=2**-7, atol=1e-4)
     ok(call("export.py", "--run", "runs/old", cwd=old))
     assert "(equal)" in ok(call("report.py", "--run", "runs/old", cwd=old)).stdout
 
 
-def test_a_run_in_discovery(old: Path):
+def test_a_run_in_discovery(old: Path, rounding: dict[str, float]):
     status = json.loads(ok(call("status.py", "runs/early", "--json", cwd=old)).stdout)
     assert (status["phase"], status["step"]) == ("discovery", 2)
     resumed(old, "early", "resuming discovery after update 2")
     tickets = [load_ticket(RunDir(old / "runs" / name).ticket) for name in ("early", "old")]
     assert tickets[0].id == tickets[1].id
-    require_same_lessons(old, "early")
+    require_same_lessons(old, "early", rounding)
 
 
 def test_stores_and_sealed_copies(old: Path):

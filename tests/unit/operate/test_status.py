@@ -54,6 +54,20 @@ def run(tmp_path: Path) -> RunDir:
     return run
 
 
+def holding(run: RunDir, beat_seconds: float, *before: str) -> subprocess.Popen[str]:
+    """Start a process that holds the run; ``before``: the words of a program that starts it."""
+    process = subprocess.Popen(
+        [*before, sys.executable, "-c", HOLD, str(run.root), str(beat_seconds)],
+        cwd=REPO,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "holds\n"
+    return process
+
+
 def record(run: RunDir, phase: str, step: int, **values: float | str) -> None:
     with open(run.metrics, "a") as file:
         file.write(json.dumps({"phase": phase, "step": step, **values}) + "\n")
@@ -97,15 +111,7 @@ def trained(run: RunDir) -> None:
 @pytest.fixture
 def elsewhere(run: RunDir) -> Iterator["subprocess.Popen[str]"]:
     """Hold the run in a process namespace of its own, as on another machine."""
-    process = subprocess.Popen(
-        [*ELSEWHERE, sys.executable, "-c", HOLD, str(run.root), "0.3"],
-        cwd=REPO,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "holds\n"
+    process = holding(run, 0.3, *ELSEWHERE)
     yield process
     process.kill()
     process.communicate()
@@ -188,14 +194,7 @@ def test_finished(run: RunDir, capsys: pytest.CaptureFixture[str]):
 @pytest.mark.processes
 def test_a_killed_process(run: RunDir, capsys: pytest.CaptureFixture[str]):
     trained(run)
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(run.root), "3"],
-        cwd=REPO,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"holds\n"
+    process = holding(run, 3)
     age(300, run.metrics, run.checkpoints / "update-00000010/manifest.json")
     probe = [str(run.root), "--max-age", "60"]
     assert status.command([*probe, "--json"]) == 0
@@ -223,14 +222,7 @@ def test_a_suspended_process_here_is_silent(
 ):
     """It keeps its hold, so it is alive; but a probe must notice it."""
     monkeypatch.setattr(signs, "WATCH_SECONDS", 0.5)
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(run.root), "1000"],
-        cwd=REPO,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"holds\n"
+    process = holding(run, 1000)
     os.kill(process.pid, signal.SIGSTOP)
     age(600, *run.root.glob(".lease-*"))
     state = of(run)

@@ -27,9 +27,7 @@ from pmp_ds.cli import dump
 from pmp_ds.commands.vault import main
 from pmp_ds.config import Config, InitConfig
 from pmp_ds.errors import UserError
-from pmp_ds.model.keys import create_key
 from pmp_ds.run_dir import RunDir, loose, write_text
-from pmp_ds.state import theta0
 from pmp_ds.ticket import archive
 from pmp_ds.ticket.keys import (
     Passphrase,
@@ -354,16 +352,6 @@ def test_loose_permissions_are_found(tmp_path):
 
 
 # The launcher, in this process.
-
-
-@pytest.fixture
-def run(tmp_path) -> RunDir:
-    run = RunDir(tmp_path / "run")
-    run.create()
-    write_text(run.config, dump(Config()))
-    theta0.remember(run, "d" * 64, create_key(run.init))
-    save_ticket(ticket(), run.ticket)
-    return run
 
 
 def seal_for(run: RunDir, name: str, folder: Path, *more: str) -> tuple[Path, Path]:

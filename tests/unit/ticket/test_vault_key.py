@@ -10,24 +10,10 @@ from pmp_ds.commands.vault import main
 from pmp_ds.config import Config, InitConfig
 from pmp_ds.errors import UserError
 from pmp_ds.formats import FormatError
-from pmp_ds.model.keys import create_key
-from pmp_ds.run_dir import RunDir, write_text
-from pmp_ds.state import theta0
-from pmp_ds.ticket.ticket import save_ticket
+from pmp_ds.run_dir import write_text
 from pmp_ds.ticket.vault import records
 from tests.helpers.commands import files_of
 from tests.unit.ticket.test_vault import seal_for
-from tests.unit.ticket.test_watermark import ticket
-
-
-@pytest.fixture
-def run(tmp_path) -> RunDir:
-    run = RunDir(tmp_path / "run")
-    run.create()
-    write_text(run.config, dump(Config()))
-    theta0.remember(run, "d" * 64, create_key(run.init))
-    save_ticket(ticket(), run.ticket)
-    return run
 
 
 def flip(path: Path) -> None:
